@@ -1,0 +1,1 @@
+"""Command lines: parse, validate, run."""

@@ -1,0 +1,36 @@
+"""`megarlhf COMMAND ...`, the same programs as `python -m megarlhf.cli.train_COMMAND ...`."""
+
+import sys
+from collections.abc import Sequence
+
+from megarlhf import __version__
+
+_COMMANDS = {
+    "ppo": "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO",
+    "sft": "supervised fine-tuning",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a program; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command == "ppo":
+        from megarlhf.cli.train_ppo import main as run
+    elif command == "sft":
+        from megarlhf.cli.train_sft import main as run
+    else:
+        lines = "\n".join(f"  {name:6} {text}" for name, text in _COMMANDS.items())
+        known = command in ("-h", "--help")
+        print(f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags.", file=sys.stderr)
+        if not known:
+            print(f"megarlhf: error: no command {command!r}", file=sys.stderr)
+        return 0 if known else 2
+    return run(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

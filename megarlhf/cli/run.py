@@ -1,0 +1,66 @@
+"""What the programs share: errors in one place, signals, the run directory."""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megarlhf.engine import checkpoint_files
+
+
+class StopSignal:
+    """Turns true when SIGTERM or SIGUSR1 arrives: finish the step, save, exit."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        print(f"\n{signal.Signals(number).name}: finishing the step, then saving and leaving", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        return self.received
+
+
+def report_errors(program: str, run: Callable[[], int]) -> int:
+    """Run a program; what the user can mend is printed as sentences, with status 2 before and 1 after the start."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return run()
+    except ValueError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, FloatingPointError) as error:
+        print(f"{program}: stopped: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def open_run_directory(save: str, config_yaml: str) -> Path:
+    """Make the run directory and write the resolved configuration into it."""
+    directory = Path(save)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(config_yaml)
+    return directory
+
+
+def resumed_step(load: str | None) -> int | None:
+    """Step of the checkpoint that --load names; None for a fresh run.
+
+    Raises:
+        ValueError: there is no complete checkpoint.
+    """
+    return None if load is None else checkpoint_files.latest(Path(load) / "checkpoints")[0]
+
+
+def model_identity(pretrain: str) -> dict[str, Any]:
+    """What a checkpoint and a configuration must agree on: the architecture's shape."""
+    from megarlhf.models.hf_files import read_config
+
+    config = read_config(pretrain)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+    return {"architecture": (config.architectures or ["none"])[0]} | {name: getattr(config, name) for name in names}

@@ -1,0 +1,164 @@
+"""RL from a reward on a Ray cluster or this machine: `megarlhf ppo` or `python -m megarlhf.cli.train_ppo`."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarlhf.cli.run import StopSignal, model_identity, open_run_directory, report_errors, resumed_step
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.checks import check_ppo, raise_if
+from megarlhf.config.command_line import parse, to_dict, to_yaml
+from megarlhf.data.prompts import PromptData, load_prompts
+from megarlhf.data.tokenizer import load_tokenizer, stop_token_ids
+from megarlhf.data.types import Prompt
+from megarlhf.metrics.report import write_report
+from megarlhf.metrics.sinks import Sinks
+from megarlhf.metrics.timers import Timers
+from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
+from megarlhf.planner.placement import PlacementPlan, plan_placement
+from megarlhf.reward.scorer import RewardScorer
+from megarlhf.trainers import rl
+from megarlhf.trainers.state import LoopState
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, plan and run; returns the exit status."""
+    config, dry_run = parse(PPOConfig, list(sys.argv[1:] if argv is None else argv), prog="megarlhf ppo")
+    return report_errors("megarlhf ppo", lambda: _run(resolve(config), dry_run=dry_run))
+
+
+def resolve(config: PPOConfig) -> PPOConfig:
+    """Fill in what was left open: prompts are shared where several samples of one are trained together on a CPU."""
+    batch = config.batch
+    if batch.share_prompt_prefix is not None:
+        return config
+    share = (
+        batch.n_samples_per_prompt > 1
+        and batch.global_batch_size % batch.n_samples_per_prompt == 0
+        and config.layout.context_parallel_size == 1
+        and device_kind() == "cpu"
+    )
+    return dataclasses.replace(config, batch=dataclasses.replace(batch, share_prompt_prefix=share))
+
+
+def make_plan(config: PPOConfig) -> PlacementPlan:
+    """Where every process of the run goes.
+
+    Raises:
+        ValueError: more processes than devices.
+    """
+    cluster, layout = config.cluster, config.layout
+    actor = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
+    critic = None
+    if config.algorithm.advantage_estimator == "gae":
+        critic_nodes = cluster.critic_num_nodes or cluster.actor_num_nodes
+        critic = critic_nodes * (cluster.critic_num_gpus_per_node or cluster.actor_num_gpus_per_node)
+    gpus = num_local_gpus() or cluster.actor_num_gpus_per_node
+    nodes = cluster.actor_num_nodes
+    if not cluster.colocate_all_models:
+        processes = actor + (critic or 0) + cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size
+        nodes = max(nodes, math.ceil(processes / gpus)) if num_local_gpus() else nodes
+    return plan_placement(
+        actor_world_size=actor,
+        critic_world_size=critic,
+        nodes=nodes,
+        gpus_per_node=gpus,
+        num_engines=cluster.vllm_num_engines,
+        engine_tp=cluster.vllm_tensor_parallel_size,
+        colocate=cluster.colocate_all_models,
+        devices=device_kind(),
+        cores_per_node=num_cores(),
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+    )
+
+
+def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple[int, ...]]:
+    """Training prompts, evaluation prompts and the tokens that end a response."""
+    data, model = config.data, config.model
+    tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
+
+    def load(path: str) -> PromptData:
+        return load_prompts(
+            path,
+            tokenizer,
+            input_key=data.input_key,
+            label_key=data.label_key,
+            apply_chat_template=data.apply_chat_template,
+            input_template=data.input_template,
+            prompt_max_len=config.rollout.prompt_max_len,
+            max_samples=data.max_samples,
+        )
+
+    evaluation = load(data.eval_data).prompts if data.eval_data else None
+    return load(data.prompt_data), evaluation, tuple(stop_token_ids(tokenizer, model.pretrain))
+
+
+def _run(config: PPOConfig, *, dry_run: bool) -> int:
+    raise_if(check_ppo(config))
+    plan = make_plan(config)
+    if dry_run:
+        print(to_yaml(config) + "\n" + plan.table())
+        return 0
+    from megarlhf.cluster import launch
+    from megarlhf.models.families import find_architecture
+    from megarlhf.models.hf_files import read_config
+
+    for name in {config.model.pretrain, config.model.critic_pretrain or config.model.pretrain}:
+        find_architecture(read_config(name))
+    prompts, eval_prompts, stop_tokens = load_data(config)
+    reward = RewardScorer(
+        function_path=config.reward.reward_function,
+        rule=config.reward.reward_rule,
+        rule_pattern=config.reward.reward_format,
+        timeout_seconds=config.reward.reward_timeout_seconds,
+    )
+    reward.check()
+    batch = config.batch
+    updates = batch.max_epochs * (batch.rollout_batch_size * batch.n_samples_per_prompt // batch.global_batch_size)
+    continued = resumed_step(config.logging.load)
+    directory = open_run_directory(config.logging.save, to_yaml(config))
+    stop, timers = StopSignal(), Timers()
+    print(plan.table())
+    sinks = Sinks(
+        directory,
+        total_steps=batch.train_iters,
+        log_interval=config.logging.log_interval,
+        use_tensorboard=config.logging.use_tensorboard,
+        use_wandb=config.logging.use_wandb,
+        project=config.logging.wandb_project,
+        run_name=config.logging.wandb_run_name,
+        config=to_dict(config),
+        resumed_step=continued,
+    )
+    try:
+        sinks.phase("start")
+        with launch.start(
+            config,
+            plan,
+            reward=reward,
+            stop_token_ids=stop_tokens,
+            share_prompt_prefix=bool(batch.share_prompt_prefix),
+            total_steps=batch.train_iters * updates,
+            identity=model_identity(config.model.pretrain),
+            timers=timers,
+        ) as cluster:
+            state = LoopState.fresh(config.algorithm)
+            if config.logging.load is not None:
+                state.restore(cluster.checkpoints.load(Path(config.logging.load) / "checkpoints"))
+            rl.train(config, cluster.roles, prompts, eval_prompts, state, sinks, timers, stop)
+            sinks.phase("export")
+            cluster.export(directory / "hf")
+    finally:
+        sinks.close()
+        reward.close()
+    page, picture = write_report(directory, f"megarlhf ppo: {directory.name}")
+    print(f"model: {directory / 'hf'}\nreport: {page} and {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Supervised fine-tuning: `megarlhf sft`, `python -m megarlhf.cli.train_sft`, or the latter under torchrun."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarlhf.cli.run import StopSignal, model_identity, open_run_directory, report_errors, resumed_step
+from megarlhf.config.arguments import SFTConfig
+from megarlhf.config.checks import check_sft, raise_if
+from megarlhf.config.command_line import parse, to_dict, to_yaml
+from megarlhf.data.sft import SFTData, load_sft_rows
+from megarlhf.data.tokenizer import load_tokenizer
+from megarlhf.metrics.report import write_report
+from megarlhf.metrics.sinks import Sinks
+from megarlhf.parallel.device import num_cores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and check, then run as one rank, or start the local ranks; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config, dry_run = parse(SFTConfig, arguments, prog="megarlhf sft")
+    return report_errors("megarlhf sft", lambda: _run(config, arguments, dry_run=dry_run))
+
+
+def _run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
+    raise_if(check_sft(config))
+    world = config.sft_cluster.num_gpus_per_node
+    if dry_run:
+        print(to_yaml(config) + f"\n{world} local rank(s), {_threads(world)} CPU thread(s) each")
+        return 0
+    if "WORLD_SIZE" in os.environ:
+        return _run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
+    if world == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        return _run_rank(config, 0, 1, "tcp://127.0.0.1:0")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(world)))}
+    return subprocess.run([*command, "-m", "megarlhf.cli.train_sft", *arguments], env=environment).returncode
+
+
+def _threads(world: int) -> int:
+    return max(1, num_cores() // world)
+
+
+def _load(config: SFTConfig, path: str) -> SFTData:
+    data, model = config.data, config.model
+    tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
+    return load_sft_rows(
+        path,
+        tokenizer,
+        input_key=data.input_key,
+        output_key=data.output_key,
+        apply_chat_template=data.apply_chat_template,
+        input_template=data.input_template,
+        max_len=config.batch.max_len,
+        pretrain_mode=data.pretrain_mode,
+        max_samples=data.max_samples,
+    )
+
+
+def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -> int:
+    data = _load(config, config.data.dataset)
+    evaluation = _load(config, config.data.eval_dataset).rows if config.data.eval_dataset else None
+    batch, layout = config.batch, config.layout
+    total = batch.train_iters or max(1, math.floor(len(data.rows) * batch.max_epochs / batch.global_batch_size))
+
+    from megarlhf.engine.engine import MegatronEngine, PackingOptions
+    from megarlhf.engine.export import export_hf
+    from megarlhf.parallel.groups import ParallelSizes, destroy_groups, initialize_groups
+    from megarlhf.trainers import supervised
+    from megarlhf.trainers.assembly import model_options, optimizer_options
+    from megarlhf.trainers.sft import sft_objective
+
+    identity = model_identity(config.model.pretrain)
+    stop = StopSignal()
+    initialize_groups(
+        ParallelSizes(
+            tensor=layout.tensor_model_parallel_size,
+            pipeline=layout.pipeline_model_parallel_size,
+            context=layout.context_parallel_size,
+        ),
+        rank=rank,
+        world_size=world_size,
+        init_method=init_method,
+        seed=config.model.seed,
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        timeout_minutes=layout.distributed_timeout_minutes,
+    )
+    engine = MegatronEngine(
+        config.model.pretrain,
+        head="lm",
+        model=model_options(layout, bf16=config.model.bf16),
+        packing=PackingOptions(
+            max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len, share_prefix=False
+        ),
+        optimizer=optimizer_options(config.optimizer, layout, config.optimizer.learning_rate, total),
+        seed=config.model.seed,
+    )
+    directory, first = Path(config.logging.save), 0
+    if config.logging.load is not None:
+        first = supervised.load(engine, Path(config.logging.load) / "checkpoints", identity=identity)
+    sinks = None
+    if rank == 0:
+        open_run_directory(config.logging.save, to_yaml(config))
+        sinks = Sinks(
+            directory,
+            total_steps=total,
+            log_interval=config.logging.log_interval,
+            use_tensorboard=config.logging.use_tensorboard,
+            use_wandb=config.logging.use_wandb,
+            project=config.logging.wandb_project,
+            run_name=config.logging.wandb_run_name,
+            config=to_dict(config),
+            resumed_step=resumed_step(config.logging.load),
+        )
+    try:
+        supervised.train(
+            config,
+            engine,
+            sft_objective(),
+            data.rows,
+            evaluation,
+            sinks,
+            stop,
+            first_step=first,
+            total_steps=total,
+            identity=identity,
+        )
+        export_hf(engine, directory / "hf")
+    finally:
+        if sinks is not None:
+            sinks.close()
+        destroy_groups()
+    if rank == 0:
+        page, picture = write_report(directory, f"megarlhf sft: {directory.name}")
+        print(f"{data.num_dropped} rows dropped\nmodel: {directory / 'hf'}\nreport: {page} and {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

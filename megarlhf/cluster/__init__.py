@@ -1,0 +1,1 @@
+"""Ray: placement, worker processes, the resource manager and launch. The only folder that imports ray."""

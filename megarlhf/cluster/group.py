@@ -1,0 +1,82 @@
+"""Groups of worker processes: calls with a time limit, and errors that name the role, the rank and its last words."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from megarlhf.cluster.workers import WorkerSpec
+
+_LAST_LINES = 15
+
+
+class WorkerFailedError(RuntimeError):
+    """A worker died, raised, or did not answer in time."""
+
+
+class WorkerGroup:
+    """The processes of one role, called together."""
+
+    def __init__(self, role: str, handles: Sequence[Any], specs: Sequence[WorkerSpec], *, timeout_seconds: float) -> None:
+        self.role, self.handles, self.specs = role, list(handles), list(specs)
+        self.timeout_seconds = timeout_seconds
+
+    def call(self, method: str, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
+        """Call a method on every process with the same arguments; results in rank order.
+
+        Raises:
+            WorkerFailedError: see wait_for.
+        """
+        return self.wait_for(self.submit(method, *args), method, timeout_seconds=timeout_seconds)
+
+    def submit(self, method: str, *args: Any) -> list[Any]:
+        """Start a call on every process; large arguments are stored once."""
+        stored = [ray.put(a) if isinstance(a, list | dict) else a for a in args]
+        return [getattr(handle, method).remote(*stored) for handle in self.handles]
+
+    def wait_for(self, refs: Sequence[Any], what: str, *, timeout_seconds: float | None = None) -> list[Any]:
+        """Results of calls, in the order of `refs`.
+
+        Raises:
+            WorkerFailedError: the first failure, at once and whatever the other ranks still wait for; or the limit is past.
+        """
+        limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
+        deadline = time.monotonic() + limit
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                ranks = [refs.index(ref) for ref in pending]
+                raise WorkerFailedError(
+                    f"{self.role} ranks {ranks} did not finish {what} within {limit:g} s" + self._last_words(ranks[0])
+                )
+            for ref in done:
+                self._raise_if_failed(ref, refs.index(ref), what)
+        return list(ray.get(list(refs)))
+
+    def _raise_if_failed(self, ref: Any, rank: int, what: str) -> None:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayActorError as error:
+            raise WorkerFailedError(f"{self.role} rank {rank} died during {what}: {error}" + self._last_words(rank)) from None
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            raise WorkerFailedError(
+                f"{self.role} rank {rank} failed in {what}: {type(cause).__name__}: {cause}" + self._last_words(rank)
+            ) from error
+
+    def _last_words(self, rank: int) -> str:
+        path = Path(self.specs[rank].log_file)
+        if not path.is_file():
+            return ""
+        with path.open(errors="replace") as file:
+            lines = deque(file, maxlen=_LAST_LINES)
+        return f"\nlast lines of {path}:\n" + "".join(f"  {line}" for line in lines)
+
+    def kill(self) -> None:
+        """End the processes."""
+        for handle in self.handles:
+            ray.kill(handle)

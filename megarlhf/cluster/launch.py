@@ -1,0 +1,198 @@
+"""Start Ray and every worker of a plan, and hand the loop its roles."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarlhf.cluster.resource_manager import ResourceManager
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedFileSync, TrainingGroup
+from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.metrics.timers import Timers
+from megarlhf.parallel.device import visible_devices_environment
+from megarlhf.planner.placement import PlacementPlan, Role, Worker
+from megarlhf.rollout.engine import engine_environment
+from megarlhf.trainers.roles import RewardRole, Roles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A started run: roles for the loop, and what only set-up and the end need."""
+
+    roles: Roles
+    training: dict[str, Any]  # role name -> WorkerGroup
+    checkpoints: CheckpointGroup
+
+    def export(self, directory: Path) -> None:
+        """Write the actor as a Hugging Face checkpoint."""
+        self.training["actor"].call("export", str(directory))
+
+
+@contextmanager
+def start(
+    config: PPOConfig,
+    plan: PlacementPlan,
+    *,
+    reward: RewardRole,
+    stop_token_ids: tuple[int, ...],
+    share_prompt_prefix: bool,
+    total_steps: int,
+    identity: dict[str, Any],
+    timers: Timers,
+) -> Iterator[Cluster]:
+    """Everything running inside the block; all of it ended after, also when the block raises.
+
+    Args:
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        identity: what a checkpoint must agree with to be loaded.
+    Raises:
+        WorkerFailedError: a worker did not come up.
+    """
+    with ExitStack() as stack:
+        _start_ray(config, plan, stack)
+        from megarlhf.cluster.group import WorkerGroup  # imports ray, whose environment is set above
+
+        groups: dict[Role, WorkerGroup] = {}
+        bundles = _reserve(plan, config.cluster.start_timeout_seconds)
+        for role in ("actor", "critic", "rollout"):
+            workers = plan.of(role)
+            if workers:
+                specs = [_spec(config, w, len(workers), stop_token_ids, share_prompt_prefix) for w in workers]
+                handles = [_launch(config, w, s, bundles) for w, s in zip(workers, specs, strict=True)]
+                groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
+        training = {role: group for role, group in groups.items() if role != "rollout"}
+        _start_workers(groups, plan, total_steps, config.cluster.start_timeout_seconds)
+        dtype = "bfloat16" if config.model.bf16 else "float32"
+        sync = SharedFileSync(groups["actor"], groups["rollout"], dtype=dtype)
+        stack.callback(sync.close)
+        checkpoints = CheckpointGroup(
+            Path(config.logging.save) / "checkpoints", training, keep=config.logging.max_ckpt_num, identity=identity
+        )
+        yield Cluster(
+            roles=Roles(
+                phases=ResourceManager(
+                    list(training.values()),
+                    groups["rollout"],
+                    timers,
+                    colocated=config.cluster.colocate_all_models,
+                ),
+                rollout=RolloutGroup(groups["rollout"], n_samples_per_prompt=config.batch.n_samples_per_prompt),
+                reward=reward,
+                actor=TrainingGroup(groups["actor"]),
+                critic=TrainingGroup(groups["critic"]) if "critic" in groups else None,
+                sync=sync,
+                checkpoint=checkpoints,
+            ),
+            training=training,
+            checkpoints=checkpoints,
+        )
+
+
+def _start_ray(config: PPOConfig, plan: PlacementPlan, stack: ExitStack) -> None:
+    """A local Ray that only this run's token opens, or the cluster at --ray_address."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.cluster.ray_address is None:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    if config.cluster.ray_address is None:
+        ray.init(
+            num_cpus=max(1, len(plan.workers)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=512 << 20,
+            _node_ip_address="127.0.0.1",
+        )
+    else:
+        ray.init(address=config.cluster.ray_address, log_to_driver=False, logging_level="ERROR")
+    stack.callback(ray.shutdown)
+
+
+def _reserve(plan: PlacementPlan, timeout_seconds: float) -> Any:
+    """One Ray placement bundle per node of the plan, with its workers' share of CPUs and GPUs."""
+    import ray
+    from ray.util.placement_group import placement_group
+
+    nodes = sorted({worker.node for worker in plan.workers})
+    bundles = []
+    for node in nodes:
+        here = [worker for worker in plan.workers if worker.node == node]
+        bundle = {"CPU": float(len(here))}
+        gpus = {device for worker in here for device in worker.devices}
+        if plan.device_kind != "cpu":
+            bundle["GPU"] = float(len(gpus))
+        bundles.append(bundle)
+    group = placement_group(bundles, strategy="STRICT_SPREAD" if len(nodes) > 1 else "STRICT_PACK")
+    ready, _ = ray.wait([group.ready()], timeout=timeout_seconds)
+    if not ready:
+        raise RuntimeError(
+            f"Ray did not find room for {bundles} within start_timeout_seconds={timeout_seconds:g}: the cluster has "
+            f"{ray.cluster_resources()}; start more nodes, or ask for fewer ranks"
+        )
+    return group
+
+
+def _launch(config: PPOConfig, worker: Worker, spec: WorkerSpec, bundles: Any) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    environment = {"OMP_NUM_THREADS": str(worker.threads), "HF_HUB_OFFLINE": "1"}
+    environment |= visible_devices_environment(worker.devices)
+    if worker.role == "rollout":
+        environment |= engine_environment(
+            tensor_parallel_size=config.cluster.vllm_tensor_parallel_size,
+            kv_cache_gib=config.rollout.vllm_kv_cache_gib,
+            threads=worker.threads,
+        )
+    cls = ray.remote(RolloutWorker if worker.role == "rollout" else MegatronWorker)
+    return cls.options(
+        num_cpus=1,
+        num_gpus=0,  # devices are shared by phases, so the plan assigns them and not Ray
+        runtime_env={"env_vars": environment},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement_group=bundles, placement_group_bundle_index=worker.node
+        ),
+    ).remote(spec)
+
+
+def _spec(
+    config: PPOConfig, worker: Worker, world_size: int, stop_token_ids: tuple[int, ...], share_prompt_prefix: bool
+) -> WorkerSpec:
+    return WorkerSpec(
+        config=config,
+        role=worker.role,
+        rank=worker.rank,
+        world_size=world_size,
+        local_rank=0,  # each process sees its own device only
+        threads=worker.threads,
+        stop_token_ids=stop_token_ids,
+        share_prompt_prefix=share_prompt_prefix,
+        log_file=str(Path(config.logging.save).absolute() / "logs" / f"{worker.role}-{worker.rank}.log"),
+    )
+
+
+def _start_workers(groups: dict[Role, Any], plan: PlacementPlan, total_steps: int, timeout_seconds: float) -> None:
+    """All roles load side by side."""
+    single_node = len({worker.node for worker in plan.workers}) == 1
+    started = []
+    for role, group in groups.items():
+        if role == "rollout":
+            started.append((group, group.submit("start")))
+            continue
+        host = "127.0.0.1" if single_node else _address(group)
+        meeting = group.wait_for(
+            [group.handles[0].rendezvous.remote(host)], "rendezvous", timeout_seconds=timeout_seconds
+        )[0]
+        started.append((group, group.submit("start", meeting, total_steps)))
+    for group, refs in started:
+        group.wait_for(refs, "start", timeout_seconds=timeout_seconds)
+
+
+def _address(group: Any) -> str:
+    return str(group.wait_for([group.handles[0].address.remote()], "address")[0])

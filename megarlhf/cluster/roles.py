@@ -1,0 +1,137 @@
+"""The loop's roles over groups of worker processes."""
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megarlhf.cluster.group import WorkerGroup
+from megarlhf.data.types import Prompt, Sample, TrainingRow
+from megarlhf.engine import checkpoint_files
+from megarlhf.trainers.roles import UpdateResult
+
+
+def _merge(results: Sequence[dict[int, Tensor]], count: int) -> list[Tensor]:
+    """Per-row results of all data-parallel replicas, in row order."""
+    merged: dict[int, Tensor] = {}
+    for part in results:
+        merged.update(part)
+    return [merged[i] for i in range(count)]
+
+
+class TrainingGroup:
+    """The actor (with its reference) or the critic, as ActorRole and CriticRole ask."""
+
+    def __init__(self, workers: WorkerGroup) -> None:
+        self.workers = workers
+
+    def log_probs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
+        """See ActorRole."""
+        return _merge(self.workers.call("log_probs", list(rows)), len(rows))
+
+    def ref_log_probs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
+        """See ActorRole."""
+        return _merge(self.workers.call("ref_log_probs", list(rows)), len(rows))
+
+    def values(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
+        """See CriticRole."""
+        return _merge(self.workers.call("values", list(rows)), len(rows))
+
+    def update(self, rows: Sequence[TrainingRow], *, denominator: float) -> UpdateResult:
+        """See ActorRole and CriticRole."""
+        results = self.workers.call("update", list(rows), denominator)
+        first = results[0]
+        return UpdateResult(
+            loss=first.loss,
+            metrics=first.metrics,
+            grad_norm=first.grad_norm,
+            learning_rate=first.learning_rate,
+            outputs=_merge([result.outputs for result in results], len(rows)),
+        )
+
+
+class RolloutGroup:
+    """The inference engines; prompts are dealt over them in turn, the samples of one prompt stay together."""
+
+    def __init__(self, workers: WorkerGroup, *, n_samples_per_prompt: int) -> None:
+        self.workers, self.n_samples = workers, n_samples_per_prompt
+
+    def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
+        """See RolloutRole."""
+        return self._generate(prompts, self.n_samples, step, greedy=False)
+
+    def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """See RolloutRole."""
+        return self._generate(prompts, 1, 0, greedy=True)
+
+    def _generate(self, prompts: Sequence[Prompt], n_samples: int, step: int, *, greedy: bool) -> list[Sample]:
+        refs, count = [], len(self.workers.handles)
+        for engine, handle in enumerate(self.workers.handles[: len(prompts)]):
+            groups = list(range(engine, len(prompts), count))
+            refs.append(handle.generate.remote([prompts[g] for g in groups], groups, n_samples, step, greedy))
+        parts = self.workers.wait_for(refs, "generate")
+        samples = [sample for part in parts for sample in part]
+        return sorted(samples, key=lambda sample: (sample.group_id, sample.sample_id))
+
+
+class SharedFileSync:
+    """Weights cross in one file in shared memory: every actor rank writes its part, every engine reads the whole.
+
+    The file exists from the first sync to close(); its name is this run's own.
+    """
+
+    def __init__(self, actor: WorkerGroup, rollout: WorkerGroup, *, dtype: str, directory: str = "/dev/shm") -> None:
+        self.actor, self.rollout, self.dtype = actor, rollout, dtype
+        self.path = Path(directory) / f"megarlhf-{secrets.token_hex(8)}.safetensors"
+        self.num_bytes = 0
+
+    def push(self, version: int) -> dict[str, float]:
+        """See WeightSyncRole.
+
+        Raises:
+            RuntimeError: an engine reports another version or checksum than was sent.
+        """
+        if not self.num_bytes:
+            first = self.actor.handles[0].create_weight_file.remote(str(self.path), self.dtype)
+            self.num_bytes = self.actor.wait_for([first], "create_weight_file")[0]
+        self.actor.call("write_weights", str(self.path))
+        checksum = self.actor.wait_for([self.actor.handles[0].checksum.remote()], "checksum")[0]
+        for engine, reply in enumerate(self.rollout.call("update_weights", str(self.path), version, checksum)):
+            if (reply["version"], reply["checksum"]) != (version, checksum):
+                raise RuntimeError(
+                    f"rollout engine {engine} holds weights version {reply['version']} with checksum "
+                    f"{reply['checksum']}; version {version} with {checksum} was sent"
+                )
+        return {"sync/version": float(version), "sync/bytes": float(self.num_bytes)}
+
+    def close(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+
+
+class CheckpointGroup:
+    """Complete checkpoints of the training roles under one root."""
+
+    def __init__(self, root: Path, roles: dict[str, WorkerGroup], *, keep: int, identity: dict[str, Any]) -> None:
+        self.root, self.roles, self.keep, self.identity = root, roles, keep, identity
+
+    def save(self, step: int, run_state: dict[str, Any]) -> None:
+        """See CheckpointRole."""
+        partial = checkpoint_files.begin(self.root, step)
+        for name, workers in self.roles.items():
+            workers.call("save", str(partial / name))
+        checkpoint_files.commit(self.root, step, run_state | {"identity": self.identity}, keep=self.keep)
+
+    def load(self, root: Path) -> dict[str, Any]:
+        """Bring every role to the latest checkpoint under `root`; returns the loop's state.
+
+        Raises:
+            ValueError: no complete checkpoint, or one of another model or algorithm.
+        """
+        _, directory, state = checkpoint_files.latest(root)
+        checkpoint_files.check_identity(state.get("identity", {}), self.identity, directory)
+        for name, workers in self.roles.items():
+            workers.call("load", str(directory / name))
+        return state

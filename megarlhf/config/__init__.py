@@ -1,0 +1,1 @@
+"""Configuration: dataclasses with their help texts, the command line and YAML, and checks before anything starts."""

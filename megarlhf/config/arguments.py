@@ -1,0 +1,353 @@
+"""Every option of the programs: one frozen dataclass a group, one docstring a field, which is also its `--help` text.
+
+Parallelism, batch and precision options carry Megatron's names, RLHF options those of OpenRLHF 0.5. Field names are
+unique across the groups of a configuration, so flags are flat (`--tensor-model-parallel-size 2`) while code reads
+`config.layout.tensor_model_parallel_size`. Defaults stand here and nowhere else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+AdvantageEstimator = Literal["gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Which weights to start from."""
+
+    pretrain: str
+    """Local directory of the Hugging Face checkpoint to train: config.json, *.safetensors and tokenizer files."""
+    critic_pretrain: str | None = None
+    """Local directory of the critic's starting checkpoint (PPO with gae only). None: the same as pretrain."""
+    tokenizer: str | None = None
+    """Local directory of the tokenizer. None: the same as pretrain."""
+    value_head_prefix: str = "score"
+    """Name of the critic's value head in Hugging Face checkpoints; its weight is <prefix>.weight."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights; fp32 otherwise."""
+    seed: int = 42
+    """Seed of data order, sampling and initialization, for every role."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutArguments:
+    """How the model and its work are split over ranks (Megatron-Core)."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices (TP). Divides the attention heads and the KV heads."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages the layers are split into (PP). Divides the number of layers."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (CP)."""
+    sequence_parallel: bool = False
+    """Split the activations between matrices over the tensor-parallel ranks as well. Needs TP above 1."""
+    use_distributed_optimizer: bool = True
+    """Split optimizer state and fp32 master weights over the data-parallel ranks."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass to save memory: full is whole layers, selective attention only."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full granularity: uniform recomputes all layers in chunks, block only the first layers of each stage."""
+    recompute_num_layers: int | None = None
+    """With full granularity: layers in a chunk (uniform) or layers recomputed on each stage (block)."""
+    distributed_timeout_minutes: float = 10.0
+    """Minutes a collective waits for a missing rank before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterArguments:
+    """Where the roles run. The reference model lives inside the actor's processes."""
+
+    actor_num_nodes: int = 1
+    """Nodes the actor is trained on."""
+    actor_num_gpus_per_node: int = 1
+    """Actor ranks on each node: one GPU each, or one process each on a machine without GPUs."""
+    critic_num_nodes: int | None = None
+    """Nodes the critic is trained on (gae only). None: as many as the actor."""
+    critic_num_gpus_per_node: int | None = None
+    """Critic ranks on each node (gae only). None: as many as the actor."""
+    colocate_all_models: bool = True
+    """Let all roles take turns on the same devices. Off: actor, critic and vLLM engines have their own."""
+    vllm_num_engines: int = 1
+    """vLLM engines that generate side by side."""
+    vllm_tensor_parallel_size: int = 1
+    """Devices that share one vLLM engine."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster to join. None: start one on this machine."""
+    start_timeout_seconds: float = 300.0
+    """Seconds for all workers to be up and their models loaded."""
+    phase_timeout_seconds: float = 1800.0
+    """Seconds for one phase of a step (rollout, training, sync, evaluation or save) before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchArguments:
+    """How much work a step is."""
+
+    train_iters: int = 100
+    """RL steps to run; each one generates, scores and trains on rollout_batch_size prompts."""
+    rollout_batch_size: int = 128
+    """Prompts in a step."""
+    n_samples_per_prompt: int = 1
+    """Responses generated for each prompt."""
+    global_batch_size: int = 128
+    """Samples in an optimizer step, over all ranks. Divides rollout_batch_size * n_samples_per_prompt."""
+    micro_batch_size: int = 4
+    """Samples of full length in one forward and backward pass of a rank. Samples are packed without padding."""
+    max_tokens_per_micro_batch: int | None = None
+    """Tokens in one forward and backward pass of a rank.
+    None: micro_batch_size * (prompt_max_len + generate_max_len)."""
+    max_epochs: int = 1
+    """Times the samples of one step are trained on."""
+    share_prompt_prefix: bool | None = None
+    """Compute the prompt once for all of its samples in a micro-batch. None: on where the layout allows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptimizerArguments:
+    """AdamW and its learning-rate schedule."""
+
+    lr_warmup_ratio: float = 0.03
+    """Fraction of all optimizer steps during which the learning rate rises linearly from 0."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the cosine, as a fraction of its maximum."""
+    lr_decay_style: Literal["cosine", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's running mean of gradients."""
+    adam_beta2: float = 0.95
+    """Decay of AdamW's running mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """Term added to AdamW's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms and biases are left out."""
+    clip_grad: float = 1.0
+    """Largest L2 norm of the whole gradient; larger ones are scaled down to it. 0: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArguments(SharedOptimizerArguments):
+    """AdamW and its learning-rate schedule, for actor and critic."""
+
+    actor_learning_rate: float = 1e-6
+    """Largest learning rate of the actor."""
+    critic_learning_rate: float = 9e-6
+    """Largest learning rate of the critic."""
+    freezing_actor_steps: int = -1
+    """RL steps at the start that train only the critic. -1: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmArguments:
+    """What is optimized."""
+
+    advantage_estimator: AdvantageEstimator = "gae"
+    """gae is PPO with a critic. Without one: reinforce (REINFORCE++), reinforce_baseline (minus the prompt's mean
+    reward), rloo (minus the mean of the prompt's other samples), group_norm (GRPO), dr_grpo (GRPO without the std)."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lambd: float = 0.95
+    """Lambda of generalized advantage estimation."""
+    init_kl_coef: float = 0.01
+    """Weight of the KL divergence from the reference model, at the start. 0: no KL term."""
+    kl_target: float | None = None
+    """KL per response that an adaptive weight steers to. None: the weight stays at init_kl_coef."""
+    kl_horizon: int = 10000
+    """Samples over which the adaptive weight moves."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimate of the KL from one token, r = log(policy / reference): k1 is r, k2 is r^2 / 2, k3 is exp(-r) - 1 + r."""
+    use_kl_loss: bool = False
+    """Put the KL term into the loss instead of the reward."""
+    eps_clip: float = 0.2
+    """Policy ratios below 1 - eps_clip (and above 1 + eps_clip) earn no further gain."""
+    eps_clip_high: float | None = None
+    """Clip range above 1, if it differs. None: the same as eps_clip."""
+    dual_clip: float | None = None
+    """Bound on the ratio where the advantage is negative, above 1 (dual-clip PPO). None: no bound."""
+    value_clip: float = 0.2
+    """Range around the rollout's values within which the critic's loss follows its prediction."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    reward_clip_range: tuple[float, float] = (-10.0, 10.0)
+    """Lowest and highest reward; others are clamped."""
+    normalize_reward: bool = False
+    """Subtract the running mean of rewards and divide by their running std."""
+    normalize_advantages: bool = True
+    """Shift and scale advantages to mean 0 and std 1 over all response tokens of a step."""
+    loss_aggregation: Literal["token", "sequence"] = "token"
+    """Average of the policy loss: over all tokens of a batch, or over each response first and then over responses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutArguments:
+    """How responses are generated (vLLM)."""
+
+    prompt_max_len: int = 1024
+    """Longest prompt in tokens; longer ones are dropped and counted."""
+    generate_max_len: int = 1024
+    """Longest response in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities of the trainer are taken at the same temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling. Only 1 (off) is offered."""
+    top_k: int = -1
+    """Sampling from the k likeliest tokens. Only -1 (off) is offered."""
+    max_num_seqs: int = 256
+    """Sequences an engine works on at once."""
+    vllm_gpu_memory_utilization: float = 0.5
+    """Fraction of a GPU's memory for a vLLM engine (GPUs only)."""
+    vllm_kv_cache_gib: float = 1.0
+    """Size of a vLLM engine's KV cache in GiB (machines without GPUs only)."""
+    enforce_eager: bool = True
+    """Run vLLM without compiled graphs: slower steps, faster start, less memory."""
+    logprob_diff_budget: float = 0.05
+    """Tolerated |log p(vLLM) - log p(trainer)| of any sampled token of a step, in nats. Above it the run warns, above
+    ten times it the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataArguments:
+    """Prompts to generate from."""
+
+    prompt_data: str
+    """Prompts: a .jsonl, .json, .csv or .parquet file, or a directory saved with datasets."""
+    eval_data: str | None = None
+    """Prompts of the evaluation, in the same formats. None: no evaluation."""
+    input_key: str = "input"
+    """Column with the prompt: text, or a list of chat messages."""
+    label_key: str = "label"
+    """Column with the reference answer for the reward; may be absent where the reward needs none."""
+    apply_chat_template: bool = False
+    """Render prompts with the tokenizer's chat template."""
+    input_template: str | None = None
+    """Text around each prompt, which takes the place of {}: "User: {}\\nAssistant: "."""
+    tokenizer_chat_template: str | None = None
+    """Jinja chat template that replaces the tokenizer's own."""
+    max_samples: int | None = None
+    """Use only the first rows of the data, this many. None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardArguments:
+    """Who scores the responses: exactly one of reward_function and reward_rule."""
+
+    reward_function: str | None = None
+    """Python file that defines reward_func(queries, prompts, labels) and returns one number per query."""
+    reward_rule: Literal["math", "exact_match", "format"] | None = None
+    """Built-in rule: math compares the final answer with the label, exact_match the whole text, format a pattern."""
+    reward_format: str | None = None
+    """Regular expression that a response must match for reward_rule=format."""
+    reward_timeout_seconds: float = 30.0
+    """Seconds to score one response; after that it has no result and is not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingArguments:
+    """What is written, where and how often."""
+
+    save: str
+    """Run directory: config.yaml, metrics.jsonl, checkpoints/, the trained model in hf/, and logs."""
+    load: str | None = None
+    """Run directory to continue from, often the same as save. None: start from pretrain."""
+    save_interval: int | None = None
+    """Steps between checkpoints. None: only after the last step."""
+    eval_interval: int | None = None
+    """Steps between evaluations. One follows the last step in any case, and one comes before RL. None: only these."""
+    log_interval: int = 1
+    """Steps between lines on the console; metrics.jsonl gets every step."""
+    max_ckpt_num: int = 3
+    """Checkpoints kept; the oldest is deleted after a newer one is complete."""
+    use_tensorboard: bool = False
+    """Write TensorBoard files to <save>/tensorboard."""
+    use_wandb: bool = False
+    """Log to Weights & Biases. The key is read from WANDB_API_KEY; WANDB_MODE=offline needs none."""
+    wandb_project: str = "megarlhf"
+    """Project at Weights & Biases."""
+    wandb_run_name: str | None = None
+    """Run name at Weights & Biases. None: the last part of save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Train a policy with reinforcement learning: PPO, REINFORCE(++), RLOO or GRPO."""
+
+    model: ModelArguments
+    layout: LayoutArguments = field(default_factory=LayoutArguments)
+    cluster: ClusterArguments = field(default_factory=ClusterArguments)
+    batch: BatchArguments = field(default_factory=BatchArguments)
+    optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
+    algorithm: AlgorithmArguments = field(default_factory=AlgorithmArguments)
+    rollout: RolloutArguments = field(default_factory=RolloutArguments)
+    data: PromptDataArguments
+    reward: RewardArguments = field(default_factory=RewardArguments)
+    logging: LoggingArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedClusterArguments:
+    """Where supervised training runs."""
+
+    num_gpus_per_node: int = 1
+    """Ranks started on this machine: one GPU each, or one process each. Under torchrun its number of ranks wins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedBatchArguments:
+    """How much work a step is."""
+
+    train_iters: int | None = None
+    """Optimizer steps to run. None: as many as max_epochs makes."""
+    max_epochs: int = 2
+    """Passes over the data."""
+    global_batch_size: int = 128
+    """Sequences in an optimizer step, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences of full length in one forward and backward pass of a rank. Sequences are packed without padding."""
+    max_tokens_per_micro_batch: int | None = None
+    """Tokens in one forward and backward pass of a rank. None: micro_batch_size * max_len."""
+    max_len: int = 2048
+    """Longest sequence in tokens, prompt and response together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedOptimizerArguments(SharedOptimizerArguments):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 5e-6
+    """Largest learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTDataArguments:
+    """Conversations or prompt-response pairs to imitate."""
+
+    dataset: str
+    """Training data: a .jsonl, .json, .csv or .parquet file, or a directory saved with datasets."""
+    eval_dataset: str | None = None
+    """Evaluation data, in the same formats. None: no evaluation."""
+    input_key: str = "input"
+    """Column with the prompt, or with the whole conversation where output_key is None."""
+    output_key: str | None = None
+    """Column with the response. None: input_key holds the whole conversation."""
+    apply_chat_template: bool = False
+    """Render conversations with the tokenizer's chat template."""
+    input_template: str | None = None
+    """Text around each prompt, which takes the place of {}: "User: {}\\nAssistant: "."""
+    tokenizer_chat_template: str | None = None
+    """Jinja chat template that replaces the tokenizer's own."""
+    pretrain_mode: bool = False
+    """Train on the prompt's tokens as well."""
+    max_samples: int | None = None
+    """Use only the first rows of the data, this many. None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    model: ModelArguments
+    layout: LayoutArguments = field(default_factory=LayoutArguments)
+    sft_cluster: SupervisedClusterArguments = field(default_factory=SupervisedClusterArguments)
+    batch: SupervisedBatchArguments = field(default_factory=SupervisedBatchArguments)
+    optimizer: SupervisedOptimizerArguments = field(default_factory=SupervisedOptimizerArguments)
+    data: SFTDataArguments
+    logging: LoggingArguments

@@ -1,0 +1,195 @@
+"""All that can be known to be wrong with a configuration before any process starts, reported together.
+
+A mistake is one sentence: `key=value rule with the other numbers (why): what to set`. Nothing here loads a model or
+starts anything; models are judged by their config.json.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarlhf.config.arguments import (
+    LoggingArguments,
+    ModelArguments,
+    PPOConfig,
+    PromptDataArguments,
+    RewardArguments,
+    SFTConfig,
+    SFTDataArguments,
+)
+from megarlhf.config.check_files import (
+    data_errors,
+    load_errors,
+    read_model,
+    reward_function_errors,
+    same_vocabulary_errors,
+    save_errors,
+    tokenizer_errors,
+)
+from megarlhf.config.check_numbers import (
+    Models,
+    algorithm_errors,
+    batch_errors,
+    cluster_errors,
+    engine_errors,
+    layout_errors,
+    length_errors,
+    limit_errors,
+    sampling_errors,
+    world_errors,
+)
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message has one mistake a line."""
+
+
+def raise_if(errors: Sequence[str]) -> None:
+    """Raise ConfigError with all `errors`, one a line, if there are any."""
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def check_ppo(config: PPOConfig, supported_architectures: Sequence[str] = SUPPORTED_ARCHITECTURES) -> list[str]:
+    """Every mistake found in a reinforcement-learning configuration, none where it may start.
+
+    Args:
+        supported_architectures: class names of the causal language models that can be trained.
+    """
+    layout, batch, rollout, estimator = (
+        config.layout,
+        config.batch,
+        config.rollout,
+        config.algorithm.advantage_estimator,
+    )
+    models, errors = _models(config.model, supported_architectures, uses_critic=estimator == "gae")
+    length = rollout.prompt_max_len + rollout.generate_max_len
+    errors += limit_errors(config)
+    errors += layout_errors(layout, models)
+    errors += cluster_errors(config.cluster, layout, batch.global_batch_size, estimator)
+    errors += engine_errors(config.cluster.vllm_tensor_parallel_size, models["pretrain"])
+    errors += batch_errors(batch, layout.context_parallel_size)
+    errors += algorithm_errors(config.algorithm, batch.n_samples_per_prompt, config.optimizer.freezing_actor_steps)
+    errors += length_errors("prompt_max_len + generate_max_len", length, batch.max_tokens_per_micro_batch, models)
+    errors += sampling_errors(rollout)
+    errors += _template_errors(config.data, config.model)
+    errors += _prompt_errors(config.data, config.reward)
+    errors += _reward_errors(config.reward)
+    errors += _logging_errors(config.logging, evaluation="eval_data", path=config.data.eval_data)
+    return errors
+
+
+def check_sft(config: SFTConfig, supported_architectures: Sequence[str] = SUPPORTED_ARCHITECTURES) -> list[str]:
+    """Every mistake found in a supervised configuration, none where it may start.
+
+    Args:
+        supported_architectures: class names of the causal language models that can be trained.
+    """
+    batch = config.batch
+    models, errors = _models(config.model, supported_architectures, uses_critic=False)
+    name, world_size = f"num_gpus_per_node={config.sft_cluster.num_gpus_per_node}", config.sft_cluster.num_gpus_per_node
+    if os.environ.get("WORLD_SIZE", "").isdecimal():  # torchrun started the ranks
+        name, world_size = f"torchrun's WORLD_SIZE={os.environ['WORLD_SIZE']}", int(os.environ["WORLD_SIZE"])
+    errors += limit_errors(config)
+    errors += layout_errors(config.layout, models)
+    errors += world_errors(name, world_size, config.layout, batch.global_batch_size)
+    errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
+    errors += _template_errors(config.data, config.model)
+    errors += _supervised_data_errors(config.data)
+    errors += _logging_errors(config.logging, evaluation="eval_dataset", path=config.data.eval_dataset)
+    return errors
+
+
+def _models(model: ModelArguments, architectures: Sequence[str], *, uses_critic: bool) -> tuple[Models, list[str]]:
+    """config.json of each model that is trained, and what keeps them from being loaded."""
+    actor, errors = read_model("pretrain", model.pretrain, architectures)
+    models = {"pretrain": actor}
+    critic = model.critic_pretrain
+    if critic is not None and not uses_critic:
+        errors.append(
+            f"critic_pretrain={critic} is ignored (only advantage_estimator=gae trains a critic): leave it out"
+        )
+    elif critic is not None:
+        with_head = [name.replace("ForCausalLM", "ForSequenceClassification") for name in architectures]
+        models["critic_pretrain"], found = read_model("critic_pretrain", critic, [*architectures, *with_head])
+        errors += found + same_vocabulary_errors("critic_pretrain", critic, model.tokenizer or model.pretrain)
+    return models, errors
+
+
+def _template_errors(data: PromptDataArguments | SFTDataArguments, model: ModelArguments) -> list[str]:
+    key, path = ("pretrain", model.pretrain) if model.tokenizer is None else ("tokenizer", model.tokenizer)
+    chat, template = data.apply_chat_template, data.input_template
+    errors: list[str] = []
+    if key == "tokenizer" or Path(path).is_dir():  # a missing pretrain is reported with the models
+        errors += tokenizer_errors(key, path, apply_chat_template=chat, chat_template=data.tokenizer_chat_template)
+    if data.tokenizer_chat_template is not None and not chat:
+        errors.append("tokenizer_chat_template is ignored without apply_chat_template: set that, or leave it out")
+    if template is None:
+        return errors
+    if chat:
+        errors.append(
+            f"input_template={template!r} with apply_chat_template=True (one renders a prompt): leave one out"
+        )
+    try:
+        is_placed = "probe" in template.format("probe")
+    except (KeyError, IndexError, ValueError):
+        is_placed = False
+    if not is_placed:
+        errors.append(f"input_template={template!r} must hold one {{}} for the prompt, and other braces doubled")
+    return errors
+
+
+def _prompt_errors(data: PromptDataArguments, reward: RewardArguments) -> list[str]:
+    columns = {"input_key": data.input_key}
+    # A label is optional under its default name; a rule that compares, or a name that the user chose, asks for it.
+    if reward.reward_rule in ("math", "exact_match") or data.label_key != PromptDataArguments.label_key:
+        columns["label_key"] = data.label_key
+    errors = data_errors("prompt_data", data.prompt_data, columns)
+    return errors + (data_errors("eval_data", data.eval_data, columns) if data.eval_data is not None else [])
+
+
+def _supervised_data_errors(data: SFTDataArguments) -> list[str]:
+    columns = {"input_key": data.input_key} | ({} if data.output_key is None else {"output_key": data.output_key})
+    errors = data_errors("dataset", data.dataset, columns)
+    if data.eval_dataset is not None:
+        errors += data_errors("eval_dataset", data.eval_dataset, columns)
+    if data.output_key is None and not data.apply_chat_template and not data.pretrain_mode:
+        errors.append(
+            f"output_key=None means that input_key={data.input_key} holds whole conversations: set output_key, "
+            "apply_chat_template, or pretrain_mode for plain text"
+        )
+    return errors
+
+
+def _reward_errors(reward: RewardArguments) -> list[str]:
+    function, rule, pattern = reward.reward_function, reward.reward_rule, reward.reward_format
+    errors = [] if function is None else reward_function_errors(function)
+    if (function is None) == (rule is None):
+        errors.append(
+            f"reward_function={function} and reward_rule={rule} (exactly one of them scores): set reward_function to a "
+            "Python file, or reward_rule to math, exact_match or format"
+        )
+    if rule == "format" and pattern is None:
+        errors.append("reward_format=None with reward_rule=format (it is the pattern to match): set reward_format")
+    if rule != "format" and pattern is not None:
+        errors.append(f"reward_format={pattern!r} is ignored with reward_rule={rule}: set reward_rule=format")
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        errors.append(f"reward_format={pattern!r} is not a regular expression ({error}): correct it")
+    return errors
+
+
+def _logging_errors(logging: LoggingArguments, *, evaluation: str, path: str | None) -> list[str]:
+    """`evaluation` is the option that holds `path`, the evaluation data."""
+    errors = save_errors(logging.save)
+    if logging.load is not None:
+        errors += load_errors(logging.load)
+    if logging.eval_interval is not None and path is None:
+        errors.append(f"eval_interval={logging.eval_interval} has nothing to evaluate on: set {evaluation}")
+    if logging.use_wandb and not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
+        errors.append("use_wandb=True finds no key: set the environment variable WANDB_API_KEY, or WANDB_MODE=offline")
+    return errors

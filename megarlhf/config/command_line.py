@@ -1,0 +1,298 @@
+"""From the command line and YAML to a configuration, and back to a dictionary and YAML.
+
+Flags are flat and accept `-` and `_` alike. `--config FILE.yaml` gives values that flags override. tyro converts values
+and prints `--help`; what it cannot know is done here first: OpenRLHF's spellings (aliases.py), and every unknown or
+refused flag reported in one go.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from megarlhf.config.aliases import ALIASES, SWITCH_HINTS, Alias
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+
+
+class Option(NamedTuple):
+    """One field of a configuration's groups."""
+
+    group: str  # attribute of the configuration that holds it
+    annotation: Any  # its type
+    required: bool  # it has no default
+
+    @property
+    def is_switch(self) -> bool:
+        """A bool, or a bool that may be None."""
+        return bool in (self.annotation, *get_args(self.annotation))
+
+    @property
+    def num_values(self) -> int:
+        """Values that its flag takes."""
+        return len(get_args(self.annotation)) if get_origin(self.annotation) is tuple else 1
+
+
+def options_of(config_class: type[ConfigT]) -> dict[str, Option]:
+    """Every field of every group by its flat name, in the order of the declarations."""
+    options: dict[str, Option] = {}
+    for group, group_class in get_type_hints(config_class).items():
+        hints = get_type_hints(group_class)
+        for f in dataclasses.fields(group_class):
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            options[f.name] = Option(group, hints[f.name], required)
+    return options
+
+
+def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> tuple[ConfigT, bool]:
+    """Configuration from the arguments (without the program's name), and whether `--dry-run` was given.
+
+    Notes about accepted flags without effect go to stderr.
+
+    Raises:
+        SystemExit: code 2 after a message on stderr, where a flag or a YAML key is unknown, refused or has a bad value;
+            code 0 after `--help`.
+    """
+    options = options_of(config_class)
+    line = _read_flags(argv, options)
+    values: dict[str, Any] = {}
+    if line.config_file is not None:
+        values, errors = _read_yaml(config_class, line.config_file)
+        line.errors.extend(errors)
+    if line.errors and not line.help:
+        _fail(prog, line.errors)
+    for note in line.notes:
+        print(f"{prog}: note: {note}", file=sys.stderr)
+    config = tyro.cli(
+        config_class,
+        prog=prog,
+        description=_description(config_class),
+        args=["--help"] if line.help else _tyro_arguments(line.values, options),
+        default=_build(config_class, values, absent=tyro.MISSING),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    return config, line.dry_run
+
+
+def to_dict(config: "DataclassInstance") -> dict[str, Any]:
+    """Flat dictionary of all values by field name."""
+    return {name: getattr(getattr(config, o.group), name) for name, o in options_of(type(config)).items()}
+
+
+def to_yaml(config: "DataclassInstance") -> str:
+    """YAML text of all values by group, which `--config` reads back."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, option in options_of(type(config)).items():
+        value = getattr(getattr(config, option.group), name)
+        groups.setdefault(option.group, {})[name] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(groups, sort_keys=False, allow_unicode=True)
+
+
+def from_dict(config_class: type[ConfigT], mapping: Mapping[str, Any]) -> ConfigT:
+    """Configuration from flat or grouped values; fields that are absent take their defaults.
+
+    Raises:
+        ValueError: keys that are unknown or missing and values of another type, all of them, one a line.
+    """
+    values, errors = _checked_values(config_class, mapping)
+    for name, option in options_of(config_class).items():
+        if option.required and name not in values:
+            errors.append(f"{name} is missing; it has no default: set it")
+    if errors:
+        raise ValueError("\n".join(errors))
+    return _build(config_class, values, absent=None)
+
+
+def _nearest(name: str, options: Mapping[str, Option], prefix: str = "") -> str:
+    """The rest of a message about an unknown name: the likeliest one meant, ours before OpenRLHF's."""
+    for known in (list(options), list(ALIASES)):
+        found = difflib.get_close_matches(name, known, n=1)
+        if found:
+            return f"did you mean {prefix}{found[0]}?"
+    return "see --help for the ones there are"
+
+
+@dataclasses.dataclass
+class _Line:
+    """What stands on a command line."""
+
+    values: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # field -> texts; the last flag wins
+    config_file: str | None = None
+    dry_run: bool = False
+    help: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
+    errors: list[str] = dataclasses.field(default_factory=list)
+
+
+def _read_flags(argv: Sequence[str], options: Mapping[str, Option]) -> _Line:
+    line = _Line()
+    for flag, texts in _flags_and_values(argv, line.errors):
+        name = flag.lstrip("-").replace("-", "_")
+        positive = name.removeprefix("no_")
+        if flag in ("-h", "--help"):
+            line.help = True
+        elif name == "dry_run" and not texts:
+            line.dry_run = True
+        elif name == "config" and len(texts) == 1:
+            line.config_file = texts[0]
+        elif name in ("dry_run", "config"):
+            line.errors.append(f"{flag} takes {'no value' if name == 'dry_run' else 'one value, a YAML file'}")
+        elif name in options:
+            _take(line, flag, name, texts, options)
+        elif positive != name and positive in options and options[positive].is_switch:
+            _take(line, flag, positive, [*texts, "False"], options)
+        elif name in ALIASES and {*ALIASES[name].fields, *ALIASES[name].settings} <= options.keys():
+            _take_alias(line, flag, name, texts, options)
+        else:
+            line.errors.append(f"unknown option {flag}; {_nearest(name, options, prefix='--')}")
+    return line
+
+
+def _flags_and_values(argv: Sequence[str], errors: list[str]) -> list[tuple[str, list[str]]]:
+    """Flags with the texts that follow them: `--a=1 --b 2 3` is [("--a", ["1"]), ("--b", ["2", "3"])]."""
+    found: list[tuple[str, list[str]]] = []
+    for token in argv:
+        if token.startswith("--"):
+            flag, equals, text = token.partition("=")
+            found.append((flag, [text] if equals else []))
+        elif token == "-h":
+            found.append((token, []))
+        elif found:
+            found[-1][1].append(token)
+        else:
+            errors.append(f"{token} stands before any option; every argument is --name value")
+    return found
+
+
+def _take(line: _Line, flag: str, name: str, texts: list[str], options: Mapping[str, Option]) -> None:
+    option = options[name]
+    if option.is_switch:
+        choices = {str(choice).lower(): str(choice) for choice in (True, False, None)}
+        text = texts[0].lower() if texts else "true"
+        if len(texts) > 1 or text not in choices or (text == "none" and option.annotation is bool):
+            hint = SWITCH_HINTS.get(name, f"write {flag} or --no_{name}")
+            line.errors.append(f"{flag} is a switch and takes no such value; {hint}")
+        line.values[name] = [choices.get(text, "True")]
+    elif len(texts) > option.num_values:
+        line.errors.append(f"{flag} takes {option.num_values} value(s), not {len(texts)}: {' '.join(texts)}")
+    else:
+        line.values[name] = texts
+
+
+def _take_alias(line: _Line, flag: str, name: str, texts: list[str], options: Mapping[str, Option]) -> None:
+    alias = ALIASES[name]
+    num_values = len(alias.fields) + alias.num_ignored_values
+    if alias.refused:
+        line.errors.append(f"{flag} is not an option here; {alias.refused}")
+    elif len(texts) != num_values:
+        line.errors.append(f"{flag} takes {num_values} value(s), not {len(texts)}")
+    else:
+        for field_name, text in zip(alias.fields, texts, strict=False):  # ignored values have no field
+            _take(line, flag, field_name, [alias.replace.get(text, text)], options)
+        line.values.update({field_name: [text] for field_name, text in alias.settings.items()})
+        if alias.note:
+            line.notes.append(f"{flag}: {alias.note}")
+
+
+def _tyro_arguments(values: Mapping[str, list[str]], options: Mapping[str, Option]) -> list[str]:
+    arguments: list[str] = []
+    for name, texts in values.items():
+        if options[name].annotation is bool:
+            arguments.append(f"--{name}" if texts == ["True"] else f"--no-{name}")
+        elif options[name].num_values == 1 and texts:
+            arguments.append(f"--{name}={texts[0]}")  # one word, so that the value may begin with a dash
+        else:
+            arguments.extend([f"--{name}", *texts])
+    return arguments
+
+
+def _read_yaml(config_class: type[ConfigT], path: str) -> tuple[dict[str, Any], list[str]]:
+    try:
+        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return {}, [f"config={path} cannot be read as YAML: {error}"]
+    if not isinstance(mapping, dict):
+        return {}, [f"config={path} must hold keys and values, one option a line: name: value"]
+    values, errors = _checked_values(config_class, mapping)
+    return values, [f"{path}: {error}" for error in errors]
+
+
+def _checked_values(config_class: type[ConfigT], mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Flat values of the fields' types from flat or grouped ones, and what is wrong with the rest."""
+    options = options_of(config_class)
+    groups = {option.group for option in options.values()}
+    pairs: list[tuple[str, Any]] = []
+    for key, value in mapping.items():
+        pairs.extend(value.items() if key in groups and isinstance(value, Mapping) else [(key, value)])
+    values: dict[str, Any] = {}
+    errors: list[str] = []
+    for key, value in pairs:
+        name = str(key).replace("-", "_")
+        if name in values:
+            errors.append(f"{name} is given twice; keep one")
+        elif name in options:
+            try:
+                values[name] = _converted(value, options[name].annotation)
+            except ValueError as error:
+                errors.append(f"{name}={value!r} {error}")
+        else:
+            errors.append(f"unknown key {name}; {_meant(name, options)}")
+    return values, errors
+
+
+def _meant(name: str, options: Mapping[str, Option]) -> str:
+    """What to write in YAML for an unknown key: only flags may carry OpenRLHF's names."""
+    alias = ALIASES.get(name, Alias())
+    ours = [*alias.fields, *(f"{field_name}: {text}" for field_name, text in alias.settings.items())]
+    return f"write {', '.join(ours)}" if ours else alias.refused or alias.note or _nearest(name, options)
+
+
+def _converted(value: Any, annotation: Any) -> Any:
+    """`value` as a value of the annotated type; ValueError where it is of another type."""
+    for kind in get_args(annotation) if NoneType in get_args(annotation) else (annotation,):
+        if get_origin(kind) is Literal and value in get_args(kind):
+            return value
+        if get_origin(kind) is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(kind)):
+            return tuple(_converted(part, part_kind) for part, part_kind in zip(value, get_args(kind), strict=True))
+        if kind in (bool, str, NoneType) and isinstance(value, kind):
+            return value
+        if kind in (int, float) and isinstance(value, int | kind) and not isinstance(value, bool):
+            return kind(value)
+        if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
+            return float(value)
+    raise ValueError(f"is not of the type {annotation.__name__ if isinstance(annotation, type) else annotation}")
+
+
+def _build(config_class: type[ConfigT], values: Mapping[str, Any], *, absent: Any) -> ConfigT:
+    """Configuration of the given values, with `absent` in the place of required ones that are not among them."""
+    arguments: dict[str, dict[str, Any]] = {}
+    for name, option in options_of(config_class).items():
+        group = arguments.setdefault(option.group, {})
+        if name in values or option.required:
+            group[name] = values.get(name, absent)
+    classes = get_type_hints(config_class)
+    return config_class(**{group: classes[group](**given) for group, given in arguments.items()})
+
+
+def _description(config_class: type[ConfigT]) -> str:
+    return (
+        f"{config_class.__doc__}\n\n"
+        "  --config FILE.yaml  read options from a file, by flat names or by group; flags win over it\n"
+        "  --dry-run           check everything, print the plan and stop before anything starts\n\n"
+        "Names may be written with - or _. OpenRLHF 0.5's flags are understood, or refused with the reason."
+    )
+
+
+def _fail(prog: str, errors: Sequence[str]) -> NoReturn:
+    for error in errors:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,112 @@
+"""Prompts for the RL loop, and the order in which they are drawn."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megarlhf.data.loading import load_rows
+from megarlhf.data.templates import check_template, column, encode_prompts, render_prompt
+from megarlhf.data.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptData:
+    """Prompts that fit, and how many did not."""
+
+    prompts: list[Prompt]
+    num_dropped: int  # prompts longer than prompt_max_len
+
+
+def load_prompts(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    input_key: str,
+    label_key: str,
+    apply_chat_template: bool,
+    input_template: str | None,
+    prompt_max_len: int,
+    max_samples: int | None,
+) -> PromptData:
+    """Read, render and tokenize the prompts of a data file.
+
+    Args:
+        path: as for `load_rows`.
+        input_key: column of the prompt: a string, or with `apply_chat_template` also a list of messages.
+        label_key: column of the reference answer, kept as a string; a row without it has label None.
+        apply_chat_template: render with the tokenizer's template, up to where the assistant speaks.
+        input_template: format string with one {} for the prompt; None takes the text as it is.
+        prompt_max_len: longest prompt in tokens; longer ones are dropped, never cut, and counted.
+        max_samples: read only the first so many rows; None reads all.
+    Raises:
+        ValueError: a missing or empty prompt, template settings that cannot work, or every prompt too long.
+    """
+    check_template(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
+    rows = load_rows(path)
+    num_rows = len(rows) if max_samples is None else min(len(rows), max_samples)
+    texts: list[str] = []
+    labels: list[str | None] = []
+    for index in range(num_rows):
+        row, place = rows[index], f"row {index} of {path}"
+        value = column(row, input_key, option="input_key", place=place)
+        texts.append(
+            render_prompt(
+                tokenizer, value, apply_chat_template=apply_chat_template, input_template=input_template, place=place
+            )
+        )
+        labels.append(None if row.get(label_key) is None else str(row[label_key]))
+    if all(label is None for label in labels):
+        logger.info("label_key=%s is in no row of %s: every label is None", label_key, path)
+
+    prompts = []
+    encoded = encode_prompts(tokenizer, texts, apply_chat_template=apply_chat_template)
+    for index, (text, ids, label) in enumerate(zip(texts, encoded, labels, strict=True)):
+        if not ids:
+            raise ValueError(f"input_key={input_key} is empty in row {index} of {path}: nothing to continue, remove it")
+        if len(ids) <= prompt_max_len:
+            prompts.append(Prompt(index=index, text=text, token_ids=tuple(ids), label=label))
+    if not prompts:
+        shortest = min(len(ids) for ids in encoded)
+        raise ValueError(
+            f"prompt_max_len={prompt_max_len} drops all {num_rows} prompts of {path}, the shortest of which has "
+            f"{shortest} tokens: raise prompt_max_len"
+        )
+    return PromptData(prompts=prompts, num_dropped=num_rows - len(prompts))
+
+
+class PromptSampler:
+    """Endless, stateless order of prompts: the batch of a step depends on (seed, step) alone.
+
+    Epoch e is the permutation drawn from seed + e; batches cut the endless line of epochs, so one batch may hold the
+    end of an epoch and the start of the next, and a batch larger than the data holds prompts more than once.
+    Continuing a run needs its step number and nothing else.
+    """
+
+    def __init__(self, num_prompts: int, batch_size: int, seed: int) -> None:
+        """Raises ValueError when there are no prompts or the batch is empty."""
+        if num_prompts < 1 or batch_size < 1:
+            raise ValueError(f"rollout_batch_size={batch_size} of {num_prompts} prompts; both are at least 1")
+        self.num_prompts = num_prompts
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def batch(self, step: int) -> list[int]:
+        """Places in the prompt list, `batch_size` of them, for a step counted from 0."""
+        start, stop = step * self.batch_size, (step + 1) * self.batch_size
+        first, last = start // self.num_prompts, (stop - 1) // self.num_prompts
+        line = [index for epoch in range(first, last + 1) for index in self._permutation(epoch)]
+        offset = first * self.num_prompts
+        return line[start - offset : stop - offset]
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data made before a step."""
+        return step * self.batch_size / self.num_prompts
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order: list[int] = torch.randperm(self.num_prompts, generator=generator).tolist()
+        return order

@@ -1,0 +1,74 @@
+"""One role's weights, optimizer and schedule in Megatron-Core's distributed checkpoint format (torch_dist).
+
+A checkpoint can be loaded under another tensor, pipeline or data-parallel layout. What makes it complete or not is
+the business of checkpoint_files.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from megarlhf.engine.engine import MegatronEngine
+
+
+def _sharding() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _state(engine: MegatronEngine, *, loading: bool) -> dict[str, Any]:
+    sharding = _sharding()
+    state: dict[str, Any] = {"model": engine.bare.sharded_state_dict(metadata=sharding)}
+    if engine.optimizer is not None:
+        if loading:
+            # torch's AdamW has no state before its first step, and Megatron-Core needs tensors to load into
+            for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+                if hasattr(optimizer, "_init_optimizer_states_with_dummy_values"):
+                    optimizer._init_optimizer_states_with_dummy_values()
+        state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=sharding)
+        state["scheduler"] = engine.scheduler.state_dict()
+    return state
+
+
+def save_engine(engine: MegatronEngine, directory: Path) -> None:
+    """Write one role's state into `directory`; every rank of the role calls it.
+
+    The calling program needs an `if __name__ == "__main__"` guard: Megatron-Core starts helper processes.
+    """
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_state(engine, loading=False), str(directory), validate_access_integrity=True)
+    dist.barrier()
+
+
+def load_engine(engine: MegatronEngine, directory: Path) -> None:
+    """Fill an engine, built from the same architecture in any layout, from `directory`.
+
+    Raises:
+        ValueError: the checkpoint does not hold this model.
+    """
+    try:
+        state = dist_checkpointing.load(_state(engine, loading=True), str(directory))
+    except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
+    engine.bare.load_state_dict(state["model"], strict=True)
+    if engine.optimizer is not None:
+        engine.optimizer.load_state_dict(state["optimizer"])
+        engine.scheduler.load_state_dict(state["scheduler"])
+
+
+def weights_digest(engine: MegatronEngine) -> str:
+    """SHA-256 of this rank's parameters, to compare runs bit by bit."""
+    digest = hashlib.sha256()
+    for _, p in engine.bare.named_parameters():
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""Where checkpoints lie and when one counts as complete; files only, no Megatron.
+
+    checkpoints/latest_checkpointed_iteration.txt
+    checkpoints/iter_0000010/run_state.json          what the loop needs: step, coefficients, identity
+    checkpoints/iter_0000010/actor/, critic/         torch_dist: weights, optimizer, schedule
+
+A save goes to `iter_0000010.partial/`, is synced to disk and renamed; then the latest pointer is replaced, so that a
+process killed at any moment leaves the last complete checkpoint in place.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def iteration_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"iter_{step:07d}"
+
+
+def partial_directory(root: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return root / f"iter_{step:07d}.partial"
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty directory for a new checkpoint; what an interrupted save left there is removed."""
+    partial = partial_directory(root, step)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Path:
+    """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest beyond `keep`.
+
+    Args:
+        run_state: JSON-serialisable state of the loop.
+    """
+    partial, final = partial_directory(root, step), iteration_directory(root, step)
+    (partial / "run_state.json").write_text(json.dumps(run_state, indent=1, sort_keys=True))
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(root)
+    pointer = root / (LATEST + ".partial")
+    pointer.write_text(str(step))
+    _sync(pointer)
+    pointer.rename(root / LATEST)
+    _sync(root)
+    complete = sorted(path for path in root.glob("iter_*") if not path.name.endswith(".partial"))
+    for old in complete[:-keep] if keep > 0 else []:
+        shutil.rmtree(old)
+    return final
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:
+    """Step, directory and loop state of the latest complete checkpoint.
+
+    Raises:
+        ValueError: there is none, or the pointer names an incomplete one.
+    """
+    pointer = root / LATEST
+    if not pointer.is_file():
+        raise ValueError(f"load={root.parent}; {pointer} is missing: no complete checkpoint there")
+    step = int(pointer.read_text())
+    directory = iteration_directory(root, step)
+    state = directory / "run_state.json"
+    if not state.is_file():
+        raise ValueError(f"load={root.parent}; {directory} is incomplete: run_state.json is missing")
+    return step, directory, json.loads(state.read_text())
+
+
+def check_identity(saved: dict[str, Any], present: dict[str, Any], directory: Path) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        ValueError: naming every entry that differs.
+    """
+    differing = [key for key in present if saved.get(key) != present[key]]
+    if differing:
+        details = "; ".join(f"{key}: saved {saved.get(key)}, now {present[key]}" for key in differing)
+        raise ValueError(f"load={directory}; the checkpoint is of another model ({details}): give the same --pretrain")

@@ -1,0 +1,223 @@
+"""The Megatron engine: one model of one role, as this rank holds it.
+
+Callers hand over whole global batches of rows; the engine takes its data-parallel share by a plan that every rank
+computes alike, packs it, runs Megatron-Core's schedule and gives back per-row results on the ranks that hold them.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megarlhf.data.packing import pack_rows, plan_micro_batches, unpack
+from megarlhf.data.types import MicroBatch, TrainingRow
+from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler
+from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
+from megarlhf.models.build import Head, ModelOptions, build_model
+from megarlhf.models.families import find_architecture
+from megarlhf.models.hf_files import HFWeights, read_config
+from megarlhf.models.weights import ModelWeights, source_dtype
+from megarlhf.parallel.device import current_device, device_kind, release_memory
+from megarlhf.parallel.groups import current_ranks
+
+RowResults = dict[int, Tensor]  # index in the caller's rows -> [num_targets] float32 on the CPU
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient that is NaN or infinite; the weights are left as they were before the step where possible."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """How rows become micro-batches."""
+
+    max_tokens: int  # packed tokens in a micro-batch, at most
+    share_prefix: bool  # compute the prompt of rows with one group_id once
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step reports; the same on every rank, but for `outputs`."""
+
+    loss: float
+    metrics: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    outputs: RowResults  # log-probs or values of the training forward, on ranks that hold results
+
+
+class MegatronEngine:
+    """One sharded model with its optimizer.
+
+    Args:
+        pretrain: HF checkpoint directory that gives configuration and weights.
+        head: "lm" or "value".
+        optimizer: None for a model that only runs forward.
+    """
+
+    def __init__(
+        self,
+        pretrain: str | Path,
+        *,
+        head: Head,
+        model: ModelOptions,
+        packing: PackingOptions,
+        optimizer: OptimizerOptions | None,
+        temperature: float = 1.0,
+        seed: int = 42,
+    ) -> None:
+        self.pretrain, self.head, self.packing = Path(pretrain), head, packing
+        self.ranks = current_ranks()
+        self.hf = read_config(pretrain)
+        arch = find_architecture(self.hf)
+        source = HFWeights(pretrain)
+        self.source_dtype = source_dtype(source)
+        module, self.config = build_model(arch, self.hf, self.ranks, model, head=head, seed=seed)
+        self.weights = ModelWeights(module, arch, self.hf, self.ranks, head=head)
+        self.weights.load(source)
+        module.to(current_device())
+        self.config.finalize_model_grads_func = sum_gradients
+        self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.sequence_parallel else 1
+        self._outputs = partial(
+            token_outputs, head=head, vocab_size=self.hf.vocab_size, temperature=temperature
+        )
+        self.bare = module
+        self.model: Any = Float16Module(self.config, module) if model.bf16 else module
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        if optimizer is not None:
+            self._add_optimizer(optimizer)
+        self._reference: dict[str, Tensor] = {}
+
+    def _add_optimizer(self, options: OptimizerOptions) -> None:
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=options.use_distributed_optimizer,
+            average_in_collective=False,
+            check_for_nan_in_grad=False,
+        )
+        self.model = DistributedDataParallel(self.config, ddp, self.model)
+        self.optimizer = build_optimizer(self.model, options, bf16=self._bf16)
+        self.optimizer.reload_model_params()
+        self.scheduler = build_scheduler(self.optimizer, options)
+
+    def micro_batches(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
+        """This rank's share of `rows`, packed; every rank has the same number of micro-batches."""
+        share = self.packing.share_prefix
+        plan = plan_micro_batches(
+            rows, num_ranks=self.ranks.dp_size, max_tokens=self.packing.max_tokens, share_prefix=share
+        )
+        return [
+            pack_rows(rows, indices, share_prefix=share, pad_to_multiple=self._pad)
+            for indices in plan[self.ranks.dp_rank]
+        ]
+
+    def log_probs(self, rows: Sequence[TrainingRow]) -> RowResults:
+        """Log-probability of each row's targets under the current weights, on ranks that hold results.
+
+        Rows' fields are not looked at. Temperature is the rollout's.
+        """
+        assert self.head == "lm"
+        return self._forward(rows, "log_probs")
+
+    def values(self, rows: Sequence[TrainingRow]) -> RowResults:
+        """Value of the state before each of the row's targets, on ranks that hold results."""
+        assert self.head == "value"
+        return self._forward(rows, "values")
+
+    def _forward(self, rows: Sequence[TrainingRow], name: str) -> RowResults:
+        batches = self.micro_batches(rows)
+        self.bare.eval()
+        collected = run_forward(self.model, batches, self._outputs)
+        return self._results(batches, collected, name)
+
+    def _results(self, batches: list[MicroBatch], outputs: list[TokenOutputs], name: str) -> RowResults:
+        results: RowResults = {}
+        if self.ranks.holds_results:
+            for batch, computed in zip(batches, outputs, strict=True):
+                results.update(unpack(batch, getattr(computed, name).detach().cpu()))
+        return results
+
+    def train_step(self, rows: Sequence[TrainingRow], objective: Objective, *, denominator: float) -> StepResult:
+        """One optimizer step on sum(loss over all rows) / denominator.
+
+        Raises:
+            NonFiniteError: the loss (before the weights change) or the gradient norm is not finite.
+        """
+        loss, metrics, outputs = self.accumulate_gradients(rows, objective, denominator=denominator)
+        self.scheduler.step(1)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = float(grad_norm)
+        if not torch.isfinite(torch.tensor(grad_norm)):
+            raise NonFiniteError(f"the gradient norm is {grad_norm}: the last saved checkpoint is the last good state")
+        return StepResult(
+            loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs
+        )
+
+    def accumulate_gradients(
+        self, rows: Sequence[TrainingRow], objective: Objective, *, denominator: float
+    ) -> tuple[float, dict[str, float], RowResults]:
+        """Forward and backward; gradients stay in the model's buffers, reduced over every group."""
+        batches = self.micro_batches(rows)
+        self.bare.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        stored = run_forward_backward(self.model, batches, self._outputs, objective, denominator)
+        sums = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=current_device())
+        if self.ranks.holds_results:
+            for _, micro_sums in stored:
+                sums += micro_sums
+        dist.all_reduce(sums)
+        loss, *metrics = (sums / denominator).tolist()
+        if not torch.isfinite(sums).all():
+            raise NonFiniteError(f"loss={loss}, {dict(zip(objective.metric_names, metrics, strict=True))}")
+        name = "values" if self.head == "value" else "log_probs"
+        outputs = self._results(batches, [computed for computed, _ in stored], name)
+        return loss, dict(zip(objective.metric_names, metrics, strict=True)), outputs
+
+    def keep_reference(self) -> None:
+        """Remember the present weights as the reference model."""
+        self._reference = {name: p.detach().clone() for name, p in self.bare.named_parameters()}
+
+    @contextlib.contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Compute with the reference model inside the block: parameters point at its tensors, nothing is copied."""
+        assert self._reference, "keep_reference() comes first"
+        kept = {name: p.data for name, p in self.bare.named_parameters()}
+        try:
+            for name, p in self.bare.named_parameters():
+                p.data = self._reference[name]
+            yield
+        finally:
+            for name, p in self.bare.named_parameters():
+                p.data = kept[name]
+
+    def sleep(self) -> None:
+        """Give the device's memory to the other roles: GPU buffers move to the host, freed pages to the system."""
+        if device_kind() == "cuda":
+            self._buffers("offload_to_cpu")
+            if self.optimizer is not None:
+                self.optimizer.offload_to_cpu()
+        release_memory()
+
+    def wake(self) -> None:
+        """Undo sleep()."""
+        if device_kind() == "cuda":
+            self._buffers("reload_from_cpu")
+            if self.optimizer is not None:
+                self.optimizer.restore_from_cpu()
+
+    def _buffers(self, method: str) -> None:
+        if isinstance(self.model, DistributedDataParallel):
+            for buffer in self.model.buffers:
+                getattr(buffer, method)(move_params=True, move_grads=True)

@@ -1,0 +1,111 @@
+"""Forward and backward over this rank's micro-batches through Megatron-Core's pipeline schedules.
+
+The only place where gradients are scaled: not at all. Losses arrive as sums over a global denominator, data-parallel
+reduction adds, and Megatron-Core's own divisions (by micro-batches, by tokens) are switched off.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megarlhf.data.types import MicroBatch
+from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.parallel.attention import packed_params
+from megarlhf.parallel.device import current_device
+from megarlhf.parallel.vocab import vocab_parallel_log_probs
+
+OutputFn = Callable[[Tensor, MicroBatch], TokenOutputs]
+
+
+def sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron-Core's gradient reduction without its division by tokens: the loss carries its denominator."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def token_outputs(
+    output: Tensor, batch: MicroBatch, *, head: str, vocab_size: int, temperature: float
+) -> TokenOutputs:
+    """Last stage's output, [1, t, v / tp] logits or [1, t, 1] values, as per-token numbers."""
+    if head == "value":
+        return TokenOutputs(values=output.float().reshape(-1))
+    log_probs, entropy = vocab_parallel_log_probs(
+        output[0],
+        batch.targets,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    return TokenOutputs(log_probs=log_probs, entropy=entropy)
+
+
+def run_forward(model: Any, batches: list[MicroBatch], outputs: OutputFn) -> list[Any]:
+    """Forward only; the last stage returns the TokenOutputs of each micro-batch, other stages an empty list."""
+    with torch.no_grad():
+        return _run(model, batches, outputs, forward_only=True)
+
+
+def run_forward_backward(
+    model: Any,
+    batches: list[MicroBatch],
+    outputs: OutputFn,
+    objective: Objective,
+    denominator: float,
+) -> list[Any]:
+    """Add the gradient of sum(loss) / denominator to the model's buffers and reduce it.
+
+    Returns:
+        On the last stage, per micro-batch (TokenOutputs, [loss, *metrics] sums); elsewhere an empty list.
+    """
+
+    def loss(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Any]:
+        computed = outputs(output, batch)
+        total, metrics = objective.loss(computed, batch)
+        sums = torch.stack([total.detach().double(), *(metrics[n].detach().double() for n in objective.metric_names)])
+        return total / denominator, torch.zeros((), dtype=torch.int, device=total.device), (computed, sums)
+
+    return _run(model, batches, loss, forward_only=False)
+
+
+def _run(model: Any, batches: list[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+    def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+        output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=packed_params(batch))
+        if forward_only:
+            return output, lambda result, non_loss_data: finish(result, batch)
+        return output, lambda result: finish(result, batch)
+
+    device = current_device()
+    longest = max(len(batch.tokens) for batch in batches)
+    run = get_forward_backward_func()
+    return run(
+        forward_step_func=forward_step,
+        data_iterator=iter([to_device(batch, device) for batch in batches]),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=longest,
+        micro_batch_size=1,
+        decoder_seq_length=longest,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The same micro-batch with its tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+    return MicroBatch(
+        tokens=batch.tokens.to(device),
+        targets=batch.targets.to(device),
+        position_ids=batch.position_ids.to(device),
+        cu_seqlens=batch.cu_seqlens.to(device),
+        prefix_segments=batch.prefix_segments,
+        target_mask=batch.target_mask.to(device),
+        fields={name: value.to(device) for name, value in batch.fields.items()},
+        rows=batch.rows,
+    )

@@ -1,0 +1,95 @@
+"""The one table of metrics: every name that a run may log, with its meaning and unit.
+
+docs/metrics.md is written from it: `python -m megarlhf.metrics.keys > docs/metrics.md`
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+
+METRICS: dict[str, str] = {
+    "reward/mean": "Mean outcome reward of the step's samples, before the KL penalty (reward units)",
+    "reward/std": "Standard deviation of that reward over the samples (reward units)",
+    "reward/no_result_count": "Samples that the reward gave no result for, left out of training (samples)",
+    "kl/mean": "Estimated KL of the policy to the reference, mean over response tokens (nats per token)",
+    "kl/coef": "Coefficient of the KL penalty in this step (reward units per nat)",
+    "policy/loss": "Policy loss, mean over the step's optimizer steps (no unit)",
+    "policy/clip_frac": "Response tokens whose probability ratio was clipped (fraction)",
+    "policy/entropy": "Entropy of the policy's next-token distribution, mean over response tokens (nats per token)",
+    "policy/approx_kl": "Estimated KL of the policy in the update to the one that generated (nats per token)",
+    "policy/grad_norm": "Norm of the actor's gradient before clipping (no unit)",
+    "policy/learning_rate": "Learning rate of the actor's last optimizer step (no unit)",
+    "policy/ratio_mean": "Mean of p(response token) in the update over p at generation (ratio)",
+    "critic/loss": "Value loss, mean over the step's optimizer steps (squared reward units)",
+    "critic/clip_frac": "Response tokens whose value was clipped (fraction)",
+    "critic/explained_variance": "Share of the returns' variance that the values explain; 1 is perfect (fraction)",
+    "critic/value_mean": "Mean value of response tokens (reward units)",
+    "critic/grad_norm": "Norm of the critic's gradient before clipping (no unit)",
+    "critic/learning_rate": "Learning rate of the critic's last optimizer step (no unit)",
+    "advantage/mean": "Mean advantage over response tokens, normalized where that is on (reward units or none)",
+    "advantage/std": "Standard deviation of that advantage over response tokens (reward units or none)",
+    "return/mean": "Mean return over response tokens (reward units)",
+    "rollout/response_length_mean": "Mean length of a response (tokens)",
+    "rollout/response_length_max": "Longest response of the step (tokens)",
+    "rollout/prompt_length_mean": "Mean length of a prompt (tokens)",
+    "rollout/truncated_frac": "Responses cut at the length limit (fraction)",
+    "rollout/logprob_diff_mean": "Mean |log-prob in training - log-prob in vLLM| of the same response tokens (nats)",
+    "rollout/logprob_diff_max": "Largest such difference in the step (nats)",
+    "sync/version": "Policy version that the inference engines hold after the step (count)",
+    "sync/bytes": "Weights moved to the inference engines (bytes)",
+    "time/rollout_seconds": "Generating responses (seconds)",
+    "time/reward_seconds": "Scoring responses (seconds)",
+    "time/experience_seconds": "Log-probs, reference log-probs and values of the samples (seconds)",
+    "time/train_seconds": "Forward, backward and optimizer steps (seconds)",
+    "time/sync_seconds": "Moving the weights to the inference engines (seconds)",
+    "time/eval_seconds": "Evaluation (seconds)",
+    "time/save_seconds": "Writing the checkpoint (seconds)",
+    "time/step_seconds": "The whole step (seconds)",
+    "perf/tokens_per_second": "RL: response tokens, SFT: all tokens of the step, over its time (tokens/s)",
+    "perf/samples_per_second": "Samples trained on in the step over its time (samples/s)",
+    "eval/accuracy": "Evaluation prompts answered correctly (fraction)",
+    "eval/response_length_mean": "Mean length of an evaluation response (tokens)",
+    "data/epoch": "Passes over the training data so far (epochs)",
+    "data/prompts_dropped": "Prompts left out so far for being longer than the limit (prompts)",
+    "sft/loss": "Cross-entropy of the target tokens (nats per token)",
+    "sft/grad_norm": "Norm of the gradient before clipping (no unit)",
+    "sft/learning_rate": "Learning rate of the last optimizer step (no unit)",
+    "sft/eval_loss": "Cross-entropy of the target tokens of the evaluation data (nats per token)",
+}
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Refuse what no reader of a run could use: a name outside METRICS or a value that is not a finite number.
+
+    Raises:
+        ValueError: names the key, and for an unknown one the nearest known.
+    """
+    for key, value in metrics.items():
+        if key not in METRICS:
+            nearest = difflib.get_close_matches(key, METRICS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"metric {key!r} is not in the table of metrics, megarlhf/metrics/keys.py; did you mean {nearest!r}?"
+            )
+        if not math.isfinite(value):
+            raise ValueError(
+                f"metric {key}={value}; metrics are finite, so this step's result is not to be trusted: see in "
+                "metrics.jsonl what grew in the steps before, and continue from the last checkpoint (load)"
+            )
+
+
+def markdown_table() -> str:
+    """METRICS as a Markdown table, in the table's order."""
+    rows = [f"| `{key}` | {meaning.replace('|', chr(92) + '|')} |" for key, meaning in METRICS.items()]
+    return "\n".join(["| metric | meaning (unit) |", "|---|---|", *rows]) + "\n"
+
+
+def main() -> None:
+    """Print docs/metrics.md."""
+    print("# Metrics\n")
+    print("Every step is one object in `metrics.jsonl`: the key `step` and those of the keys below that the step has.")
+    print("Written by `python -m megarlhf.metrics.keys > docs/metrics.md`.\n")
+    print(markdown_table(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Where metrics go: a JSONL file, the console, TensorBoard and Weights & Biases."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column
+
+from megarlhf.metrics.keys import check_metrics
+
+METRICS_FILE = "metrics.jsonl"  # inside the run directory
+
+# What a person watches, in this order. A run shows those that it logs.
+CONSOLE_METRICS = {
+    "reward/mean": "reward {:.3f}",
+    "kl/mean": "kl {:.4f}",
+    "sft/loss": "loss {:.4f}",
+    "sft/eval_loss": "eval loss {:.4f}",
+    "eval/accuracy": "eval accuracy {:.1%}",
+    "perf/tokens_per_second": "{:,.0f} tokens/s",
+}
+
+
+class MetricSink(Protocol):
+    """A place that keeps or shows metrics."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take one step's metrics: name of METRICS -> finite value."""
+
+    def close(self) -> None:
+        """Write out what is still held back."""
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Rows of a metrics file, in order; none where there is no file.
+
+    A last line without its newline, which a killed process leaves behind, is no row.
+    """
+    if not path.exists():
+        return []
+    complete, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+class JsonlSink:
+    """One JSON object a step in a file: `step`, then the step's metrics. A logged line is flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` to append to it; a half-written last line goes."""
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._last_step: int | None = None
+        self._file = self._open_with(read_rows(path))
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the last row; None in an empty file."""
+        return self._last_step
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows past `step`: a resumed run goes through those steps again."""
+        self._file.close()
+        self._file = self._open_with([row for row in read_rows(self._path) if row["step"] <= step])
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one row.
+
+        Raises:
+            ValueError: an unknown key, a value that is not finite, or a step that does not follow the last one.
+        """
+        check_metrics(metrics)
+        if self._last_step is not None and step <= self._last_step:
+            raise ValueError(f"step={step} after step {self._last_step} in {self._path}: steps go up, one row for each")
+        row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        self._last_step = step
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _open_with(self, rows: list[dict[str, float]]) -> TextIO:
+        whole = self._path.with_suffix(".tmp")
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(whole, self._path)  # all or nothing: the file is the record of the run
+        self._last_step = int(rows[-1]["step"]) if rows else None
+        return self._path.open("a")
+
+
+class TensorBoardSink:
+    """Scalars in a TensorBoard event file. On resume, steps past `resumed_step` of earlier files are hidden."""
+
+    def __init__(self, directory: Path, *, resumed_step: int | None = None) -> None:
+        """Open an event file in `directory`."""
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, for those who ask for it
+
+        purge_step = None if resumed_step is None else resumed_step + 1
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write each metric as a scalar, and the file out."""
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run, whose files lie in `directory`/wandb.
+
+    The key comes from WANDB_API_KEY; with WANDB_MODE=offline none is needed, and `wandb sync` uploads the run later.
+    W&B keeps no second value for a step, so every start of a resumed run is a W&B run of its own; they share the
+    group `run_name`.
+
+    Raises:
+        ValueError: W&B is to be online and WANDB_API_KEY is not set.
+    """
+
+    def __init__(self, directory: Path, *, project: str, run_name: str, config: Mapping[str, Any]) -> None:
+        """Start the run; see the class for what it takes from the environment."""
+        if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
+            raise ValueError(
+                "use_wandb=True; WANDB_API_KEY is not set, and a run has nobody to ask for it: set WANDB_API_KEY, or "
+                "WANDB_MODE=offline to write to disk alone"
+            )
+        import wandb  # a second to import, for those who ask for it
+
+        directory.mkdir(parents=True, exist_ok=True)  # W&B falls back to a temporary folder where it is missing
+        self._run = wandb.init(
+            dir=directory,
+            project=project,
+            name=run_name,
+            group=run_name,
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),  # its lines would break the progress display
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send one step."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class ConsoleSink:
+    """Progress on the terminal: step, phase under way, main metrics and time left.
+
+    Where the output is not a terminal (a log file, a pipe) it prints one plain line every `log_interval` steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        log_interval: int = 1,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the display. `first_step`: steps done before this process began, which its time left leaves out."""
+        self._console = console if console is not None else Console()
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._log_interval = log_interval
+        self._clock = clock
+        self._start = clock()
+        self._latest: dict[str, float] = {}
+        self._progress: Progress | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=12),
+                TextColumn("[cyan]{task.fields[phase]:<10}"),
+                # The one column that may break into lines on a narrow terminal.
+                TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=False)),
+            )
+            self._progress = Progress(*columns, console=self._console, refresh_per_second=4)
+            self._task = self._progress.add_task(
+                "steps", total=total_steps, completed=first_step, phase="starting", numbers=""
+            )
+            self._progress.start()
+
+    def phase(self, name: str) -> None:
+        """Show the phase that is under way; plain output has no place for it."""
+        if self._progress is not None:
+            self._progress.update(self._task, phase=name)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show one finished step; a metric that comes now and then, such as eval/accuracy, is kept between lines."""
+        self._latest.update(metrics)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, numbers=self._numbers(step))
+        elif step % self._log_interval == 0 or step == self._total_steps:
+            line = f"step {step}/{self._total_steps}  {self._numbers(step)}"
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+            self._latest.clear()
+
+    def close(self) -> None:
+        """Leave the display as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _numbers(self, step: int) -> str:
+        shown = [text.format(self._latest[key]) for key, text in CONSOLE_METRICS.items() if key in self._latest]
+        steps_done = step - self._first_step
+        if steps_done > 0:
+            seconds = (self._clock() - self._start) / steps_done * (self._total_steps - step)
+            shown.append(f"{timedelta(seconds=round(seconds))} left")
+        return "  ".join(shown)
+
+
+class Sinks:
+    """Everything a run logs to: always the JSONL file and the console, TensorBoard and W&B where asked for."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        total_steps: int,
+        log_interval: int = 1,
+        use_tensorboard: bool = False,
+        use_wandb: bool = False,
+        project: str = "megarlhf",
+        run_name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        resumed_step: int | None = None,
+        console: Console | None = None,
+    ) -> None:
+        """Open the sinks of a run directory.
+
+        Args:
+            directory: holds metrics.jsonl, tensorboard/ and wandb/.
+            total_steps: last step of the run.
+            log_interval: steps between two lines of plain console output; the other sinks take every step.
+            project, run_name, config: what W&B shows; run_name None is the name of the directory.
+            resumed_step: last step of the checkpoint that the run continues from; rows past it are dropped. None: a
+                fresh run.
+        Raises:
+            ValueError: a fresh run in a directory that holds another's metrics, or W&B online without its key.
+        """
+        self._sinks: list[MetricSink] = []
+        self._stack = ExitStack()
+        with ExitStack() as undo:  # closes what is open when a later one fails
+            undo.callback(self.close)
+            # The file comes first: it checks what the others take as it is.
+            self._add(_open_metrics_file(directory, resumed_step))
+            if use_tensorboard:
+                self._add(TensorBoardSink(directory / "tensorboard", resumed_step=resumed_step))
+            if use_wandb:
+                name = run_name if run_name is not None else directory.resolve().name
+                self._add(WandbSink(directory, project=project, run_name=name, config=config or {}))
+            self._console = ConsoleSink(
+                total_steps=total_steps, first_step=resumed_step or 0, log_interval=log_interval, console=console
+            )
+            self._add(self._console)
+            undo.pop_all()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand one step's metrics to every sink.
+
+        Raises:
+            ValueError: as JsonlSink.log; no sink has taken anything then.
+        """
+        for sink in self._sinks:
+            sink.log(step, metrics)
+
+    def phase(self, name: str) -> None:
+        """Show on the console what the run is doing."""
+        self._console.phase(name)
+
+    def close(self) -> None:
+        """Close all of them, also when one fails."""
+        self._stack.close()
+
+    def _add(self, sink: MetricSink) -> None:
+        self._sinks.append(sink)
+        self._stack.callback(sink.close)
+
+
+def _open_metrics_file(directory: Path, resumed_step: int | None) -> JsonlSink:
+    sink = JsonlSink(directory / METRICS_FILE)
+    if resumed_step is not None:
+        sink.truncate_after(resumed_step)
+    elif sink.last_step is not None:
+        sink.close()
+        raise ValueError(
+            f"save={directory}; it holds the metrics of a run up to step {sink.last_step}, and a fresh run would mix "
+            "with them: set load to that run's directory to continue it, or save to a new directory"
+        )
+    return sink

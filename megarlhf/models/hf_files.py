@@ -1,0 +1,83 @@
+"""Hugging Face checkpoint directories: configuration, safetensors shards and the files that go along."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+HFConfig = PretrainedConfig
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def read_config(directory: str | Path) -> HFConfig:
+    """The model's configuration; never runs code from the directory.
+
+    Raises:
+        ValueError: no readable config.json there.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(f"pretrain={directory}; it has no config.json: give a local Hugging Face checkpoint directory")
+    return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+
+
+class HFWeights:
+    """Tensors of a checkpoint by name, read slice by slice from its safetensors files.
+
+    Raises:
+        ValueError: no safetensors, an index that names a missing file, or a file that is cut short.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = ["model.safetensors"]
+        missing = [name for name in files if not (self.directory / name).is_file()]
+        if missing:
+            raise ValueError(f"pretrain={directory}; missing weight files {missing} (only safetensors are read)")
+        self._files: dict[str, Any] = {}
+        for name in files:
+            try:
+                handle = safe_open(str(self.directory / name), framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"pretrain={directory}; {name} is not a whole safetensors file: {error}") from error
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header alone."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """A tensor's safetensors dtype, such as "F32" or "BF16"."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """The part of a tensor that `index` selects; reads those bytes only."""
+        return self._files[name].get_slice(name)[index if len(index) > 1 else index[0]]
+
+
+def copy_companions(source: str | Path, target: str | Path) -> None:
+    """Copy tokenizer, chat template and generation configuration beside exported weights."""
+    for name in _COMPANIONS:
+        if (Path(source) / name).is_file():
+            shutil.copy2(Path(source) / name, Path(target) / name)

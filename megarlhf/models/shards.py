@@ -1,0 +1,93 @@
+"""Which part of which HF tensor lies where inside a rank's Megatron parameter.
+
+Every relation is a pair of views with equal numbers in equal places: loading copies one way, export the other.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megarlhf.models.arch import Split, WeightMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Head counts of the whole model, for the QKV interleave."""
+
+    num_heads: int
+    num_groups: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One HF tensor's part in a Megatron parameter."""
+
+    hf_name: str
+    index: tuple[slice, ...]  # this rank's part of the HF tensor
+    view: Tensor  # the same numbers inside the Megatron parameter; may have more dimensions than the HF part
+
+    def store(self, hf_part: Tensor) -> None:
+        """Copy the HF part (already indexed) into the Megatron parameter."""
+        self.view.copy_(hf_part.reshape(self.view.shape))
+
+    def emit(self, hf_tensor: Tensor) -> None:
+        """Copy the Megatron numbers into this rank's part of a whole HF tensor."""
+        part = hf_tensor[self.index]
+        part.view(self.view.shape).copy_(self.view) if part.is_contiguous() else part.copy_(self.view)
+
+
+def shards_of(
+    weight: WeightMap,
+    param: Tensor,
+    *,
+    attention: AttentionShape,
+    vocab_size: int,
+    tp_rank: int,
+    tp_size: int,
+) -> list[Shard]:
+    """The HF parts of one local Megatron parameter, in the order of `weight.hf`.
+
+    Args:
+        param: this rank's parameter data.
+        vocab_size: rows of the HF embedding; the rest of a VOCAB parameter is padding and in no shard.
+    """
+    hf = weight.hf
+    if weight.split is Split.REPLICATED:
+        return [Shard(hf_name=hf[0], index=(slice(None),) * param.dim(), view=param)]
+    if weight.split is Split.ROW:
+        columns = param.shape[1]
+        return [Shard(hf_name=hf[0], index=(slice(None), _part(columns, tp_rank)), view=param)]
+    if weight.split is Split.COLUMN:
+        return [Shard(hf_name=hf[0], index=_rows(param, param.shape[0], tp_rank), view=param)]
+    if weight.split is Split.VOCAB:
+        first = param.shape[0] * tp_rank
+        valid = max(0, min(param.shape[0], vocab_size - first))
+        return [Shard(hf_name=hf[0], index=(slice(first, first + valid), slice(None)), view=param[:valid])]
+    if weight.split is Split.GATE_UP:
+        half = param.shape[0] // 2
+        return [
+            Shard(hf_name=name, index=_rows(param, half, tp_rank), view=param[i * half : (i + 1) * half])
+            for i, name in enumerate(hf)
+        ]
+    return _qkv_shards(hf, param, attention, tp_rank, tp_size)
+
+
+def _qkv_shards(hf: tuple[str, ...], param: Tensor, shape: AttentionShape, tp_rank: int, tp_size: int) -> list[Shard]:
+    groups, queries = shape.num_groups // tp_size, shape.num_heads // shape.num_groups
+    # [groups * (queries + 2) * head_dim, ...] -> [groups, queries + 2, head_dim, ...]: q heads, then k, then v per group
+    whole = param.view(groups, queries + 2, shape.head_dim, *param.shape[1:])
+    views = (whole[:, :queries], whole[:, queries], whole[:, queries + 1])
+    rows = (groups * queries * shape.head_dim, groups * shape.head_dim, groups * shape.head_dim)
+    return [
+        Shard(hf_name=name, index=_rows(param, count, tp_rank), view=view)
+        for name, count, view in zip(hf, rows, views, strict=True)
+    ]
+
+
+def _part(length: int, rank: int) -> slice:
+    return slice(length * rank, length * (rank + 1))
+
+
+def _rows(param: Tensor, count: int, rank: int) -> tuple[slice, ...]:
+    return (_part(count, rank), *(slice(None) for _ in param.shape[1:]))

@@ -1,0 +1,67 @@
+"""The one place that knows whether this process computes with CUDA or on the CPU."""
+
+import ctypes
+import gc
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+DeviceKind = Literal["cpu", "cuda"]
+
+
+def device_kind() -> DeviceKind:
+    """ "cuda" where PyTorch sees a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def current_device() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if device_kind() == "cuda" else torch.device("cpu")
+
+
+def select_device(local_rank: int) -> None:
+    """Bind this process to one GPU of its node; nothing to do on a CPU."""
+    if device_kind() == "cuda":
+        torch.cuda.set_device(local_rank)
+
+
+def collective_backend() -> str:
+    """Name of torch.distributed's backend for this device."""
+    return "nccl" if device_kind() == "cuda" else "gloo"
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def num_local_gpus() -> int:
+    """GPUs of this machine; 0 on a CPU machine."""
+    return torch.cuda.device_count()
+
+
+def release_memory() -> None:
+    """Give freed memory back: CUDA's cache to the device, glibc's heap to the system (it keeps freed pages otherwise)."""
+    gc.collect()
+    if device_kind() == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of this process on its device: CUDA's allocator, or resident memory."""
+    if device_kind() == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def visible_devices_environment(devices: Sequence[int]) -> dict[str, str]:
+    """Environment that shows a worker process its own GPUs only; nothing on a CPU machine."""
+    if device_kind() == "cpu":
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}

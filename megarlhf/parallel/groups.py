@@ -1,0 +1,134 @@
+"""Process groups of one role: torch.distributed and Megatron-Core's parallel state, set up once per process."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megarlhf.parallel import megatron_cpu
+from megarlhf.parallel.device import collective_backend, select_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSizes:
+    """How one model is cut: sizes of the tensor, pipeline and context groups; data parallelism is what remains."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+
+    def data(self, world_size: int) -> int:
+        """Data-parallel size of a world.
+
+        Raises:
+            ValueError: the world is not a multiple of tensor x pipeline x context.
+        """
+        model = self.tensor * self.pipeline * self.context
+        if world_size % model:
+            raise ValueError(
+                f"world_size={world_size}; must be a multiple of tensor_model_parallel_size={self.tensor} x "
+                f"pipeline_model_parallel_size={self.pipeline} x context_parallel_size={self.context} = {model}"
+            )
+        return world_size // model
+
+
+def initialize_groups(
+    sizes: ParallelSizes,
+    *,
+    rank: int,
+    world_size: int,
+    init_method: str,
+    seed: int,
+    local_rank: int = 0,
+    timeout_minutes: float = 10.0,
+) -> None:
+    """Join the role's world, cut it into Megatron-Core's groups and seed the generators.
+
+    Args:
+        init_method: torch.distributed rendezvous, such as "tcp://127.0.0.1:29500" or "env://".
+        timeout_minutes: a collective that waits longer fails on every rank.
+    """
+    sizes.data(world_size)
+    megatron_cpu.verify()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    select_device(local_rank)
+    if "127.0.0.1" in init_method:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        collective_backend(),
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    parallel_state.initialize_model_parallel(
+        sizes.tensor,
+        sizes.pipeline,
+        context_parallel_size=sizes.context,
+        create_gloo_process_groups=True,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+
+
+def destroy_groups() -> None:
+    """Leave every group, so that the process may set up another world."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process's place in each group."""
+
+    world_rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    cp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding lives."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where logits, values and losses come out."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def holds_results(self) -> bool:
+        """True on the one rank per data-parallel replica that reports outputs."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+
+
+def current_ranks() -> Ranks:
+    """This process's ranks, from Megatron-Core's parallel state."""
+    from megatron.core import parallel_state as mpu
+
+    return Ranks(
+        world_rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        pp_size=mpu.get_pipeline_model_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
+    )

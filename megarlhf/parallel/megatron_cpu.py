@@ -1,0 +1,224 @@
+"""Lets the unmodified Megatron-Core wheel run on a machine without CUDA, over gloo.
+
+Megatron-Core names CUDA in its source: `torch.cuda.current_device()`, `device="cuda"`, pinned memory. `install()` puts
+an import hook in front of `megatron.core` that rewrites those names while the modules are imported, and mends the few
+places where the CPU needs other behaviour. torch, transformers and vLLM stay as they are. Where CUDA is present the
+hook is never installed. Every rule must match something, so that an upgrade of Megatron-Core cannot pass by in silence.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import logging
+import os
+import re
+import sys
+import types
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megarlhf.parallel.device import device_kind
+
+_RULES = {
+    "type names": (re.compile(r"(['\"])torch\.cuda\.(Float|Half|BFloat16)Tensor\1"), r"\1torch.\2Tensor\1"),
+    "torch.cuda": (re.compile(r"(?<!import )(?<!from )\btorch\.cuda\."), "_cpu."),
+    "device": (re.compile(r"(device\s*=\s*|torch\.device\()(['\"])cuda\2"), r"\1\2cpu\2"),
+    "pinned memory": (re.compile(r"pin_memory=True"), "pin_memory=False"),
+    ".cuda()": (re.compile(r"\.cuda\((non_blocking=True)?\)"), ".cpu()"),
+}
+_matches: Counter[str] = Counter()
+
+
+class _Event:
+    """A CUDA event on a device that runs everything in program order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream:
+    """The only stream there is."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def synchronize(self) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = object.__hash__
+
+
+def _cpu_namespace() -> types.ModuleType:
+    """What `torch.cuda` means inside megatron.core on a CPU; other names still reach torch.cuda and fail there."""
+    namespace = types.ModuleType("megatron_core_cpu")
+    cpu, stream = torch.device("cpu"), _Stream()
+    namespace.__dict__.update(
+        current_device=lambda: cpu,
+        set_device=lambda *_: None,
+        device_count=lambda: 1,
+        synchronize=lambda *_: None,
+        empty_cache=lambda: None,
+        Stream=_Stream,
+        Event=_Event,
+        current_stream=lambda *_: stream,
+        default_stream=lambda *_: stream,
+        stream=lambda _: contextlib.nullcontext(),
+        manual_seed=torch.manual_seed,
+        get_rng_state=lambda *_, **__: torch.get_rng_state(),
+        set_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
+        is_available=lambda: False,
+        FloatTensor=torch.FloatTensor,
+        HalfTensor=torch.HalfTensor,
+        BFloat16Tensor=torch.BFloat16Tensor,
+        random=namespace,
+        __getattr__=lambda name: getattr(torch.cuda, name),
+    )
+    return namespace
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Compiles a module of megatron.core after rewriting its CUDA names; leaves the .pyc cache alone."""
+
+    namespace = _cpu_namespace()
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        source = self.get_data(self.path).decode()
+        for name, (pattern, replacement) in _RULES.items():
+            source, count = pattern.subn(replacement, source)
+            _matches[name] += count
+        return compile(source, self.path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__dict__["_cpu"] = self.namespace
+        super().exec_module(module)
+        mend = _MENDS.get(module.__name__)
+        if mend is not None:
+            mend(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Hands the modules of megatron.core to the rewriting loader."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def install() -> bool:
+    """Make `megatron.core` importable on this machine; megarlhf.parallel calls it on import. Again is a no-op.
+
+    Returns:
+        True where the CPU hook is in place, False where CUDA makes it unnecessary.
+    Raises:
+        RuntimeError: megatron.core was imported before.
+    """
+    if device_kind() == "cuda":
+        return False
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return True
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("megatron.core was imported before megarlhf.parallel; import megarlhf.parallel first")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron-Core compiles small functions; that buys nothing here
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    sys.meta_path.insert(0, _Finder())
+    return True
+
+
+def verify() -> None:
+    """Import what training needs and check that every rewriting rule found its text.
+
+    Raises:
+        RuntimeError: a rule matches nothing, so this megatron-core is not the one the rules were written for.
+    """
+    import megatron.core.distributed
+    import megatron.core.models.gpt
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel  # noqa: F401
+
+    idle = [name for name in _RULES if not _matches[name]]
+    if device_kind() == "cpu" and idle:
+        raise RuntimeError(f"megatron-core: the CPU rewriting rules {idle} match nothing; this version is not supported")
+
+
+def _mend_random_state(megatron_random: Any) -> None:
+    """Megatron-Core queues RNG changes until CUDA starts, which never happens; apply them to the CPU generator."""
+
+    def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
+        """Named generator states that take turns on the one CPU generator."""
+
+        @contextlib.contextmanager
+        def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            if name not in self.states_:
+                raise KeyError(f"rng state {name} is not added")
+            before = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(before)
+
+    megatron_random._set_cuda_rng_state = set_state
+    megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def _mend_optimizer(distrib_optimizer: Any) -> None:
+    """Keep torch AdamW's tensor `step` apart per parameter when a distributed optimizer is loaded.
+
+    The GPU optimizers hold one integer per group. With torch's AdamW Megatron-Core's loader gives every parameter the
+    same step tensor, which then advances once per parameter.
+    """
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    set_states, load = optimizer_class._set_main_param_and_optimizer_states, optimizer_class.load_state_dict
+
+    def set_states_without_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = state.pop("step", None)
+        set_states(self, model_param, tensors)
+        if step is not None:
+            state["step"] = step
+
+    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    optimizer_class._set_main_param_and_optimizer_states = set_states_without_step
+    optimizer_class.load_state_dict = load_with_own_steps
+
+
+_MENDS = {
+    "megatron.core.tensor_parallel.random": _mend_random_state,
+    "megatron.core.optimizer.distrib_optimizer": _mend_optimizer,
+}

@@ -1,0 +1,1 @@
+"""Pure arithmetic about a run, done and printed before any process starts."""

@@ -1,0 +1,1 @@
+"""Generation with vLLM, and how new weights reach it."""

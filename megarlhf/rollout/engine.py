@@ -1,0 +1,274 @@
+"""Generation with vLLM: one engine, its environment, and the weights that it holds."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from transformers import AutoTokenizer
+
+from megarlhf.data.types import Prompt, Sample
+from megarlhf.rollout.sampling import request_seed
+
+_CPU_BLOCK_TOKENS = 32  # the prefix cache shares whole blocks: vLLM's 128 on a CPU is longer than most prompts
+
+
+def engine_environment(*, threads: int, tensor_parallel_size: int = 1) -> dict[str, str]:
+    """Variables that an engine's process needs from its start on.
+
+    Args:
+        threads: CPU threads of the whole engine, shared out over its tensor-parallel ranks.
+        tensor_parallel_size: ranks of the engine.
+    """
+    if threads < tensor_parallel_size:
+        raise ValueError(
+            f"threads={threads} is less than tensor_parallel_size={tensor_parallel_size} (each rank computes with "
+            "threads of its own): set a tensor_parallel_size of at most the engine's cores"
+        )
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler runs in our process: a tiny model loads in 2 s, not 20
+        "OMP_NUM_THREADS": str(threads // tensor_parallel_size),  # Ray and vLLM would make it 1
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the trainer, whose phases alternate with ours
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages: an update packs hundreds of MB into new memory
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),  # and keep that memory for the next update
+        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    }
+
+
+class RolloutEngine:
+    """A policy that answers prompts, and takes new weights from a file in shared memory.
+
+    The process should have been started with `engine_environment`; what is missing is set here, as far as it still
+    takes effect.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | os.PathLike[str],
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        seed: int,
+        max_model_len: int,
+        tensor_parallel_size: int = 1,
+        max_num_seqs: int = 256,
+        enforce_eager: bool = True,
+        gpu_memory_utilization: float = 0.5,
+        kv_cache_gib: float = 1.0,
+        threads: int | None = None,
+        tokenizer_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            model_dir: Hugging Face model directory.
+            dtype: of weights and activations.
+            seed: of vLLM itself; sampled tokens depend on the seeds of `generate` alone.
+            max_model_len: longest prompt and response together, in tokens.
+            tensor_parallel_size: ranks that the model is split over.
+            max_num_seqs: sequences computed at once.
+            enforce_eager: no compilation and no graphs.
+            gpu_memory_utilization: fraction of a GPU's memory for weights and KV cache.
+            kv_cache_gib: KV cache on a CPU, in GiB a rank.
+            threads: CPU threads of the whole engine; all cores that the process may use if None.
+            tokenizer_dir: where the tokenizer lies, `model_dir` if None.
+        Raises:
+            ValueError: the model knows fewer positions than max_model_len.
+        """
+        self._check_length(Path(model_dir), max_model_len)
+        threads = threads or len(os.sched_getaffinity(0))
+        environment = engine_environment(threads=threads, tensor_parallel_size=tensor_parallel_size)
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+        torch.set_num_threads(threads // tensor_parallel_size)  # vLLM's CPU worker forbids it afterwards
+
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
+
+        from megarlhf.rollout import weight_transfer
+
+        weight_transfer.register()
+        self.max_model_len = max_model_len
+        self.tensor_parallel_size = tensor_parallel_size
+        self.weight_version = 0
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
+        self._can_sleep: bool = current_platform.is_sleep_mode_available()
+        cpu_only: dict[str, Any] = {}
+        if current_platform.is_cpu():
+            cpu_only = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": _CPU_BLOCK_TOKENS}
+        self._llm = LLM(
+            model=str(model_dir),
+            skip_tokenizer_init=True,  # prompts come as tokens and responses are decoded here
+            generation_config="vllm",  # sampling and stop tokens are those of `generate`, not of generation_config.json
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_model_len,
+            tensor_parallel_size=tensor_parallel_size,
+            distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
+            max_num_seqs=max_num_seqs,
+            enforce_eager=enforce_eager,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enable_prefix_caching=True,  # the samples of a prompt share its computation
+            enable_sleep_mode=self._can_sleep,
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature, top-k and top-p
+            weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
+            worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WeightStatus.__name__}",
+            **cpu_only,
+        )
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+
+    @staticmethod
+    def _check_length(model_dir: Path, max_model_len: int) -> None:
+        """Checked here because the error that vLLM raises cannot be pickled, so Ray would lose it."""
+        config = json.loads((model_dir / "config.json").read_text())
+        limit = config.get("max_position_embeddings")
+        if limit is not None and max_model_len > limit:
+            raise ValueError(
+                f"max_model_len={max_model_len} is more than max_position_embeddings={limit} of {model_dir} (the model "
+                "knows no later positions): set prompt_max_len and generate_max_len to a smaller sum"
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_ids: Sequence[int],
+        n_samples: int,
+        max_tokens: int,
+        temperature: float,
+        stop_token_ids: Sequence[int],
+        run_seed: int,
+        step: int,
+        greedy: bool = False,
+        top_p: float = 1.0,
+        top_k: int = -1,
+    ) -> list[Sample]:
+        """Answer each prompt `n_samples` times.
+
+        Args:
+            prompts: at least one token each.
+            group_ids: the samples' group_id, one per prompt.
+            max_tokens: longest response, the stop token included.
+            temperature: above 0; ignored when greedy.
+            stop_token_ids: a response ends with the first of these tokens; no others stop it.
+            run_seed, step: with the prompt's index and the sample's number they seed each response.
+            greedy: the likeliest token each time.
+            top_p, top_k: of the sampled distribution; 1.0 and -1 leave it whole.
+        Returns:
+            len(prompts) * n_samples samples, those of a prompt together in order of sample_id. The log-probs are of
+            the distribution sampled from (for greedy: of the model's own).
+        Raises:
+            ValueError: a prompt that leaves no room for max_tokens, or a temperature of 0 without `greedy`.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        if not greedy and temperature <= 0:
+            raise ValueError(f"temperature={temperature} is not above 0 (logits are divided by it): use greedy=True")
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+        if longest + max_tokens > self.max_model_len:
+            raise ValueError(
+                f"max_tokens={max_tokens} with a prompt of {longest} tokens is more than max_model_len="
+                f"{self.max_model_len}: drop longer prompts, or set generate_max_len lower"
+            )
+        if self.weight_version < 0:
+            raise RuntimeError("the last weight update failed halfway: update the weights before generating")
+        requests = [(p, g, i) for p, g in zip(prompts, group_ids, strict=True) for i in range(n_samples)]
+        parameters = [
+            SamplingParams(
+                temperature=0.0 if greedy else temperature,
+                top_p=1.0 if greedy else top_p,
+                top_k=-1 if greedy else top_k,
+                max_tokens=max_tokens,
+                seed=request_seed(run_seed, step, prompt.index, sample_id),
+                stop_token_ids=list(stop_token_ids),
+                ignore_eos=True,  # else vLLM adds the model configuration's end token to them
+                logprobs=0,  # of the sampled token alone
+                detokenize=False,
+            )
+            for prompt, _, sample_id in requests
+        ]
+        inputs = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _, _ in requests]
+        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        return [self._sample(*request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
+
+    def _sample(self, prompt: Prompt, group_id: int, sample_id: int, completion: Any) -> Sample:
+        """A record of vLLM's CompletionOutput."""
+        if completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a response with finish_reason={completion.finish_reason!r}")
+        tokens = tuple(completion.token_ids)
+        return Sample(
+            prompt=prompt,
+            group_id=group_id,
+            sample_id=sample_id,
+            response_ids=tokens,
+            rollout_log_probs=tuple(
+                float(place[token].logprob) for place, token in zip(completion.logprobs, tokens, strict=True)
+            ),
+            response_text=str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)),
+            finish_reason=completion.finish_reason,
+            weight_version=self.weight_version,
+        )
+
+    def update_weights(self, path: str | os.PathLike[str], version: int, checksum: str) -> dict[str, Any]:
+        """Take the weights of a file that is complete and does not change meanwhile.
+
+        Args:
+            path: safetensors file with Hugging Face names (data/tensor_file.py).
+            version: what `weight_version` of later samples will say.
+            checksum: TensorFile.checksum() of the file.
+        Returns:
+            version and checksum as the workers report them, and the seconds it took.
+        Raises:
+            ValueError: wrong checksum; the engine keeps its weights. With tensor_parallel_size > 1 vLLM turns the
+                workers' error into a RuntimeError with this message inside.
+        """
+        start = time.perf_counter()
+        try:
+            self._llm.start_weight_update()
+            self._llm.update_weights(
+                {"update_info": {"path": os.fspath(path), "version": version, "checksum": checksum}}
+            )
+            self._llm.finish_weight_update()
+        finally:
+            statuses = self._llm.collective_rpc("weight_status")
+            self.weight_version = min(status["version"] for status in statuses)
+        wanted = {"version": version, "checksum": checksum}
+        if any(status != wanted for status in statuses):
+            raise RuntimeError(f"sent weights {wanted} and the engine's workers report {statuses}")
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: were requests running?")
+        return {**wanted, "seconds": time.perf_counter() - start}
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to others until `wake`; weights wait in host memory. Nothing to give on a CPU."""
+        if self._can_sleep:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Take the GPU's memory back."""
+        if self._can_sleep:
+            self._llm.wake_up()
+
+    def info(self) -> dict[str, Any]:
+        """What a launcher or a report wants to know of this engine."""
+        return {
+            "pid": os.getpid(),
+            "weight_version": self.weight_version,
+            "weight_status": self._llm.collective_rpc("weight_status"),
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "threads": torch.get_num_threads(),
+            "max_model_len": self.max_model_len,
+            "rss_bytes": psutil.Process().memory_info().rss,
+        }
+
+    def close(self) -> None:
+        """Stop the engine and free its memory; it cannot be used afterwards."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm

@@ -1,0 +1,76 @@
+"""From the configuration to a role's engine and objective, inside its worker process."""
+
+from megarlhf.config.arguments import LayoutArguments, PPOConfig, SharedOptimizerArguments
+from megarlhf.engine.engine import MegatronEngine, PackingOptions
+from megarlhf.engine.objective import Objective
+from megarlhf.engine.optimizer import OptimizerOptions
+from megarlhf.models.build import ModelOptions
+from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
+from megarlhf.trainers.value import value_objective
+
+
+def build_engine(config: PPOConfig, role: str, *, total_steps: int, share_prompt_prefix: bool) -> MegatronEngine:
+    """The actor's or the critic's engine in a process whose groups are set up."""
+    critic = role == "critic"
+    batch, rollout = config.batch, config.rollout
+    longest = rollout.prompt_max_len + rollout.generate_max_len
+    rate = config.optimizer.critic_learning_rate if critic else config.optimizer.actor_learning_rate
+    return MegatronEngine(
+        (config.model.critic_pretrain or config.model.pretrain) if critic else config.model.pretrain,
+        head="value" if critic else "lm",
+        model=model_options(config.layout, bf16=config.model.bf16),
+        packing=PackingOptions(
+            max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest,
+            share_prefix=share_prompt_prefix,
+        ),
+        optimizer=optimizer_options(config.optimizer, config.layout, rate, total_steps),
+        temperature=rollout.temperature,
+        seed=config.model.seed,
+    )
+
+
+def build_objective(config: PPOConfig, role: str) -> Objective:
+    """The role's loss."""
+    algorithm = config.algorithm
+    if role == "critic":
+        return value_objective(value_clip=algorithm.value_clip)
+    return policy_objective(
+        PolicyLossOptions(
+            clip_eps_low=algorithm.eps_clip,
+            clip_eps_high=algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high,
+            dual_clip=algorithm.dual_clip,
+            entropy_coef=algorithm.entropy_coef,
+            kl_loss_coef=algorithm.init_kl_coef if algorithm.use_kl_loss else 0.0,
+            kl_estimator=algorithm.kl_estimator,
+        )
+    )
+
+
+def model_options(layout: LayoutArguments, *, bf16: bool) -> ModelOptions:
+    """The model's part of the layout flags."""
+    return ModelOptions(
+        bf16=bf16,
+        sequence_parallel=layout.sequence_parallel,
+        recompute_granularity=layout.recompute_granularity,
+        recompute_method=layout.recompute_method,
+        recompute_num_layers=layout.recompute_num_layers,
+    )
+
+
+def optimizer_options(
+    optimizer: SharedOptimizerArguments, layout: LayoutArguments, learning_rate: float, total_steps: int
+) -> OptimizerOptions:
+    """The optimizer flags, for one role's learning rate and number of optimizer steps."""
+    return OptimizerOptions(
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        lr_warmup_ratio=optimizer.lr_warmup_ratio,
+        min_lr_ratio=optimizer.min_lr_ratio,
+        lr_decay_style=optimizer.lr_decay_style,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+        use_distributed_optimizer=layout.use_distributed_optimizer,
+    )

@@ -1,0 +1,180 @@
+"""From scored samples to what the updates need: log-probs, values, KL, advantages, weighted rows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+import torch
+from torch import Tensor
+
+from megarlhf.algos.advantages import compute_advantages
+from megarlhf.algos.kl import kl_estimate
+from megarlhf.algos.losses import token_weights
+from megarlhf.config.arguments import AlgorithmArguments, PPOConfig
+from megarlhf.data.types import Sample, TrainingRow
+from megarlhf.trainers.roles import ActorRole, CriticRole
+
+GROUP_ESTIMATORS = ("reinforce_baseline", "rloo", "group_norm", "dr_grpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """One rollout batch, ready to train on. Lists have one entry per sample, tensors one number per response token."""
+
+    samples: list[Sample]
+    log_probs: list[Tensor] | None  # under the policy before the updates; None: the single update computes them
+    ref_log_probs: list[Tensor] | None
+    values: list[Tensor] | None
+    kl: list[Tensor] | None  # estimate per token, where log_probs and ref_log_probs are known
+    advantages: list[Tensor]
+    returns: list[Tensor]
+
+
+class NoSamplesError(RuntimeError):
+    """A step is left without a sample to train on."""
+
+
+def needs_old_log_probs(config: PPOConfig) -> bool:
+    """Whether a pass before the updates must compute the policy's log-probs.
+
+    Not where one update uses every sample once and the KL is part of the loss: its own forward pass gives them.
+    """
+    batch, algorithm = config.batch, config.algorithm
+    updates = batch.max_epochs * (batch.rollout_batch_size * batch.n_samples_per_prompt // batch.global_batch_size)
+    return updates > 1 or (algorithm.init_kl_coef > 0 and not algorithm.use_kl_loss)
+
+
+def with_result(samples: Sequence[Sample], *, estimator: str) -> list[Sample]:
+    """Samples that can be trained on: those with a reward and, for group estimators, with a second one in their group.
+
+    Raises:
+        NoSamplesError: none is left.
+    """
+    scored = [sample for sample in samples if sample.reward is not None]
+    if estimator in GROUP_ESTIMATORS:
+        counts: dict[int, int] = {}
+        for sample in scored:
+            counts[sample.group_id] = counts.get(sample.group_id, 0) + 1
+        scored = [sample for sample in scored if counts[sample.group_id] > 1]
+    if not scored:
+        raise NoSamplesError(
+            f"none of {len(samples)} samples has a reward that can be trained on: the reward gave no result for them "
+            "(its errors are in the log)"
+        )
+    return scored
+
+
+def to_rows(samples: Sequence[Sample]) -> list[TrainingRow]:
+    """Rows without fields, for forward passes."""
+    return [
+        TrainingRow(
+            input_ids=(*s.prompt.token_ids, *s.response_ids),
+            prompt_length=len(s.prompt.token_ids),
+            group_id=s.group_id,
+        )
+        for s in samples
+    ]
+
+
+def make_experience(
+    samples: list[Sample],
+    actor: ActorRole,
+    critic: CriticRole | None,
+    config: PPOConfig,
+    *,
+    kl_coef: float,
+    reward_scale: tuple[float, float] = (0.0, 1.0),
+) -> Experience:
+    """Run the forward passes that the estimator needs and compute advantages.
+
+    Args:
+        samples: with rewards.
+        kl_coef: present coefficient of the KL penalty.
+        reward_scale: (shift, scale): rewards enter as (reward - shift) / scale.
+    """
+    algorithm = config.algorithm
+    rows = to_rows(samples)
+    log_probs = actor.log_probs(rows) if needs_old_log_probs(config) else None
+    ref_log_probs = actor.ref_log_probs(rows) if algorithm.init_kl_coef > 0 else None
+    values = critic.values(rows) if critic is not None else None
+    kl = None
+    if log_probs is not None and ref_log_probs is not None:
+        pairs = zip(log_probs, ref_log_probs, strict=True)
+        kl = [kl_estimate(own, ref, estimator=algorithm.kl_estimator) for own, ref in pairs]
+    shift, scale = reward_scale
+    rewards = torch.tensor([(sample.reward - shift) / scale for sample in samples if sample.reward is not None])
+    result = compute_advantages(
+        algorithm.advantage_estimator,
+        rewards=rewards,
+        group_ids=torch.tensor([sample.group_id for sample in samples]),
+        kl=None if algorithm.use_kl_loss else kl,
+        lengths=[len(sample.response_ids) for sample in samples],
+        values=values,
+        kl_coef=0.0 if algorithm.use_kl_loss else kl_coef,
+        gamma=algorithm.gamma,
+        lambd=algorithm.lambd,
+        clip_range=algorithm.reward_clip_range,
+        normalize=algorithm.normalize_advantages,
+    )
+    return Experience(
+        samples=samples,
+        log_probs=log_probs,
+        ref_log_probs=ref_log_probs,
+        values=values,
+        kl=kl,
+        advantages=result.advantages,
+        returns=result.returns,
+    )
+
+
+def mini_batches(experience: Experience, config: PPOConfig, *, step: int) -> Iterator[list[int]]:
+    """Sample indices of each optimizer step: max_epochs shuffles, each dealt into as many parts.
+
+    The number of parts does not depend on how many samples had a reward, so the learning-rate schedule holds. The
+    samples of one prompt stay together where a part holds whole groups.
+    """
+    batch = config.batch
+    parts = batch.rollout_batch_size * batch.n_samples_per_prompt // batch.global_batch_size
+    whole_groups = batch.global_batch_size % batch.n_samples_per_prompt == 0
+    units: dict[int, list[int]] = {}
+    for index, sample in enumerate(experience.samples):
+        units.setdefault(sample.group_id if whole_groups else index, []).append(index)
+    random = Random(f"{config.model.seed}-{step}")
+    for _ in range(batch.max_epochs):
+        order = list(units)
+        if parts > 1:
+            random.shuffle(order)
+        for part in range(parts):
+            first, last = len(order) * part // parts, len(order) * (part + 1) // parts
+            chosen = [index for unit in order[first:last] for index in units[unit]]
+            if chosen:
+                yield chosen
+
+
+def training_rows(
+    experience: Experience, indices: Sequence[int], algorithm: AlgorithmArguments, *, max_length: int, critic: bool
+) -> tuple[list[TrainingRow], float]:
+    """Rows of one optimizer step with the fields of the actor's or the critic's loss, and their denominator.
+
+    Args:
+        max_length: longest response that may be generated; Dr. GRPO's denominator.
+    """
+    samples = [experience.samples[i] for i in indices]
+    aggregation = "constant" if algorithm.advantage_estimator == "dr_grpo" else algorithm.loss_aggregation
+    weights, denominator = token_weights(
+        [len(s.response_ids) for s in samples],
+        aggregation=aggregation,
+        max_length=max_length if aggregation == "constant" else None,
+    )
+    columns: dict[str, list[Tensor] | None]
+    if critic:
+        columns = {"old_values": experience.values, "returns": experience.returns}
+    else:
+        columns = {"advantages": experience.advantages, "old_log_probs": experience.log_probs}
+        if algorithm.use_kl_loss:
+            columns["ref_log_probs"] = experience.ref_log_probs
+    rows = []
+    for row, index, weight in zip(to_rows(samples), indices, weights, strict=True):
+        fields = {name: column[index] for name, column in columns.items() if column is not None}
+        rows.append(replace(row, fields=fields | {"weights": weight}))
+    return rows, denominator

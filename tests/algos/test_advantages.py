@@ -1,0 +1,249 @@
+"""Advantages against hand-worked numbers and loops that follow the definitions term by term."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megarlhf.algos.advantages import (
+    AdvantageResult,
+    compute_advantages,
+    discounted_returns,
+    gae,
+    group_mean_advantages,
+    group_relative_advantages,
+    rloo_advantages,
+    token_rewards,
+)
+
+REWARDS = torch.tensor([1.0, 4.0, 0.0, 6.0, 2.0])
+GROUP_IDS = torch.tensor([7, 2, 7, 2, 7])  # group 7: 1, 0, 2; group 2: 4, 6
+LENGTHS = [2, 1, 3, 2, 1]
+KL = [torch.tensor([0.5, -0.1]), torch.tensor([0.2]), torch.tensor([0.1, 0.0, 0.3]), torch.zeros(2), torch.ones(1)]
+VALUES = [torch.linspace(-1, 1, length) for length in LENGTHS]
+
+
+def compute(estimator: str, *, normalize: bool = False, gamma: float = 1.0, kl_coef: float = 0.1) -> AdvantageResult:
+    return compute_advantages(
+        estimator,
+        rewards=REWARDS,
+        group_ids=GROUP_IDS,
+        kl=KL,
+        lengths=LENGTHS,
+        values=VALUES if estimator == "gae" else None,
+        kl_coef=kl_coef,
+        gamma=gamma,
+        lambd=0.9,
+        clip_range=(-5.0, 5.0),
+        normalize=normalize,
+    )
+
+
+def assert_ragged_close(actual: Sequence[Tensor], expected: Sequence[Sequence[float]]) -> None:
+    assert [tensor.dtype for tensor in actual] == [torch.float32] * len(expected)
+    for tensor, row in zip(actual, expected, strict=True):
+        assert tensor.tolist() == pytest.approx(list(row), abs=1e-5)
+
+
+def slow_returns(outcomes: Sequence[float], *, gamma: float, kl_coef: float) -> list[list[float]]:
+    """sum_k gamma^k (-kl_coef * kl_{t+k}), and gamma^(last - t) of the outcome."""
+    rows = []
+    for outcome, kl, length in zip(outcomes, KL, LENGTHS, strict=True):
+        reward = [-kl_coef * kl[t].item() + (outcome if t == length - 1 else 0.0) for t in range(length)]
+        rows.append([sum(gamma ** (s - t) * reward[s] for s in range(t, length)) for t in range(length)])
+    return rows
+
+
+def test_token_rewards_by_hand() -> None:
+    tokens = token_rewards(KL[:2], torch.tensor([2.0, -30.0]), [2, 1], kl_coef=0.1, clip_range=(-10, 10))
+    assert_ragged_close(tokens, [[-0.05, 2.01], [-10.02]])
+
+
+def test_token_rewards_leave_inputs_alone_and_skip_a_kl_of_weight_zero() -> None:
+    kl = [torch.tensor([float("inf"), 1.0])]
+    assert_ragged_close(token_rewards(kl, torch.tensor([2.0]), [2], kl_coef=0.0, clip_range=None), [[0.0, 2.0]])
+    token_rewards(kl, torch.tensor([2.0]), [2], kl_coef=1.0, clip_range=None)
+    assert kl[0].tolist() == [float("inf"), 1.0]
+    assert_ragged_close(
+        token_rewards(None, torch.tensor([20.0]), [3], kl_coef=1.0, clip_range=None), [[0.0, 0.0, 20.0]]
+    )
+
+
+def test_token_rewards_refuse_empty_responses_and_wrong_lengths() -> None:
+    with pytest.raises(ValueError, match="response_length=0 for sample 1"):
+        token_rewards(None, torch.ones(2), [3, 0], kl_coef=0.0, clip_range=None)
+    with pytest.raises(ValueError, match="kl must have one value per response token"):
+        token_rewards([torch.ones(3)], torch.ones(1), [2], kl_coef=0.1, clip_range=None)
+    with pytest.raises(ValueError, match="zip"):
+        token_rewards(None, torch.ones(3), [2, 2], kl_coef=0.0, clip_range=None)
+
+
+def test_gae_by_hand() -> None:
+    # deltas: 0.9 * 0.4 - 0.5 = -0.14, 0.9 * 0.6 - 0.4 = 0.14, 1 - 0.6 = 0.4; gamma * lambda = 0.72
+    rewards, values = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.4, 0.6])
+    advantages, returns = gae(rewards, values, gamma=0.9, lambd=0.8)
+    assert advantages.tolist() == pytest.approx([0.16816, 0.428, 0.4])
+    assert returns.tolist() == pytest.approx([0.66816, 0.828, 1.0])
+
+
+def test_gae_bootstraps_a_cut_response() -> None:
+    advantages, returns = gae(torch.zeros(1), torch.tensor([0.5]), gamma=0.9, lambd=0.8, bootstrap_value=2.0)
+    assert advantages.item() == pytest.approx(1.3)
+    assert returns.item() == pytest.approx(1.8)
+
+
+def test_gae_matches_its_definition() -> None:
+    torch.manual_seed(0)
+    rewards, values, gamma, lambd = torch.randn(17), torch.randn(17), 0.97, 0.8
+    v = [*values.tolist(), 0.3]
+    deltas = [rewards[t].item() + gamma * v[t + 1] - v[t] for t in range(17)]
+    expected = [sum((gamma * lambd) ** (s - t) * deltas[s] for s in range(t, 17)) for t in range(17)]
+    advantages, returns = gae(rewards, values, gamma=gamma, lambd=lambd, bootstrap_value=0.3)
+    assert advantages.tolist() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(returns - values, advantages)
+
+
+def test_gae_with_lambda_one_returns_the_reward_to_go_whatever_the_values() -> None:
+    rewards = torch.tensor([1.0, 2.0, 4.0])
+    _, returns = gae(rewards, torch.randn(3), gamma=0.5, lambd=1.0)
+    assert returns.tolist() == pytest.approx(discounted_returns(rewards, gamma=0.5).tolist(), abs=1e-6)
+
+
+def test_gae_holds_no_gradient_and_refuses_values_that_would_broadcast() -> None:
+    advantages, returns = gae(torch.ones(3), torch.ones(3, requires_grad=True), gamma=1.0, lambd=1.0)
+    assert not advantages.requires_grad and not returns.requires_grad
+    with pytest.raises(ValueError, match="values has shape"):
+        gae(torch.ones(3), torch.ones(1), gamma=1.0, lambd=1.0)
+
+
+def test_discounted_returns_by_hand() -> None:
+    assert discounted_returns(torch.tensor([1.0, 2.0, 4.0]), gamma=0.5).tolist() == [3.0, 4.0, 4.0]
+    assert discounted_returns(torch.tensor([1.0, 2.0, 4.0]), gamma=0.0).tolist() == [1.0, 2.0, 4.0]
+
+
+def test_group_baselines_by_hand_in_any_order_and_size() -> None:
+    assert rloo_advantages(REWARDS, GROUP_IDS).tolist() == [0.0, -2.0, -1.5, 2.0, 1.5]
+    assert group_mean_advantages(REWARDS, GROUP_IDS).tolist() == [0.0, -1.0, -1.0, 1.0, 1.0]
+    centred = group_relative_advantages(REWARDS, GROUP_IDS, divide_by_std=False, eps=0.0)
+    assert centred.tolist() == [0.0, -1.0, -1.0, 1.0, 1.0]
+    # sample std: 1 in group 7, sqrt(2) in group 2
+    scaled = group_relative_advantages(REWARDS, GROUP_IDS, divide_by_std=True, eps=0.0)
+    assert scaled.tolist() == pytest.approx([0.0, -(0.5**0.5), -1.0, 0.5**0.5, 1.0])
+
+
+def test_group_baselines_match_loops() -> None:
+    torch.manual_seed(0)
+    rewards, ids = torch.randn(40) * 3, torch.randint(5, (40,))
+    for i in range(40):
+        others = [rewards[j].item() for j in range(40) if j != i and ids[j] == ids[i]]
+        own = rewards[i].item()
+        group = [*others, own]
+        centred = own - statistics.fmean(group)
+        assert rloo_advantages(rewards, ids)[i].item() == pytest.approx(own - statistics.fmean(others), abs=1e-5)
+        assert group_mean_advantages(rewards, ids)[i].item() == pytest.approx(centred, abs=1e-5)
+        grpo = group_relative_advantages(rewards, ids, divide_by_std=True, eps=0.01)[i].item()
+        assert grpo == pytest.approx(centred / (statistics.stdev(group) + 0.01), abs=1e-5)
+
+
+def test_equal_rewards_give_zero_and_not_scaled_rounding() -> None:
+    rewards = torch.full((7,), 8.1)
+    advantages = group_relative_advantages(rewards, torch.zeros(7, dtype=torch.int64), divide_by_std=True, eps=1e-6)
+    assert advantages.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        rloo_advantages,
+        group_mean_advantages,
+        lambda r, g: group_relative_advantages(r, g, divide_by_std=True, eps=1.0),
+        lambda r, g: group_relative_advantages(r, g, divide_by_std=False, eps=1.0),
+    ],
+)
+def test_group_of_one_is_refused(baseline: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match="group_id=4 has 1 sample.*n_samples_per_prompt"):
+        baseline(torch.ones(3), torch.tensor([3, 4, 3]))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "outcomes"),
+    [
+        ("reinforce", [1.0, 4.0, 0.0, 5.0, 2.0]),  # 6 is clamped to 5, before any baseline
+        ("reinforce_baseline", [0.0, -0.5, -1.0, 0.5, 1.0]),
+        ("rloo", [0.0, -1.0, -1.5, 1.0, 1.5]),
+    ],
+)
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_reinforce_family_discounts_the_outcome_and_the_kl(estimator: str, outcomes: list[float], gamma: float) -> None:
+    result = compute(estimator, gamma=gamma)
+    assert_ragged_close(result.advantages, slow_returns(outcomes, gamma=gamma, kl_coef=0.1))
+    assert_ragged_close(result.returns, slow_returns(outcomes, gamma=gamma, kl_coef=0.1))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "outcomes"),
+    [("group_norm", [0.0, -(0.5**0.5), -1.0, 0.5**0.5, 1.0]), ("dr_grpo", [0.0, -0.5, -1.0, 0.5, 1.0])],
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_grpo_family_broadcasts_the_outcome_and_is_never_whitened(
+    estimator: str, outcomes: list[float], normalize: bool
+) -> None:
+    without_kl = compute(estimator, gamma=0.5, kl_coef=0.0, normalize=normalize)
+    assert_ragged_close(without_kl.advantages, [[a] * n for a, n in zip(outcomes, LENGTHS, strict=True)])
+    penalties = slow_returns([0.0] * 5, gamma=0.5, kl_coef=0.1)
+    with_kl = compute(estimator, gamma=0.5, normalize=normalize)
+    assert_ragged_close(with_kl.advantages, [[p + a for p in row] for a, row in zip(outcomes, penalties, strict=True)])
+
+
+@pytest.mark.parametrize("estimator", ["gae", "reinforce", "reinforce_baseline", "rloo"])
+def test_normalize_whitens_advantages_and_leaves_returns(estimator: str) -> None:
+    plain, normalized = compute(estimator), compute(estimator, normalize=True)
+    tokens = [x for tensor in plain.advantages for x in tensor.tolist()]
+    mean, std = statistics.fmean(tokens), statistics.pstdev(tokens)
+    assert_ragged_close(normalized.advantages, [[(x - mean) / std for x in a.tolist()] for a in plain.advantages])
+    assert_ragged_close(normalized.returns, [r.tolist() for r in plain.returns])
+
+
+def test_gae_estimator_uses_values_per_sample() -> None:
+    result = compute("gae", gamma=0.9)
+    rewards = token_rewards(KL, REWARDS, LENGTHS, kl_coef=0.1, clip_range=(-5.0, 5.0))
+    for i, (reward, value) in enumerate(zip(rewards, VALUES, strict=True)):
+        advantages, returns = gae(reward, value, gamma=0.9, lambd=0.9)
+        assert result.advantages[i].tolist() == advantages.tolist()
+        assert result.returns[i].tolist() == returns.tolist()
+
+
+def test_no_kl_is_a_kl_of_weight_zero() -> None:
+    arguments = {"rewards": REWARDS, "group_ids": GROUP_IDS, "lengths": LENGTHS, "values": None}
+    numbers = {"gamma": 0.9, "lambd": 1.0, "clip_range": (-5.0, 5.0), "normalize": False}
+    result = compute_advantages("rloo", kl=None, kl_coef=0.1, **arguments, **numbers)  # type: ignore[arg-type]
+    assert_ragged_close(result.advantages, [a.tolist() for a in compute("rloo", gamma=0.9, kl_coef=0.0).advantages])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "rewards", "values", "message"),
+    [
+        ("ppo", REWARDS, None, "advantage_estimator=ppo is unknown"),
+        ("gae", REWARDS, None, "advantage_estimator=gae without critic values"),
+        ("rloo", REWARDS, VALUES, "advantage_estimator=rloo with critic values"),
+        ("rloo", torch.tensor([1.0, float("nan"), 0.0, 6.0, float("inf")]), None, "reward=nan for 2 of 5 samples"),
+        ("gae", REWARDS, VALUES[:4], "zip"),
+    ],
+)
+def test_compute_advantages_refuses(estimator: str, rewards: Tensor, values: list[Tensor] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compute_advantages(
+            estimator,
+            rewards=rewards,
+            group_ids=GROUP_IDS,
+            kl=None,
+            lengths=LENGTHS,
+            values=values,
+            kl_coef=0.0,
+            gamma=1.0,
+            lambd=1.0,
+            clip_range=(-5.0, 5.0),
+            normalize=False,
+        )

@@ -1,0 +1,135 @@
+"""KL estimators against exact sums over a small vocabulary, and the controllers against hand-worked steps."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megarlhf.algos.kl import AdaptiveKLController, FixedKLController, KLEstimator, kl_estimate
+
+POLICY_LOGITS = torch.tensor([0.3, -0.2, 1.1, 0.0], dtype=torch.float64)
+REF_LOG_PROBS = torch.tensor([-0.1, 0.4, 0.6, -0.5], dtype=torch.float64).log_softmax(0)
+
+
+def exact_kl(p_log: torch.Tensor, q_log: torch.Tensor) -> torch.Tensor:
+    return (p_log.exp() * (p_log - q_log)).sum()
+
+
+def test_estimates_by_hand() -> None:
+    log_probs, ref = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])  # d = -log 2
+    assert kl_estimate(log_probs, ref, estimator="k1").item() == pytest.approx(math.log(2))
+    assert kl_estimate(log_probs, ref, estimator="k2").item() == pytest.approx(math.log(2) ** 2 / 2)
+    assert kl_estimate(log_probs, ref, estimator="k3").item() == pytest.approx(0.5 - 1 + math.log(2))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_expectation_over_the_policy_is_the_kl(estimator: KLEstimator) -> None:
+    log_probs = POLICY_LOGITS.log_softmax(0)
+    expected = (log_probs.exp() * kl_estimate(log_probs, REF_LOG_PROBS, estimator=estimator)).sum()
+    assert expected.item() == pytest.approx(exact_kl(log_probs, REF_LOG_PROBS).item(), rel=1e-12)
+
+
+def test_k2_is_near_the_kl_of_close_policies() -> None:
+    log_probs = (REF_LOG_PROBS + 1e-3 * POLICY_LOGITS).log_softmax(0)
+    expected = (log_probs.exp() * kl_estimate(log_probs, REF_LOG_PROBS, estimator="k2")).sum()
+    assert expected.item() == pytest.approx(exact_kl(log_probs, REF_LOG_PROBS).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_expected_gradient_as_a_loss_is_what_the_docstring_says(estimator: KLEstimator) -> None:
+    logits = POLICY_LOGITS.clone().requires_grad_()
+    log_probs = logits.log_softmax(0)
+    sampling = log_probs.detach().exp()
+    loss = (sampling * kl_estimate(log_probs, REF_LOG_PROBS, estimator=estimator)).sum()
+    oracle = POLICY_LOGITS.clone().requires_grad_()
+    policy = oracle.log_softmax(0)
+    kl = {"k1": policy.sum() * 0, "k2": exact_kl(policy, REF_LOG_PROBS), "k3": exact_kl(REF_LOG_PROBS, policy)}
+    expected = torch.autograd.grad(kl[estimator], oracle)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), expected, atol=1e-12, rtol=1e-9)
+
+
+def test_k3_is_never_negative_and_keeps_small_differences() -> None:
+    ref = torch.cat([torch.linspace(-30, 5, 100_001), torch.logspace(-20, 0, 1000), -torch.logspace(-20, 0, 1000)])
+    assert kl_estimate(torch.zeros_like(ref), ref, estimator="k3").min() >= 0
+    small = kl_estimate(torch.tensor([0.0]), torch.tensor([1e-3]), estimator="k3").item()
+    assert small == pytest.approx(math.expm1(1e-3) - 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradients_match_finite_differences(estimator: KLEstimator) -> None:
+    log_probs = torch.tensor([-0.5, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-0.7, -1.0, -3.1], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: kl_estimate(a, b, estimator=estimator), (log_probs, ref))
+
+
+def test_unknown_estimator_is_refused() -> None:
+    unknown: Any = "k4"
+    with pytest.raises(ValueError, match="kl_estimator=k4"):
+        kl_estimate(torch.zeros(1), torch.zeros(1), estimator=unknown)
+
+
+def test_fixed_controller_stays_and_keeps_its_configuration_on_load() -> None:
+    controller = FixedKLController(0.02)
+    controller.update(kl=100.0, num_samples=1024)
+    controller.load_state_dict({"coef": 0.5})
+    assert controller.coef == 0.02
+    assert controller.state_dict() == {"coef": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [
+        (6.0, 1.0),  # on target
+        (6.6, 1.01),  # error 0.1, gain 1000 / 10000
+        (60.0, 1.02),  # error 9, clipped to 0.2
+        (0.0, 0.98),  # error -1, clipped to -0.2
+        (-3.0, 0.98),  # k1 may be negative
+    ],
+)
+def test_adaptive_controller_by_hand(kl: float, factor: float) -> None:
+    controller = AdaptiveKLController(0.05, target=6.0, horizon=10_000)
+    controller.update(kl, num_samples=1000)
+    assert controller.coef == pytest.approx(0.05 * factor)
+
+
+def test_adaptive_controller_continues_from_its_state() -> None:
+    first = AdaptiveKLController(0.05, 6.0, 10_000)
+    first.update(9.0, 512)
+    second = AdaptiveKLController(0.01, 6.0, 10_000)
+    second.load_state_dict(first.state_dict())
+    for controller in (first, second):
+        controller.update(1.0, 512)
+    assert first.coef == second.coef != 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ((0.0, 6.0, 10_000), "init_kl_coef=0"),
+        ((-0.1, 6.0, 10_000), "init_kl_coef=-0.1"),
+        ((0.1, 0.0, 10_000), "kl_target=0"),
+        ((0.1, 6.0, 0), "kl_horizon=0"),
+    ],
+)
+def test_adaptive_controller_refuses_what_cannot_work(arguments: tuple[float, float, int], key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        AdaptiveKLController(*arguments)
+
+
+def test_fixed_controller_refuses_a_negative_coefficient() -> None:
+    with pytest.raises(ValueError, match="init_kl_coef=-1"):
+        FixedKLController(-1.0)
+
+
+def test_adaptive_controller_refuses_bad_updates_and_states() -> None:
+    controller = AdaptiveKLController(0.1, 6.0, 1000)
+    with pytest.raises(ValueError, match="kl=nan"):
+        controller.update(math.nan, 10)
+    with pytest.raises(ValueError, match="kl_horizon=1000 with 5000 samples"):
+        controller.update(0.0, 5000)
+    with pytest.raises(ValueError, match="coefficient is 0"):
+        controller.load_state_dict({"coef": 0.0})
+    with pytest.raises(KeyError):
+        controller.load_state_dict({})
+    assert controller.coef == 0.1

@@ -1,0 +1,1 @@
+"""Tests of whole runs: real Ray, Megatron-Core and vLLM."""

@@ -1,0 +1,72 @@
+"""Start whole runs as a user does, from a command line, and read what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REWARD = """
+def reward_func(queries, prompts, labels):
+    # The share of even token characters: dense, cheap, and a function of the response alone.
+    responses = [q[len(p):] for q, p in zip(queries, prompts)]
+    return [sum(c in "02468" for c in r) / max(1, len(r)) for r in responses]
+"""
+
+
+def write_inputs(directory: Path, *, count: int = 24) -> dict[str, str]:
+    """Prompt data and a reward file; returns the flags that name them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = [{"input": f"{i % 10}{i // 10}{(i * 7) % 10}=", "label": "0"} for i in range(count)]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    (directory / "reward.py").write_text(REWARD)
+    return {
+        "--prompt_data": str(directory / "prompts.jsonl"),
+        "--eval_data": str(directory / "eval.jsonl"),
+        "--reward_function": str(directory / "reward.py"),
+    }
+
+
+SMALL = {
+    "--rollout_batch_size": "8",
+    "--n_samples_per_prompt": "2",
+    "--global-batch-size": "8",
+    "--micro-batch-size": "8",
+    "--prompt_max_len": "16",
+    "--generate_max_len": "8",
+    "--actor_learning_rate": "1e-3",
+    "--critic_learning_rate": "1e-3",
+    "--lr_warmup_ratio": "0",
+    "--vllm_kv_cache_gib": "0.25",
+    "--eval-interval": "100",
+    "--seed": "7",
+}
+
+
+def command(program: str, flags: dict[str, str | None]) -> list[str]:
+    """A command line; a flag with value None is bare."""
+    words = [word for flag, value in flags.items() for word in ([flag] if value is None else [flag, value])]
+    return [sys.executable, "-m", f"megarlhf.cli.{program}", *words]
+
+
+def start(program: str, flags: dict[str, str | None]) -> subprocess.Popen[str]:
+    """Start a run in the background, its output piped together."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    return subprocess.Popen(
+        command(program, flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def run(program: str, flags: dict[str, str | None], *, expect: int = 0) -> str:
+    """Run to the end and return the output."""
+    process = start(program, flags)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == expect, output
+    return output
+
+
+def metrics(save: Path) -> dict[int, dict[str, float]]:
+    """Logged rows by step."""
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    return {int(row["step"]): row for row in map(json.loads, lines)}

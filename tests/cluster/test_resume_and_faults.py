@@ -1,0 +1,109 @@
+"""Kill, resume, signals: what a run leaves behind and how it goes on. Whole runs, so slow."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cluster.runs import SMALL, metrics, run, start, write_inputs
+
+pytestmark = pytest.mark.slow
+UNTIMED = ("reward/", "kl/", "policy/", "critic/", "advantage/", "return/", "rollout/", "sync/", "data/")
+
+
+def numbers(row: dict[str, float]) -> dict[str, float]:
+    """What must not depend on the clock."""
+    return {key: value for key, value in row.items() if key.startswith(UNTIMED)}
+
+
+@pytest.fixture
+def flags(assets: Path, tmp_path: Path) -> dict[str, str | None]:
+    """Two ranks at DP2, six steps, a checkpoint a step."""
+    common = SMALL | write_inputs(tmp_path) | {"--pretrain": str(assets / "model")}
+    return common | {"--train-iters": "6", "--save-interval": "1", "--actor_num_gpus_per_node": "2"}
+
+
+def wait_for_step(process: object, save: Path, step: int) -> None:
+    """Until the pointer names a step."""
+    pointer = save / "checkpoints" / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 300
+    while not (pointer.exists() and int(pointer.read_text()) >= step):
+        assert process.poll() is None, process.stdout.read()  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers_of(process: object, name: str) -> list[psutil.Process]:
+    """Ray worker processes below a run, by actor class name."""
+    children = psutil.Process(process.pid).children(recursive=True)  # type: ignore[attr-defined]
+    return [child for child in children if name in " ".join(child.cmdline())]
+
+
+def test_kill_and_resume_gives_the_same_run(flags: dict[str, str | None], tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("train_ppo", flags | {"--save": str(whole)})
+    process = start("train_ppo", flags | {"--save": str(broken)})
+    wait_for_step(process, broken, 3)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.communicate()
+    saved = int((broken / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= saved < 6
+    run("train_ppo", flags | {"--save": str(broken), "--load": str(broken)})
+    expected, found = metrics(whole), metrics(broken)
+    assert set(found) == set(expected)
+    for step in range(1, 7):
+        assert numbers(found[step]) == numbers(expected[step]), f"step {step}"
+    first, second = (load_file(d / "hf" / "model.safetensors") for d in (whole, broken))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_in_another_layout(flags: dict[str, str | None], tmp_path: Path) -> None:
+    save = tmp_path / "first"
+    run("train_ppo", flags | {"--save": str(save), "--actor_num_gpus_per_node": "1", "--train-iters": "6"})
+    (save / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    kept = tmp_path / "second"
+    layout = {"--pipeline-model-parallel-size": "2", "--actor_num_gpus_per_node": "2"}
+    run("train_ppo", flags | layout | {"--save": str(kept), "--load": str(save)})
+    expected, found = metrics(save), metrics(kept)
+    assert set(found) == {4, 5, 6}
+    for key in ("policy/loss", "critic/loss"):
+        assert found[4][key] == pytest.approx(expected[4][key], abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_finishes_the_step_and_saves(flags: dict[str, str | None], tmp_path: Path, name: str) -> None:
+    save = tmp_path / "run"
+    process = start("train_ppo", flags | {"--save": str(save), "--train-iters": "500", "--save-interval": "1000"})
+    deadline = time.monotonic() + 300
+    while not (save / "metrics.jsonl").exists() or len(metrics(save)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, getattr(signal, name))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    last = max(metrics(save))
+    assert int((save / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()) == last < 500
+    assert json.loads((save / "checkpoints" / f"iter_{last:07d}" / "run_state.json").read_text())["step"] == last
+    assert (save / "hf" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("worker", "role"), [("RolloutWorker", "rollout"), ("MegatronWorker", "actor")])
+def test_dead_worker_ends_the_run_by_name(flags: dict[str, str | None], tmp_path: Path, worker: str, role: str) -> None:
+    save = tmp_path / "run"
+    estimator = {"--advantage_estimator": "rloo"}  # no critic: every MegatronWorker is the actor's
+    process = start("train_ppo", flags | estimator | {"--save": str(save), "--train-iters": "500"})
+    wait_for_step(process, save, 1)
+    workers_of(process, worker)[0].kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert f"{role} rank 0 died" in output or f"{role} rank 1 died" in output or f"{role} rank" in output
+    assert "last lines of" in output
+    assert int((save / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()) >= 1

@@ -1,0 +1,386 @@
+"""Checks of a configuration: a sound one has no mistake, and each bad one is told with its key."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarlhf.config.arguments import PPOConfig, SFTConfig
+from megarlhf.config.checks import ConfigError, check_ppo, check_sft, raise_if
+from megarlhf.config.command_line import from_dict
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 64,
+    "vocab_size": 3,
+}
+TOKENIZER = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "</s>", "id": 2}]}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write_model(directory: Path, *, tokenizer: dict[str, Any] = TOKENIZER, **changes: Any) -> str:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(MODEL | changes))
+    (directory / "model.safetensors").write_bytes(b"")
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text("{}")
+    return str(directory)
+
+
+Check = Callable[..., list[str]]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    """Mistakes of a sound PPO configuration with the given changes."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('\n{"input": "1 + 1", "label": "2"}\n')
+    base = {
+        "pretrain": write_model(tmp_path / "model"),
+        "prompt_data": str(data),
+        "save": str(tmp_path / "runs" / "new"),
+        "reward_rule": "math",
+        "prompt_max_len": 32,
+        "generate_max_len": 32,
+    }
+    return lambda **changes: check_ppo(from_dict(PPOConfig, base | changes))
+
+
+@pytest.fixture
+def check_supervised(tmp_path: Path) -> Check:
+    """Mistakes of a sound SFT configuration with the given changes."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"input": "1 + 1", "output": "2"}\n')
+    base = {
+        "pretrain": write_model(tmp_path / "model"),
+        "dataset": str(data),
+        "save": str(tmp_path / "run"),
+        "output_key": "output",
+        "max_len": 64,
+    }
+    return lambda **changes: check_sft(from_dict(SFTConfig, base | changes))
+
+
+def only(errors: list[str]) -> str:
+    assert len(errors) == 1, errors
+    return errors[0]
+
+
+def test_sound_configurations_have_no_mistake(check: Check) -> None:
+    assert check() == []
+    assert check(tensor_model_parallel_size=2, sequence_parallel=True, actor_num_gpus_per_node=4) == []
+    assert check(advantage_estimator="group_norm", n_samples_per_prompt=4, share_prompt_prefix=True) == []
+
+
+def test_mistakes_are_collected_one_a_line(check: Check) -> None:
+    errors = check(tensor_model_parallel_size=3, gamma=2, top_p=0.9, reward_rule=None, pipeline_model_parallel_size=5)
+    with pytest.raises(ConfigError) as raised:
+        raise_if(errors)
+    assert str(raised.value).split("\n") == errors
+    for key in (
+        "tensor_model_parallel_size=3",
+        "pipeline_model_parallel_size=5",
+        "gamma=2",
+        "top_p=0.9",
+        "reward_rule=None",
+    ):
+        assert key in str(raised.value)
+    raise_if([])
+
+
+# One change, and what the single resulting mistake must say: its key, and the numbers that matter.
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pretrain": "/nowhere"}, "pretrain=/nowhere is not a local directory"),
+        ({"tokenizer": "/nowhere"}, "tokenizer=/nowhere is not a local directory"),
+        (
+            {"pipeline_model_parallel_size": 4, "actor_num_nodes": 4},
+            "pipeline_model_parallel_size=4 does not divide num_hidden_layers=6",
+        ),
+        ({"sequence_parallel": True}, "sequence_parallel=True needs tensor_model_parallel_size"),
+        (
+            {"context_parallel_size": 2, "actor_num_nodes": 2},
+            "context_parallel_size=2 is not offered; only 1 is proven",
+        ),
+        ({"tensor_model_parallel_size": 2, "actor_num_gpus_per_node": 3}, "makes 3 ranks, no multiple of"),
+        (
+            {"tensor_model_parallel_size": 2, "actor_num_gpus_per_node": 2, "critic_num_gpus_per_node": 1},
+            "critic_num_gpus_per_node=1 makes 1",
+        ),
+        (
+            {"actor_num_gpus_per_node": 4, "global_batch_size": 2},
+            "global_batch_size=2 is below the 4 data-parallel ranks",
+        ),
+        (
+            {"global_batch_size": 48},
+            "global_batch_size=48 does not divide rollout_batch_size=128 x n_samples_per_prompt=1 = 128",
+        ),
+        ({"global_batch_size": 256}, "global_batch_size=256"),
+        (
+            {"n_samples_per_prompt": 3, "global_batch_size": 128, "share_prompt_prefix": True},
+            "share_prompt_prefix=True",
+        ),
+        ({"recompute_granularity": "full", "recompute_method": "uniform"}, "recompute_num_layers=None"),
+        ({"recompute_granularity": "selective", "recompute_num_layers": 1}, "recompute_num_layers=1 is ignored"),
+        ({"recompute_method": "block"}, "recompute_method=block is ignored"),
+        (
+            {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 7},
+            "recompute_num_layers=7 is above the 6 layers",
+        ),
+        ({"vllm_tensor_parallel_size": 3}, "vllm_tensor_parallel_size=3"),
+        ({"generate_max_len": 33}, "prompt_max_len + generate_max_len = 65 is above max_position_embeddings=64"),
+        ({"max_tokens_per_micro_batch": 63}, "max_tokens_per_micro_batch=63 is below"),
+        ({"temperature": 0}, "temperature=0.0 must be above 0"),
+        ({"top_p": 0.5}, "top_p=0.5 is not offered"),
+        ({"top_k": 50}, "top_k=50 is not offered"),
+        ({"advantage_estimator": "rloo"}, "n_samples_per_prompt=1 with advantage_estimator=rloo"),
+        ({"advantage_estimator": "group_norm"}, "n_samples_per_prompt=1"),
+        ({"advantage_estimator": "dr_grpo"}, "n_samples_per_prompt=1"),
+        ({"advantage_estimator": "reinforce_baseline"}, "n_samples_per_prompt=1"),
+        ({"advantage_estimator": "reinforce", "critic_num_nodes": 1}, "critic_num_nodes=1 is ignored"),
+        ({"advantage_estimator": "reinforce", "critic_pretrain": "m"}, "critic_pretrain=m is ignored"),
+        ({"advantage_estimator": "reinforce", "freezing_actor_steps": 2}, "freezing_actor_steps=2"),
+        ({"kl_target": 6, "init_kl_coef": 0}, "kl_target=6.0 needs init_kl_coef"),
+        ({"kl_target": 6, "use_kl_loss": True, "kl_estimator": "k2"}, "kl_target=6.0 with use_kl_loss=True"),
+        ({"use_kl_loss": True, "init_kl_coef": 0, "kl_estimator": "k3"}, "use_kl_loss=True needs init_kl_coef"),
+        ({"use_kl_loss": True}, "kl_estimator=k1 with use_kl_loss=True"),
+        ({"dual_clip": 1}, "dual_clip=1.0 must be above 1"),
+        ({"eps_clip": 0}, "eps_clip=0.0"),
+        ({"eps_clip_high": 1}, "eps_clip_high=1.0"),
+        ({"reward_clip_range": [1, -1]}, "reward_clip_range=1.0 -1.0"),
+        ({"adam_beta2": 1}, "adam_beta2=1.0"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"train_iters": -1}, "train_iters=-1"),
+        ({"save_interval": 0}, "save_interval=0"),
+        ({"eval_interval": 5}, "eval_interval=5 has nothing to evaluate on: set eval_data"),
+        ({"use_wandb": True}, "WANDB_API_KEY"),
+        ({"reward_rule": None}, "reward_function=None and reward_rule=None"),
+        ({"reward_rule": "format"}, "reward_format=None"),
+        ({"reward_rule": "format", "reward_format": "("}, "reward_format='(' is not a regular expression"),
+        ({"reward_format": "x"}, "reward_format='x' is ignored"),
+        ({"reward_rule": None, "reward_function": "/nowhere.py"}, "reward_function=/nowhere.py cannot be read"),
+        ({"apply_chat_template": True}, "tokenizer_chat_template"),
+        ({"tokenizer_chat_template": "{{ messages }}"}, "tokenizer_chat_template is ignored"),
+        ({"input_template": "no place"}, "input_template='no place'"),
+        ({"input_template": "{} {x}"}, "input_template='{} {x}'"),
+        (
+            {"input_template": "{}", "apply_chat_template": True, "tokenizer_chat_template": "x"},
+            "input_template='{}' with apply_chat_template=True",
+        ),
+        ({"prompt_data": "/nowhere.jsonl"}, "prompt_data=/nowhere.jsonl does not exist"),
+        ({"eval_data": "/nowhere.jsonl"}, "eval_data=/nowhere.jsonl does not exist"),
+        ({"input_key": "question"}, "input_key=question is not a column"),
+        ({"label_key": "answer"}, "it has input, label"),
+        ({"load": "/nowhere"}, "load=/nowhere"),
+    ],
+)
+def test_one_mistake(check: Check, changes: dict[str, Any], said: str) -> None:
+    assert said in only(check(**changes))
+
+
+def test_tensor_parallel_sizes_that_would_do_are_listed(check: Check) -> None:
+    errors = check(tensor_model_parallel_size=3, actor_num_gpus_per_node=3)
+    assert errors == [  # 3 divides the width 48, but neither kind of head
+        f"tensor_model_parallel_size=3 does not divide num_{kind}_heads={number} of pretrain (heads and "
+        "matrices are split over TP): use 1, 2 or 4"
+        for kind, number in (("attention", 8), ("key_value", 4))
+    ]
+
+
+def test_smollm2_takes_tensor_parallel_size_1_or_3(check: Check, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "smollm2", num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536)
+    assert all(
+        "use 1 or 3" in error for error in check(pretrain=model, tensor_model_parallel_size=2, actor_num_nodes=2)
+    )
+    assert check(pretrain=model, tensor_model_parallel_size=3, actor_num_nodes=3) == []
+
+
+@pytest.mark.parametrize(("size", "is_sound"), [(1, True), (2, True), (4, True), (8, True), (3, False), (16, False)])
+def test_vllm_copies_kv_heads_where_there_are_fewer_than_ranks(check: Check, size: int, is_sound: bool) -> None:
+    assert (check(vllm_tensor_parallel_size=size) == []) is is_sound
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json that cannot be read as JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda d: (d / "config.json").write_text('{"architectures": ["BertModel"]}'), "architectures=['BertModel']"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "x"}'), "architectures=None"),
+        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "has no *.safetensors"),
+        (
+            lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"w": "x-1.safetensors"}}'),
+            "lacks x-1.safetensors",
+        ),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "without weight_map"),
+        (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer"),
+    ],
+)
+def test_broken_checkpoints(check: Check, tmp_path: Path, break_it: Callable[[Path], object], said: str) -> None:
+    break_it(tmp_path / "model")
+    message = only(check())
+    assert said in message and message.startswith("pretrain=")
+
+
+def test_supported_architectures_are_the_callers(tmp_path: Path, check: Check) -> None:
+    config = from_dict(PPOConfig, {"pretrain": str(tmp_path / "model"), "prompt_data": "x", "save": "y"})
+    assert any("supported are FalconForCausalLM" in error for error in check_ppo(config, ["FalconForCausalLM"]))
+
+
+def test_the_critic_may_be_a_reward_model_with_the_same_tokens(check: Check, tmp_path: Path) -> None:
+    head = {"architectures": ["LlamaForSequenceClassification"]}
+    assert check(critic_pretrain=write_model(tmp_path / "reward", **head)) == []
+    assert "architectures" in only(check(pretrain=str(tmp_path / "reward")))
+    other = write_model(tmp_path / "other", tokenizer=TOKENIZER | {"model": {"vocab": {"a": 0}}}, **head)
+    message = only(check(critic_pretrain=other))
+    assert message.startswith("critic_pretrain=") and "2 tokens" in message and "3 tokens" in message
+    assert (
+        "layers=5 of critic_pretrain"
+        in check(
+            critic_pretrain=write_model(tmp_path / "odd", num_hidden_layers=5),
+            pipeline_model_parallel_size=2,
+            actor_num_nodes=2,
+        )[0]
+    )
+
+
+def test_a_chat_template_of_the_tokenizer_is_found(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert check(apply_chat_template=True) == []
+    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    assert check(apply_chat_template=True) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", '[{"input": "x", "label": "y"}]', None),
+        ("a.csv", "input,label\nx,y\n", None),
+        ("a.csv", "input,label\n", "has no rows"),
+        ("a.jsonl", "\n", "has no rows"),
+        ("a.json", "[]", "has no rows"),
+        ("a.jsonl", "{", "cannot be read"),
+        ("a.jsonl", "3", "does not hold objects"),
+        ("a.json", '{"input": "x"}', "does not hold objects"),
+        ("a.parquet", "no parquet", "cannot be read"),
+        ("a.txt", "x", "is of no known kind"),
+        ("a.csv", "question,label\nx,y\n", "input_key=input is not a column"),
+    ],
+)
+def test_data_files(check: Check, tmp_path: Path, name: str, text: str, said: str | None) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    errors = check(prompt_data=str(file))
+    assert errors == [] if said is None else said in only(errors)
+    assert all(f"prompt_data={file}" in error for error in errors)
+
+
+def test_parquet_and_saved_directories(check: Check, tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"input": "x", "label": "y"}])
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(train=rows).save_to_disk(str(tmp_path / "splits"))
+    assert check(prompt_data=str(tmp_path / "a.parquet")) == []
+    assert check(prompt_data=str(tmp_path / "saved")) == []
+    assert "several splits, train" in only(check(prompt_data=str(tmp_path / "splits")))
+    assert "cannot be read" in only(check(prompt_data=str(tmp_path / "model")))
+
+
+def test_a_label_is_asked_for_only_where_it_is_used(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "bare.jsonl").write_text('{"input": "x"}')
+    data = str(tmp_path / "bare.jsonl")
+    assert "label_key=label" in only(check(prompt_data=data))
+    assert check(prompt_data=data, reward_rule="format", reward_format="a+") == []
+    assert "label_key=answer" in only(
+        check(prompt_data=data, reward_rule="format", reward_format="a+", label_key="answer")
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def reward_func(queries, prompts, labels):\n    return []\n", None),
+        ("from rules import score as reward_func\n", None),
+        ("reward_func = print\n", None),
+        ("class Reward:\n    def reward_func(self): ...\n", "has no top-level reward_func"),
+        ("def reward_func(:\n", "is not Python"),
+    ],
+)
+def test_reward_files_are_read_and_not_run(check: Check, tmp_path: Path, source: str, said: str | None) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text(source + "raise SystemExit('ran')\n")
+    errors = check(reward_rule=None, reward_function=str(file))
+    assert errors == [] if said is None else said in only(errors)
+
+
+def test_only_one_scorer(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("reward_func = print\n")
+    assert "reward_rule=math (exactly one" in only(check(reward_function=str(tmp_path / "reward.py")))
+
+
+def test_a_run_directory_cannot_lie_under_a_file(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file" in only(check(save=str(tmp_path / "file" / "run")))
+
+
+def test_loading_needs_a_complete_checkpoint(check: Check, tmp_path: Path) -> None:
+    run, checkpoints = str(tmp_path / "old"), tmp_path / "old" / "checkpoints"
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    checkpoints.mkdir(parents=True)
+    assert "no checkpoint was completed" in only(check(load=run))
+    tracker.write_text("release")
+    assert "'release'" in only(check(load=run))
+    tracker.write_text("12\n")
+    assert "iter_0000012" in only(check(load=run))
+    (checkpoints / "iter_0000012").mkdir()
+    assert check(load=run) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_API_KEY", "key"), ("WANDB_MODE", "offline")])
+def test_wandb_from_the_environment(check: Check, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    assert check(use_wandb=True) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_len": 65}, "max_len = 65 is above max_position_embeddings=64"),
+        ({"num_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "num_gpus_per_node=3 makes 3 ranks"),
+        ({"global_batch_size": 1, "num_gpus_per_node": 2}, "global_batch_size=1 is below the 2"),
+        ({"output_key": "answer"}, "output_key=answer is not a column"),
+        ({"output_key": None}, "output_key=None"),
+        ({"eval_dataset": "/nowhere.csv"}, "eval_dataset=/nowhere.csv"),
+        ({"eval_interval": 1}, "set eval_dataset"),
+        ({"learning_rate": -1}, "learning_rate=-1.0"),
+        ({"critic_pretrain": "m"}, "critic_pretrain=m is ignored"),
+    ],
+)
+def test_one_supervised_mistake(check_supervised: Check, changes: dict[str, Any], said: str) -> None:
+    assert said in only(check_supervised(**changes))
+
+
+def test_a_sound_supervised_configuration_has_no_mistake(check_supervised: Check) -> None:
+    assert check_supervised() == []
+
+
+def test_the_launchers_world_size_wins(check_supervised: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert check_supervised(tensor_model_parallel_size=2, num_gpus_per_node=1) == []
+    assert "WORLD_SIZE=4 makes 4 ranks" in check_supervised(pipeline_model_parallel_size=3)[0]

@@ -1,0 +1,262 @@
+"""The command line: spellings, YAML, aliases, and what it refuses."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megarlhf.config.aliases import ALIASES
+from megarlhf.config.arguments import PPOConfig, SFTConfig
+from megarlhf.config.check_numbers import LIMITS
+from megarlhf.config.command_line import from_dict, options_of, parse, to_dict, to_yaml
+
+PPO = ["--pretrain", "m", "--prompt_data", "p.jsonl", "--save", "run"]
+SFT = ["--pretrain", "m", "--dataset", "d.jsonl", "--save", "run"]
+
+
+def ppo(*flags: str) -> PPOConfig:
+    return parse(PPOConfig, [*PPO, *flags], "ppo")[0]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        ppo(*flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_dashes_underscores_and_equals_signs_are_alike() -> None:
+    assert ppo("--tensor-model-parallel-size", "2") == ppo("--tensor_model_parallel_size=2")
+    assert ppo("--tensor-model-parallel-size", "2").layout.tensor_model_parallel_size == 2
+
+
+def test_the_last_flag_wins() -> None:
+    assert ppo("--seed", "1", "--seed", "2").model.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--bf16"], True),
+        (["--no-bf16"], False),
+        (["--no_bf16"], False),
+        (["--bf16", "--no-bf16"], False),
+        (["--bf16", "False"], False),
+        (["--bf16=true"], True),
+        ([], False),
+    ],
+)
+def test_switches(flags: list[str], expected: bool) -> None:
+    assert ppo(*flags).model.bf16 is expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--share_prompt_prefix"], True),
+        (["--no-share-prompt-prefix"], False),
+        (["--share_prompt_prefix", "none"], None),
+    ],
+)
+def test_a_switch_with_a_third_state(flags: list[str], expected: bool | None) -> None:
+    assert ppo(*flags).batch.share_prompt_prefix is expected
+
+
+def test_values_that_begin_with_a_dash_or_hold_new_lines() -> None:
+    config = ppo("--reward_clip_range", "-3", "3", "--freezing_actor_steps", "-1", "--input_template=--{}\n= ")
+    assert config.algorithm.reward_clip_range == (-3.0, 3.0)
+    assert config.optimizer.freezing_actor_steps == -1
+    assert config.data.input_template == "--{}\n= "
+
+
+def test_dry_run() -> None:
+    assert parse(PPOConfig, [*PPO, "--dry-run"], "ppo")[1] is True
+    assert parse(PPOConfig, [*PPO, "--dry_run"], "ppo")[1] is True
+    assert parse(PPOConfig, PPO, "ppo")[1] is False
+
+
+def test_unknown_flags_are_reported_together_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "--learning_rate", "1", "--tensor-model-paralel-size", "2", "--zero_stage", "3")
+    assert "--learning_rate; did you mean --actor_learning_rate?" in message
+    assert "--tensor-model-paralel-size; did you mean --tensor_model_parallel_size?" in message
+    assert "--zero_stage is not an option here" in message
+    assert "use_distributed_optimizer" in message
+
+
+@pytest.mark.parametrize("flags", [["--seed", "1", "2"], ["--seed", "one"], ["--seed"], ["--kl_estimator", "k4"]])
+def test_bad_values_name_the_flag(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    assert flags[0].replace("_", "-") in refused(capsys, *flags).replace("_", "-")
+
+
+def test_a_value_without_a_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(PPOConfig, ["stray", *PPO], "ppo")
+    assert "stray" in capsys.readouterr().err
+
+
+def test_missing_required_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(PPOConfig, ["--pretrain", "m"], "ppo")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "--prompt-data" in message and "--save" in message
+
+
+def test_a_wandb_key_on_the_command_line_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "--use_wandb", "0123secret")
+    assert "WANDB_API_KEY" in message
+    assert "0123secret" not in message
+
+
+def test_openrlhf_names() -> None:
+    theirs = ["--max_norm", "0.5", "--l2", "0.1", "--train_batch_size", "64", "--micro_train_batch_size", "2"]
+    theirs += ["--save_steps", "5", "--eval_steps", "-1", "--logging_steps", "2", "--adam_betas", "0.8", "0.9"]
+    theirs += ["--ring_attn_size", "2", "--use_kl_estimator_k3"]
+    ours = ["--clip_grad", "0.5", "--weight_decay", "0.1", "--global_batch_size", "64", "--micro_batch_size", "2"]
+    ours += ["--save_interval", "5", "--log_interval", "2", "--adam_beta1", "0.8", "--adam_beta2", "0.9"]
+    ours += ["--context_parallel_size", "2", "--kl_estimator", "k3"]
+    assert ppo(*theirs) == ppo(*ours)
+
+
+def test_gradient_checkpointing_is_full_recomputation() -> None:
+    layout = ppo("--gradient_checkpointing", "--recompute_num_layers", "2").layout
+    assert (layout.recompute_granularity, layout.recompute_method, layout.recompute_num_layers) == (
+        "full",
+        "uniform",
+        2,
+    )
+
+
+def test_flags_without_effect_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ppo("--colocate_actor_ref", "--packing_samples") == ppo()
+    notes = capsys.readouterr().err
+    assert "--colocate_actor_ref" in notes and "--packing_samples" in notes
+
+
+@pytest.mark.parametrize("flags", [["--adam_betas", "0.9"], ["--packing_samples", "1"], ["--max_norm"]])
+def test_aliases_take_their_number_of_values(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    assert f"{flags[0]} takes" in refused(capsys, *flags)
+
+
+def test_every_alias_leads_to_options_that_exist() -> None:
+    known = options_of(PPOConfig).keys() | options_of(SFTConfig).keys()
+    for name, alias in ALIASES.items():
+        assert {*alias.fields, *alias.settings} <= known, name
+        assert alias.fields or alias.settings or alias.note or alias.refused, name
+
+
+def test_names_are_shared_by_an_option_and_no_alias_of_the_same_program() -> None:
+    assert not options_of(PPOConfig).keys() & ALIASES.keys()
+    assert options_of(SFTConfig).keys() & ALIASES.keys() == {"max_len"}  # native in SFT, refused in PPO
+
+
+def test_sft_has_its_own_names() -> None:
+    config, _ = parse(SFTConfig, [*SFT, "--learning_rate", "1e-4", "--max_len", "64", "--l2", "0.1"], "sft")
+    assert (config.optimizer.learning_rate, config.batch.max_len, config.optimizer.weight_decay) == (1e-4, 64, 0.1)
+
+
+def test_an_alias_for_a_field_that_the_program_lacks_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(SFTConfig, [*SFT, "--use_kl_estimator_k3"], "sft")
+    assert "unknown option --use_kl_estimator_k3" in capsys.readouterr().err
+
+
+def test_yaml_by_group_or_flat_and_flags_win(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "layout:\n  tensor-model-parallel-size: 2\nactor_learning_rate: 1e-5\nseed: 7\nsave: a\nbf16: true\n"
+    )
+    config = ppo("--config", str(file), "--seed", "8", "--no-bf16")
+    assert config.layout.tensor_model_parallel_size == 2
+    assert config.optimizer.actor_learning_rate == 1e-5  # text in YAML 1.1
+    assert config.model.seed == 8
+    assert config.model.bf16 is False
+    assert config.logging.save == "run"
+
+
+def test_yaml_may_give_the_required_options(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(ppo("--bf16", "--reward_clip_range", "-1", "1")))
+    assert parse(PPOConfig, [f"--config={file}"], "ppo")[0] == ppo("--bf16", "--reward_clip_range", "-1", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rollout_batch_siz: 1", "did you mean rollout_batch_size?"),
+        ("layout:\n  max_norm: 1", "write clip_grad"),
+        ("zero_stage: 3", "use_distributed_optimizer"),
+        ("seed: one", "seed='one' is not of the type int"),
+        ("seed: 1.5", "seed=1.5 is not of the type int"),
+        ("seed: null", "seed=None"),
+        ("bf16: 1", "bf16=1 is not of the type bool"),
+        ("seed: true", "seed=True"),
+        ("kl_estimator: k4", "kl_estimator='k4'"),
+        ("reward_clip_range: [1]", "reward_clip_range=[1]"),
+        ("seed: 1\nmodel:\n  seed: 2", "seed is given twice"),
+        ("- a", "must hold keys and values"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_bad_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert expected in refused(capsys, "--config", str(file))
+
+
+def test_a_missing_yaml_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "config=nowhere.yaml" in refused(capsys, "--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--kl_target", "6", "--eps_clip_high", "0.28", "--save_interval", "2", "--bf16"]]
+)
+def test_dictionaries_and_yaml_round_trip(flags: list[str]) -> None:
+    config = ppo(*flags)
+    assert from_dict(PPOConfig, to_dict(config)) == config
+    assert from_dict(PPOConfig, yaml.safe_load(to_yaml(config))) == config
+    assert to_dict(config)["kl_target"] == (6.0 if flags else None)
+
+
+def test_from_dict_reports_all_mistakes() -> None:
+    with pytest.raises(ValueError) as error:
+        from_dict(SFTConfig, {"seed": "x", "bathc": 1})
+    message = str(error.value)
+    assert all(
+        name in message for name in ("seed", "bathc", "pretrain is missing", "dataset is missing", "save is missing")
+    )
+
+
+@pytest.mark.parametrize("config_class", [PPOConfig, SFTConfig])
+def test_help_has_every_option_by_group(capsys: pytest.CaptureFixture[str], config_class: type) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(config_class, ["--help", "--nonsense"], "prog")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, option in options_of(config_class).items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert f"{option.group.replace('_', '-')} options" in text
+    assert "--config" in text and "--dry-run" in text
+
+
+@pytest.mark.parametrize("config_class", [PPOConfig, SFTConfig])
+def test_fields_are_documented_and_flat_names_unique(config_class: type) -> None:
+    names = []
+    for group in dataclasses.fields(config_class):
+        source = "".join(inspect.getsource(c) for c in group.type.__mro__[:-1])  # inherited fields too
+        for field in dataclasses.fields(group.type):
+            names.append(field.name)
+            declaration = source.split(f"    {field.name}: ", 1)[1].split("\n")
+            assert declaration[1].strip().startswith('"""'), field.name
+    assert len(names) == len(set(names))
+    assert set(names) == set(options_of(config_class))
+
+
+def test_every_number_has_a_range() -> None:
+    free = {"reward_clip_range", "top_p", "top_k"}  # checked by rules of their own
+    for config_class in (PPOConfig, SFTConfig):
+        for name, option in options_of(config_class).items():
+            is_number = any(kind in str(option.annotation) for kind in ("int", "float"))
+            assert not is_number or name in LIMITS or name in free, name

@@ -1,0 +1,72 @@
+"""One engine process against Transformers' own models: log-probs, values, gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.distributed.cases import Result, assemble, make_rows, parity_case
+from tests.distributed.layouts import SINGLE, Layout
+from tests.distributed.pool import RankPool
+from tests.tiny_models import make_model
+
+LLAMA3_ROPE = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+}
+MODELS = {
+    "llama": {"family": "llama"},
+    "llama-tied": {"family": "llama", "tied": True},
+    "llama3-rope": {"family": "llama", **LLAMA3_ROPE},
+    "mistral": {"family": "mistral"},
+    "qwen2": {"family": "qwen2", "tied": True},
+    "qwen3": {"family": "qwen3"},
+}
+
+
+def sft_gradients(model: torch.nn.Module, temperature: float) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Per row log-probs of the targets, and the gradient of their negated mean, one row at a time."""
+    rows, log_probs = make_rows(), []
+    denominator = sum(row.num_targets for row in rows)
+    for row in rows:
+        ids = torch.tensor([row.input_ids])
+        logits = model(ids[:, :-1]).logits[0, row.prompt_length - 1 :] / temperature
+        chosen = logits.log_softmax(-1).gather(-1, ids[0, row.prompt_length :, None])[:, 0]
+        (-chosen.sum() / denominator).backward()
+        log_probs.append(chosen.detach())
+    return log_probs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["packed", "shared-prefix"])
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_and_gradients(ranks: RankPool, tmp_path: Path, name: str, share: bool) -> None:
+    directory = make_model(tmp_path / "model", **MODELS[name])
+    layout = Layout(share_prefix=share, max_tokens=200)
+    result: Result = ranks.run(1, parity_case, layout, directory, "sft", 0.8)[0]
+    expected, gradients = sft_gradients(AutoModelForCausalLM.from_pretrained(directory), 0.8)
+    for row, log_probs in enumerate(expected):
+        torch.testing.assert_close(result.forward[row], log_probs, atol=1e-5, rtol=0)
+    found = assemble([result.gradients])
+    assert set(found) == set(gradients)
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(found[parameter], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+def test_values_of_a_reward_model(ranks: RankPool, tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "lm", family="llama")
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
+    model.score.weight.data.normal_()
+    model.save_pretrained(tmp_path / "rm")
+    result: Result = ranks.run(1, parity_case, SINGLE, tmp_path / "rm", "critic", 1.0)[0]
+    for index, row in enumerate(make_rows()):
+        hidden = model.model(torch.tensor([row.input_ids[:-1]])).last_hidden_state[0]
+        values = (hidden @ model.score.weight.T)[row.prompt_length - 1 :, 0]
+        torch.testing.assert_close(result.forward[index], values.detach(), atol=1e-5, rtol=0)

@@ -1,0 +1,110 @@
+"""Prompts: the text that is rendered, the tokens it becomes, what is dropped, and the order of drawing."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from megarlhf.data.prompts import PromptData, PromptSampler, load_prompts
+
+Write = Callable[[list[Any]], str]
+
+
+def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PromptData:
+    settings: dict[str, Any] = {
+        "input_key": "input",
+        "label_key": "label",
+        "apply_chat_template": False,
+        "input_template": None,
+        "prompt_max_len": 100,
+        "max_samples": None,
+    }
+    return load_prompts(path, tokenizer, **(settings | changes))
+
+
+def test_plain_text_gets_bos_but_no_eos(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = load(write_jsonl([{"input": "ab", "label": 7}, {"input": "<s>c"}]), tokenizer)
+    first, second = data.prompts
+    assert (first.index, first.text, first.label) == (0, "ab", "7")
+    assert tokenizer.convert_ids_to_tokens(list(first.token_ids)) == ["<s>", "a", "b"]
+    assert tokenizer.convert_ids_to_tokens(list(second.token_ids)) == ["<s>", "c"]
+    assert second.label is None
+
+
+def test_input_template_and_chat_template(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "{y}", "name": None}]
+    path = write_jsonl([{"input": "{x}"}])
+    assert load(path, tokenizer, input_template="U: {}\nA: ").prompts[0].text == "U: {x}\nA: "
+    chat = load(write_jsonl([{"input": "x"}, {"input": messages}]), tokenizer, apply_chat_template=True).prompts
+    assert [prompt.text for prompt in chat] == [
+        "<s><|user|>x</s>\n<|assistant|>",
+        "<s><|user|>{y}</s>\n<|assistant|>",
+    ]
+    assert Counter(chat[0].token_ids)[0] == 1, "one BOS, the template's own"
+
+
+def test_long_prompts_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_jsonl([{"input": "a" * length} for length in (3, 4, 5, 1)])
+    data = load(path, tokenizer, prompt_max_len=4)  # with BOS: 4, 5, 6, 2 tokens
+    assert ([prompt.index for prompt in data.prompts], data.num_dropped) == ([0, 3], 2)
+    data = load(path, tokenizer, prompt_max_len=4, max_samples=2)
+    assert ([prompt.index for prompt in data.prompts], data.num_dropped) == ([0], 1)
+    with pytest.raises(ValueError, match=r"prompt_max_len=1 drops all 4 prompts .* 2 tokens"):
+        load(path, tokenizer, prompt_max_len=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ({"text": "a"}, {}, r"input_key=input is not in row 0 .* 'text'"),
+        ({"input": None}, {}, "input_key=input has no value in row 0"),
+        ({"input": ["a"]}, {}, "holds a list, not a string"),
+        ({"input": ["a"]}, {"apply_chat_template": True}, "neither a string nor a list of messages"),
+        ({"input": [{"role": "assistant", "content": "a"}]}, {"apply_chat_template": True}, "ends with an assistant"),
+        ({"input": "a"}, {"input_template": "U: "}, "input_template='U: ' has no {}"),
+        ({"input": "a"}, {"input_template": '{"q": {}}'}, "not a format string"),
+        ({"input": "a"}, {"input_template": "{}", "apply_chat_template": True}, "unset one"),
+    ],
+)
+def test_bad_rows_and_settings_are_refused(
+    write_jsonl: Write, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(write_jsonl([row]), tokenizer, **changes)
+
+
+def test_chat_template_must_exist_and_may_refuse(
+    write_jsonl: Write, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl([{"input": "a"}])
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no users') }}")
+    with pytest.raises(ValueError, match="refuses row 0 .*no users"):
+        load(path, tokenizer, apply_chat_template=True)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match="set tokenizer_chat_template"):
+        load(path, tokenizer, apply_chat_template=True)
+
+
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 5))
+def test_each_epoch_draws_each_prompt_once(num_prompts: int, batch_size: int, seed: int) -> None:
+    sampler = PromptSampler(num_prompts, batch_size, seed)
+    num_steps = -(-3 * num_prompts // batch_size)
+    batches = [sampler.batch(step) for step in range(num_steps)]
+    assert all(len(batch) == batch_size for batch in batches)
+    line = [index for batch in batches for index in batch]
+    for epoch in range(3):
+        assert sorted(line[epoch * num_prompts : (epoch + 1) * num_prompts]) == list(range(num_prompts))
+    assert PromptSampler(num_prompts, batch_size, seed).batch(num_steps - 1) == batches[-1]
+    assert sampler.epoch(num_steps) == len(line) / num_prompts
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    first = PromptSampler(50, 50, 0)
+    assert first.batch(0) != first.batch(1)
+    assert first.batch(0) != PromptSampler(50, 50, 7).batch(0)
+    with pytest.raises(ValueError, match="rollout_batch_size=0"):
+        PromptSampler(5, 0, 0)

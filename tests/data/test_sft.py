@@ -1,0 +1,114 @@
+"""Supervised rows: which tokens are prompt and which are targets, and the one EOS at the end."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from megarlhf.data.sft import SFTData, load_sft_rows
+from megarlhf.data.types import TrainingRow
+
+Write = Callable[[list[Any]], str]
+
+
+def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> SFTData:
+    settings: dict[str, Any] = {
+        "input_key": "input",
+        "output_key": "output",
+        "apply_chat_template": False,
+        "input_template": None,
+        "max_len": 100,
+        "pretrain_mode": False,
+        "max_samples": None,
+    }
+    return load_sft_rows(path, tokenizer, **(settings | changes))
+
+
+def split(tokenizer: PreTrainedTokenizerBase, row: TrainingRow) -> tuple[list[str], list[str]]:
+    tokens = tokenizer.convert_ids_to_tokens(list(row.input_ids))
+    return tokens[: row.prompt_length], tokens[row.prompt_length :]
+
+
+def test_loss_is_on_the_answer_and_one_eos(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_jsonl([{"input": "ab", "output": "cd"}, {"input": "a", "output": "d</s></s>"}])
+    first, second = load(path, tokenizer, input_template="{}:").rows
+    assert split(tokenizer, first) == (["<s>", "a", "b", ":"], ["c", "d", "</s>"])
+    assert split(tokenizer, second) == (["<s>", "a", ":"], ["d", "</s>"])
+    assert (first.group_id, second.group_id, first.fields) == (0, 1, {})
+
+
+def test_prompt_tokens_are_those_of_the_prompt_alone(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As one text " P" is one token; generation starts after the prompt's own space."""
+    path = write_jsonl([{"input": "A: ", "output": "P"}, {"input": "A:", "output": " P"}])
+    apart, joint = load(path, tokenizer).rows
+    assert split(tokenizer, apart) == (["<s>", "A", ":", "Ġ"], ["P", "</s>"])
+    assert split(tokenizer, joint) == (["<s>", "A", ":"], ["ĠP", "</s>"])
+
+
+def test_chat_with_an_output_column(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    answer = [{"role": "assistant", "content": "b"}]
+    path = write_jsonl([{"input": "a", "output": "b"}, {"input": [{"role": "user", "content": "a"}], "output": answer}])
+    for row in load(path, tokenizer, apply_chat_template=True).rows:
+        assert split(tokenizer, row) == (["<s>", "<|user|>", "a", "</s>", "Ċ", "<|assistant|>"], ["b", "</s>"])
+
+
+def test_whole_chat_trains_its_last_turn(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    data = load(write_jsonl([{"input": chat}]), tokenizer, output_key=None, apply_chat_template=True)
+    prompt, response = split(tokenizer, data.rows[0])
+    assert response == ["d", "</s>"]
+    assert "b" in prompt
+    assert prompt[-3:] == ["</s>", "Ċ", "<|assistant|>"]
+
+
+def test_pretrain_mode_trains_everything_after_the_first_token(
+    write_jsonl: Write, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write_jsonl([{"input": "ab", "output": "c"}])
+    row = load(path, tokenizer, pretrain_mode=True).rows[0]
+    assert split(tokenizer, row) == (["<s>"], ["a", "b", "c", "</s>"])
+    row = load(path, tokenizer, pretrain_mode=True, output_key=None).rows[0]
+    assert split(tokenizer, row) == (["<s>"], ["a", "b", "</s>"])
+
+
+def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_jsonl([{"input": "a", "output": "b" * length} for length in (1, 3, 2)])
+    data = load(path, tokenizer, max_len=5)  # BOS, a, answer, EOS: 4, 6, 5 tokens
+    assert ([row.group_id for row in data.rows], data.num_dropped) == ([0, 2], 1)
+    assert len(load(path, tokenizer, max_samples=1).rows) == 1
+    with pytest.raises(ValueError, match="max_len=3 drops all 3 rows .* 4 tokens"):
+        load(path, tokenizer, max_len=3)
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ({"input": "a"}, {}, r"output_key=output is not in row 0 .* 'input'"),
+        ({"input": "a", "output": 3}, {}, "output_key=output holds a int"),
+        ({"input": "a"}, {"output_key": None}, "output_key=None means that input_key=input holds whole chats"),
+        ({"input": "a"}, {"output_key": None, "apply_chat_template": True}, "ends with the assistant's message"),
+    ],
+)
+def test_bad_rows_and_settings_are_refused(
+    write_jsonl: Write, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(write_jsonl([row]), tokenizer, **changes)
+
+
+def test_template_that_rewrites_the_prompt_is_refused(
+    write_jsonl: Write, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{{ messages[-1]['content'] }}")
+    with pytest.raises(ValueError, match="does not begin with its rendered prompt"):
+        load(write_jsonl([{"input": "a", "output": "b"}]), tokenizer, apply_chat_template=True)
+
+
+def test_tokenizer_without_eos_is_refused(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="has no EOS"):
+        load(write_jsonl([{"input": "a", "output": "b"}]), endless)

@@ -1,0 +1,77 @@
+"""Real gloo ranks for tests: processes that live as long as the test session and form a new world for each call."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_TIMEOUT_SECONDS = 300.0
+
+
+def _serve(connection: Connection, rank: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        message = connection.recv()
+        if message is None:
+            return
+        function, world_size, port, arguments = message
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            connection.send((True, function(rank, world_size, f"tcp://127.0.0.1:{port}", *arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+class RankPool:
+    """Up to `size` processes; run(world_size, f, ...) calls f(rank, world_size, init_method, ...) on the first ones."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Results in rank order; the first rank's traceback is raised."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for pipe in self._pipes[:world_size]:
+            pipe.send((function, world_size, port, arguments))
+        results = []
+        for rank, pipe in enumerate(self._pipes[:world_size]):
+            if not pipe.poll(_TIMEOUT_SECONDS):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {world_size} did not answer")
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append((False, f"rank {rank} died with exit code {self._processes[rank].exitcode}"))
+        failed = [(rank, text) for rank, (fine, text) in enumerate(results) if not fine]
+        if failed:
+            raise RuntimeError("\n".join(f"rank {rank}:\n{text}" for rank, text in failed))
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                try:
+                    pipe.send(None)
+                except BrokenPipeError:
+                    process.kill()
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()

@@ -1,0 +1,44 @@
+"""The table of metrics, its check and its documentation."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from megarlhf.metrics.keys import METRICS, check_metrics, main, markdown_table
+
+
+def test_every_metric_has_a_phase_a_meaning_and_a_unit() -> None:
+    for key, meaning in METRICS.items():
+        assert re.fullmatch(r"[a-z]+/[a-z_]+", key)
+        assert re.fullmatch(r"[A-Z].+ \(.+\)", meaning), key
+
+
+def test_documentation_is_in_step(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    assert Path(__file__).parents[2].joinpath("docs/metrics.md").read_text() == capsys.readouterr().out
+
+
+def test_table_has_a_row_for_each_metric_and_two_columns_in_each() -> None:
+    head, rule, *rows = markdown_table().splitlines()
+    assert len(rows) == len(METRICS)
+    for line in (head, rule, *rows):
+        assert len(re.findall(r"(?<!\\)\|", line)) == 3, line
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"reward/meen": 0.0}, "reward/meen.*reward/mean"),
+        ({"policy/loss": math.nan}, "policy/loss=nan"),
+        ({"kl/mean": 0.1, "critic/loss": math.inf}, "critic/loss=inf"),
+    ],
+)
+def test_check_names_the_key(metrics: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_metrics(metrics)
+
+
+def test_check_lets_finite_known_metrics_pass() -> None:
+    check_metrics({"reward/mean": -1.5, "sync/version": 3})

@@ -1,0 +1,146 @@
+"""Placement plans against hand-made ones."""
+
+import re
+from typing import Any
+
+import pytest
+
+from megarlhf.planner.placement import PlacementPlan, plan_placement
+
+
+def plan(**changes: Any) -> PlacementPlan:
+    base: dict[str, Any] = {
+        "actor_world_size": 2,
+        "critic_world_size": None,
+        "nodes": 1,
+        "gpus_per_node": 2,
+        "num_engines": 1,
+        "engine_tp": 1,
+        "colocate": True,
+        "devices": "cpu",
+        "cores_per_node": 4,
+    }
+    return plan_placement(**(base | changes))
+
+
+def where(placed: PlacementPlan, role: Any) -> list[tuple[int, tuple[int, ...], int]]:
+    return [(worker.node, worker.devices, worker.threads) for worker in placed.of(role)]
+
+
+def test_colocated_roles_on_one_cpu_node_each_have_all_cores_in_turn() -> None:
+    placed = plan(critic_world_size=1, num_engines=2)
+    assert where(placed, "actor") == [(0, (0, 1), 2), (0, (2, 3), 2)]
+    assert where(placed, "critic") == [(0, (0, 1, 2, 3), 4)]
+    assert where(placed, "rollout") == [(0, (0, 1), 2), (0, (2, 3), 2)]
+    assert placed.notes == ()
+    assert {(w.role, w.phases) for w in placed.workers} == {
+        ("actor", ("train",)),
+        ("critic", ("train",)),
+        ("rollout", ("rollout",)),
+    }
+
+
+@pytest.mark.parametrize("cores", range(1, 9))
+@pytest.mark.parametrize(("world", "engines", "tp"), [(1, 1, 1), (2, 1, 2), (3, 2, 1), (4, 2, 2)])
+def test_cpu_threads_follow_the_formula(cores: int, world: int, engines: int, tp: int) -> None:
+    placed = plan(actor_world_size=world, num_engines=engines, engine_tp=tp, cores_per_node=cores)
+    assert {w.threads for w in placed.of("actor")} == {max(1, cores // world)}
+    assert {w.threads for w in placed.of("rollout")} == {max(1, cores // engines // tp) * tp}
+    assert all(len(w.devices) == w.threads and max(w.devices) < cores for w in placed.workers)
+
+
+def test_more_cpu_ranks_than_cores_share_them_and_say_so() -> None:
+    placed = plan(actor_world_size=3, cores_per_node=2)
+    assert where(placed, "actor") == [(0, (0,), 1), (0, (1,), 1), (0, (0,), 1)]
+    assert "3 ranks share the 2 core(s)" in placed.notes[0]
+    assert placed.notes[0] in placed.table()
+
+
+def test_cpu_ranks_spread_evenly_over_nodes() -> None:
+    placed = plan(actor_world_size=4, num_engines=2, nodes=2)
+    assert where(placed, "actor") == [(0, (0, 1), 2), (0, (2, 3), 2), (1, (0, 1), 2), (1, (2, 3), 2)]
+    assert where(placed, "rollout") == [(0, (0, 1, 2, 3), 4), (1, (0, 1, 2, 3), 4)]
+
+
+def test_disjoint_roles_on_cpu_split_the_cores() -> None:
+    placed = plan(critic_world_size=1, colocate=False)
+    assert where(placed, "actor") == [(0, (0,), 1), (0, (1,), 1)]
+    assert where(placed, "critic") == [(0, (2,), 1)]
+    assert where(placed, "rollout") == [(0, (3,), 1)]
+
+
+def test_disjoint_cpu_engines_do_not_span_nodes_even_where_that_costs_cores() -> None:
+    # 1 + 4 x 2 = 9 ranks make 3 slots on each of 3 nodes, into which four pairs and a single do not go: 4 slots do.
+    placed = plan(actor_world_size=1, num_engines=4, engine_tp=2, nodes=3, colocate=False)
+    assert [w.node for w in placed.of("rollout")] == [0, 1, 1, 2]
+    assert [w.devices for w in placed.of("rollout")] == [(1, 2), (0, 1), (2, 3), (0, 1)]
+
+
+def test_colocated_gpus() -> None:
+    placed = plan(
+        actor_world_size=4, gpus_per_node=2, nodes=2, num_engines=1, engine_tp=2, devices="cuda", cores_per_node=8
+    )
+    assert where(placed, "actor") == [(0, (0,), 4), (0, (1,), 4), (1, (0,), 4), (1, (1,), 4)]
+    assert where(placed, "rollout") == [(0, (0, 1), 8)]
+    assert placed.notes == ("rollout: 2 of 4 GPUs in use, the others are idle",)
+
+
+def test_disjoint_gpus_are_used_once() -> None:
+    placed = plan(
+        actor_world_size=3,
+        critic_world_size=1,
+        num_engines=2,
+        engine_tp=2,
+        gpus_per_node=4,
+        nodes=2,
+        colocate=False,
+        devices="cuda",
+    )
+    taken = [(worker.node, device) for worker in placed.workers for device in worker.devices]
+    assert taken == [(node, device) for node in (0, 1) for device in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"actor_world_size": 3}, "actor_num_nodes x actor_num_gpus_per_node=3"),
+        ({"critic_world_size": 3}, "critic_num_nodes x critic_num_gpus_per_node=3"),
+        ({"num_engines": 3}, "vllm_num_engines=3 x vllm_tensor_parallel_size=1"),
+        ({"engine_tp": 3, "nodes": 2}, "vllm_num_engines=1 x vllm_tensor_parallel_size=3"),
+        ({"colocate": False}, "colocate_all_models=False"),
+    ],
+)
+def test_too_few_gpus(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        plan(devices="cuda", **changes)
+
+
+@pytest.mark.parametrize("name", ["actor_world_size", "nodes", "num_engines", "engine_tp", "cores_per_node"])
+def test_sizes_below_one(name: str) -> None:
+    with pytest.raises(ValueError, match="=0 must be at least 1"):
+        plan(**{name: 0})
+
+
+def test_coordinates_are_those_of_megatron() -> None:
+    placed = plan(actor_world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    assert [w.place for w in placed.of("actor")] == [
+        "tp0 dp0 pp0",
+        "tp1 dp0 pp0",
+        "tp0 dp1 pp0",
+        "tp1 dp1 pp0",
+        "tp0 dp0 pp1",
+        "tp1 dp0 pp1",
+        "tp0 dp1 pp1",
+        "tp1 dp1 pp1",
+    ]
+
+
+def test_table() -> None:
+    table = plan(pipeline_model_parallel_size=2).table()
+    assert table == (
+        "role             rank     node  cores  threads  phases\n"
+        "actor+reference  0 (pp0)  0     0-1    2        train\n"
+        "actor+reference  1 (pp1)  0     2-3    2        train\n"
+        "rollout          0        0     0-3    4        rollout"
+    )
+    assert re.search(r"^role +rank +node +GPUs", plan(devices="cuda").table())

@@ -1,0 +1,312 @@
+"""Reward code that raises, hangs, dies or answers nonsense costs its own samples a result, and nothing else.
+
+Each test starts Python processes, about 0.1 s each.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megarlhf.data.types import Prompt, Sample
+from megarlhf.reward import scorer as scorer_module
+from megarlhf.reward.scorer import RewardScorer
+
+MakeScorer = Callable[..., RewardScorer]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def make_scorer(tmp_path: Path) -> Iterator[MakeScorer]:
+    """Scorer for the text of a reward file, closed at the end."""
+    made = []
+
+    def make(text: str, timeout_seconds: float = 20.0) -> RewardScorer:
+        path = tmp_path / "my_reward.py"
+        path.write_text(text)
+        made.append(
+            RewardScorer(function_path=str(path), rule=None, rule_pattern=None, timeout_seconds=timeout_seconds)
+        )
+        return made[-1]
+
+    yield make
+    for scorer in made:
+        scorer.close()
+
+
+def samples(*responses: str, label: str | None = "7") -> list[Sample]:
+    prompt = Prompt(index=0, text="Q: ", token_ids=(1,), label=label)
+    return [
+        Sample(
+            prompt=prompt,
+            group_id=0,
+            sample_id=index,
+            response_ids=(2,),
+            rollout_log_probs=(0.0,),
+            response_text=response,
+            finish_reason="stop",
+            weight_version=0,
+        )
+        for index, response in enumerate(responses)
+    ]
+
+
+def rewards(scorer: RewardScorer, *responses: str) -> list[float | None]:
+    return [sample.reward for sample in scorer.score(samples(*responses))]
+
+
+# A reward function whose verdict is in the response: it runs `exec` on it, or gives its length.
+PER_SAMPLE = """
+import os, time
+calls = []
+def reward_func(queries, prompts, labels):
+    calls.append(len(queries))
+    out = []
+    for query, prompt in zip(queries, prompts):
+        response = query[len(prompt):]
+        if response.startswith("!"):
+            exec(response[1:])
+        out.append(len(response))
+    return out
+"""
+
+TRAINER = """
+import sys
+from megarlhf.reward.process import RewardProcess
+process = RewardProcess()
+process.start()
+load = {"function_path": sys.argv[1], "rule": None, "rule_pattern": None}
+process.request(load, timeout_seconds=60)
+process.request({"queries": [""], "prompts": [""], "responses": [""], "labels": [""]}, timeout_seconds=60)
+"""
+
+
+def test_scores_and_leaves_the_rest_of_the_sample_alone(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer(
+        "def reward_func(queries, prompts, labels):\n"
+        "    return {'rewards': [len(q) + 10 * len(p) + 100 * int(l) for q, p, l in zip(queries, prompts, labels)]}"
+    )
+    before = samples("a", "bc")
+    after = scorer.score(before)
+    assert [sample.reward for sample in after] == [734.0, 735.0]
+    assert [sample.response_text for sample in after] == ["a", "bc"]
+    assert before[0].reward is None
+    assert scorer.last_failures == []
+    assert scorer.score([]) == []
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["numpy.array([1.0, 2.0])", "[numpy.float32(1), True + 1]", "(1, 2)", "{'rewards': numpy.arange(1, 3)}"],
+)
+def test_other_kinds_of_numbers(make_scorer: MakeScorer, expression: str) -> None:
+    scorer = make_scorer(f"import numpy\ndef reward_func(queries, prompts, labels): return {expression}")
+    assert rewards(scorer, "a", "b") == [1.0, 2.0]
+
+
+def test_tensors(make_scorer: MakeScorer) -> None:
+    """Importing torch in the reward process takes seconds."""
+    scorer = make_scorer("import torch\ndef reward_func(q, p, l): return torch.tensor([0.5] * len(q))")
+    assert rewards(scorer, "a", "b") == [0.5, 0.5]
+
+
+def test_one_sample_that_raises_costs_only_itself(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer(PER_SAMPLE)
+    assert rewards(scorer, "a", "!raise KeyError('boom')", "!raise SystemExit(2)", "abc") == [1.0, None, None, 3.0]
+    batch, first, second = scorer.last_failures
+    assert batch.startswith("batch of 4: ")
+    assert first == "sample 1: the reward raised KeyError: 'boom'"
+    assert second == "sample 2: the reward raised SystemExit: 2"
+    assert rewards(scorer, "a") == [1.0]
+    assert scorer.last_failures == []
+
+
+def test_hang_costs_its_sample_after_the_limit(make_scorer: MakeScorer) -> None:
+    """Waits for the limit of 1 s twice: once for the batch, once for the sample."""
+    scorer = make_scorer(PER_SAMPLE, timeout_seconds=1.0)
+    start = time.monotonic()
+    assert rewards(scorer, "a", "!time.sleep(60)", "abc") == [1.0, None, 3.0]
+    assert 2.0 <= time.monotonic() - start < 10.0
+    assert "limit of 1 seconds" in scorer.last_failures[-1]
+
+
+def test_dead_process_costs_its_sample_and_is_replaced(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer(PER_SAMPLE)
+    assert rewards(scorer, "a", "!os._exit(3)", "!os.kill(os.getpid(), 11)", "abc") == [1.0, None, None, 3.0]
+    assert "exit status 3" in scorer.last_failures[1]
+    assert "SIGSEGV" in scorer.last_failures[2]
+
+
+def test_process_that_dies_between_calls_is_replaced(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer("import os\ndef reward_func(q, p, l): return [os.getpid()] * len(q)")
+    (pid,) = rewards(scorer, "a")
+    assert pid is not None
+    os.kill(int(pid), signal.SIGKILL)
+    os.waitid(os.P_PID, int(pid), os.WEXITED | os.WNOWAIT)
+    (other,) = rewards(scorer, "a")
+    assert other is not None
+    assert other != pid
+    assert scorer.last_failures == []
+
+
+def test_gives_up_after_losses_in_a_row(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer(PER_SAMPLE)
+    die = "!os._exit(1)"
+    assert rewards(scorer, die, die, "a", die, die, die, "ab") == [None, None, 1.0, None, None, None, None]
+    assert "not tried after 3 calls in a row" in scorer.last_failures[-1]
+    assert rewards(scorer, "ab") == [2.0]
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "None", "'1.0'", "[1.0]", "10 ** 400"])
+def test_what_is_no_number_is_no_result(make_scorer: MakeScorer, value: str) -> None:
+    scorer = make_scorer(f"def reward_func(queries, prompts, labels): return [1.0, {value}]")
+    assert rewards(scorer, "a", "b") == [1.0, None]
+    assert len(scorer.last_failures) == 1
+    assert "not a finite number" in scorer.last_failures[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("[1.0]", "1 rewards for 2 samples"), ("0.5", "not a list"), ("{}", "not a list")]
+)
+def test_wrong_length_or_shape_leaves_the_batch_without_result(
+    make_scorer: MakeScorer, value: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = make_scorer(f"def reward_func(queries, prompts, labels): return {value}")
+    assert rewards(scorer, "a", "b") == [None, None]
+    assert message in scorer.last_failures[0]
+    assert len(caplog.records) == 1
+    assert "2 of 2 samples have no reward: 2 x" in caplog.text
+
+
+def test_prints_and_reads_do_not_reach_the_pipes(make_scorer: MakeScorer, capfd: pytest.CaptureFixture[str]) -> None:
+    scorer = make_scorer(
+        "import os, sys\n"
+        "print('at import')\n"
+        "def reward_func(queries, prompts, labels):\n"
+        "    print('{}'); os.system('echo from a child'); os.write(1, b'raw\\n')\n"
+        "    return [len(sys.stdin.read())] * len(queries)"
+    )
+    assert rewards(scorer, "a") == [0.0]
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert all(text in captured.err for text in ("at import", "from a child", "raw"))
+
+
+def test_large_batches_and_odd_text_pass_the_pipes(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer(PER_SAMPLE)
+    odd = "\u2028\n\ud800\0é"
+    assert rewards(scorer, "x" * 1_000_000, odd) == [1_000_000.0, float(len(odd))]
+
+
+def test_environment_has_no_secrets_and_no_core_dumps(make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MY_API_KEY", "hf_token", "AWS_SECRET", "DB_PASSWORD", "HARMLESS"):
+        monkeypatch.setenv(name, "seen")
+    scorer = make_scorer(
+        "import os, resource\n"
+        "def reward_func(queries, prompts, labels):\n"
+        "    names = [n for n, v in os.environ.items() if v == 'seen']\n"
+        "    return [names == ['HARMLESS'], resource.getrlimit(resource.RLIMIT_CORE)[0], os.getpgrp() == os.getpid()]"
+    )
+    assert rewards(scorer, "a", "b", "c") == [1.0, 0.0, 1.0]
+
+
+def test_close_ends_the_process_and_its_children(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer(
+        "import os, subprocess\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "def reward_func(queries, prompts, labels): return [os.getpid(), child.pid]"
+    )
+    pids = [int(pid) for pid in rewards(scorer, "a", "b") if pid is not None]
+    ends = [os.pidfd_open(pid) for pid in pids]
+    scorer.close()
+    scorer.close()
+    for end in ends:
+        assert select.select([end], [], [], 10.0)[0], "a process descriptor becomes readable when the process ends"
+        os.close(end)
+    assert [type(reward) for reward in rewards(scorer, "a", "b")] == [float, float]
+
+
+def test_hung_worker_ends_when_its_trainer_is_killed(tmp_path: Path) -> None:
+    """Waits up to 1 s, the worker's interval of looking for its parent."""
+    (tmp_path / "hang.py").write_text("import os, time\ndef reward_func(q, p, l): print(os.getpid()); time.sleep(60)")
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(tmp_path / "hang.py")], cwd=ROOT, stderr=subprocess.PIPE
+    )
+    assert trainer.stderr is not None
+    end = os.pidfd_open(int(trainer.stderr.readline()))
+    trainer.kill()
+    assert select.select([end], [], [], 10.0)[0], "a process descriptor becomes readable when the process ends"
+    trainer.wait()
+    trainer.stderr.close()
+    os.close(end)
+
+
+def test_neighbouring_modules_can_be_imported(make_scorer: MakeScorer, tmp_path: Path) -> None:
+    (tmp_path / "my_neighbour.py").write_text("VALUE = 3")
+    scorer = make_scorer("import my_neighbour\ndef reward_func(q, p, l): return [my_neighbour.VALUE]")
+    assert rewards(scorer, "a") == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("reward = 1", "no function reward_func"),
+        ("def reward_func(:", "SyntaxError"),
+        ("import no_such_module", "no_such_module"),
+        ("import sys; sys.exit(4)", "SystemExit: 4"),
+        ("import os; os._exit(5)", "exit status 5"),
+    ],
+)
+def test_code_that_cannot_be_loaded_is_refused_at_once(make_scorer: MakeScorer, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"reward_function=.*my_reward.py cannot be loaded: .*{message}"):
+        make_scorer(text)
+
+
+def test_loading_has_a_limit(make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "LOAD_TIMEOUT_SECONDS", 0.5)
+    with pytest.raises(ValueError, match="limit of 0.5 seconds"):
+        make_scorer("import time; time.sleep(60)")
+
+
+def test_rules_run_in_the_process() -> None:
+    """Imports math-verify there, about a second each."""
+    math = RewardScorer(function_path=None, rule="math", rule_pattern=None, timeout_seconds=20.0)
+    scored = math.score([*samples("it is 7", "8"), *samples("7", label="some words"), *samples("7", label=None)])
+    assert [sample.reward for sample in scored] == [1.0, 0.0, None, None]
+    assert [failure.split(":")[0] for failure in math.last_failures] == ["sample 2", "sample 3"]
+    math.close()
+    form = RewardScorer(function_path=None, rule="format", rule_pattern="a+", timeout_seconds=20.0)
+    assert rewards(form, "aa", "ab") == [1.0, 0.0]
+    form.close()
+
+
+def test_rule_that_hangs_is_stopped() -> None:
+    """A pattern with exponential backtracking holds the interpreter's lock until the limit."""
+    scorer = RewardScorer(function_path=None, rule="format", rule_pattern="(a+)+b", timeout_seconds=0.5)
+    assert rewards(scorer, "ab", "a" * 40, "aab") == [1.0, None, 1.0]
+    scorer.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "reward_function=None, reward_rule=None"),
+        ({"function_path": "x.py", "rule": "math"}, "set exactly one"),
+        ({"function_path": "absent.py"}, "reward_function=absent.py is not a Python file"),
+        ({"rule": "style"}, "reward_rule=style is not one of math"),
+        ({"rule": "format"}, "reward_format=None"),
+        ({"rule": "math", "rule_pattern": "a"}, "reward_format=a"),
+        ({"rule": "format", "rule_pattern": "("}, r"reward_format='\(' is not a regular expression"),
+        ({"rule": "math", "timeout_seconds": 0.0}, "reward_timeout_seconds=0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    settings: dict[str, object] = {"function_path": None, "rule": None, "rule_pattern": None, "timeout_seconds": 1.0}
+    with pytest.raises(ValueError, match=message):
+        RewardScorer(**(settings | changes))  # type: ignore[arg-type]

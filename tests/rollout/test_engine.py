@@ -1,0 +1,230 @@
+"""One vLLM engine with a tiny tied Llama: log-probs, seeds, stops and weight updates, against Transformers.
+
+Importing vLLM and loading the engine takes about 10 seconds.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megarlhf.data.tensor_file import TensorFile
+from megarlhf.data.types import Sample
+from megarlhf.rollout.engine import RolloutEngine, engine_environment
+from tests.rollout.models import make_engine_model, make_prompts, perturbed, transformers_log_probs, write_weights
+
+PROMPTS = make_prompts([5, 40, 70])
+OPTIONS: dict[str, Any] = {
+    "group_ids": [0, 1, 2],
+    "n_samples": 4,
+    "max_tokens": 12,
+    "temperature": 1.0,
+    "stop_token_ids": [2],
+    "run_seed": 42,
+    "step": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_engine_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir: Path) -> Iterator[RolloutEngine]:
+    environment = dict(os.environ)
+    engine = RolloutEngine(
+        model_dir, dtype="float32", seed=0, max_model_len=128, max_num_seqs=16, kv_cache_gib=0.1, threads=1
+    )
+    yield engine
+    engine.close()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def worst_difference(model: torch.nn.Module, samples: list[Sample], temperature: float = 1.0) -> float:
+    """Largest |log-prob of the engine - log-prob of Transformers| over all tokens."""
+    return max(
+        float((transformers_log_probs(model, s, temperature) - torch.tensor(s.rollout_log_probs)).abs().max())
+        for s in samples
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_sampled_distribution(
+    engine: RolloutEngine, model_dir: Path, temperature: float
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    samples = engine.generate(PROMPTS, **OPTIONS | {"temperature": temperature})
+    assert worst_difference(model, samples, temperature) < 1e-4
+    assert worst_difference(model, samples, 1.7 - temperature) > 1e-2  # at the other temperature
+
+
+def test_samples_are_ordered_and_complete(engine: RolloutEngine) -> None:
+    samples = engine.generate(PROMPTS, **OPTIONS | {"group_ids": [7, 8, 9]})
+    assert [(s.group_id, s.sample_id) for s in samples] == [(g, i) for g in (7, 8, 9) for i in range(4)]
+    assert [s.prompt for s in samples] == [p for p in PROMPTS for _ in range(4)]
+    assert {s.weight_version for s in samples} == {0}
+    for sample in samples:
+        assert len(sample.response_ids) == len(sample.rollout_log_probs) <= 12
+        assert sample.reward is None
+
+
+def test_seeds_decide_the_tokens(engine: RolloutEngine) -> None:
+    def tokens(**changes: Any) -> list[tuple[int, ...]]:
+        return [s.response_ids for s in engine.generate(PROMPTS, **OPTIONS | changes)]
+
+    first = tokens()
+    assert tokens() == first
+    assert len(set(first[:4])) == 4
+    assert not set(first) & set(tokens(step=4))
+    assert not set(first) & set(tokens(run_seed=43))
+    alone = engine.generate(PROMPTS[1:2], **OPTIONS | {"group_ids": [0]})
+    assert [s.response_ids for s in alone] == first[4:8]
+
+
+def test_stop_token_ends_a_response_and_is_kept(engine: RolloutEngine, model_dir: Path) -> None:
+    whole = engine.generate(PROMPTS, **OPTIONS | {"stop_token_ids": []})
+    assert {s.finish_reason for s in whole} == {"length"}
+    assert {len(s.response_ids) for s in whole} == {12}
+    stop = whole[0].response_ids[5]
+    cut = engine.generate(PROMPTS, **OPTIONS | {"stop_token_ids": [stop]})
+    for sample, full in zip(cut, whole, strict=True):
+        end = full.response_ids.index(stop) + 1 if stop in full.response_ids else 12
+        assert sample.response_ids == full.response_ids[:end]
+        assert sample.finish_reason == ("stop" if stop in full.response_ids else "length")
+    assert cut[0].finish_reason == "stop"
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    assert worst_difference(model, cut) < 1e-4  # the stop token's included
+    assert whole[0].response_text == " ".join(f"t{i}" for i in whole[0].response_ids if i != 2)
+
+
+def test_greedy_takes_the_likeliest_token(engine: RolloutEngine, model_dir: Path) -> None:
+    (sample,) = engine.generate(PROMPTS[:1], **OPTIONS | {"group_ids": [0], "n_samples": 1, "greedy": True})
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokens = list(sample.prompt.token_ids)
+    for token in sample.response_ids:
+        assert int(model(torch.tensor([tokens])).logits[0, -1].argmax()) == token
+        tokens.append(token)
+    assert worst_difference(model, [sample]) < 1e-4
+
+
+def test_top_k_log_probs_are_renormalised(engine: RolloutEngine) -> None:
+    samples = engine.generate(PROMPTS, **OPTIONS | {"top_k": 1})
+    assert all(log_prob == 0 for s in samples for log_prob in s.rollout_log_probs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 59}, "max_tokens=59 with a prompt of 70 tokens .* max_model_len=128"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"group_ids": [0]}, "shorter"),
+    ],
+)
+def test_generate_refuses(engine: RolloutEngine, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.generate(PROMPTS, **OPTIONS | changes)
+
+
+def test_longer_than_the_model_is_refused_before_vllm_starts(model_dir: Path) -> None:
+    with pytest.raises(ValueError, match="max_model_len=257 .* max_position_embeddings=256"):
+        RolloutEngine(model_dir, dtype="float32", seed=0, max_model_len=257)
+
+
+def test_environment_shares_threads_over_ranks() -> None:
+    assert engine_environment(threads=8, tensor_parallel_size=2)["OMP_NUM_THREADS"] == "4"
+    with pytest.raises(ValueError, match="threads=1 .* tensor_parallel_size=2"):
+        engine_environment(threads=1, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("adjacent", [True, False], ids=["direct", "loader"])
+def test_update_brings_new_weights(
+    engine: RolloutEngine, model_dir: Path, tmp_path: Path, adjacent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megarlhf.rollout import weight_transfer
+
+    used: list[str] = []
+    for name in ("_apply_directly", "_apply_with_loader"):
+        original = getattr(weight_transfer.SharedFileEngine, name)
+        monkeypatch.setattr(
+            weight_transfer.SharedFileEngine,
+            name,
+            lambda self, *args, name=name, original=original: (used.append(name), original(self, *args)),
+        )
+    model = perturbed(model_dir, seed=1)
+    path = tmp_path / "weights.safetensors"
+    checksum = write_weights(path, model, adjacent=adjacent)
+    reported = engine.update_weights(path, 5, checksum)
+    assert (reported["version"], reported["checksum"]) == (5, checksum) and reported["seconds"] > 0
+    assert used == ["_apply_directly" if adjacent else "_apply_with_loader"]
+    samples = engine.generate(PROMPTS, **OPTIONS)
+    assert worst_difference(model, samples) < 1e-4
+    assert {s.weight_version for s in samples} == {5}
+
+    # Written in place, in the same mapping, as the trainer does at every later step.
+    model, file = perturbed(model_dir, seed=2), TensorFile.open(path, writable=True)
+    digests = {name: file.write(name, tensor.detach()) for name, tensor in model.named_parameters()}
+    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) > 1e-2  # nothing in the engine aliases the file
+    engine.update_weights(path, 6, file.checksum(digests))
+    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
+
+
+@pytest.mark.parametrize("adjacent", [True, False], ids=["direct", "loader"])
+def test_without_repacking_the_tied_head_stays_stale(
+    engine: RolloutEngine, model_dir: Path, tmp_path: Path, adjacent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trap that `repack_output_heads` is for: everything is new but the head."""
+    from megarlhf.rollout import weight_transfer
+
+    model = perturbed(model_dir, seed=30 + adjacent)
+    path = tmp_path / "weights.safetensors"
+    checksum = write_weights(path, model, adjacent=adjacent)
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_transfer, "repack_output_heads", lambda model: None)
+        engine.update_weights(path, 7, checksum)
+    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) > 1e-2
+    engine.update_weights(path, 8, checksum)
+    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
+
+
+@pytest.mark.parametrize("adjacent", [True, False], ids=["direct", "loader"])
+def test_wrong_checksum_changes_nothing(engine: RolloutEngine, model_dir: Path, tmp_path: Path, adjacent: bool) -> None:
+    model = perturbed(model_dir, seed=4)
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    engine.update_weights(good, 9, write_weights(good, model, adjacent=adjacent))
+    checksum = write_weights(bad, perturbed(model_dir, seed=5), adjacent=adjacent)
+    TensorFile.open(bad, writable=True).view("model.norm.weight")[0] += 1
+    with pytest.raises(ValueError, match=f"checksum={checksum} of weight version 10 does not match"):
+        engine.update_weights(bad, 10, checksum)
+    samples = engine.generate(PROMPTS, **OPTIONS)
+    assert {s.weight_version for s in samples} == {9}
+    assert worst_difference(model, samples) < 1e-4
+
+
+def test_file_without_a_weight_is_refused_and_a_whole_one_repairs(
+    engine: RolloutEngine, model_dir: Path, tmp_path: Path
+) -> None:
+    model = perturbed(model_dir, seed=6)
+    partial, whole = tmp_path / "partial.safetensors", tmp_path / "whole.safetensors"
+    norm, model.model.norm = model.model.norm, None
+    checksum = write_weights(partial, model)
+    model.model.norm = norm
+    with pytest.raises(RuntimeError, match=r"lacks weights of the model: model\.norm\.weight"):
+        engine.update_weights(partial, 11, checksum)
+    with pytest.raises(RuntimeError, match="failed halfway"):
+        engine.generate(PROMPTS, **OPTIONS)
+    engine.update_weights(whole, 12, write_weights(whole, model))
+    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
+
+
+def test_sleep_and_wake_leave_a_cpu_engine_as_it_is(engine: RolloutEngine) -> None:
+    before = [s.response_ids for s in engine.generate(PROMPTS, **OPTIONS)]
+    engine.sleep()
+    engine.wake()
+    assert [s.response_ids for s in engine.generate(PROMPTS, **OPTIONS)] == before
+    assert engine.info()["weight_version"] == engine.weight_version

@@ -1,0 +1,59 @@
+"""Tiny random Hugging Face models, made on the spot."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+_CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+VOCAB_SIZE = 100  # not a multiple of anything, so that vocabulary padding is at work
+
+
+def make_model(directory: Path, *, family: str = "llama", tied: bool = False, seed: int = 0, **overrides: object) -> Path:
+    """Save a random model of a family, large enough weights that every part matters, and return its directory."""
+    config_class, model_class = _CLASSES[family]
+    options = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "qwen2":
+        options["num_attention_heads"], options["num_key_value_heads"] = 4, 2
+        del options["head_dim"]  # Qwen2 always has hidden / heads
+    if family == "mistral":
+        options["sliding_window"] = None
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(options | overrides))).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.08 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory

@@ -1,0 +1,130 @@
+"""The loop's order, what it hands to whom, and what it does when something is missing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarlhf.data.prompts import PromptData
+from megarlhf.metrics.sinks import Sinks
+from megarlhf.metrics.timers import Timers
+from megarlhf.trainers import rl
+from megarlhf.trainers.experience import NoSamplesError
+from megarlhf.trainers.state import LoopState
+from megarlhf.trainers.summary import LogProbDifferenceError
+from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
+
+
+def run(tmp_path: Path, plain: PlainRoles, *, stop_after: int | None = None, **options: Any) -> list[dict[str, float]]:
+    """Run the loop and return the logged rows."""
+    config = make_config(tmp_path, **options)
+    sinks = Sinks(tmp_path, total_steps=config.batch.train_iters)
+    critic = config.algorithm.advantage_estimator == "gae"
+    rl.train(
+        config,
+        plain.roles(critic=critic),
+        PromptData(prompts=make_prompts(), num_dropped=2),
+        make_prompts(2),
+        LoopState.fresh(config.algorithm),
+        sinks,
+        Timers(),
+        lambda: stop_after is not None and f"push {stop_after}" in plain.events,
+    )
+    sinks.close()
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_order_of_a_ppo_step(tmp_path: Path) -> None:
+    plain = PlainRoles()
+    rows = run(tmp_path, plain, batch={"train_iters": 2}, logging={"save_interval": 1})
+    step = ["update critic", "update actor"] * 2  # 8 samples in batches of 4
+    assert plain.events == [
+        *("push 0", "evaluate", "generate 1", *step, "push 1", "save 1"),
+        *("generate 2", *step, "push 2", "evaluate", "save 2"),
+    ]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0]["data/prompts_dropped"] == 2
+    assert rows[2]["reward/mean"] == 0.5
+    assert rows[2]["kl/mean"] == pytest.approx(0.5)  # k1 of -1 against -1.5
+    assert rows[2]["rollout/truncated_frac"] == 0.5
+    assert rows[2]["eval/accuracy"] == 0.0  # greedy samples are sample 0, whose reward is 0
+
+
+def test_actor_rests_while_the_critic_warms_up(tmp_path: Path) -> None:
+    plain = PlainRoles()
+    run(tmp_path, plain, freezing_actor_steps=2)
+    first, rest = plain.events[: plain.events.index("push 2")], plain.events[plain.events.index("push 2") :]
+    assert "update actor" not in first and "update critic" in first
+    assert "update actor" in rest
+
+
+def test_fields_and_denominators_cover_every_sample_once(tmp_path: Path) -> None:
+    plain = PlainRoles()
+    run(tmp_path, plain, batch={"train_iters": 1})
+    for name, fields in (
+        ("actor", {"advantages", "old_log_probs", "weights"}),
+        ("critic", {"old_values", "returns", "weights"}),
+    ):
+        updates = [(rows, total) for role, rows, total in plain.updates if role == name]
+        assert sum(len(rows) for rows, _ in updates) == 8
+        for rows, total in updates:
+            assert total == sum(row.num_targets for row in rows)
+            for row in rows:
+                assert set(row.fields) == fields
+                assert all(len(value) == row.num_targets for value in row.fields.values())
+
+
+def test_single_update_with_kl_in_the_loss_needs_no_pass_before_it(tmp_path: Path) -> None:
+    plain = PlainRoles()
+    algorithm = {"advantage_estimator": "group_norm", "use_kl_loss": True, "kl_estimator": "k3"}
+    rows = run(tmp_path, plain, batch={"train_iters": 1, "global_batch_size": 8}, algorithm=algorithm)
+    ((_, trained, _),) = plain.updates
+    assert all("old_log_probs" not in row.fields and "ref_log_probs" in row.fields for row in trained)
+    assert rows[1]["rollout/logprob_diff_max"] == 0.0  # from the update's own forward pass
+    assert rows[1]["kl/mean"] == 0.5  # the loss reports it
+
+
+def test_samples_without_result_are_left_out_and_counted(tmp_path: Path) -> None:
+    plain = PlainRoles(without_result=[(0, 0), (1, 1)])
+    rows = run(tmp_path, plain, batch={"train_iters": 1})
+    assert rows[1]["reward/no_result_count"] == 2
+    assert sum(len(trained) for role, trained, _ in plain.updates if role == "actor") == 6
+    plain = PlainRoles(without_result=[(0, 0), (1, 1)])
+    run(tmp_path / "group", plain, batch={"train_iters": 1}, algorithm={"advantage_estimator": "rloo"})
+    trained = [row.group_id for role, rows, _ in plain.updates if role == "actor" for row in rows]
+    assert sorted(trained) == [2, 2, 3, 3]  # groups 0 and 1 lost the comparison
+
+
+def test_no_result_at_all_stops_the_run(tmp_path: Path) -> None:
+    plain = PlainRoles(without_result=[(g, s) for g in range(4) for s in range(2)])
+    with pytest.raises(NoSamplesError, match="none of 8 samples"):
+        run(tmp_path, plain)
+
+
+def test_stop_signal_saves_and_leaves_after_the_step(tmp_path: Path) -> None:
+    plain = PlainRoles()
+    rows = run(tmp_path, plain, stop_after=1)
+    assert plain.events[-3:] == ["push 1", "evaluate", "save 1"]
+    assert rows[-1]["step"] == 1
+    assert plain.saved[1]["step"] == 1
+
+
+def test_log_prob_budget_warns_then_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, PlainRoles(difference=0.1), batch={"train_iters": 1})  # the budget is 0.05
+    assert "logprob_diff_budget=0.05" in caplog.text
+    with pytest.raises(LogProbDifferenceError, match="past 10 budgets"):
+        run(tmp_path / "far", PlainRoles(difference=0.6), batch={"train_iters": 1})
+
+
+def test_adaptive_kl_and_reward_moments_survive_a_restart(tmp_path: Path) -> None:
+    plain = PlainRoles()
+    algorithm = {"kl_target": 0.1, "kl_horizon": 100, "normalize_reward": True}
+    run(tmp_path, plain, algorithm=algorithm, logging={"save_interval": 1})
+    config = make_config(tmp_path, algorithm=algorithm)
+    state = LoopState.fresh(config.algorithm)
+    state.restore(json.loads(json.dumps(plain.saved[3])))
+    assert state.step == 3
+    assert state.kl_controller.coef == pytest.approx(0.01 * (1 + 0.2 * 8 / 100) ** 3)  # measured 0.5, five times the target
+    assert state.reward_moments.count == 24 and state.reward_moments.mean == pytest.approx(0.5)
+    assert state.reward_moments.scale() == pytest.approx((0.5, 0.5))
