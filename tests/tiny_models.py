@@ -23,7 +23,9 @@ _CLASSES = {
 VOCAB_SIZE = 100  # not a multiple of anything, so that vocabulary padding is at work
 
 
-def make_model(directory: Path, *, family: str = "llama", tied: bool = False, seed: int = 0, **overrides: object) -> Path:
+def make_model(
+    directory: Path, *, family: str = "llama", tied: bool = False, seed: int = 0, **overrides: object
+) -> Path:
     """Save a random model of a family, large enough weights that every part matters, and return its directory."""
     config_class, model_class = _CLASSES[family]
     options = {

@@ -230,8 +230,8 @@ def compute_advantages(
     finite = rewards.isfinite()
     if not bool(finite.all()):
         raise ValueError(
-            f"reward={float(rewards[~finite][0])} for {int((~finite).sum())} of {rewards.numel()} samples; rewards must "
-            "be finite (one NaN would spread over the batch): drop samples without a result"
+            f"reward={float(rewards[~finite][0])} for {int((~finite).sum())} of {rewards.numel()} samples; rewards "
+            "must be finite (one NaN would spread over the batch): drop samples without a result"
         )
     outcomes = _OUTCOME_BASELINES[estimator](rewards.clamp(*clip_range), group_ids)
     on_last_token = torch.zeros_like(outcomes) if estimator in _BROADCAST else outcomes

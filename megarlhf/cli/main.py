@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         lines = "\n".join(f"  {name:6} {text}" for name, text in _COMMANDS.items())
         known = command in ("-h", "--help")
-        print(f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags.", file=sys.stderr)
+        print(
+            f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags.", file=sys.stderr
+        )
         if not known:
             print(f"megarlhf: error: no command {command!r}", file=sys.stderr)
         return 0 if known else 2

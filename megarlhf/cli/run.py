@@ -24,6 +24,7 @@ class StopSignal:
         print(f"\n{signal.Signals(number).name}: finishing the step, then saving and leaving", file=sys.stderr)
 
     def __call__(self) -> bool:
+        """Whether a signal has come."""
         return self.received
 
 

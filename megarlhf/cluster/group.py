@@ -20,7 +20,9 @@ class WorkerFailedError(RuntimeError):
 class WorkerGroup:
     """The processes of one role, called together."""
 
-    def __init__(self, role: str, handles: Sequence[Any], specs: Sequence[WorkerSpec], *, timeout_seconds: float) -> None:
+    def __init__(
+        self, role: str, handles: Sequence[Any], specs: Sequence[WorkerSpec], *, timeout_seconds: float
+    ) -> None:
         self.role, self.handles, self.specs = role, list(handles), list(specs)
         self.timeout_seconds = timeout_seconds
 
@@ -41,7 +43,7 @@ class WorkerGroup:
         """Results of calls, in the order of `refs`.
 
         Raises:
-            WorkerFailedError: the first failure, at once and whatever the other ranks still wait for; or the limit is past.
+            WorkerFailedError: the first failure, at once, whatever other ranks still wait for; or the limit is past.
         """
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + limit
@@ -61,7 +63,9 @@ class WorkerGroup:
         try:
             ray.get(ref)
         except ray.exceptions.RayActorError as error:
-            raise WorkerFailedError(f"{self.role} rank {rank} died during {what}: {error}" + self._last_words(rank)) from None
+            raise WorkerFailedError(
+                f"{self.role} rank {rank} died during {what}: {error}" + self._last_words(rank)
+            ) from None
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise WorkerFailedError(

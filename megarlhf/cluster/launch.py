@@ -1,5 +1,6 @@
 """Start Ray and every worker of a plan, and hand the loop its roles."""
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -8,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.resource_manager import ResourceManager
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedFileSync, TrainingGroup
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
@@ -54,8 +60,6 @@ def start(
     """
     with ExitStack() as stack:
         _start_ray(config, plan, stack)
-        from megarlhf.cluster.group import WorkerGroup  # imports ray, whose environment is set above
-
         groups: dict[Role, WorkerGroup] = {}
         bundles = _reserve(plan, config.cluster.start_timeout_seconds)
         for role in ("actor", "critic", "rollout"):
@@ -64,7 +68,7 @@ def start(
                 specs = [_spec(config, w, len(workers), stop_token_ids, share_prompt_prefix) for w in workers]
                 handles = [_launch(config, w, s, bundles) for w, s in zip(workers, specs, strict=True)]
                 groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
-        training = {role: group for role, group in groups.items() if role != "rollout"}
+        training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
         _start_workers(groups, plan, total_steps, config.cluster.start_timeout_seconds)
         dtype = "bfloat16" if config.model.bf16 else "float32"
         sync = SharedFileSync(groups["actor"], groups["rollout"], dtype=dtype)
@@ -94,31 +98,23 @@ def start(
 
 def _start_ray(config: PPOConfig, plan: PlacementPlan, stack: ExitStack) -> None:
     """A local Ray that only this run's token opens, or the cluster at --ray_address."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if config.cluster.ray_address is None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    import ray
-
-    if config.cluster.ray_address is None:
         ray.init(
             num_cpus=max(1, len(plan.workers)),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             object_store_memory=512 << 20,
             _node_ip_address="127.0.0.1",
         )
     else:
-        ray.init(address=config.cluster.ray_address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=config.cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
     stack.callback(ray.shutdown)
 
 
 def _reserve(plan: PlacementPlan, timeout_seconds: float) -> Any:
     """One Ray placement bundle per node of the plan, with its workers' share of CPUs and GPUs."""
-    import ray
-    from ray.util.placement_group import placement_group
-
     nodes = sorted({worker.node for worker in plan.workers})
     bundles = []
     for node in nodes:
@@ -139,17 +135,11 @@ def _reserve(plan: PlacementPlan, timeout_seconds: float) -> Any:
 
 
 def _launch(config: PPOConfig, worker: Worker, spec: WorkerSpec, bundles: Any) -> Any:
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
     environment = {"OMP_NUM_THREADS": str(worker.threads), "HF_HUB_OFFLINE": "1"}
     environment |= visible_devices_environment(worker.devices)
     if worker.role == "rollout":
-        environment |= engine_environment(
-            tensor_parallel_size=config.cluster.vllm_tensor_parallel_size,
-            kv_cache_gib=config.rollout.vllm_kv_cache_gib,
-            threads=worker.threads,
-        )
+        tensor_parallel_size = config.cluster.vllm_tensor_parallel_size
+        environment |= engine_environment(threads=worker.threads, tensor_parallel_size=tensor_parallel_size)
     cls = ray.remote(RolloutWorker if worker.role == "rollout" else MegatronWorker)
     return cls.options(
         num_cpus=1,

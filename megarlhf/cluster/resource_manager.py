@@ -1,6 +1,6 @@
 """Who has the devices: phases that wake and put to sleep the roles that share them.
 
-The only place where anything sleeps or wakes. Every phase may be entered again or twice in a row; its seconds are counted.
+The only place where anything sleeps or wakes. A phase may be entered again and again; its seconds are counted.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,7 @@ class ResourceManager:
         colocated: the roles share devices, so that only the phase's own may be awake. Disjoint roles never sleep.
     """
 
-    def __init__(
-        self, training: list[WorkerGroup], rollout: WorkerGroup, timers: Timers, *, colocated: bool
-    ) -> None:
+    def __init__(self, training: list[WorkerGroup], rollout: WorkerGroup, timers: Timers, *, colocated: bool) -> None:
         self._training, self._rollout, self._timers, self._colocated = training, rollout, timers, colocated
         self._awake = {group.role: True for group in [*training, rollout]}
 

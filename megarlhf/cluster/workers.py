@@ -67,8 +67,8 @@ class MegatronWorker:
 
     def start(self, init_method: str, total_steps: int) -> None:
         """Join the role's groups and load the model."""
-        from megarlhf.trainers.assembly import build_engine, build_objective
         from megarlhf.parallel.groups import ParallelSizes, initialize_groups
+        from megarlhf.trainers.assembly import build_engine, build_objective
 
         spec, layout = self.spec, self.spec.config.layout
         initialize_groups(
@@ -191,6 +191,7 @@ class RolloutWorker:
             gpu_memory_utilization=options.vllm_gpu_memory_utilization,
             kv_cache_gib=options.vllm_kv_cache_gib,
             threads=self.spec.threads,
+            tokenizer_dir=config.model.tokenizer,
         )
 
     def generate(

@@ -5,14 +5,21 @@ the business of checkpoint_files.
 """
 
 import hashlib
+import queue
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megarlhf.engine.engine import MegatronEngine
+
+# Megatron-Core would start a manager process per rank, seconds each, for results of background saves. Saves here are
+# synchronous: results come back inside the process.
+assert hasattr(filesystem_async, "_results_queue")
+filesystem_async._results_queue = queue.Queue()
 
 
 def _sharding() -> dict[str, Any]:
@@ -39,10 +46,7 @@ def _state(engine: MegatronEngine, *, loading: bool) -> dict[str, Any]:
 
 
 def save_engine(engine: MegatronEngine, directory: Path) -> None:
-    """Write one role's state into `directory`; every rank of the role calls it.
-
-    The calling program needs an `if __name__ == "__main__"` guard: Megatron-Core starts helper processes.
-    """
+    """Write one role's state into `directory`; every rank of the role calls it."""
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()

@@ -87,9 +87,7 @@ class MegatronEngine:
         module.to(current_device())
         self.config.finalize_model_grads_func = sum_gradients
         self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.sequence_parallel else 1
-        self._outputs = partial(
-            token_outputs, head=head, vocab_size=self.hf.vocab_size, temperature=temperature
-        )
+        self._outputs = partial(token_outputs, head=head, vocab_size=self.hf.vocab_size, temperature=temperature)
         self.bare = module
         self.model: Any = Float16Module(self.config, module) if model.bf16 else module
         self.optimizer: Any = None
@@ -160,9 +158,7 @@ class MegatronEngine:
         grad_norm = float(grad_norm)
         if not torch.isfinite(torch.tensor(grad_norm)):
             raise NonFiniteError(f"the gradient norm is {grad_norm}: the last saved checkpoint is the last good state")
-        return StepResult(
-            loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs
-        )
+        return StepResult(loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs)
 
     def accumulate_gradients(
         self, rows: Sequence[TrainingRow], objective: Objective, *, denominator: float
@@ -204,7 +200,7 @@ class MegatronEngine:
 
     def sleep(self) -> None:
         """Give the device's memory to the other roles: GPU buffers move to the host, freed pages to the system."""
-        if device_kind() == "cuda":
+        if device_kind() == "gpu":
             self._buffers("offload_to_cpu")
             if self.optimizer is not None:
                 self.optimizer.offload_to_cpu()
@@ -212,7 +208,7 @@ class MegatronEngine:
 
     def wake(self) -> None:
         """Undo sleep()."""
-        if device_kind() == "cuda":
+        if device_kind() == "gpu":
             self._buffers("reload_from_cpu")
             if self.optimizer is not None:
                 self.optimizer.restore_from_cpu()

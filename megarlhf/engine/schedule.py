@@ -27,9 +27,7 @@ def sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: 
     finalize_model_grads(model, None, **kwargs)
 
 
-def token_outputs(
-    output: Tensor, batch: MicroBatch, *, head: str, vocab_size: int, temperature: float
-) -> TokenOutputs:
+def token_outputs(output: Tensor, batch: MicroBatch, *, head: str, vocab_size: int, temperature: float) -> TokenOutputs:
     """Last stage's output, [1, t, v / tp] logits or [1, t, 1] values, as per-token numbers."""
     if head == "value":
         return TokenOutputs(values=output.float().reshape(-1))

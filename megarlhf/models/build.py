@@ -52,7 +52,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
     Numerics on the CPU take the unfused paths; dropout is off, as log-probs must be a function of the weights alone.
     """
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    on_gpu = device_kind() == "cuda"
+    on_gpu = device_kind() == "gpu"
     fields = {name: getattr(hf, hf_name) for name, hf_name in arch.config_fields.items()}
     return TransformerConfig(
         **fields,
@@ -88,7 +88,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
 
 
 def _block_spec(config: TransformerConfig) -> Any:
-    if device_kind() == "cuda":
+    if device_kind() == "gpu":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules

@@ -38,9 +38,7 @@ _LAYER_WEIGHTS = (
         hf=(_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
         split=Split.GATE_UP,
     ),
-    WeightMap(
-        megatron=(_LAYER + "mlp.linear_fc2.weight",), hf=(_HF_LAYER + "mlp.down_proj.weight",), split=Split.ROW
-    ),
+    WeightMap(megatron=(_LAYER + "mlp.linear_fc2.weight",), hf=(_HF_LAYER + "mlp.down_proj.weight",), split=Split.ROW),
 )
 _QKV_BIAS = WeightMap(megatron=(_LAYER + "self_attention.linear_qkv.bias",), hf=_qkv("bias"), split=Split.QKV)
 _QK_NORM = tuple(
@@ -52,9 +50,7 @@ _QK_NORM = tuple(
     for x in "qk"
 )
 _MODEL_WEIGHTS = (
-    WeightMap(
-        megatron=("embedding.word_embeddings.weight",), hf=("model.embed_tokens.weight",), split=Split.VOCAB
-    ),
+    WeightMap(megatron=("embedding.word_embeddings.weight",), hf=("model.embed_tokens.weight",), split=Split.VOCAB),
     WeightMap(megatron=("decoder.final_layernorm.weight",), hf=("model.norm.weight",), split=Split.REPLICATED),
     WeightMap(megatron=("output_layer.weight",), hf=("lm_head.weight",), split=Split.VOCAB),
 )

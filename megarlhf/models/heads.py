@@ -12,8 +12,8 @@ from torch import Tensor
 class ValueHead(MegatronModule):
     """Linear map from the hidden state to one number, in place of GPTModel's output layer.
 
-    Whole on every tensor-parallel rank. Under sequence parallelism it gathers the sequence first, so that each rank sees
-    all tokens and computes the same gradient, which then needs no reduction.
+    Whole on every tensor-parallel rank. Under sequence parallelism it gathers the sequence first: each rank sees all
+    tokens and computes the same gradient, which then needs no reduction.
     """
 
     def __init__(self, config: Any) -> None:

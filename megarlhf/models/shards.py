@@ -75,7 +75,7 @@ def shards_of(
 
 def _qkv_shards(hf: tuple[str, ...], param: Tensor, shape: AttentionShape, tp_rank: int, tp_size: int) -> list[Shard]:
     groups, queries = shape.num_groups // tp_size, shape.num_heads // shape.num_groups
-    # [groups * (queries + 2) * head_dim, ...] -> [groups, queries + 2, head_dim, ...]: q heads, then k, then v per group
+    # [groups * (queries + 2) * head_dim, ...] -> [groups, queries + 2, head_dim, ...]: q heads, k, v of each group
     whole = param.view(groups, queries + 2, shape.head_dim, *param.shape[1:])
     views = (whole[:, :queries], whole[:, queries], whole[:, queries + 1])
     rows = (groups * queries * shape.head_dim, groups * shape.head_dim, groups * shape.head_dim)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,7 +110,9 @@ class ModelWeights:
             if name in present and source.shape(name) != shape:
                 problems.append(f"{name} has shape {source.shape(name)}, the configuration says {shape}")
         if problems:
-            raise ValueError(f"pretrain={source.directory}; weights do not fit {self.arch.hf_class}: " + "; ".join(problems))
+            raise ValueError(
+                f"pretrain={source.directory}; weights do not fit {self.arch.hf_class}: " + "; ".join(problems)
+            )
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every HF tensor, from the configuration alone."""
@@ -194,7 +197,7 @@ def _mark_parallel(bound: BoundWeight) -> None:
         set_tensor_model_parallel_attributes(bound.param, True, dimension, 1)
 
 
-def _global_name(model: torch.nn.Module, name: str) -> str:
+def _global_name(model: Any, name: str) -> str:
     """Megatron's parameter name with the layer's number in the whole model instead of in this stage."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
@@ -210,7 +213,9 @@ def source_dtype(source: HFWeights) -> torch.dtype:
     """
     found = {source.dtype(name) for name in source.names()}
     if len(found) != 1 or not found <= set(_DTYPES):
-        raise ValueError(f"pretrain={source.directory}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all")
+        raise ValueError(
+            f"pretrain={source.directory}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all"
+        )
     return _DTYPES[found.pop()]
 
 

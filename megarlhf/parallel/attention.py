@@ -45,7 +45,7 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams:
     Raises:
         NotImplementedError: a shared prompt on CUDA, whose attention has no such mask.
     """
-    if device_kind() == "cuda":
+    if device_kind() == "gpu":
         if any(prefix is not None for prefix in batch.prefix_segments):
             raise NotImplementedError("share_prompt_prefix=True: TransformerEngine's attention has no shared prefix")
         longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
@@ -183,4 +183,4 @@ class SegmentNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (no such attribute, to mypy)

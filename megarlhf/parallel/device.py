@@ -8,28 +8,28 @@ from typing import Literal
 
 import torch
 
-DeviceKind = Literal["cpu", "cuda"]
+DeviceKind = Literal["cpu", "gpu"]
 
 
 def device_kind() -> DeviceKind:
-    """ "cuda" where PyTorch sees a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """ "gpu" where PyTorch sees one, else "cpu"."""
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def current_device() -> torch.device:
     """The device that this process computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if device_kind() == "cuda" else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if device_kind() == "gpu" else torch.device("cpu")
 
 
 def select_device(local_rank: int) -> None:
     """Bind this process to one GPU of its node; nothing to do on a CPU."""
-    if device_kind() == "cuda":
+    if device_kind() == "gpu":
         torch.cuda.set_device(local_rank)
 
 
 def collective_backend() -> str:
     """Name of torch.distributed's backend for this device."""
-    return "nccl" if device_kind() == "cuda" else "gloo"
+    return "nccl" if device_kind() == "gpu" else "gloo"
 
 
 def num_cores() -> int:
@@ -43,9 +43,9 @@ def num_local_gpus() -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory back: CUDA's cache to the device, glibc's heap to the system (it keeps freed pages otherwise)."""
+    """Give freed memory back: CUDA's cache to the device, the heap that glibc keeps to the system."""
     gc.collect()
-    if device_kind() == "cuda":
+    if device_kind() == "gpu":
         torch.cuda.empty_cache()
     else:
         ctypes.CDLL(None).malloc_trim(0)
@@ -53,7 +53,7 @@ def release_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """High-water mark of this process on its device: CUDA's allocator, or resident memory."""
-    if device_kind() == "cuda":
+    if device_kind() == "gpu":
         return torch.cuda.max_memory_allocated()
     import resource
 

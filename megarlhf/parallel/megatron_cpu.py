@@ -136,7 +136,7 @@ def install() -> bool:
     Raises:
         RuntimeError: megatron.core was imported before.
     """
-    if device_kind() == "cuda":
+    if device_kind() == "gpu":
         return False
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return True
@@ -144,7 +144,9 @@ def install() -> bool:
         raise RuntimeError("megatron.core was imported before megarlhf.parallel; import megarlhf.parallel first")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron-Core compiles small functions; that buys nothing here
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    # Megatron-Core calls collectives by names that this torch renames in a later release.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     sys.meta_path.insert(0, _Finder())
     return True
 
@@ -162,7 +164,9 @@ def verify() -> None:
 
     idle = [name for name in _RULES if not _matches[name]]
     if device_kind() == "cpu" and idle:
-        raise RuntimeError(f"megatron-core: the CPU rewriting rules {idle} match nothing; this version is not supported")
+        raise RuntimeError(
+            f"megatron-core: the CPU rewriting rules {idle} match nothing; this version is not supported"
+        )
 
 
 def _mend_random_state(megatron_random: Any) -> None:

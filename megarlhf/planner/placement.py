@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 Role = Literal["actor", "critic", "rollout"]
 Phase = Literal["rollout", "train"]
-DeviceKind = Literal["cpu", "cuda"]
+DeviceKind = Literal["cpu", "gpu"]
 
 _SHOWN: dict[Role, str] = {"actor": "actor+reference", "critic": "critic", "rollout": "rollout"}
 _PHASES: dict[Role, tuple[Phase, ...]] = {"actor": ("train",), "critic": ("train",), "rollout": ("rollout",)}
@@ -133,7 +133,7 @@ def _place(group: Sequence[_Request], machine: _Machine, model: tuple[int, int, 
     """Workers with devices of their own, and what to tell the user; `model` is the TP, CP and PP size."""
     members = [(request, rank) for request in group for rank in range(request.num_workers)]
     sizes = [request.size for request, _ in members]
-    slots_per_node = machine.gpus_per_node if machine.kind == "cuda" else _slots_needed(sizes, machine.nodes)
+    slots_per_node = machine.gpus_per_node if machine.kind == "gpu" else _slots_needed(sizes, machine.nodes)
     spots = _fill(sizes, machine.nodes, slots_per_node)
     if spots is None:
         raise ValueError(_too_few(group, machine))
@@ -148,7 +148,7 @@ def _place(group: Sequence[_Request], machine: _Machine, model: tuple[int, int, 
                 rank=rank,
                 place="" if request.role == "rollout" else _coordinates(rank, request.num_workers, *model),
                 node=node,
-                devices=tuple(gpus if machine.kind == "cuda" else cores),
+                devices=tuple(gpus if machine.kind == "gpu" else cores),
                 threads=threads * request.size,
                 phases=_PHASES[request.role],
             )
@@ -203,7 +203,7 @@ def _notes(group: Sequence[_Request], num_ranks: int, slots_per_node: int, machi
     num_slots = machine.nodes * slots_per_node
     if machine.kind == "cpu" and slots_per_node > machine.cores_per_node:
         return [f"{names}: up to {slots_per_node} ranks share the {machine.cores_per_node} core(s) of a node"]
-    if machine.kind == "cuda" and num_ranks < num_slots:
+    if machine.kind == "gpu" and num_ranks < num_slots:
         return [f"{names}: {num_ranks} of {num_slots} GPUs in use, the others are idle"]
     return []
 

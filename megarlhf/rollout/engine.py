@@ -224,7 +224,8 @@ class RolloutEngine:
             version: what `weight_version` of later samples will say.
             checksum: TensorFile.checksum() of the file.
         Returns:
-            version and checksum as the workers report them, and the seconds it took.
+            version and checksum as the workers report them, applied ("direct" or "loader", see weight_transfer.py),
+            and the seconds it took.
         Raises:
             ValueError: wrong checksum; the engine keeps its weights. With tensor_parallel_size > 1 vLLM turns the
                 workers' error into a RuntimeError with this message inside.
@@ -240,11 +241,11 @@ class RolloutEngine:
             statuses = self._llm.collective_rpc("weight_status")
             self.weight_version = min(status["version"] for status in statuses)
         wanted = {"version": version, "checksum": checksum}
-        if any(status != wanted for status in statuses):
+        if any(status | wanted != status for status in statuses):
             raise RuntimeError(f"sent weights {wanted} and the engine's workers report {statuses}")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: were requests running?")
-        return {**wanted, "seconds": time.perf_counter() - start}
+        return {**statuses[0], "seconds": time.perf_counter() - start}
 
     def sleep(self) -> None:
         """Give the GPU's memory to others until `wake`; weights wait in host memory. Nothing to give on a CPU."""

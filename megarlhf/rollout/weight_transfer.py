@@ -13,13 +13,12 @@ loaded and never again. `repack_output_heads` does it after every update.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn, set_num_threads  # the function itself: vLLM's CPU worker replaces torch's by a no-op
+from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -33,7 +32,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
-from megarlhf.data.tensor_file import TensorFile
+from megarlhf.data.tensor_file import TensorFile, run_side_by_side
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,19 +58,27 @@ class SharedFileUpdate(WeightTransferUpdateInfo):
 
 @dataclass(frozen=True)
 class Pack:
-    """One linear layer whose kernel is packed from a view of the file."""
+    """One linear layer, whose kernel is packed from a view over the tensors that it fuses."""
 
     module: LinearBase
     names: list[str]
     view: Tensor
 
+    def packed_kernel(self) -> Any:
+        """What vLLM calls as `module.cpu_linear`, made of the view as it is now; the module is left alone."""
+        staging = nn.Module()
+        staging.weight = nn.Parameter(self.view, requires_grad=False)
+        self.module.quant_method.process_weights_after_loading(staging)
+        return staging.cpu_linear
+
 
 @dataclass(frozen=True)
 class Copy:
-    """One tensor of the file that is copied into (a part of) a parameter."""
+    """One tensor of the file, which is copied into (a part of) a parameter."""
 
     destination: Tensor
-    name: str
+    names: list[str]  # of the one tensor
+    view: Tensor
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ def _plan_copies(module: nn.Module, parameter: Tensor, names: list[str], file: T
         destination = parameter.data[row : row + view.shape[0]]
         if destination.shape != view.shape:
             return None
-        copies.append(Copy(destination, name))
+        copies.append(Copy(destination, [name], view))
         row += view.shape[0]
     padded = isinstance(module, VocabParallelEmbedding)  # rows past the vocabulary are zero and stay so
     return copies if padded or row == parameter.shape[0] else None
@@ -167,7 +174,7 @@ def plan_direct_update(model: nn.Module, file: TensorFile) -> DirectPlan | None:
 
 
 class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
-    """Applies a whole file per update; `version` and `checksum` tell what the model holds."""
+    """Applies a whole file per update; `version` and `checksum` tell what the model holds, `applied` how it came in."""
 
     init_info_cls = SharedFileInit
     update_info_cls = SharedFileUpdate
@@ -179,11 +186,10 @@ class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
         super().__init__(config, vllm_config, device, model)
         self.version = 0
         self.checksum = ""
+        self.applied: Literal["", "direct", "loader"] = ""
         self._opened: tuple[str, int, int] | None = None
         self._file: TensorFile | None = None
         self._plan: DirectPlan | None = None
-        self._threads = torch.get_num_threads()
-        self._pool: ThreadPoolExecutor | None = None
         self._direct_allowed = (
             current_platform.is_cpu()
             and not current_platform.is_zen_cpu()  # its kernels may keep the view instead of a copy
@@ -212,13 +218,11 @@ class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
         else:
             self._apply_with_loader(file, update_info)
         self.version, self.checksum = update_info.version, update_info.checksum
+        self.applied = "loader" if self._plan is None else "direct"
 
     def shutdown(self) -> None:
         """Unmap the file."""
         self._plan = self._file = self._opened = None
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
 
     def _open(self, path: str) -> TensorFile:
         """The mapped file; mapped once, since mapping anew would fault in every page again."""
@@ -255,44 +259,21 @@ class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
         """Pack new kernels while the checksum is computed, then put them in place."""
         digests: dict[str, bytes] = {}
 
-        def digest(names: Iterable[str]) -> None:
-            digests.update({name: file.digest(name) for name in names})
+        def digest_and_pack(step: Copy | Pack) -> Any:
+            # The digest brings a layer's bytes into the cache, from which they are packed.
+            digests.update({name: file.digest(name) for name in step.names})
+            return step.packed_kernel() if isinstance(step, Pack) else None
 
-        def digest_and_pack(pack: Pack) -> Any:
-            digest(pack.names)  # brings the bytes into the cache that the packing reads them from
-            staging = nn.Module()
-            staging.weight = nn.Parameter(pack.view, requires_grad=False)
-            pack.module.quant_method.process_weights_after_loading(staging)
-            return staging.cpu_linear
-
-        pool = self._threads_of_one_core()
-        copied = pool.map(lambda copy: digest([copy.name]), plan.copies)
-        kernels = list(pool.map(digest_and_pack, plan.packs))
-        list(copied)
-        set_num_threads(self._threads)  # the pool's threads set the process-wide default to 1
+        steps: list[Copy | Pack] = [*plan.copies, *plan.packs]
+        kernels = run_side_by_side(digest_and_pack, steps, torch.get_num_threads())
         self._verify(file.checksum(digests), update_info)
         self.version = MIXED_WEIGHTS
-        for pack, kernel in zip(plan.packs, kernels, strict=True):
+        for pack, kernel in zip(plan.packs, kernels[len(plan.copies) :], strict=True):
             pack.module.cpu_linear = kernel
         del kernels
         for copy in plan.copies:
-            copy.destination.copy_(file.view(copy.name))
+            copy.destination.copy_(copy.view)
         repack_output_heads(self.model)
-
-    def _threads_of_one_core(self) -> ThreadPoolExecutor:
-        """As many threads as the engine computes with, whose own OpenMP regions have one thread each.
-
-        Packs that run side by side need no barrier within each one, which costs a time slice wherever a core is busy
-        with something else.
-        """
-        if self._pool is None:
-
-            def initialize() -> None:
-                torch.get_num_threads()  # PyTorch sets a new thread's count at first use, which must not come later
-                set_num_threads(1)
-
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="weight-update", initializer=initialize)
-        return self._pool
 
 
 class WeightStatus:
@@ -301,8 +282,9 @@ class WeightStatus:
     weight_transfer_engine: SharedFileEngine
 
     def weight_status(self) -> dict[str, Any]:
-        """Version and checksum of the weights that this worker holds; version -1 after an update failed halfway."""
-        return {"version": self.weight_transfer_engine.version, "checksum": self.weight_transfer_engine.checksum}
+        """Version and checksum of this worker's weights, and the way they came; version -1: an update failed halfway."""
+        engine = self.weight_transfer_engine
+        return {"version": engine.version, "checksum": engine.checksum, "applied": engine.applied}
 
 
 register()  # a worker process imports this module for WeightStatus, before it looks for the backend

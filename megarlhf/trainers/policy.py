@@ -25,8 +25,8 @@ class PolicyLossOptions:
 def policy_objective(options: PolicyLossOptions) -> Objective:
     """PPO's loss per token, weighted and summed. arXiv:1707.06347 equation 7, minus entropy, plus the KL of GRPO.
 
-    Fields of the micro-batch: `advantages`, `weights`; `old_log_probs`, absent where the rows are trained once by the very
-    policy that this forward pass computes, whose ratio is then 1; `ref_log_probs` where kl_loss_coef is not 0.
+    Fields of the micro-batch: `advantages`, `weights`; `old_log_probs`, absent where the rows are trained once by the
+    very policy that this forward pass computes, whose ratio is then 1; `ref_log_probs` where kl_loss_coef is not 0.
     """
 
     def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -45,7 +45,8 @@ def train(
     if state.step == 0:
         with roles.phases.sync():
             roles.sync.push(0)
-        sinks.log(0, evaluate(roles, eval_prompts, timers) | {"data/prompts_dropped": float(prompts.num_dropped)})
+        metrics = evaluate(roles, eval_prompts, timers)
+        sinks.log(0, metrics | {"data/prompts_dropped": float(prompts.num_dropped)} | timers.pop())
     while state.step < batch.train_iters:
         step, started = state.step + 1, time.perf_counter()
         chosen = [prompts.prompts[i] for i in sampler.batch(step - 1)]
@@ -114,7 +115,7 @@ def evaluate(roles: Roles, prompts: list[Prompt] | None, timers: Timers) -> dict
     """
     if not prompts:
         return {}
-    with timers("eval"), roles.phases.rollout():
+    with roles.phases.rollout(), timers("eval"):
         scored: list[Sample] = roles.reward.score(roles.rollout.generate_greedy(prompts))
     rewards = [sample.reward for sample in scored if sample.reward is not None]
     metrics = {"eval/response_length_mean": sum(len(s.response_ids) for s in scored) / len(scored)}

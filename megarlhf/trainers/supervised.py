@@ -44,6 +44,8 @@ def train(
     root = Path(logging.save) / "checkpoints"
     for step in range(first_step + 1, total_steps + 1):
         started = time.perf_counter()
+        if sinks is not None:
+            sinks.phase("train")
         batch = [rows[i] for i in sampler.batch(step - 1)]
         with timers("train"):
             result = engine.train_step(batch, objective, denominator=float(sum(row.num_targets for row in batch)))

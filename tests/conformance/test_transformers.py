@@ -56,7 +56,9 @@ def test_log_probs_and_gradients(ranks: RankPool, tmp_path: Path, name: str, sha
     found = assemble([result.gradients])
     assert set(found) == set(gradients)
     for parameter, gradient in gradients.items():
-        torch.testing.assert_close(found[parameter], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}")
+        torch.testing.assert_close(
+            found[parameter], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
 
 
 def test_values_of_a_reward_model(ranks: RankPool, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megarlhf.data.tensor_file import TensorFile, TensorSpec
+from megarlhf.data.tensor_file import TensorFile, TensorSpec, adjacent_order, run_side_by_side
 
 SPECS = [
     TensorSpec("b.q", (3, 5), torch.float32),
@@ -137,3 +137,34 @@ def test_open_refuses_damage(path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             TensorFile.open(path)
+
+
+def test_adjacent_order_joins_the_parts_of_fused_layers() -> None:
+    names = ["emb", "0.k_proj.bias", "0.k_proj.weight", "0.o_proj.weight", "0.q_proj.bias", "0.q_proj.weight"]
+    names += ["0.up_proj.weight", "0.v_proj.bias", "0.v_proj.weight", "1.k_proj.weight", "0.gate_proj.weight"]
+    ordered = adjacent_order(names)
+    assert ordered == [
+        "emb",
+        *("0.q_proj.bias", "0.k_proj.bias", "0.v_proj.bias"),
+        *("0.q_proj.weight", "0.k_proj.weight", "0.v_proj.weight"),
+        "0.o_proj.weight",
+        *("0.gate_proj.weight", "0.up_proj.weight"),
+        "1.k_proj.weight",
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_run_side_by_side_keeps_order_and_thread_counts(threads: int) -> None:
+    before = torch.get_num_threads()
+    seen = run_side_by_side(lambda i: (i, torch.get_num_threads()), range(20), threads)
+    assert seen == [(i, before if threads == 1 else 1) for i in range(20)]
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError):
+        run_side_by_side(lambda i: 1 // i, range(2), threads)
+
+
+def test_write_all_gives_the_digests_of_the_checksum(path: Path) -> None:
+    file = TensorFile.open(path, writable=True)
+    changed = {name: torch.ones_like(value) for name, value in values().items()}
+    assert file.checksum(file.write_all(changed, threads=2)) == TensorFile.open(path).checksum()
+    assert all(torch.equal(file.view(name), value) for name, value in changed.items())

@@ -52,7 +52,9 @@ LAYOUTS = {
 def world(layout: Layout, rank: int, init_method: str) -> Iterator[None]:
     """Join a world in this layout for the block."""
     sizes = ParallelSizes(tensor=layout.tensor, pipeline=layout.pipeline)
-    initialize_groups(sizes, rank=rank, world_size=layout.world_size, init_method=init_method, seed=1, timeout_minutes=2)
+    initialize_groups(
+        sizes, rank=rank, world_size=layout.world_size, init_method=init_method, seed=1, timeout_minutes=2
+    )
     try:
         yield
     finally:
@@ -60,7 +62,13 @@ def world(layout: Layout, rank: int, init_method: str) -> Iterator[None]:
 
 
 def build(
-    layout: Layout, model_dir: Path, *, head: str = "lm", optimizer: bool = True, total_steps: int = 20, temperature: float = 1.0
+    layout: Layout,
+    model_dir: Path,
+    *,
+    head: str = "lm",
+    optimizer: bool = True,
+    total_steps: int = 20,
+    temperature: float = 1.0,
 ) -> MegatronEngine:
     """An engine in the present world."""
     options = OptimizerOptions(

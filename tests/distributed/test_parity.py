@@ -44,7 +44,9 @@ def test_layout_equals_one_process(
         "tokens": float((_merge([r.forward for r in results]) - _merge([expected.forward])).abs().max()),
         "training tokens": float((_merge([r.outputs for r in results]) - _merge([expected.outputs])).abs().max()),
         "loss": max(abs(r.loss - expected.loss) for r in results),
-        "metrics": max(abs(r.metrics[m] - v) for r in results for m, v in expected.metrics.items()) if expected.metrics else 0.0,
+        "metrics": max(abs(r.metrics[m] - v) for r in results for m, v in expected.metrics.items())
+        if expected.metrics
+        else 0.0,
         "gradients": _worst(assemble([r.gradients for r in results]), assemble([expected.gradients])),
         "grad norm": max(abs(r.grad_norm - expected.grad_norm) for r in results),
         "step": _worst(assemble([r.weights for r in results]), assemble([expected.weights])),
@@ -57,4 +59,6 @@ def test_layout_equals_one_process(
     assert differences["gradients"] <= GRADIENT_TOLERANCE
     assert differences["grad norm"] <= 1e-5 * max(1.0, expected.grad_norm)
     assert differences["step"] <= STEP_TOLERANCE
-    assert max(float(t.abs().max()) for t in assemble([expected.gradients]).values()) > 1e-2, "the gradients are large enough to tell"
+    assert max(float(t.abs().max()) for t in assemble([expected.gradients]).values()) > 1e-2, (
+        "the gradients are large enough to tell"
+    )

@@ -14,7 +14,9 @@ from tests.tiny_models import make_model
 ROUND_TRIPS = {"TP1": SINGLE, **{name: LAYOUTS[name] for name in ("TP2", "PP2", "TP2-PP2")}}
 
 
-def round_trip(rank: int, world_size: int, init_method: str, layout: Layout, source: Path, target: Path) -> dict[str, bytes]:
+def round_trip(
+    rank: int, world_size: int, init_method: str, layout: Layout, source: Path, target: Path
+) -> dict[str, bytes]:
     """Load, write a weight file from every rank, and stream the same weights."""
     import torch.distributed as dist
 

@@ -78,7 +78,7 @@ def test_disjoint_cpu_engines_do_not_span_nodes_even_where_that_costs_cores() ->
 
 def test_colocated_gpus() -> None:
     placed = plan(
-        actor_world_size=4, gpus_per_node=2, nodes=2, num_engines=1, engine_tp=2, devices="cuda", cores_per_node=8
+        actor_world_size=4, gpus_per_node=2, nodes=2, num_engines=1, engine_tp=2, devices="gpu", cores_per_node=8
     )
     assert where(placed, "actor") == [(0, (0,), 4), (0, (1,), 4), (1, (0,), 4), (1, (1,), 4)]
     assert where(placed, "rollout") == [(0, (0, 1), 8)]
@@ -94,7 +94,7 @@ def test_disjoint_gpus_are_used_once() -> None:
         gpus_per_node=4,
         nodes=2,
         colocate=False,
-        devices="cuda",
+        devices="gpu",
     )
     taken = [(worker.node, device) for worker in placed.workers for device in worker.devices]
     assert taken == [(node, device) for node in (0, 1) for device in range(4)]
@@ -112,7 +112,7 @@ def test_disjoint_gpus_are_used_once() -> None:
 )
 def test_too_few_gpus(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        plan(devices="cuda", **changes)
+        plan(devices="gpu", **changes)
 
 
 @pytest.mark.parametrize("name", ["actor_world_size", "nodes", "num_engines", "engine_tp", "cores_per_node"])
@@ -143,4 +143,4 @@ def test_table() -> None:
         "actor+reference  1 (pp1)  0     2-3    2        train\n"
         "rollout          0        0     0-3    4        rollout"
     )
-    assert re.search(r"^role +rank +node +GPUs", plan(devices="cuda").table())
+    assert re.search(r"^role +rank +node +GPUs", plan(devices="gpu").table())

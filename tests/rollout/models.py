@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from megarlhf.data.tensor_file import TensorFile, TensorSpec
+from megarlhf.data.tensor_file import TensorFile, TensorSpec, adjacent_order
 from megarlhf.data.types import Prompt, Sample
 from tests.tiny_models import VOCAB_SIZE, make_model
 
@@ -35,7 +35,7 @@ def write_weights(
 ) -> str:
     """Put a model's weights into a new file, the parts of fused layers together if `adjacent`; returns the checksum."""
     tensors = dict(model.named_parameters())  # a tied head is not among them
-    names = sorted(tensors, key=lambda name: name.endswith(".bias")) if adjacent else sorted(tensors)
+    names = adjacent_order(tensors) if adjacent else sorted(tensors)
     specs = [TensorSpec(name, tuple(tensors[name].shape), dtype) for name in names]
     file = TensorFile.create(path, specs)
     return file.checksum({name: file.write(name, tensors[name].detach()) for name in names})

@@ -125,6 +125,8 @@ def test_adaptive_kl_and_reward_moments_survive_a_restart(tmp_path: Path) -> Non
     state = LoopState.fresh(config.algorithm)
     state.restore(json.loads(json.dumps(plain.saved[3])))
     assert state.step == 3
-    assert state.kl_controller.coef == pytest.approx(0.01 * (1 + 0.2 * 8 / 100) ** 3)  # measured 0.5, five times the target
+    assert state.kl_controller.coef == pytest.approx(
+        0.01 * (1 + 0.2 * 8 / 100) ** 3
+    )  # measured 0.5, five times the target
     assert state.reward_moments.count == 24 and state.reward_moments.mean == pytest.approx(0.5)
     assert state.reward_moments.scale() == pytest.approx((0.5, 0.5))
