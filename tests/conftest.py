@@ -1,6 +1,9 @@
 """Fixtures that several folders share."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +16,12 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's untrained model, as input of whole runs."""
+    directory = tmp_path_factory.mktemp("assets")
+    script = Path(__file__).parents[1] / "examples" / "demo" / "make_assets.py"
+    subprocess.run([sys.executable, str(script), str(directory), "--seed", "3"], check=True)
+    return directory

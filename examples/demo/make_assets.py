@@ -25,9 +25,9 @@ from transformers.utils.logging import disable_progress_bar
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = string.digits + string.ascii_lowercase + " ="
-LIST_LENGTH = 4
-NUM_SFT, NUM_PROMPTS, NUM_HELDOUT = 50, 3000, 256
-HELDOUT_FRACTION = 0.2  # of the 715 collections of four digits
+LIST_LENGTH = 3
+NUM_SFT, NUM_PROMPTS, NUM_HELDOUT = 50, 600, 150
+HELDOUT_FRACTION = 0.2  # of the 220 collections of three digits
 
 Example = tuple[str, str]  # prompt and answer
 

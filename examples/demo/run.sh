@@ -71,9 +71,9 @@ PPO_ARGS=(
     --init_kl_coef 0.01
     --global-batch-size 64             # four optimizer steps a rollout
     --micro-batch-size 32
-    --train-iters 80
+    --train-iters 100
     --actor_learning_rate 3e-4
-    --critic_learning_rate 1e-3
+    --critic_learning_rate 2e-3
 )
 
 EVAL_AND_LOGGING_ARGS=(

@@ -49,13 +49,17 @@ def open_run_directory(save: str, config_yaml: str) -> Path:
     return directory
 
 
-def resumed_step(load: str | None) -> int | None:
+def resumed_step(load: str | None, identity: dict[str, Any]) -> int | None:
     """Step of the checkpoint that --load names; None for a fresh run.
 
     Raises:
-        ValueError: there is no complete checkpoint.
+        ValueError: there is no complete checkpoint, or it is of another model.
     """
-    return None if load is None else checkpoint_files.latest(Path(load) / "checkpoints")[0]
+    if load is None:
+        return None
+    step, directory, state = checkpoint_files.latest(Path(load) / "checkpoints")
+    checkpoint_files.check_identity(state.get("identity", {}), identity, directory)
+    return step
 
 
 def model_identity(pretrain: str) -> dict[str, Any]:

@@ -103,12 +103,12 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
     if dry_run:
         print(to_yaml(config) + "\n" + plan.table())
         return 0
-    from megarlhf.cluster import launch
     from megarlhf.models.families import find_architecture
-    from megarlhf.models.hf_files import read_config
+    from megarlhf.models.hf_files import HFWeights, read_config
 
     for name in {config.model.pretrain, config.model.critic_pretrain or config.model.pretrain}:
         find_architecture(read_config(name))
+        HFWeights(name)
     prompts, eval_prompts, stop_tokens = load_data(config)
     reward = RewardScorer(
         function_path=config.reward.reward_function,
@@ -119,7 +119,10 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
     reward.check()
     batch = config.batch
     updates = batch.max_epochs * (batch.rollout_batch_size * batch.n_samples_per_prompt // batch.global_batch_size)
-    continued = resumed_step(config.logging.load)
+    identity = model_identity(config.model.pretrain)
+    continued = resumed_step(config.logging.load, identity)
+    from megarlhf.cluster import launch  # Ray: nothing above needs it
+
     directory = open_run_directory(config.logging.save, to_yaml(config))
     stop, timers = StopSignal(), Timers()
     print(plan.table())
@@ -143,7 +146,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
             stop_token_ids=stop_tokens,
             share_prompt_prefix=bool(batch.share_prompt_prefix),
             total_steps=batch.train_iters * updates,
-            identity=model_identity(config.model.pretrain),
+            identity=identity,
             timers=timers,
         ) as cluster:
             state = LoopState.fresh(config.algorithm)

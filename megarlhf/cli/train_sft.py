@@ -115,7 +115,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
             project=config.logging.wandb_project,
             run_name=config.logging.wandb_run_name,
             config=to_dict(config),
-            resumed_step=resumed_step(config.logging.load),
+            resumed_step=resumed_step(config.logging.load, identity),
         )
     try:
         supervised.train(

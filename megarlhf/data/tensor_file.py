@@ -41,7 +41,7 @@ _DTYPE_NAMES: dict[torch.dtype, str] = {
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 # Linear layers that inference engines fuse into one, in the order of their rows.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 _ALIGNMENT_BYTES = 64  # of the data's start: a cache line, and enough for every vector load
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors limit

@@ -37,7 +37,8 @@ def engine_environment(*, threads: int, tensor_parallel_size: int = 1) -> dict[s
         "OMP_NUM_THREADS": str(threads // tensor_parallel_size),  # Ray and vLLM would make it 1
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the trainer, whose phases alternate with ours
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages: an update packs hundreds of MB into new memory
-        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),  # and keep that memory for the next update
+        "MALLOC_ARENA_MAX": "1",  # in one heap, whichever thread packs
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),  # which stays with us for the next update
         "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     }
 

@@ -15,6 +15,7 @@ loaded and never again. `repack_output_heads` does it after every update.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -66,8 +67,7 @@ class Pack:
 
     def packed_kernel(self) -> Any:
         """What vLLM calls as `module.cpu_linear`, made of the view as it is now; the module is left alone."""
-        staging = nn.Module()
-        staging.weight = nn.Parameter(self.view, requires_grad=False)
+        staging: Any = SimpleNamespace(weight=self.view)
         self.module.quant_method.process_weights_after_loading(staging)
         return staging.cpu_linear
 
@@ -282,7 +282,7 @@ class WeightStatus:
     weight_transfer_engine: SharedFileEngine
 
     def weight_status(self) -> dict[str, Any]:
-        """Version and checksum of this worker's weights, and the way they came; version -1: an update failed halfway."""
+        """Version and checksum of this worker's weights and how they came; version -1: an update failed halfway."""
         engine = self.weight_transfer_engine
         return {"version": engine.version, "checksum": engine.checksum, "applied": engine.applied}
 

@@ -1,0 +1,141 @@
+"""Mistakes end a program with status 2 and a sentence that names the key, before Ray or any worker starts."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarlhf.cli import train_ppo
+from tests.cluster.runs import SMALL, write_inputs
+
+Flags = dict[str, str | None]
+
+
+@pytest.fixture
+def flags(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flags:
+    """Flags of a run that would start; starting Ray is an error here."""
+
+    class Forbidden:
+        def __getattr__(self, name: str) -> object:
+            raise AssertionError(f"ray.{name} was called")
+
+    monkeypatch.setitem(sys.modules, "ray", Forbidden())
+    monkeypatch.delitem(sys.modules, "megarlhf.cluster.launch", raising=False)
+    inputs = SMALL | write_inputs(tmp_path) | {"--pretrain": str(assets / "model"), "--save": str(tmp_path / "run")}
+    return inputs | {"--train-iters": "1", "--actor_num_gpus_per_node": "2"}
+
+
+def fail(flags: Flags, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run, expect status 2, return what was said."""
+    words = [word for flag, value in flags.items() for word in ([flag] if value is None else [flag, value])]
+    try:
+        status = train_ppo.main(words)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert status == 2, captured
+    return captured.err
+
+
+def test_all_configuration_errors_come_together(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fail(
+        flags
+        | {
+            "--tensor-model-parallel-size": "3",
+            "--rollout_batch_size": "7",
+            "--prompt_data": str(tmp_path / "nowhere.jsonl"),
+            "--input_key": "question",
+            "--top_p": "0.9",
+        },
+        capsys,
+    )
+    for key in ("tensor_model_parallel_size=3", "rollout_batch_size", "prompt_data", "top_p=0.9", "actor_num_gpus_per_node"):
+        assert key in said, key
+
+
+def test_unknown_flag_names_the_nearest(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--actor_learning_rate" in fail(flags | {"--actor_learning_rat": "1"}, capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--pretrain": "/nowhere/model"}, ("pretrain=/nowhere/model",)),
+        ({"--input_key": "question"}, ("input_key=question", "input", "label")),
+        ({"--advantage_estimator": "rloo", "--n_samples_per_prompt": "1"}, ("n_samples_per_prompt=1", "rloo")),
+        ({"--pipeline-model-parallel-size": "3"}, ("pipeline_model_parallel_size=3",)),
+        ({"--global-batch-size": "5"}, ("global_batch_size=5",)),
+        ({"--prompt_max_len": "1"}, ("prompt_max_len=1", "24")),  # every prompt is longer
+        ({"--load": "/nowhere"}, ("load=/nowhere",)),
+        ({"--save": "/dev/null/run"}, ("save=/dev/null/run",)),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_one_mistake(flags: Flags, capsys: pytest.CaptureFixture[str], change: Flags, words: tuple[str, ...]) -> None:
+    said = fail(flags | change, capsys)
+    for word in words:
+        assert word in said
+
+
+def test_unsupported_architecture_lists_the_supported(
+    flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(assets / "model", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    (other / "config.json").write_text(json.dumps(config))
+    said = fail(flags | {"--pretrain": str(other)}, capsys)
+    assert "GPT2LMHeadModel" in said and "LlamaForCausalLM" in said and "Qwen3ForCausalLM" in said
+
+
+def test_missing_tokenizer(flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = shutil.copytree(assets / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "tokenizer" in fail(flags | {"--pretrain": str(bare)}, capsys)
+
+
+def test_truncated_weights(flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = shutil.copytree(assets / "model", tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert f"pretrain={cut}" in fail(flags | {"--pretrain": str(cut)}, capsys)
+
+
+@pytest.mark.parametrize(
+    "text", ["def score(q): return 0\n", "def reward_func(queries, prompts, labels)\n    return 1\n"], ids=["absent", "syntax"]
+)
+def test_reward_function(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (tmp_path / "bad.py").write_text(text)
+    said = fail(flags | {"--reward_function": str(tmp_path / "bad.py")}, capsys)
+    assert "reward_function" in said and "reward_func" in said
+
+
+def checkpoint(root: Path, *, complete: bool = True, vocab_size: int = 40) -> Path:
+    """A run directory whose checkpoint says little."""
+    directory = root / "checkpoints" / "iter_0000003"
+    directory.mkdir(parents=True)
+    (root / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    if complete:
+        identity = {"architecture": "LlamaForCausalLM", "vocab_size": vocab_size, "hidden_size": 9999}
+        (directory / "run_state.json").write_text(json.dumps({"step": 3, "identity": identity}))
+    return root
+
+
+def test_incomplete_checkpoint(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fail(flags | {"--load": str(checkpoint(tmp_path / "old", complete=False))}, capsys)
+    assert f"load={tmp_path / 'old'}" in said and "incomplete" in said
+
+
+def test_checkpoint_of_another_model(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fail(flags | {"--load": str(checkpoint(tmp_path / "old"))}, capsys)
+    assert "another model" in said and "hidden_size: saved 9999" in said
+
+
+def test_dry_run_prints_configuration_and_plan(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
+    assert train_ppo.main([*words, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "actor_learning_rate: 0.001" in printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith(("actor+reference", "critic", "rollout "))]
+    assert [row[0] for row in rows if row[1] in "01"] == ["actor+reference"] * 2 + ["critic"] * 2 + ["rollout"]
+    assert not Path(flags["--save"] or "").exists(), "a dry run writes nothing"
