@@ -137,7 +137,7 @@ def run_megarlhf(options: argparse.Namespace, directory: Path) -> list[Step]:
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
     return [
         {
-            "seconds": row["time/step_seconds"] - row.get("time/save_seconds", 0.0) - row.get("time/eval_seconds", 0.0),
+            "seconds": row["time/step_seconds"] - row.get("time/eval_seconds", 0.0),
             "response_tokens": row["rollout/response_length_mean"] * NUM_PROMPTS * NUM_SAMPLES,
         }
         for row in rows

@@ -1,8 +1,8 @@
 """Make everything the demo needs on this machine: a tiny untrained model, its tokenizer and the data of its task.
 
-The task is to sort the digits of a list: the prompt "sort 7 1 4 1=" has the label "1147". Lists are split by the digits
-they hold, so no order of a held-out list's digits occurs in training. The supervised part is far too small to learn
-the task from; a verifiable reward (reward.py) has to do the rest.
+The task is to sort the digits of a list: the prompt "sort 7 1 4=" has the label "147". No held-out list occurs
+in training. The supervised part (run.sh) is too short to learn the task; a verifiable reward (reward.py) has to do the
+rest.
 
     python examples/demo/make_assets.py OUT --seed 42
 
@@ -13,8 +13,8 @@ OUT/heldout.jsonl ({"input", "label"}). The same seed gives the same files.
 import argparse
 import json
 import string
-from collections.abc import Iterable, Sequence
-from itertools import combinations_with_replacement
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -26,8 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = string.digits + string.ascii_lowercase + " ="
 LIST_LENGTH = 3
-NUM_SFT, NUM_PROMPTS, NUM_HELDOUT = 50, 600, 150
-HELDOUT_FRACTION = 0.2  # of the 220 collections of three digits
+NUM_SFT, NUM_HELDOUT = 200, 150  # of 1000 lists
 
 Example = tuple[str, str]  # prompt and answer
 
@@ -75,23 +74,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 
 def make_examples(seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, NUM_PROMPTS and NUM_HELDOUT different ones, with no collection in both."""
-    random = Random(seed)
-    collections = list(combinations_with_replacement(string.digits, LIST_LENGTH))
-    random.shuffle(collections)
-    num_heldout = round(HELDOUT_FRACTION * len(collections))
-    heldout = _draw(random, collections[:num_heldout], NUM_HELDOUT)
-    return _draw(random, collections[num_heldout:], NUM_PROMPTS), heldout
-
-
-def _draw(random: Random, collections: Sequence[tuple[str, ...]], count: int) -> list[Example]:
-    """`count` different orders of the digits of randomly chosen collections."""
-    drawn: dict[str, str] = {}
-    while len(drawn) < count:
-        digits = random.choice(collections)
-        order = random.sample(digits, k=len(digits))
-        drawn[f"sort {' '.join(order)}="] = "".join(digits)  # combinations come sorted
-    return list(drawn.items())
+    """Training and held-out examples: every list there is, in random order, NUM_HELDOUT of them held out."""
+    lists = list(product(string.digits, repeat=LIST_LENGTH))
+    Random(seed).shuffle(lists)
+    examples = [(f"sort {' '.join(digits)}=", "".join(sorted(digits))) for digits in lists]
+    return examples[NUM_HELDOUT:], examples[:NUM_HELDOUT]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:

@@ -16,7 +16,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     Args:
         queries: prompt and response as one text.
         prompts: the prompt alone.
-        labels: the digits in order, such as "1147".
+        labels: the digits in order, such as "147".
     """
     return [score(query[len(prompt) :], label) for query, prompt, label in zip(queries, prompts, labels, strict=True)]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of RLHF in a few minutes on two CPU cores, without a download: a tiny untrained Llama learns a little from
-# fifty demonstrations, then PPO (actor, critic, KL to the reference) teaches it the task through a verifiable reward.
+# a few demonstrations, then PPO (actor, critic, KL to the reference) teaches it the task through a verifiable reward.
 #
 #     examples/demo/run.sh                          everything goes to runs/demo
 #     examples/demo/run.sh --train-iters 20         further flags go to PPO; --seed N holds for every stage
@@ -31,8 +31,9 @@ mkdir -p "${OUT}"
 touch "${OUT}/${MARKER}"
 
 MODEL_PARALLEL_ARGS=(
-    --actor_num_gpus_per_node 2        # ranks; processes where there is no GPU
-    --pipeline-model-parallel-size 2
+    --actor_num_gpus_per_node 2        # ranks of actor and critic; processes where there is no GPU
+    --tensor-model-parallel-size 1
+    --pipeline-model-parallel-size 1   # so the two ranks are data-parallel, with the optimizer's state sharded
 )
 
 SFT_ARGS=(
@@ -41,11 +42,11 @@ SFT_ARGS=(
     --input_key input
     --output_key output
     --max_len 32
-    --train-iters 100
+    --train-iters 40
     --global-batch-size 16
     --micro-batch-size 16
     --learning_rate 1e-3
-    --log-interval 20
+    --log-interval 10
     --save "${OUT}/sft"
     --seed "${SEED}"
 )
@@ -58,8 +59,8 @@ DATA_ARGS=(
 )
 
 ROLLOUT_ARGS=(
-    --rollout_batch_size 64            # prompts a step
-    --n_samples_per_prompt 4
+    --rollout_batch_size 128           # prompts a step
+    --n_samples_per_prompt 8
     --prompt_max_len 16
     --generate_max_len 8
     --vllm_num_engines 1
@@ -69,11 +70,11 @@ ROLLOUT_ARGS=(
 PPO_ARGS=(
     --advantage_estimator gae
     --init_kl_coef 0.01
-    --global-batch-size 64             # four optimizer steps a rollout
-    --micro-batch-size 32
-    --train-iters 100
-    --actor_learning_rate 3e-4
-    --critic_learning_rate 2e-3
+    --global-batch-size 512            # two optimizer steps a rollout
+    --micro-batch-size 256
+    --train-iters 60
+    --actor_learning_rate 6e-4
+    --critic_learning_rate 1e-3
 )
 
 EVAL_AND_LOGGING_ARGS=(

@@ -3,11 +3,12 @@
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megarlhf.config.checks import raise_if
 from megarlhf.engine import checkpoint_files
 
 
@@ -39,6 +40,22 @@ def report_errors(program: str, run: Callable[[], int]) -> int:
     except (RuntimeError, FloatingPointError) as error:
         print(f"{program}: stopped: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each step returns; every step is tried, so that all mistakes are reported together.
+
+    Raises:
+        ConfigError: one line for each step that raised a ValueError.
+    """
+    results, errors = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except ValueError as error:
+            errors.append(str(error))
+    raise_if(errors)
+    return results
 
 
 def open_run_directory(save: str, config_yaml: str) -> Path:

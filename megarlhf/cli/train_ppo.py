@@ -6,7 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarlhf.cli.run import StopSignal, model_identity, open_run_directory, report_errors, resumed_step
+from megarlhf.cli.run import (
+    StopSignal,
+    all_or_errors,
+    model_identity,
+    open_run_directory,
+    report_errors,
+    resumed_step,
+)
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.checks import check_ppo, raise_if
 from megarlhf.config.command_line import parse, to_dict, to_yaml
@@ -77,12 +84,16 @@ def make_plan(config: PPOConfig) -> PlacementPlan:
 
 
 def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple[int, ...]]:
-    """Training prompts, evaluation prompts and the tokens that end a response."""
+    """Training prompts, evaluation prompts and the tokens that end a response.
+
+    Raises:
+        ConfigError: what is wrong with either file.
+    """
     data, model = config.data, config.model
     tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
 
     def load(path: str) -> PromptData:
-        return load_prompts(
+        loaded = load_prompts(
             path,
             tokenizer,
             input_key=data.input_key,
@@ -92,9 +103,15 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
             prompt_max_len=config.rollout.prompt_max_len,
             max_samples=data.max_samples,
         )
+        if loaded.num_dropped:
+            total = loaded.num_dropped + len(loaded.prompts)
+            longer = f"are longer than prompt_max_len={config.rollout.prompt_max_len} tokens"
+            print(f"{loaded.num_dropped} of {total} prompts of {path} {longer} and are left out", file=sys.stderr)
+        return loaded
 
-    evaluation = load(data.eval_data).prompts if data.eval_data else None
-    return load(data.prompt_data), evaluation, tuple(stop_token_ids(tokenizer, model.pretrain))
+    paths = [data.prompt_data, *([data.eval_data] if data.eval_data else [])]
+    prompts, *evaluation = all_or_errors([lambda path=path: load(path) for path in paths])
+    return prompts, evaluation[0].prompts if evaluation else None, tuple(stop_token_ids(tokenizer, model.pretrain))
 
 
 def _run(config: PPOConfig, *, dry_run: bool) -> int:
@@ -106,21 +123,28 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
     from megarlhf.models.families import find_architecture
     from megarlhf.models.hf_files import HFWeights, read_config
 
-    for name in {config.model.pretrain, config.model.critic_pretrain or config.model.pretrain}:
-        find_architecture(read_config(name))
-        HFWeights(name)
-    prompts, eval_prompts, stop_tokens = load_data(config)
+    def check_models() -> None:
+        for name in {config.model.pretrain, config.model.critic_pretrain or config.model.pretrain}:
+            find_architecture(read_config(name))
+            HFWeights(name)
+
     reward = RewardScorer(
         function_path=config.reward.reward_function,
         rule=config.reward.reward_rule,
         rule_pattern=config.reward.reward_format,
         timeout_seconds=config.reward.reward_timeout_seconds,
     )
-    reward.check()
+    identity = model_identity(config.model.pretrain)
+    (prompts, eval_prompts, stop_tokens), continued, *_ = all_or_errors(
+        [
+            lambda: load_data(config),
+            lambda: resumed_step(config.logging.load, identity),
+            check_models,
+            reward.check,
+        ]
+    )
     batch = config.batch
     updates = batch.max_epochs * (batch.rollout_batch_size * batch.n_samples_per_prompt // batch.global_batch_size)
-    identity = model_identity(config.model.pretrain)
-    continued = resumed_step(config.logging.load, identity)
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
     directory = open_run_directory(config.logging.save, to_yaml(config))

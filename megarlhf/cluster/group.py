@@ -47,7 +47,7 @@ class WorkerGroup:
         """
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + limit
-        pending = list(refs)
+        pending, results = list(refs), {}
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
@@ -56,12 +56,12 @@ class WorkerGroup:
                     f"{self.role} ranks {ranks} did not finish {what} within {limit:g} s" + self._last_words(ranks[0])
                 )
             for ref in done:
-                self._raise_if_failed(ref, refs.index(ref), what)
-        return list(ray.get(list(refs)))
+                results[ref] = self._result(ref, refs.index(ref), what)
+        return [results[ref] for ref in refs]
 
-    def _raise_if_failed(self, ref: Any, rank: int, what: str) -> None:
+    def _result(self, ref: Any, rank: int, what: str) -> Any:
         try:
-            ray.get(ref)
+            return ray.get(ref)
         except ray.exceptions.RayActorError as error:
             raise WorkerFailedError(
                 f"{self.role} rank {rank} died during {what}: {error}" + self._last_words(rank)

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.resource_manager import ResourceManager
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedFileSync, TrainingGroup
+from megarlhf.cluster.serialization import register_tensors
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.metrics.timers import Timers
@@ -111,6 +112,7 @@ def _start_ray(config: PPOConfig, plan: PlacementPlan, stack: ExitStack) -> None
     else:
         ray.init(address=config.cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
     stack.callback(ray.shutdown)
+    register_tensors()
 
 
 def _reserve(plan: PlacementPlan, timeout_seconds: float) -> Any:

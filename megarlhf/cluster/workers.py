@@ -49,6 +49,9 @@ class MegatronWorker:
         redirect_output(spec.log_file)
         import torch
 
+        from megarlhf.cluster.serialization import register_tensors
+
+        register_tensors()
         torch.set_num_threads(spec.threads)
         self.spec = spec
         self._file: Any = None
@@ -67,6 +70,7 @@ class MegatronWorker:
 
     def start(self, init_method: str, total_steps: int) -> None:
         """Join the role's groups and load the model."""
+        from megarlhf.parallel.device import freeze_garbage_collector
         from megarlhf.parallel.groups import ParallelSizes, initialize_groups
         from megarlhf.trainers.assembly import build_engine, build_objective
 
@@ -90,6 +94,7 @@ class MegatronWorker:
         if spec.role == "actor" and spec.config.algorithm.init_kl_coef > 0:
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)
+        freeze_garbage_collector()
 
     def log_probs(self, rows: Sequence[TrainingRow]) -> dict[int, Any]:
         """See MegatronEngine.log_probs."""

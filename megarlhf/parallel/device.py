@@ -51,6 +51,15 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def freeze_garbage_collector() -> None:
+    """Call once a process is set up: modules and models, which live as long as it does, are not searched any more.
+
+    A collection takes a tenth of a second for every hundred thousand objects, and each phase ends with one.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def peak_memory_bytes() -> int:
     """High-water mark of this process on its device: CUDA's allocator, or resident memory."""
     if device_kind() == "gpu":

@@ -82,14 +82,15 @@ def train(
         last = step == batch.train_iters or should_stop()
         if last or (logging.eval_interval and step % logging.eval_interval == 0):
             metrics |= evaluate(roles, eval_prompts, timers)
+        metrics |= synced | {"data/epoch": sampler.epoch(step), "data/prompts_dropped": float(prompts.num_dropped)}
+        metrics |= summary.speed(generated, seconds=time.perf_counter() - started) | timers.pop()
+        sinks.log(step, metrics)
+        # Logged first: a run killed in between continues from the checkpoint before, and logs this step again.
         if last or (logging.save_interval and step % logging.save_interval == 0):
             sinks.phase("save")
             with timers("save"):
                 roles.checkpoint.save(step, state.to_json())
-        metrics |= synced | {"data/epoch": sampler.epoch(step), "data/prompts_dropped": float(prompts.num_dropped)}
-        metrics |= summary.speed(generated, seconds=time.perf_counter() - started) | timers.pop()
-        sinks.log(step, metrics)
-        if should_stop():
+        if last:
             return
 
 
@@ -111,14 +112,17 @@ def update(roles: Roles, experience: Experience, config: PPOConfig, *, step: int
 def evaluate(roles: Roles, prompts: list[Prompt] | None, timers: Timers) -> dict[str, float]:
     """Greedy accuracy on held-out prompts: the fraction whose response earns CORRECT_REWARD or more.
 
-    Responses without a result are left out; nothing is reported without prompts.
+    Responses without a result are left out and counted; nothing is reported without prompts.
     """
     if not prompts:
         return {}
     with roles.phases.rollout(), timers("eval"):
         scored: list[Sample] = roles.reward.score(roles.rollout.generate_greedy(prompts))
     rewards = [sample.reward for sample in scored if sample.reward is not None]
-    metrics = {"eval/response_length_mean": sum(len(s.response_ids) for s in scored) / len(scored)}
+    metrics = {
+        "eval/response_length_mean": sum(len(s.response_ids) for s in scored) / len(scored),
+        "eval/no_result_count": float(len(scored) - len(rewards)),
+    }
     if rewards:
         metrics["eval/accuracy"] = sum(reward >= CORRECT_REWARD for reward in rewards) / len(rewards)
     return metrics

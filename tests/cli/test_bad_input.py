@@ -39,7 +39,9 @@ def fail(flags: Flags, capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-def test_all_configuration_errors_come_together(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_configuration_errors_come_together(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = fail(
         flags
         | {
@@ -51,7 +53,7 @@ def test_all_configuration_errors_come_together(flags: Flags, tmp_path: Path, ca
         },
         capsys,
     )
-    for key in ("tensor_model_parallel_size=3", "rollout_batch_size", "prompt_data", "top_p=0.9", "actor_num_gpus_per_node"):
+    for key in ("tensor_model_parallel_size=3", "rollout_batch_size", "prompt_data", "top_p=0.9", "actor_num_gpus"):
         assert key in said, key
 
 
@@ -67,7 +69,7 @@ def test_unknown_flag_names_the_nearest(flags: Flags, capsys: pytest.CaptureFixt
         ({"--advantage_estimator": "rloo", "--n_samples_per_prompt": "1"}, ("n_samples_per_prompt=1", "rloo")),
         ({"--pipeline-model-parallel-size": "3"}, ("pipeline_model_parallel_size=3",)),
         ({"--global-batch-size": "5"}, ("global_batch_size=5",)),
-        ({"--prompt_max_len": "1"}, ("prompt_max_len=1", "24")),  # every prompt is longer
+        ({"--prompt_max_len": "1"}, ("prompt_max_len=1", "all 24 prompts", "all 4 prompts", "4 tokens")),
         ({"--load": "/nowhere"}, ("load=/nowhere",)),
         ({"--save": "/dev/null/run"}, ("save=/dev/null/run",)),
     ],
@@ -102,7 +104,9 @@ def test_truncated_weights(flags: Flags, assets: Path, tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    "text", ["def score(q): return 0\n", "def reward_func(queries, prompts, labels)\n    return 1\n"], ids=["absent", "syntax"]
+    "text",
+    ["def score(q): return 0\n", "def reward_func(queries, prompts, labels)\n    return 1\n"],
+    ids=["absent", "syntax"],
 )
 def test_reward_function(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (tmp_path / "bad.py").write_text(text)
