@@ -79,7 +79,9 @@ EVAL_AND_LOGGING_ARGS=(
 )
 
 "${PYTHON}" examples/smollm2.py "${MODEL}"
-"${PYTHON}" examples/arithmetic_data.py "${DATA}" --seed "${SEED}"
+if [ ! -e "${DATA}/prompts.jsonl" ]; then
+    "${PYTHON}" examples/arithmetic_data.py "${DATA}" --seed "${SEED}"
+fi
 exec "${PYTHON}" -m megarlhf.cli.train_ppo \
     "${MODEL_PARALLEL_ARGS[@]}" \
     "${DATA_ARGS[@]}" \

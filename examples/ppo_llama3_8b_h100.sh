@@ -5,7 +5,7 @@
 # A starting point by arithmetic: it has not been run on such a node.
 #
 #     MODEL=/models/Llama-3-8B-Instruct PROMPT_DATA=/data/math.jsonl examples/ppo_llama3_8b_h100.sh
-#     NUM_NODES=2 RAY_ADDRESS=auto ... examples/ppo_llama3_8b_h100.sh     in a running Ray cluster
+#     MODEL=... PROMPT_DATA=... examples/ppo_llama3_8b_h100.sh --dry-run       what would run, and where
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,13 +21,12 @@ SAVE=${SAVE:-runs/ppo_llama3_8b_h100}
 SEED=${SEED:-42}
 
 # Layout: TP inside the node, the rest is data parallelism (8 GPUs / TP 4 = 2)
-NUM_NODES=${NUM_NODES:-1}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 TP_SIZE=${TP_SIZE:-4}
 PP_SIZE=${PP_SIZE:-1}
 CP_SIZE=${CP_SIZE:-1}
 VLLM_TP_SIZE=${VLLM_TP_SIZE:-1}
-VLLM_ENGINES=${VLLM_ENGINES:-$((NUM_NODES * GPUS_PER_NODE / VLLM_TP_SIZE))}
+VLLM_ENGINES=${VLLM_ENGINES:-$((GPUS_PER_NODE / VLLM_TP_SIZE))}
 
 # Size of a step, length of the run, learning rates
 TRAIN_ITERS=${TRAIN_ITERS:-500}
@@ -42,9 +41,7 @@ CRITIC_LR=${CRITIC_LR:-9e-6}
 KL_COEF=${KL_COEF:-0.01}
 
 MODEL_PARALLEL_ARGS=(
-    --actor_num_nodes "${NUM_NODES}"
     --actor_num_gpus_per_node "${GPUS_PER_NODE}"
-    --critic_num_nodes "${NUM_NODES}"
     --critic_num_gpus_per_node "${GPUS_PER_NODE}"
     --tensor-model-parallel-size "${TP_SIZE}"
     --pipeline-model-parallel-size "${PP_SIZE}"
@@ -53,9 +50,6 @@ MODEL_PARALLEL_ARGS=(
 )
 if [ "${TP_SIZE}" -gt 1 ]; then
     MODEL_PARALLEL_ARGS+=(--sequence-parallel)
-fi
-if [ -n "${RAY_ADDRESS:-}" ]; then
-    MODEL_PARALLEL_ARGS+=(--ray_address "${RAY_ADDRESS}")
 fi
 
 DATA_ARGS=(

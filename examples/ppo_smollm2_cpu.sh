@@ -29,7 +29,7 @@ VLLM_ENGINES=${VLLM_ENGINES:-1}
 TRAIN_ITERS=${TRAIN_ITERS:-30}
 PROMPTS=${PROMPTS:-16}
 SAMPLES_PER_PROMPT=${SAMPLES_PER_PROMPT:-4}
-GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-32}
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-$((PROMPTS * SAMPLES_PER_PROMPT / 2))}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-4}
 GENERATE_MAX_LEN=${GENERATE_MAX_LEN:-24}
 ACTOR_LR=${ACTOR_LR:-1e-5}
@@ -85,7 +85,9 @@ EVAL_AND_LOGGING_ARGS=(
 )
 
 "${PYTHON}" examples/smollm2.py "${MODEL}"
-"${PYTHON}" examples/arithmetic_data.py "${DATA}" --seed "${SEED}"
+if [ ! -e "${DATA}/prompts.jsonl" ]; then
+    "${PYTHON}" examples/arithmetic_data.py "${DATA}" --seed "${SEED}"
+fi
 exec "${PYTHON}" -m megarlhf.cli.train_ppo \
     "${MODEL_PARALLEL_ARGS[@]}" \
     "${DATA_ARGS[@]}" \

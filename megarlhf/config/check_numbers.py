@@ -180,6 +180,11 @@ def cluster_errors(
         "critic_num_gpus_per_node": cluster.critic_num_gpus_per_node,
     }
     given = {key: value for key, value in own.items() if value is not None}
+    errors += [
+        f"{key}={value} is not supported yet (new weights reach vLLM through the memory of one host): use 1"
+        for key, value in {"actor_num_nodes": nodes, "critic_num_nodes": cluster.critic_num_nodes}.items()
+        if value is not None and value > 1
+    ]
     if estimator != "gae":
         return errors + [
             f"{key}={value} is ignored with advantage_estimator={estimator} (only gae trains a critic): leave it out"

@@ -106,12 +106,12 @@ def test_mistakes_are_collected_one_a_line(check: Check) -> None:
         ({"pretrain": "/nowhere"}, "pretrain=/nowhere is not a local directory"),
         ({"tokenizer": "/nowhere"}, "tokenizer=/nowhere is not a local directory"),
         (
-            {"pipeline_model_parallel_size": 4, "actor_num_nodes": 4},
+            {"pipeline_model_parallel_size": 4, "actor_num_gpus_per_node": 4},
             "pipeline_model_parallel_size=4 does not divide num_hidden_layers=6",
         ),
         ({"sequence_parallel": True}, "sequence_parallel=True needs tensor_model_parallel_size"),
         (
-            {"context_parallel_size": 2, "actor_num_nodes": 2},
+            {"context_parallel_size": 2, "actor_num_gpus_per_node": 2},
             "context_parallel_size=2 is not offered; only 1 is proven",
         ),
         ({"tensor_model_parallel_size": 2, "actor_num_gpus_per_node": 3}, "makes 3 ranks, no multiple of"),
@@ -149,6 +149,8 @@ def test_mistakes_are_collected_one_a_line(check: Check) -> None:
         ({"advantage_estimator": "group_norm"}, "n_samples_per_prompt=1"),
         ({"advantage_estimator": "dr_grpo"}, "n_samples_per_prompt=1"),
         ({"advantage_estimator": "reinforce_baseline"}, "n_samples_per_prompt=1"),
+        ({"actor_num_nodes": 2}, "actor_num_nodes=2 is not supported yet"),
+        ({"critic_num_nodes": 2}, "critic_num_nodes=2 is not supported yet"),
         ({"advantage_estimator": "reinforce", "critic_num_nodes": 1}, "critic_num_nodes=1 is ignored"),
         ({"advantage_estimator": "reinforce", "critic_pretrain": "m"}, "critic_pretrain=m is ignored"),
         ({"advantage_estimator": "reinforce", "freezing_actor_steps": 2}, "freezing_actor_steps=2"),
@@ -202,9 +204,9 @@ def test_tensor_parallel_sizes_that_would_do_are_listed(check: Check) -> None:
 def test_smollm2_takes_tensor_parallel_size_1_or_3(check: Check, tmp_path: Path) -> None:
     model = write_model(tmp_path / "smollm2", num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536)
     assert all(
-        "use 1 or 3" in error for error in check(pretrain=model, tensor_model_parallel_size=2, actor_num_nodes=2)
+        "use 1 or 3" in error for error in check(pretrain=model, tensor_model_parallel_size=2, actor_num_gpus_per_node=2)
     )
-    assert check(pretrain=model, tensor_model_parallel_size=3, actor_num_nodes=3) == []
+    assert check(pretrain=model, tensor_model_parallel_size=3, actor_num_gpus_per_node=3) == []
 
 
 @pytest.mark.parametrize(("size", "is_sound"), [(1, True), (2, True), (4, True), (8, True), (3, False), (16, False)])
@@ -252,7 +254,7 @@ def test_the_critic_may_be_a_reward_model_with_the_same_tokens(check: Check, tmp
         in check(
             critic_pretrain=write_model(tmp_path / "odd", num_hidden_layers=5),
             pipeline_model_parallel_size=2,
-            actor_num_nodes=2,
+            actor_num_gpus_per_node=2,
         )[0]
     )
 
