@@ -17,7 +17,9 @@ wanted() {  # what .venv is made from; its path counts, since an editable instal
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3.11 /usr/bin/python3.11 python3 python}; do
+    local candidates=(python3.11 /usr/bin/python3.11 python3 python)
+    if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return

@@ -72,7 +72,7 @@ PPO_ARGS=(
     --init_kl_coef 0.01
     --global-batch-size 512            # two optimizer steps a rollout
     --micro-batch-size 256
-    --train-iters 60
+    --train-iters 75
     --actor_learning_rate 6e-4
     --critic_learning_rate 1e-3
 )
@@ -104,7 +104,10 @@ echo "== 3/3 PPO"
 import json, pathlib, sys
 
 out, seconds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-rows = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()]
+metrics = out / "ppo" / "metrics.jsonl"
+if not metrics.exists():  # --dry-run, or --save to another place
+    sys.exit()
+rows = [json.loads(line) for line in metrics.read_text().splitlines()]
 accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
 print(f"\nheld-out accuracy (greedy, exact match): {accuracy[0]:.1%} before PPO, {accuracy[-1]:.1%} after")
 print(f"trained model: {out}/ppo/hf\nreport: {out}/ppo/report.html\ntime: {seconds // 60} min {seconds % 60} s")

@@ -104,7 +104,8 @@ def discounted_returns(rewards: Tensor, *, gamma: float) -> Tensor:
 def rloo_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """Outcome less the mean outcome of the group's other samples: r_i - mean of r_j over j != i.
 
-    REINFORCE leave-one-out, arXiv:2402.14740.
+    REINFORCE leave-one-out, arXiv:2402.14740. The paper's outcome contains the sequence's KL; here, as in OpenRLHF, a
+    KL in the reward comes after the baseline, token by token.
 
     Args:
         rewards: [b] float32, one outcome reward per sample.

@@ -30,16 +30,22 @@ class StopSignal:
 
 
 def report_errors(program: str, run: Callable[[], int]) -> int:
-    """Run a program; what the user can mend is printed as sentences, with status 2 before and 1 after the start."""
+    """Run a program; what the user can mend is printed as sentences.
+
+    Status 2 says that something given cannot be used (ValueError), 1 that the run failed, 130 that it was interrupted.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return run()
     except ValueError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, FloatingPointError) as error:
+    except (RuntimeError, FloatingPointError, OSError) as error:
         print(f"{program}: stopped: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
 
 
 def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:

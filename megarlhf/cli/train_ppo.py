@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megarlhf.cli.run import (
@@ -110,7 +111,7 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
         return loaded
 
     paths = [data.prompt_data, *([data.eval_data] if data.eval_data else [])]
-    prompts, *evaluation = all_or_errors([lambda path=path: load(path) for path in paths])
+    prompts, *evaluation = all_or_errors([partial(load, path) for path in paths])
     return prompts, evaluation[0].prompts if evaluation else None, tuple(stop_token_ids(tokenizer, model.pretrain))
 
 
@@ -134,7 +135,12 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
         rule_pattern=config.reward.reward_format,
         timeout_seconds=config.reward.reward_timeout_seconds,
     )
-    identity = model_identity(config.model.pretrain)
+    identity = model_identity(config.model.pretrain) | {
+        "advantage_estimator": config.algorithm.advantage_estimator,
+        "seed": config.model.seed,
+        "rollout_batch_size": config.batch.rollout_batch_size,  # with the seed and the step: the place in the data
+        "n_samples_per_prompt": config.batch.n_samples_per_prompt,
+    }
     (prompts, eval_prompts, stop_tokens), continued, *_ = all_or_errors(
         [
             lambda: load_data(config),
@@ -144,7 +150,6 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
         ]
     )
     batch = config.batch
-    updates = batch.max_epochs * (batch.rollout_batch_size * batch.n_samples_per_prompt // batch.global_batch_size)
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
     directory = open_run_directory(config.logging.save, to_yaml(config))
@@ -169,7 +174,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
             reward=reward,
             stop_token_ids=stop_tokens,
             share_prompt_prefix=bool(batch.share_prompt_prefix),
-            total_steps=batch.train_iters * updates,
+            total_steps=batch.train_iters * batch.updates_per_step,
             identity=identity,
             timers=timers,
         ) as cluster:

@@ -2,12 +2,22 @@
 
 import math
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from megarlhf.cli.run import StopSignal, model_identity, open_run_directory, report_errors, resumed_step
+from megarlhf.cli.local_ranks import MEETING, run_local_ranks
+from megarlhf.cli.run import (
+    StopSignal,
+    all_or_errors,
+    model_identity,
+    open_run_directory,
+    report_errors,
+    resumed_step,
+)
 from megarlhf.config.arguments import SFTConfig
 from megarlhf.config.checks import check_sft, raise_if
 from megarlhf.config.command_line import parse, to_dict, to_yaml
@@ -31,19 +41,31 @@ def _run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
     if dry_run:
         print(to_yaml(config) + f"\n{world} local rank(s), {_threads(world)} CPU thread(s) each")
         return 0
-    if "WORLD_SIZE" in os.environ:
-        return _run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
+    if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
+        meeting = os.environ.get(MEETING, "env://")
+        return _run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), meeting)
     if world == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
-        return _run_rank(config, 0, 1, "tcp://127.0.0.1:0")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(world)))}
-    return subprocess.run([*command, "-m", "megarlhf.cli.train_sft", *arguments], env=environment).returncode
+        with TemporaryDirectory(prefix="megarlhf-") as directory:
+            return _run_rank(config, 0, 1, f"file://{Path(directory) / 'ranks'}")
+    _load_inputs(config)  # every rank does it again, but a mistake is told once, before any starts
+    return run_local_ranks("megarlhf.cli.train_sft", arguments, world_size=world, threads=_threads(world))
 
 
 def _threads(world: int) -> int:
     return max(1, num_cores() // world)
+
+
+def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, Any], int | None]:
+    """Training and evaluation rows, what a checkpoint must agree with, and the step to continue from.
+
+    Raises:
+        ConfigError: what is wrong with each of them.
+    """
+    identity = model_identity(config.model.pretrain)
+    paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
+    steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
+    continued, data, *evaluation = all_or_errors([partial(resumed_step, config.logging.load, identity), *steps])
+    return data, evaluation[0] if evaluation else None, identity, continued
 
 
 def _load(config: SFTConfig, path: str) -> SFTData:
@@ -63,8 +85,7 @@ def _load(config: SFTConfig, path: str) -> SFTData:
 
 
 def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -> int:
-    data = _load(config, config.data.dataset)
-    evaluation = _load(config, config.data.eval_dataset).rows if config.data.eval_dataset else None
+    data, evaluation, identity, continued = _load_inputs(config)
     batch, layout = config.batch, config.layout
     total = batch.train_iters or max(1, math.floor(len(data.rows) * batch.max_epochs / batch.global_batch_size))
 
@@ -75,7 +96,6 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
     from megarlhf.trainers.assembly import model_options, optimizer_options
     from megarlhf.trainers.sft import sft_objective
 
-    identity = model_identity(config.model.pretrain)
     stop = StopSignal()
     initialize_groups(
         ParallelSizes(
@@ -115,7 +135,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
             project=config.logging.wandb_project,
             run_name=config.logging.wandb_run_name,
             config=to_dict(config),
-            resumed_step=resumed_step(config.logging.load, identity),
+            resumed_step=continued,
         )
     try:
         supervised.train(
@@ -123,7 +143,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
             engine,
             sft_objective(),
             data.rows,
-            evaluation,
+            evaluation.rows if evaluation is not None else None,
             sinks,
             stop,
             first_step=first,

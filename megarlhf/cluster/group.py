@@ -11,6 +11,7 @@ import ray
 from megarlhf.cluster.workers import WorkerSpec
 
 _LAST_LINES = 15
+_DEATH_SECONDS = 5.0  # after one rank's error, for Ray to notice that it was another's death
 
 
 class WorkerFailedError(RuntimeError):
@@ -55,9 +56,22 @@ class WorkerGroup:
                 raise WorkerFailedError(
                     f"{self.role} ranks {ranks} did not finish {what} within {limit:g} s" + self._last_words(ranks[0])
                 )
-            for ref in done:
-                results[ref] = self._result(ref, refs.index(ref), what)
+            try:
+                results[done[0]] = self._result(done[0], refs.index(done[0]), what)
+            except WorkerFailedError:
+                self._raise_if_one_died(refs, what)  # the others only notice
+                raise
         return [results[ref] for ref in refs]
+
+    def _raise_if_one_died(self, refs: Sequence[Any], what: str) -> None:
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_DEATH_SECONDS)
+        for ref in done:
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayActorError:
+                self._result(ref, refs.index(ref), what)
+            except ray.exceptions.RayError:
+                continue
 
     def _result(self, ref: Any, rank: int, what: str) -> Any:
         try:
@@ -71,6 +85,8 @@ class WorkerGroup:
             raise WorkerFailedError(
                 f"{self.role} rank {rank} failed in {what}: {type(cause).__name__}: {cause}" + self._last_words(rank)
             ) from error
+        except ray.exceptions.RayError as error:
+            raise WorkerFailedError(f"{self.role} rank {rank}: {what}: {error}" + self._last_words(rank)) from error
 
     def _last_words(self, rank: int) -> str:
         path = Path(self.specs[rank].log_file)

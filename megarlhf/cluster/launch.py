@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -36,7 +37,8 @@ class Cluster:
 
     def export(self, directory: Path) -> None:
         """Write the actor as a Hugging Face checkpoint."""
-        self.training["actor"].call("export", str(directory))
+        with self.roles.phases.train():
+            self.training["actor"].call("export", str(directory.absolute()))
 
 
 @contextmanager
@@ -70,12 +72,15 @@ def start(
                 handles = [_launch(config, w, s, bundles) for w, s in zip(workers, specs, strict=True)]
                 groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
         training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
-        _start_workers(groups, plan, total_steps, config.cluster.start_timeout_seconds)
+        meeting = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
+        _start_workers(groups, meeting, total_steps, config.cluster.start_timeout_seconds)
         dtype = "bfloat16" if config.model.bf16 else "float32"
         sync = SharedFileSync(groups["actor"], groups["rollout"], dtype=dtype)
-        stack.callback(sync.close)
         checkpoints = CheckpointGroup(
-            Path(config.logging.save) / "checkpoints", training, keep=config.logging.max_ckpt_num, identity=identity
+            Path(config.logging.save).absolute() / "checkpoints",
+            training,
+            keep=config.logging.max_ckpt_num,
+            identity=identity,
         )
         yield Cluster(
             roles=Roles(
@@ -102,6 +107,7 @@ def _start_ray(config: PPOConfig, plan: PlacementPlan, stack: ExitStack) -> None
     if config.cluster.ray_address is None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         ray.init(
+            address="local",  # whatever RAY_ADDRESS says
             num_cpus=max(1, len(plan.workers)),
             include_dashboard=False,
             log_to_driver=False,
@@ -169,22 +175,11 @@ def _spec(
     )
 
 
-def _start_workers(groups: dict[Role, Any], plan: PlacementPlan, total_steps: int, timeout_seconds: float) -> None:
-    """All roles load side by side."""
-    single_node = len({worker.node for worker in plan.workers}) == 1
+def _start_workers(groups: dict[Role, Any], meeting: str, total_steps: int, timeout_seconds: float) -> None:
+    """All roles load side by side; the ranks of a role meet in a file in the directory `meeting`, not at a port."""
     started = []
     for role, group in groups.items():
-        if role == "rollout":
-            started.append((group, group.submit("start")))
-            continue
-        host = "127.0.0.1" if single_node else _address(group)
-        meeting = group.wait_for(
-            [group.handles[0].rendezvous.remote(host)], "rendezvous", timeout_seconds=timeout_seconds
-        )[0]
-        started.append((group, group.submit("start", meeting, total_steps)))
+        arguments = () if role == "rollout" else (f"file://{meeting}/{role}", total_steps)
+        started.append((group, group.submit("start", *arguments)))
     for group, refs in started:
         group.wait_for(refs, "start", timeout_seconds=timeout_seconds)
-
-
-def _address(group: Any) -> str:
-    return str(group.wait_for([group.handles[0].address.remote()], "address")[0])

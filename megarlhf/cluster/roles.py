@@ -1,6 +1,5 @@
 """The loop's roles over groups of worker processes."""
 
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,13 +78,12 @@ class RolloutGroup:
 class SharedFileSync:
     """Weights cross in one file in shared memory: every actor rank writes its part, every engine reads the whole.
 
-    The file exists from the first sync to close(); its name is this run's own.
+    The file exists from the first sync to the end of the actor's rank 0.
     """
 
-    def __init__(self, actor: WorkerGroup, rollout: WorkerGroup, *, dtype: str, directory: str = "/dev/shm") -> None:
+    def __init__(self, actor: WorkerGroup, rollout: WorkerGroup, *, dtype: str) -> None:
         self.actor, self.rollout, self.dtype = actor, rollout, dtype
-        self.path = Path(directory) / f"megarlhf-{secrets.token_hex(8)}.safetensors"
-        self.num_bytes = 0
+        self.path, self.num_bytes = "", 0
 
     def push(self, version: int) -> dict[str, float]:
         """See WeightSyncRole.
@@ -93,22 +91,18 @@ class SharedFileSync:
         Raises:
             RuntimeError: an engine reports another version or checksum than was sent.
         """
-        if not self.num_bytes:
-            first = self.actor.handles[0].create_weight_file.remote(str(self.path), self.dtype)
-            self.num_bytes = self.actor.wait_for([first], "create_weight_file")[0]
-        self.actor.call("write_weights", str(self.path))
+        if not self.path:
+            first = self.actor.handles[0].create_weight_file.remote(self.dtype)
+            self.path, self.num_bytes = self.actor.wait_for([first], "create_weight_file")[0]
+        self.actor.call("write_weights", self.path)
         checksum = self.actor.wait_for([self.actor.handles[0].checksum.remote()], "checksum")[0]
-        for engine, reply in enumerate(self.rollout.call("update_weights", str(self.path), version, checksum)):
+        for engine, reply in enumerate(self.rollout.call("update_weights", self.path, version, checksum)):
             if (reply["version"], reply["checksum"]) != (version, checksum):
                 raise RuntimeError(
                     f"rollout engine {engine} holds weights version {reply['version']} with checksum "
                     f"{reply['checksum']}; version {version} with {checksum} was sent"
                 )
         return {"sync/version": float(version), "sync/bytes": float(self.num_bytes)}
-
-    def close(self) -> None:
-        """Remove the file."""
-        self.path.unlink(missing_ok=True)
 
 
 class CheckpointGroup:
@@ -122,6 +116,10 @@ class CheckpointGroup:
         partial = checkpoint_files.begin(self.root, step)
         for name, workers in self.roles.items():
             workers.call("save", str(partial / name))
+            if not (partial / name).is_dir():
+                raise RuntimeError(
+                    f"the {name} saved nothing to {partial / name}: save must be a place all nodes share"
+                )
         checkpoint_files.commit(self.root, step, run_state | {"identity": self.identity}, keep=self.keep)
 
     def load(self, root: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import faulthandler
 import os
-import socket
+import secrets
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, Literal
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.types import Prompt, Sample, TrainingRow
+
+SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +58,6 @@ class MegatronWorker:
         torch.set_num_threads(spec.threads)
         self.spec = spec
         self._file: Any = None
-
-    def address(self) -> str:
-        """Address of this node, as Ray knows it."""
-        import ray
-
-        return str(ray.util.get_node_ip_address())
-
-    def rendezvous(self, host: str) -> str:
-        """Where the ranks of this role meet; rank 0 answers."""
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"tcp://{host}:{probe.getsockname()[1]}"
 
     def start(self, init_method: str, total_steps: int) -> None:
         """Join the role's groups and load the model."""
@@ -113,16 +104,30 @@ class MegatronWorker:
         """One optimizer step; a StepResult."""
         return self.engine.train_step(rows, self.objective, denominator=denominator)
 
-    def create_weight_file(self, path: str, dtype: str) -> int:
-        """Rank 0 lays out the weight file; returns its data bytes."""
+    def create_weight_file(self, dtype: str) -> tuple[str, int]:
+        """Rank 0 lays out the weight file in shared memory; returns its path and its data bytes.
+
+        The file has no name but that of this process's descriptor: when the process ends, however it ends, the memory
+        is free.
+        """
         import torch
 
         from megarlhf.data.tensor_file import TensorFile
 
-        file = TensorFile.create(Path(path), self.engine.weights.tensor_specs(getattr(torch, dtype)))
+        specs = self.engine.weights.tensor_specs(getattr(torch, dtype))
+        needed, free = sum(spec.num_bytes for spec in specs), shutil.disk_usage(SHARED_MEMORY).free
+        if needed > 0.99 * free:
+            raise RuntimeError(
+                f"weights of {needed / 2**30:.2f} GiB do not fit into {SHARED_MEMORY}, where {free / 2**30:.2f} GiB "
+                "are free: make it larger (in a container, --shm-size)"
+            )
+        named = Path(SHARED_MEMORY) / f"megarlhf-{secrets.token_hex(8)}"
+        file = TensorFile.create(named, specs)
         try:
-            return file.num_bytes
+            self._weights_descriptor = os.open(named, os.O_RDWR)
+            return f"/proc/{os.getpid()}/fd/{self._weights_descriptor}", file.num_bytes
         finally:
+            named.unlink()
             file.close()
 
     def write_weights(self, path: str) -> None:
@@ -157,12 +162,6 @@ class MegatronWorker:
         from megarlhf.engine.checkpoint import load_engine
 
         load_engine(self.engine, Path(directory))
-
-    def weights_digest(self) -> str:
-        """SHA-256 of this rank's parameters."""
-        from megarlhf.engine.checkpoint import weights_digest
-
-        return weights_digest(self.engine)
 
     def sleep(self) -> None:
         """Give the device to other roles."""

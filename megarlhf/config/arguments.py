@@ -21,8 +21,6 @@ class ModelArguments:
     """Local directory of the critic's starting checkpoint (PPO with gae only). None: the same as pretrain."""
     tokenizer: str | None = None
     """Local directory of the tokenizer. None: the same as pretrain."""
-    value_head_prefix: str = "score"
-    """Name of the critic's value head in Hugging Face checkpoints; its weight is <prefix>.weight."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights; fp32 otherwise."""
     seed: int = 42
@@ -72,7 +70,7 @@ class ClusterArguments:
     vllm_tensor_parallel_size: int = 1
     """Devices that share one vLLM engine."""
     ray_address: str | None = None
-    """Address of a running Ray cluster to join. None: start one on this machine."""
+    """Address of a running Ray cluster to join, whose token is in RAY_AUTH_TOKEN. None: start one on this machine."""
     start_timeout_seconds: float = 300.0
     """Seconds for all workers to be up and their models loaded."""
     phase_timeout_seconds: float = 1800.0
@@ -100,6 +98,11 @@ class BatchArguments:
     """Times the samples of one step are trained on."""
     share_prompt_prefix: bool | None = None
     """Compute the prompt once for all of its samples in a micro-batch. None: on where the layout allows it."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of an RL step."""
+        return self.max_epochs * (self.rollout_batch_size * self.n_samples_per_prompt // self.global_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,7 @@ class AlgorithmArguments:
     init_kl_coef: float = 0.01
     """Weight of the KL divergence from the reference model, at the start. 0: no KL term."""
     kl_target: float | None = None
-    """KL per response that an adaptive weight steers to. None: the weight stays at init_kl_coef."""
+    """KL per token (kl/mean) that an adaptive weight steers to. None: the weight stays at init_kl_coef."""
     kl_horizon: int = 10000
     """Samples over which the adaptive weight moves."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -237,7 +240,8 @@ class RewardArguments:
     reward_format: str | None = None
     """Regular expression that a response must match for reward_rule=format."""
     reward_timeout_seconds: float = 30.0
-    """Seconds to score one response; after that it has no result and is not trained on."""
+    """Seconds for one call of the reward code with all responses of a step. Past it they are scored one by one, each
+    within the same limit; a response that is not is left out of training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,8 +188,18 @@ def reward_function_errors(path: str) -> list[str]:
     return [f"reward_function={path} has no top-level reward_func: define reward_func(queries, prompts, labels) in it"]
 
 
-def save_errors(path: str) -> list[str]:
-    """A run directory that cannot be written."""
+def save_errors(path: str, load: str | None) -> list[str]:
+    """A run directory that cannot be written, or that holds another run than the one to continue."""
+    holds_run = any((Path(path) / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if holds_run and load is None:
+        return [
+            f"save={path} holds a run already (a fresh one would mix with it): set load to {path} to continue it, or "
+            "save to another directory"
+        ]
+    if holds_run and load is not None and Path(load).resolve() != Path(path).resolve():
+        return [
+            f"save={path} holds another run than load={load} (they would mix): save to {load} or to another directory"
+        ]
     place = Path(path).absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

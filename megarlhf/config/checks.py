@@ -185,7 +185,7 @@ def _reward_errors(reward: RewardArguments) -> list[str]:
 
 def _logging_errors(logging: LoggingArguments, *, evaluation: str, path: str | None) -> list[str]:
     """`evaluation` is the option that holds `path`, the evaluation data."""
-    errors = save_errors(logging.save)
+    errors = save_errors(logging.save, logging.load)
     if logging.load is not None:
         errors += load_errors(logging.load)
     if logging.eval_interval is not None and path is None:

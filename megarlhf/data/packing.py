@@ -26,13 +26,13 @@ def plan_micro_batches(
 
     Invariants:
         1. Every row is in exactly one micro-batch.
-        2. Every rank has the same number of micro-batches, at least one, the first of them with rows.
+        2. Every rank has the same number of micro-batches, at least one.
         3. No micro-batch packs to more than max_tokens, padding not counted.
         4. With share_prefix the rows of a group stay together as long as they fit; a group that does not fit is cut
            into parts, each with its own copy of the prompt. A group is also cut where there are fewer groups than
            micro-batches.
-        5. Only where there are fewer rows than micro-batches, because the rows are too long to go together and do not
-           divide by num_ranks, are some micro-batches empty, fewer than num_ranks: `pack_rows` makes padding of them.
+        5. Only where there are fewer rows than micro-batches (fewer than ranks, or too long to go together and no
+           multiple of num_ranks) are some micro-batches empty, fewer than num_ranks: `pack_rows` makes padding of them.
         6. The plan is a function of its arguments alone, and every rank computes the whole of it.
 
     Balance: units of rows that stay together are dealt by falling cost (tokens, and pairs of tokens for attention) to
@@ -45,13 +45,10 @@ def plan_micro_batches(
     Returns:
         [rank][micro-batch] -> row indices, ascending.
     Raises:
-        ValueError: fewer rows than ranks, or a row that alone exceeds max_tokens.
+        ValueError: no rows, or a row that alone exceeds max_tokens.
     """
-    if len(rows) < num_ranks:
-        raise ValueError(
-            f"{len(rows)} rows for {num_ranks} data-parallel ranks; each rank needs a row: raise global_batch_size or "
-            "use fewer ranks"
-        )
+    if not rows:
+        raise ValueError("no rows to plan: there is nothing to train or evaluate on")
     for index, row in enumerate(rows):
         _check_row(row, index)
         length = packed_length(rows, [index], share_prefix=share_prefix)

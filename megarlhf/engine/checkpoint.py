@@ -4,12 +4,10 @@ A checkpoint can be loaded under another tensor, pipeline or data-parallel layou
 the business of checkpoint_files.
 """
 
-import hashlib
 import queue
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -22,6 +20,9 @@ assert hasattr(filesystem_async, "_results_queue")
 filesystem_async._results_queue = queue.Queue()
 
 
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")  # of an optimizer's parameter group
+
+
 def _sharding() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -31,17 +32,19 @@ def _sharding() -> dict[str, Any]:
     }
 
 
-def _state(engine: MegatronEngine, *, loading: bool) -> dict[str, Any]:
+def _state(engine: MegatronEngine, *, loading: bool, num_steps: int) -> dict[str, Any]:
+    """`num_steps`: optimizer steps done; before the first an optimizer has no state."""
     sharding = _sharding()
     state: dict[str, Any] = {"model": engine.bare.sharded_state_dict(metadata=sharding)}
     if engine.optimizer is not None:
+        state["scheduler"] = engine.scheduler.state_dict()
+    if engine.optimizer is not None and num_steps > 0:
         if loading:
             # torch's AdamW has no state before its first step, and Megatron-Core needs tensors to load into
             for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
                 if hasattr(optimizer, "_init_optimizer_states_with_dummy_values"):
                     optimizer._init_optimizer_states_with_dummy_values()
         state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=sharding)
-        state["scheduler"] = engine.scheduler.state_dict()
     return state
 
 
@@ -50,29 +53,34 @@ def save_engine(engine: MegatronEngine, directory: Path) -> None:
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_state(engine, loading=False), str(directory), validate_access_integrity=True)
+    num_steps = 0 if engine.optimizer is None else engine.scheduler.num_steps
+    state = _state(engine, loading=False, num_steps=num_steps)
+    dist_checkpointing.save(state, str(directory), validate_access_integrity=True)
     dist.barrier()
 
 
 def load_engine(engine: MegatronEngine, directory: Path) -> None:
     """Fill an engine, built from the same architecture in any layout, from `directory`.
 
+    Learning rates and the optimizer's other settings are the engine's own: a changed configuration counts.
+
     Raises:
         ValueError: the checkpoint does not hold this model.
     """
     try:
-        state = dist_checkpointing.load(_state(engine, loading=True), str(directory))
+        saved = dist_checkpointing.load_common_state_dict(str(directory))
+        num_steps = saved["scheduler"]["num_steps"] if engine.optimizer is not None else 0
+        state = dist_checkpointing.load(_state(engine, loading=True, num_steps=num_steps), str(directory))
     except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
         raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
     engine.bare.load_state_dict(state["model"], strict=True)
-    if engine.optimizer is not None:
+    if engine.optimizer is None:
+        return
+    if num_steps > 0:
+        settings = [{key: group[key] for key in _SETTINGS if key in group} for group in engine.optimizer.param_groups]
         engine.optimizer.load_state_dict(state["optimizer"])
-        engine.scheduler.load_state_dict(state["scheduler"])
-
-
-def weights_digest(engine: MegatronEngine) -> str:
-    """SHA-256 of this rank's parameters, to compare runs bit by bit."""
-    digest = hashlib.sha256()
-    for _, p in engine.bare.named_parameters():
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+    else:
+        engine.optimizer.reload_model_params()
+    engine.scheduler.load_state_dict(state["scheduler"])

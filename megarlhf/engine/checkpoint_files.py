@@ -37,7 +37,7 @@ def begin(root: Path, step: int) -> Path:
 
 
 def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Path:
-    """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest beyond `keep`.
+    """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest of its past beyond `keep`.
 
     Args:
         run_state: JSON-serialisable state of the loop.
@@ -56,7 +56,8 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Pa
     pointer.rename(root / LATEST)
     _sync(root)
     complete = sorted(path for path in root.glob("iter_*") if not path.name.endswith(".partial"))
-    for old in complete[:-keep] if keep > 0 else []:
+    past = complete[: complete.index(final) + 1]
+    for old in past[:-keep] if keep > 0 else []:
         shutil.rmtree(old)
     return final
 
@@ -87,7 +88,7 @@ def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:
 
 
 def check_identity(saved: dict[str, Any], present: dict[str, Any], directory: Path) -> None:
-    """Refuse a checkpoint of another model.
+    """Refuse a checkpoint of another model, or of a run that draws other prompts.
 
     Raises:
         ValueError: naming every entry that differs.
@@ -95,4 +96,4 @@ def check_identity(saved: dict[str, Any], present: dict[str, Any], directory: Pa
     differing = [key for key in present if saved.get(key) != present[key]]
     if differing:
         details = "; ".join(f"{key}: saved {saved.get(key)}, now {present[key]}" for key in differing)
-        raise ValueError(f"load={directory}; the checkpoint is of another model ({details}): give the same --pretrain")
+        raise ValueError(f"load={directory}; it is of another model or run ({details}): give the same values")

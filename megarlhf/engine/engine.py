@@ -169,12 +169,13 @@ class MegatronEngine:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         stored = run_forward_backward(self.model, batches, self._outputs, objective, denominator)
-        sums = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=current_device())
+        sums = torch.zeros(2 + len(objective.metric_names), dtype=torch.float64, device=current_device())
         if self.ranks.holds_results:
             for _, micro_sums in stored:
                 sums += micro_sums
         dist.all_reduce(sums)
-        loss, *metrics = (sums / denominator).tolist()
+        num_targets, total, *totals = sums.tolist()
+        loss, metrics = total / denominator, [value / num_targets for value in totals]
         if not torch.isfinite(sums).all():
             raise NonFiniteError(f"loss={loss}, {dict(zip(objective.metric_names, metrics, strict=True))}")
         name = "values" if self.head == "value" else "log_probs"
@@ -201,17 +202,22 @@ class MegatronEngine:
     def sleep(self) -> None:
         """Give the device's memory to the other roles: GPU buffers move to the host, freed pages to the system."""
         if device_kind() == "gpu":
-            self._buffers("offload_to_cpu")
             if self.optimizer is not None:
-                self.optimizer.offload_to_cpu()
+                self.optimizer.offload_to_cpu()  # first: it may hold views of the buffers
+            self._buffers("offload_to_cpu")
+            self._move_reference(torch.device("cpu"))
         release_memory()
 
     def wake(self) -> None:
         """Undo sleep()."""
         if device_kind() == "gpu":
+            self._move_reference(current_device())
             self._buffers("reload_from_cpu")
             if self.optimizer is not None:
                 self.optimizer.restore_from_cpu()
+
+    def _move_reference(self, device: torch.device) -> None:
+        self._reference = {name: tensor.to(device) for name, tensor in self._reference.items()}
 
     def _buffers(self, method: str) -> None:
         if isinstance(self.model, DistributedDataParallel):

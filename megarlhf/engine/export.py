@@ -1,6 +1,7 @@
 """The trained model as a Hugging Face checkpoint: what --save leaves in hf/."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch.distributed as dist
@@ -49,10 +50,8 @@ def _write_config(engine: MegatronEngine, directory: Path) -> None:
 
 def _replace(partial: Path, final: Path) -> None:
     old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)  # of an export that was interrupted here
     if final.exists():
         final.rename(old)
     partial.rename(final)
-    if old.exists():
-        for path in old.iterdir():
-            path.unlink()
-        old.rmdir()
+    shutil.rmtree(old, ignore_errors=True)

@@ -24,8 +24,9 @@ Loss = Callable[[TokenOutputs, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 class Objective:
     """A loss and the metrics it reports.
 
-    `loss` returns a sum over the micro-batch's targets and a sum for each of `metric_names`. The engine divides both by
-    the global denominator, so the gradient and the metrics are the same for every split into ranks and micro-batches.
+    `loss` returns a sum over the micro-batch's targets and a sum for each of `metric_names`. The engine divides the
+    loss by the global denominator and metrics by the number of targets, so the gradient and the metrics are the same
+    for every split into ranks and micro-batches.
     """
 
     loss: Loss

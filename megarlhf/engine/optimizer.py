@@ -62,4 +62,6 @@ def build_scheduler(optimizer: Any, options: OptimizerOptions) -> OptimizerParam
         end_wd=options.weight_decay,
         wd_incr_steps=max(1, options.total_steps),
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a loaded state gives the number of steps, these options the rest
     )

@@ -57,13 +57,15 @@ def run_forward_backward(
     """Add the gradient of sum(loss) / denominator to the model's buffers and reduce it.
 
     Returns:
-        On the last stage, per micro-batch (TokenOutputs, [loss, *metrics] sums); elsewhere an empty list.
+        On the last stage, per micro-batch (TokenOutputs, [number of targets, loss, *metrics] sums); elsewhere an empty
+        list.
     """
 
     def loss(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Any]:
         computed = outputs(output, batch)
         total, metrics = objective.loss(computed, batch)
-        sums = torch.stack([total.detach().double(), *(metrics[n].detach().double() for n in objective.metric_names)])
+        reported = [batch.target_mask.sum(), total, *(metrics[name] for name in objective.metric_names)]
+        sums = torch.stack([value.detach().double() for value in reported])
         return total / denominator, torch.zeros((), dtype=torch.int, device=total.device), (computed, sums)
 
     return _run(model, batches, loss, forward_only=False)

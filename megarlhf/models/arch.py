@@ -16,7 +16,6 @@ class Split(Enum):
     """How a Megatron weight relates to its HF tensors and is cut over the tensor-parallel group."""
 
     REPLICATED = "one HF tensor, whole on every rank"
-    COLUMN = "one HF tensor, cut along its rows (output features)"
     ROW = "one HF tensor, cut along its columns (input features)"
     VOCAB = "one HF tensor, rows padded to a multiple and cut"
     QKV = "q, k, v interleaved per query group; groups are cut"

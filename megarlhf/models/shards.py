@@ -58,8 +58,6 @@ def shards_of(
     if weight.split is Split.ROW:
         columns = param.shape[1]
         return [Shard(hf_name=hf[0], index=(slice(None), _part(columns, tp_rank)), view=param)]
-    if weight.split is Split.COLUMN:
-        return [Shard(hf_name=hf[0], index=_rows(param, param.shape[0], tp_rank), view=param)]
     if weight.split is Split.VOCAB:
         first = param.shape[0] * tp_rank
         valid = max(0, min(param.shape[0], vocab_size - first))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,8 +216,3 @@ def source_dtype(source: HFWeights) -> torch.dtype:
             f"pretrain={source.directory}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all"
         )
     return _DTYPES[found.pop()]
-
-
-def export_path(directory: str | Path) -> Path:
-    """Where an exported model's weights lie."""
-    return Path(directory) / "model.safetensors"

@@ -47,7 +47,7 @@ def initialize_groups(
     """Join the role's world, cut it into Megatron-Core's groups and seed the generators.
 
     Args:
-        init_method: torch.distributed rendezvous, such as "tcp://127.0.0.1:29500" or "env://".
+        init_method: torch.distributed rendezvous, such as "file:///tmp/meeting" or "env://".
         timeout_minutes: a collective that waits longer fails on every rank.
     """
     sizes.data(world_size)
@@ -56,7 +56,7 @@ def initialize_groups(
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     select_device(local_rank)
-    if "127.0.0.1" in init_method:
+    if init_method.startswith("file:") or "127.0.0.1" in init_method:  # all ranks on this machine
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         collective_backend(),

@@ -11,10 +11,9 @@ from megarlhf.algos.advantages import compute_advantages
 from megarlhf.algos.kl import kl_estimate
 from megarlhf.algos.losses import token_weights
 from megarlhf.config.arguments import AlgorithmArguments, PPOConfig
+from megarlhf.config.check_numbers import GROUP_ESTIMATORS
 from megarlhf.data.types import Sample, TrainingRow
 from megarlhf.trainers.roles import ActorRole, CriticRole
-
-GROUP_ESTIMATORS = ("reinforce_baseline", "rloo", "group_norm", "dr_grpo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,8 @@ def needs_old_log_probs(config: PPOConfig) -> bool:
 
     Not where one update uses every sample once and the KL is part of the loss: its own forward pass gives them.
     """
-    batch, algorithm = config.batch, config.algorithm
-    updates = batch.max_epochs * (batch.rollout_batch_size * batch.n_samples_per_prompt // batch.global_batch_size)
-    return updates > 1 or (algorithm.init_kl_coef > 0 and not algorithm.use_kl_loss)
+    algorithm = config.algorithm
+    return config.batch.updates_per_step > 1 or (algorithm.init_kl_coef > 0 and not algorithm.use_kl_loss)
 
 
 def with_result(samples: Sequence[Sample], *, estimator: str) -> list[Sample]:
@@ -130,11 +128,11 @@ def make_experience(
 def mini_batches(experience: Experience, config: PPOConfig, *, step: int) -> Iterator[list[int]]:
     """Sample indices of each optimizer step: max_epochs shuffles, each dealt into as many parts.
 
-    The number of parts does not depend on how many samples had a reward, so the learning-rate schedule holds. The
-    samples of one prompt stay together where a part holds whole groups.
+    There are as many parts however many samples had a reward, so the learning-rate schedule holds, unless fewer samples
+    (or prompts) are left than parts. The samples of one prompt stay together where a part holds whole groups.
     """
     batch = config.batch
-    parts = batch.rollout_batch_size * batch.n_samples_per_prompt // batch.global_batch_size
+    parts = batch.updates_per_step // batch.max_epochs
     whole_groups = batch.global_batch_size % batch.n_samples_per_prompt == 0
     units: dict[int, list[int]] = {}
     for index, sample in enumerate(experience.samples):

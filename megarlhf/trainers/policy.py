@@ -57,6 +57,6 @@ def policy_objective(options: PolicyLossOptions) -> Objective:
             "ratio_mean": (detached - old).exp(),
             "kl": kl.detach(),
         }
-        return (total * weights).sum(), {name: (value * weights).sum() for name, value in metrics.items()}
+        return (total * weights).sum(), {name: value.sum() for name, value in metrics.items()}
 
     return Objective(loss=loss, metric_names=("clip_frac", "entropy", "approx_kl", "ratio_mean", "kl"))

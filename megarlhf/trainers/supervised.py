@@ -60,15 +60,15 @@ def train(
         if eval_rows and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
             with timers("eval"):
                 metrics["sft/eval_loss"] = mean_loss(engine, eval_rows)
-        if last or (logging.save_interval and step % logging.save_interval == 0):
-            with timers("save"):
-                save(engine, root, step, keep=logging.max_ckpt_num, identity=identity)
         seconds = time.perf_counter() - started
         metrics["time/step_seconds"] = seconds
         metrics["perf/tokens_per_second"] = sum(len(row.input_ids) for row in batch) / seconds
         metrics["perf/samples_per_second"] = len(batch) / seconds
         if sinks is not None:
             sinks.log(step, metrics | timers.pop())
+        if last or (logging.save_interval and step % logging.save_interval == 0):
+            with timers("save"):
+                save(engine, root, step, keep=logging.max_ckpt_num, identity=identity)
         if stopping:
             return
 

@@ -20,7 +20,7 @@ def value_objective(*, value_clip: float) -> Objective:
         per_token, clipped = value_loss(
             values, fields["old_values"][mask], fields["returns"][mask], value_clip=value_clip
         )
-        metrics = {"clip_frac": (clipped.float() * weights).sum(), "value_mean": (values.detach() * weights).sum()}
+        metrics = {"clip_frac": clipped.float().sum(), "value_mean": values.detach().sum()}
         return (per_token * weights).sum(), metrics
 
     return Objective(loss=loss, metric_names=("clip_frac", "value_mean"))

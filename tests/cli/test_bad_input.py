@@ -132,7 +132,7 @@ def test_incomplete_checkpoint(flags: Flags, tmp_path: Path, capsys: pytest.Capt
 
 def test_checkpoint_of_another_model(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = fail(flags | {"--load": str(checkpoint(tmp_path / "old"))}, capsys)
-    assert "another model" in said and "hidden_size: saved 9999" in said
+    assert "another model or run" in said and "hidden_size: saved 9999" in said
 
 
 def test_dry_run_prints_configuration_and_plan(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 REWARD = """
@@ -50,18 +51,30 @@ def command(program: str, flags: dict[str, str | None]) -> list[str]:
     return [sys.executable, "-m", f"megarlhf.cli.{program}", *words]
 
 
-def start(program: str, flags: dict[str, str | None]) -> subprocess.Popen[str]:
-    """Start a run in the background, its output piped together."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
-    return subprocess.Popen(
-        command(program, flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+class Run(subprocess.Popen[str]):
+    """A run in the background, whose output goes to a file, so that nobody need read it meanwhile."""
+
+    def __init__(self, words: list[str]) -> None:
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+        self.output = tempfile.TemporaryFile("w+")
+        super().__init__(words, stdout=self.output, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    def read(self) -> str:
+        """What it has printed, stdout and stderr together."""
+        self.output.seek(0)
+        return self.output.read()
+
+
+def start(program: str, flags: dict[str, str | None]) -> Run:
+    """Start a run in the background."""
+    return Run(command(program, flags))
 
 
 def run(program: str, flags: dict[str, str | None], *, expect: int = 0) -> str:
     """Run to the end and return the output."""
     process = start(program, flags)
-    output, _ = process.communicate(timeout=600)
+    process.wait(timeout=600)
+    output = process.read()
     assert process.returncode == expect, output
     return output
 

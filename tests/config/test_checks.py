@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megarlhf.config.arguments import PPOConfig, SFTConfig
+from megarlhf.config.check_files import save_errors
 from megarlhf.config.checks import ConfigError, check_ppo, check_sft, raise_if
 from megarlhf.config.command_line import from_dict
 
@@ -204,7 +205,8 @@ def test_tensor_parallel_sizes_that_would_do_are_listed(check: Check) -> None:
 def test_smollm2_takes_tensor_parallel_size_1_or_3(check: Check, tmp_path: Path) -> None:
     model = write_model(tmp_path / "smollm2", num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536)
     assert all(
-        "use 1 or 3" in error for error in check(pretrain=model, tensor_model_parallel_size=2, actor_num_gpus_per_node=2)
+        "use 1 or 3" in error
+        for error in check(pretrain=model, tensor_model_parallel_size=2, actor_num_gpus_per_node=2)
     )
     assert check(pretrain=model, tensor_model_parallel_size=3, actor_num_gpus_per_node=3) == []
 
@@ -386,3 +388,13 @@ def test_the_launchers_world_size_wins(check_supervised: Check, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert check_supervised(tensor_model_parallel_size=2, num_gpus_per_node=1) == []
     assert "WORLD_SIZE=4 makes 4 ranks" in check_supervised(pipeline_model_parallel_size=3)[0]
+
+
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints"])
+def test_a_used_run_directory_is_only_continued(tmp_path: Path, trace: str) -> None:
+    used = tmp_path / "used"
+    (used / trace).mkdir(parents=True)
+    assert "holds a run already" in save_errors(str(used), None)[0]
+    assert "holds another run" in save_errors(str(used), str(tmp_path / "other"))[0]
+    assert save_errors(str(used), str(tmp_path / "x" / ".." / "used")) == []
+    assert save_errors(str(tmp_path / "new"), str(used)) == []

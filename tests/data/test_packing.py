@@ -166,8 +166,14 @@ def test_plan_is_balanced() -> None:
 def test_rows_too_long_or_too_few_are_refused() -> None:
     with pytest.raises(ValueError, match=r"max_tokens_per_micro_batch=3; row 0 alone has 4 positions"):
         plan_micro_batches(ROWS, num_ranks=1, max_tokens=3, share_prefix=True)
-    with pytest.raises(ValueError, match="3 rows for 4 data-parallel ranks"):
-        plan_micro_batches(ROWS, num_ranks=4, max_tokens=9, share_prefix=True)
+    with pytest.raises(ValueError, match="no rows"):
+        plan_micro_batches([], num_ranks=4, max_tokens=9, share_prefix=True)
+
+
+def test_fewer_rows_than_ranks_leave_ranks_with_padding() -> None:
+    plan = plan_micro_batches(ROWS, num_ranks=4, max_tokens=9, share_prefix=True)
+    assert [len(rank) for rank in plan] == [1, 1, 1, 1]
+    assert sorted(index for rank in plan for indices in rank for index in indices) == [0, 1, 2]
 
 
 def test_rows_that_cannot_be_dealt_evenly_leave_empty_micro_batches() -> None:

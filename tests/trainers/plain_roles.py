@@ -122,6 +122,7 @@ class PlainRoles:
         return {"sync/version": float(version)}
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
+        assert self.phase == "train", "weights are on the device in this phase alone"
         self.events.append(f"save {step}")
         self.saved[step] = run_state
 

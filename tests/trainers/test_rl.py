@@ -16,17 +16,27 @@ from megarlhf.trainers.summary import LogProbDifferenceError
 from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
 
 
-def run(tmp_path: Path, plain: PlainRoles, *, stop_after: int | None = None, **options: Any) -> list[dict[str, float]]:
-    """Run the loop and return the logged rows."""
+def run(
+    tmp_path: Path,
+    plain: PlainRoles,
+    *,
+    stop_after: int | None = None,
+    resume: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """Run the loop, from the state `resume` if given, and return the logged rows."""
     config = make_config(tmp_path, **options)
-    sinks = Sinks(tmp_path, total_steps=config.batch.train_iters)
+    state = LoopState.fresh(config.algorithm)
+    if resume is not None:
+        state.restore(resume)
+    sinks = Sinks(tmp_path, total_steps=config.batch.train_iters, resumed_step=state.step or None)
     critic = config.algorithm.advantage_estimator == "gae"
     rl.train(
         config,
         plain.roles(critic=critic),
         PromptData(prompts=make_prompts(), num_dropped=2),
         make_prompts(2),
-        LoopState.fresh(config.algorithm),
+        state,
         sinks,
         Timers(),
         lambda: stop_after is not None and f"push {stop_after}" in plain.events,
@@ -115,6 +125,27 @@ def test_log_prob_budget_warns_then_stops(tmp_path: Path, caplog: pytest.LogCapt
     assert "logprob_diff_budget=0.05" in caplog.text
     with pytest.raises(LogProbDifferenceError, match="past 10 budgets"):
         run(tmp_path / "far", PlainRoles(difference=0.6), batch={"train_iters": 1})
+
+
+def test_a_resumed_run_first_brings_its_weights_to_the_engines(tmp_path: Path) -> None:
+    whole = PlainRoles()
+    rows = run(tmp_path, whole, logging={"save_interval": 1})
+    rest = PlainRoles()
+    found = run(tmp_path, rest, resume=json.loads(json.dumps(whole.saved[2])))
+    assert rest.events[:2] == ["push 2", "generate 3"]
+    assert found[3]["reward/mean"] == rows[3]["reward/mean"] and len(found) == 4
+
+
+def test_samples_of_older_weights_are_refused(tmp_path: Path) -> None:
+    class Stale(PlainRoles):
+        def push(self, version: int) -> dict[str, float]:
+            return super().push(min(version, 1)) | {"sync/version": float(version)}
+
+        def generate(self, prompts: Any, *, step: int) -> Any:
+            return [self._sample(p, g, s, step) for g, p in enumerate(prompts) for s in range(2)]
+
+    with pytest.raises(RuntimeError, match=r"samples of weight versions \[1\] where .* version 2"):
+        run(tmp_path, Stale())
 
 
 def test_adaptive_kl_and_reward_moments_survive_a_restart(tmp_path: Path) -> None:

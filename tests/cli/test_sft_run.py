@@ -1,0 +1,62 @@
+"""Supervised runs of two ranks, started as a user does."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.cluster.runs import metrics, run, start
+
+Flags = dict[str, str | None]
+
+
+@pytest.fixture
+def flags(assets: Path, tmp_path: Path) -> Flags:
+    rows = [{"input": f"{i}=", "output": str(i % 7)} for i in range(10)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "eval.jsonl").write_text(json.dumps(rows[0]) + "\n")  # fewer rows than ranks
+    return {
+        "--pretrain": str(assets / "model"),
+        "--dataset": str(tmp_path / "sft.jsonl"),
+        "--eval_dataset": str(tmp_path / "eval.jsonl"),
+        "--input_key": "input",
+        "--output_key": "output",
+        "--max_len": "16",
+        "--global-batch-size": "4",
+        "--learning_rate": "1e-2",
+        "--num_gpus_per_node": "2",
+        "--save": str(tmp_path / "run"),
+    }
+
+
+def test_two_ranks_learn_evaluate_and_export(flags: Flags, tmp_path: Path) -> None:
+    run("train_sft", flags | {"--train-iters": "6"})
+    rows = metrics(tmp_path / "run")
+    assert list(rows) == [1, 2, 3, 4, 5, 6]
+    assert rows[6]["sft/loss"] < rows[1]["sft/loss"] and "sft/eval_loss" in rows[6]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_mistake_is_told_once_before_any_rank_starts(flags: Flags) -> None:
+    said = run("train_sft", flags | {"--train-iters": "1", "--max_len": "1"}, expect=2)
+    assert said.count("error:") == 1 and "max_len=1" in said and "Traceback" not in said
+
+
+def test_sigterm_finishes_the_step_and_saves(flags: Flags, tmp_path: Path) -> None:
+    process = start("train_sft", flags | {"--train-iters": "100000"})
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.read()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    assert process.returncode == 0, process.read()
+    last = max(metrics(tmp_path / "run"))
+    pointer = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert int(pointer.read_text()) == last < 100000
