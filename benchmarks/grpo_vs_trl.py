@@ -37,7 +37,9 @@ QUESTIONS = (
 )
 SIDES = ("trl", "megarlhf")
 
-Step = dict[str, float]  # "seconds", "response_tokens"
+PHASES = ("rollout", "reward", "experience", "train", "sync")
+
+Step = dict[str, float]  # "seconds", "response_tokens", and for megarlhf the seconds of each of PHASES
 
 
 def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str | None]) -> list[float]:
@@ -139,6 +141,7 @@ def run_megarlhf(options: argparse.Namespace, directory: Path) -> list[Step]:
         {
             "seconds": row["time/step_seconds"] - row.get("time/eval_seconds", 0.0),
             "response_tokens": row["rollout/response_length_mean"] * NUM_PROMPTS * NUM_SAMPLES,
+            **{phase: row[f"time/{phase}_seconds"] for phase in PHASES},
         }
         for row in rows
         if row["step"] > 0
@@ -188,7 +191,10 @@ def compare(options: argparse.Namespace) -> None:
             f"{tokens / len(steps[side]):>13.0f}{rates[side][1]:>10.1f}"
         )
     samples, tokens = (ours / theirs for ours, theirs in zip(rates["megarlhf"], rates["trl"], strict=True))
-    print(f"\nmegarlhf / TRL: {samples:.2f} x samples/s, {tokens:.2f} x response tokens/s")
+    ours = steps["megarlhf"]
+    parts = ", ".join(f"{phase} {sum(step[phase] for step in ours) / len(ours):.1f}" for phase in PHASES)
+    print(f"\nseconds of a step of megarlhf: {parts}")
+    print(f"megarlhf / TRL: {samples:.2f} x samples/s, {tokens:.2f} x response tokens/s")
 
 
 def main() -> None:
