@@ -17,6 +17,10 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = False
+        self.listen()
+
+    def listen(self) -> None:
+        """Take both signals, also back from a library that has taken them since."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 

@@ -178,6 +178,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
             identity=identity,
             timers=timers,
         ) as cluster:
+            stop.listen()  # starting Ray takes SIGTERM
             state = LoopState.fresh(config.algorithm)
             if config.logging.load is not None:
                 state.restore(cluster.checkpoints.load(Path(config.logging.load) / "checkpoints"))

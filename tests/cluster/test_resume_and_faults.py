@@ -69,7 +69,7 @@ def test_kill_and_resume_gives_the_same_run(flags: dict[str, str | None], tmp_pa
 
 def test_resume_in_another_layout(flags: dict[str, str | None], tmp_path: Path) -> None:
     save = tmp_path / "first"
-    run("train_ppo", flags | {"--save": str(save), "--actor_num_gpus_per_node": "1", "--train-iters": "6"})
+    run("train_ppo", flags | {"--save": str(save), "--actor_num_gpus_per_node": "1", "--max_ckpt_num": "6"})
     (save / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
     kept = tmp_path / "second"
     layout = {"--pipeline-model-parallel-size": "2", "--actor_num_gpus_per_node": "2"}
