@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megarlhf.config.arguments import LayoutArguments
 from megarlhf.config.checks import raise_if
 from megarlhf.engine import checkpoint_files
 
@@ -89,10 +90,14 @@ def resumed_step(load: str | None, identity: dict[str, Any]) -> int | None:
     return step
 
 
-def model_identity(pretrain: str) -> dict[str, Any]:
-    """What a checkpoint and a configuration must agree on: the architecture's shape."""
+def model_identity(pretrain: str, layout: LayoutArguments) -> dict[str, Any]:
+    """What a checkpoint and a configuration must agree on: the model's shape, and how optimizer state is kept."""
     from megarlhf.models.hf_files import read_config
 
     config = read_config(pretrain)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
-    return {"architecture": (config.architectures or ["none"])[0]} | {name: getattr(config, name) for name in names}
+    return {
+        "architecture": (config.architectures or ["none"])[0],
+        "use_distributed_optimizer": layout.use_distributed_optimizer,
+        **{name: getattr(config, name) for name in names},
+    }

@@ -135,7 +135,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
         rule_pattern=config.reward.reward_format,
         timeout_seconds=config.reward.reward_timeout_seconds,
     )
-    identity = model_identity(config.model.pretrain) | {
+    identity = model_identity(config.model.pretrain, config.layout) | {
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
         "rollout_batch_size": config.batch.rollout_batch_size,  # with the seed and the step: the place in the data

@@ -61,7 +61,7 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     Raises:
         ConfigError: what is wrong with each of them.
     """
-    identity = model_identity(config.model.pretrain)
+    identity = model_identity(config.model.pretrain, config.layout)
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
     continued, data, *evaluation = all_or_errors([partial(resumed_step, config.logging.load, identity), *steps])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megarlhf.data.prompts import PromptData
+from megarlhf.engine.engine import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import rl
@@ -146,6 +147,19 @@ def test_samples_of_older_weights_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match=r"samples of weight versions \[1\] where .* version 2"):
         run(tmp_path, Stale())
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    class Diverging(PlainRoles):
+        def forward(self, rows: Any, shift: float) -> Any:
+            if self.version == 1 and shift == 1.25:
+                raise NonFiniteError("loss=nan")
+            return super().forward(rows, shift)
+
+    plain = Diverging()
+    with pytest.raises(NonFiniteError):
+        run(tmp_path, plain, logging={"save_interval": 1})
+    assert list(plain.saved) == [1]
 
 
 def test_adaptive_kl_and_reward_moments_survive_a_restart(tmp_path: Path) -> None:
