@@ -1,7 +1,6 @@
 """RL from a reward on a Ray cluster or this machine: `megarlhf ppo` or `python -m megarlhf.cli.train_ppo`."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -63,16 +62,11 @@ def make_plan(config: PPOConfig) -> PlacementPlan:
     if config.algorithm.advantage_estimator == "gae":
         critic_nodes = cluster.critic_num_nodes or cluster.actor_num_nodes
         critic = critic_nodes * (cluster.critic_num_gpus_per_node or cluster.actor_num_gpus_per_node)
-    gpus = num_local_gpus() or cluster.actor_num_gpus_per_node
-    nodes = cluster.actor_num_nodes
-    if not cluster.colocate_all_models:
-        processes = actor + (critic or 0) + cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size
-        nodes = max(nodes, math.ceil(processes / gpus)) if num_local_gpus() else nodes
     return plan_placement(
         actor_world_size=actor,
         critic_world_size=critic,
-        nodes=nodes,
-        gpus_per_node=gpus,
+        nodes=cluster.actor_num_nodes,
+        gpus_per_node=num_local_gpus() or cluster.actor_num_gpus_per_node,
         num_engines=cluster.vllm_num_engines,
         engine_tp=cluster.vllm_tensor_parallel_size,
         colocate=cluster.colocate_all_models,

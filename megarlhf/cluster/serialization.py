@@ -1,7 +1,7 @@
 """Tensors between Ray processes as plain bytes.
 
 A step sends thousands of tensors of a few numbers each. PyTorch's own pickling writes every one as a file with a
-header, which took longer than the training of a small model.
+header, which takes several times as long.
 """
 
 import ray

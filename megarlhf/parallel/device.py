@@ -54,7 +54,7 @@ def release_memory() -> None:
 def freeze_garbage_collector() -> None:
     """Call once a process is set up: modules and models, which live as long as it does, are not searched any more.
 
-    A collection takes a tenth of a second for every hundred thousand objects, and each phase ends with one.
+    Each phase ends with a collection, which otherwise walks through all of PyTorch and its like.
     """
     gc.collect()
     gc.freeze()
