@@ -12,8 +12,8 @@ from tests.distributed.pool import RankPool
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    """Four gloo ranks; they start once, because importing Megatron-Core takes seconds."""
-    pool = RankPool(4)
+    """Gloo ranks; each starts once, because importing Megatron-Core takes seconds."""
+    pool = RankPool()
     yield pool
     pool.close()
 

@@ -8,10 +8,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 _CLASSES = {
@@ -19,6 +25,26 @@ _CLASSES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen2-moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
+_OPTIONS: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2-moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80,
+    },
+    "qwen3-moe": {  # the first layer is dense
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
 }
 VOCAB_SIZE = 100  # not a multiple of anything, so that vocabulary padding is at work
 
@@ -42,11 +68,9 @@ def make_model(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family == "qwen2":
-        options["num_attention_heads"], options["num_key_value_heads"] = 4, 2
+    if family.startswith("qwen2"):
         del options["head_dim"]  # Qwen2 always has hidden / heads
-    if family == "mistral":
-        options["sliding_window"] = None
+    options |= _OPTIONS.get(family, {})
     torch.manual_seed(seed)
     model = model_class(config_class(**(options | overrides))).float()
     with torch.no_grad():

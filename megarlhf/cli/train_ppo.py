@@ -115,8 +115,8 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
     if dry_run:
         print(to_yaml(config) + "\n" + plan.table())
         return 0
-    from megarlhf.models.families import find_architecture
     from megarlhf.models.hf_files import HFWeights, read_config
+    from megarlhf.models.registry import find_architecture
 
     def check_models() -> None:
         for name in {config.model.pretrain, config.model.critic_pretrain or config.model.pretrain}:

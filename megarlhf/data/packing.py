@@ -7,6 +7,7 @@ costs (prompt_length - 1) + the sum of their num_targets positions.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,19 +21,20 @@ _PAIRS_PER_TOKEN = 6 * 2048
 
 
 def plan_micro_batches(
-    rows: Sequence[TrainingRow], *, num_ranks: int, max_tokens: int, share_prefix: bool
+    rows: Sequence[TrainingRow], *, num_ranks: int, max_tokens: int, share_prefix: bool, per_rank_multiple: int = 1
 ) -> list[list[list[int]]]:
     """Deal rows to data-parallel ranks and, within a rank, to micro-batches.
 
     Invariants:
         1. Every row is in exactly one micro-batch.
-        2. Every rank has the same number of micro-batches, at least one.
+        2. Every rank has the same number of micro-batches, at least one and a multiple of per_rank_multiple.
         3. No micro-batch packs to more than max_tokens, padding not counted.
         4. With share_prefix the rows of a group stay together as long as they fit; a group that does not fit is cut
            into parts, each with its own copy of the prompt. A group is also cut where there are fewer groups than
            micro-batches.
-        5. Only where there are fewer rows than micro-batches (fewer than ranks, or too long to go together and no
-           multiple of num_ranks) are some micro-batches empty, fewer than num_ranks: `pack_rows` makes padding of them.
+        5. Only where there are fewer rows than micro-batches (fewer than num_ranks * per_rank_multiple, or too long to
+           go together and no multiple of it) are some micro-batches empty, fewer than that product: `pack_rows` makes
+           padding of them.
         6. The plan is a function of its arguments alone, and every rank computes the whole of it.
 
     Balance: units of rows that stay together are dealt by falling cost (tokens, and pairs of tokens for attention) to
@@ -42,6 +44,7 @@ def plan_micro_batches(
         rows: all rows of one optimizer step.
         max_tokens: most positions of a micro-batch.
         share_prefix: whether rows with one group_id share their prompt's computation.
+        per_rank_multiple: what the interleaved pipeline schedule divides a rank's micro-batches by.
     Returns:
         [rank][micro-batch] -> row indices, ascending.
     Raises:
@@ -59,13 +62,14 @@ def plan_micro_batches(
             )
     units = _make_units(rows, max_tokens=max_tokens, share_prefix=share_prefix)
     total = sum(packed_length(rows, unit, share_prefix=share_prefix) for unit in units)
-    num_bins = _round_up(-(-total // max_tokens), num_ranks)
+    step = num_ranks * per_rank_multiple
+    num_bins = _round_up(-(-total // max_tokens), step)
     while True:
         units = _cut_units(rows, units, at_least=num_bins, share_prefix=share_prefix)
         bins = _fill_bins(rows, units, num_bins=num_bins, max_tokens=max_tokens, share_prefix=share_prefix)
         if bins is not None:
             return _deal_bins(rows, bins, num_ranks=num_ranks, share_prefix=share_prefix)
-        num_bins += num_ranks
+        num_bins += step
 
 
 def packed_length(rows: Sequence[TrainingRow], indices: Sequence[int], *, share_prefix: bool) -> int:
@@ -77,18 +81,27 @@ def packed_length(rows: Sequence[TrainingRow], indices: Sequence[int], *, share_
 
 
 def pack_rows(
-    rows: Sequence[TrainingRow], indices: Sequence[int], *, share_prefix: bool, pad_to_multiple: int = 1
+    rows: Sequence[TrainingRow],
+    indices: Sequence[int],
+    *,
+    share_prefix: bool,
+    pad_to_multiple: int = 1,
+    context_size: int = 1,
+    min_length: int = 1,
 ) -> MicroBatch:
     """Lay rows out in one line of tokens.
 
     Padding, up to a multiple of `pad_to_multiple`, is a last segment of token 0 without targets; it attends to itself
-    alone. Without any indices the whole line is such padding.
+    alone. Without any indices the whole line is such padding. Under context parallelism each segment is padded as
+    well, at its end, to a multiple of the number of its chunks.
 
     Args:
         rows: all rows of the plan; the field names of the first are those of the micro-batch.
         indices: the rows to pack, in any order; those of one group are brought together.
         share_prefix: lay out rows of one group behind one copy of their prompt, where they have two prompt tokens.
-        pad_to_multiple: what sequence and context parallelism divide the line by.
+        pad_to_multiple: what sequence parallelism divides a rank's part of the line by.
+        min_length: pad the line at least to this many positions.
+        context_size: ranks that are to share the line; without share_prefix only (see parallel/context.py).
     Returns:
         Line of t positions; fields are 0 outside the targets.
     Raises:
@@ -98,7 +111,8 @@ def pack_rows(
     for index in indices:
         _check_row(rows[index], index)
         _check_fields(rows[index], index, names)
-    line = _Line()
+    assert context_size == 1 or not share_prefix, "segments that share a prompt are not cut over context ranks"
+    line = _Line(1 if context_size == 1 else 2 * context_size)
     for group in _group(rows, indices, share_prefix=share_prefix):
         prefix, start = None, 0
         if len(group) > 1 and rows[group[0]].prompt_length >= 2:
@@ -106,9 +120,10 @@ def pack_rows(
             prefix = line.add(rows[group[0]].input_ids[: start + 1], position=0, prefix=None)
         for index in group:
             line.add(rows[index].input_ids[start:], position=start, prefix=prefix)
-            stop = len(line.tokens)
+            stop = line.end_of_last
             line.rows.append((index, stop - rows[index].num_targets, stop))
-    padding = _round_up(max(len(line.tokens), 1), pad_to_multiple) - len(line.tokens)
+    multiple = math.lcm(line.segment_multiple, pad_to_multiple * context_size)
+    padding = _round_up(max(len(line.tokens), min_length), multiple) - len(line.tokens)
     if padding:
         line.add((0,) * (padding + 1), position=0, prefix=None)
     return line.to_micro_batch(rows, names)
@@ -122,14 +137,17 @@ def unpack(micro_batch: MicroBatch, values: Tensor) -> dict[int, Tensor]:
     Returns:
         Row index -> [num_targets], views of `values`.
     """
-    assert values.shape == micro_batch.tokens.shape, f"values {values.shape} of a line {micro_batch.tokens.shape}"
+    length = int(micro_batch.cu_seqlens[-1])
+    assert values.shape == (length,), f"values {list(values.shape)} of a line of {length}"
     return {index: values[start:stop] for index, start, stop in micro_batch.rows}
 
 
 class _Line:
-    """A line of tokens that grows by segments."""
+    """A line of tokens that grows by segments, each padded to a multiple."""
 
-    def __init__(self) -> None:
+    def __init__(self, segment_multiple: int) -> None:
+        self.segment_multiple = segment_multiple
+        self.end_of_last = 0  # of the last segment, without its padding
         self.tokens: list[int] = []
         self.targets: list[int] = []
         self.positions: list[int] = []
@@ -141,7 +159,12 @@ class _Line:
         """Append a segment in which each token of the run predicts the next; returns the segment's number."""
         self.tokens += run[:-1]
         self.targets += run[1:]
-        self.positions += range(position, position + len(run) - 1)
+        self.end_of_last = len(self.tokens)
+        length = _round_up(len(run) - 1, self.segment_multiple)
+        padding = [0] * (length - (len(run) - 1))
+        self.tokens += padding
+        self.targets += padding
+        self.positions += range(position, position + length)
         self.boundaries.append(len(self.tokens))
         self.prefixes.append(prefix)
         return len(self.prefixes) - 1

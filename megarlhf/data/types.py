@@ -56,7 +56,8 @@ class MicroBatch:
     """Rows packed into one line of tokens.
 
     A segment is a run of tokens that attends causally to itself and, where it shares a prompt, to all of that
-    prompt's segment as well.
+    prompt's segment as well. Under context parallelism the tensors are one rank's part of the line
+    (parallel/context.py), while cu_seqlens, prefix_segments and rows speak of the whole line.
     """
 
     tokens: Tensor  # [t] int64, inputs
@@ -66,4 +67,5 @@ class MicroBatch:
     prefix_segments: tuple[int | None, ...]  # per segment: the segment it continues, None where it starts afresh
     target_mask: Tensor  # [t] bool, True where `targets` belongs to a row's response
     fields: dict[str, Tensor]  # name -> [t] float32, zero outside target_mask
-    rows: tuple[tuple[int, int, int], ...]  # (row index in the caller's list, start, stop) of its targets in [t]
+    rows: tuple[tuple[int, int, int], ...]  # (row index in the caller's list, start, stop) of its targets in the line
+    context_size: int = 1  # ranks that share the line

@@ -32,10 +32,17 @@ def _sharding() -> dict[str, Any]:
     }
 
 
+def _chunks(engine: MegatronEngine) -> dict[str, Any]:
+    """Chunks under Megatron-LM's keys; what is on disk is named by layer, whatever the chunks."""
+    if len(engine.chunks) == 1:
+        return {"model": engine.chunks[0]}
+    return {f"model{number}": chunk for number, chunk in enumerate(engine.chunks)}
+
+
 def _state(engine: MegatronEngine, *, loading: bool, num_steps: int) -> dict[str, Any]:
     """`num_steps`: optimizer steps done; before the first an optimizer has no state."""
     sharding = _sharding()
-    state: dict[str, Any] = {"model": engine.bare.sharded_state_dict(metadata=sharding)}
+    state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=sharding) for key, chunk in _chunks(engine).items()}
     if engine.optimizer is not None:
         state["scheduler"] = engine.scheduler.state_dict()
     if engine.optimizer is not None and num_steps > 0:
@@ -54,6 +61,7 @@ def save_engine(engine: MegatronEngine, directory: Path) -> None:
         directory.mkdir(parents=True)
     dist.barrier()
     num_steps = 0 if engine.optimizer is None else engine.scheduler.num_steps
+    engine.settle()
     state = _state(engine, loading=False, num_steps=num_steps)
     dist_checkpointing.save(state, str(directory), validate_access_integrity=True)
     dist.barrier()
@@ -73,7 +81,8 @@ def load_engine(engine: MegatronEngine, directory: Path) -> None:
         state = dist_checkpointing.load(_state(engine, loading=True, num_steps=num_steps), str(directory))
     except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
         raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
-    engine.bare.load_state_dict(state["model"], strict=True)
+    for key, chunk in _chunks(engine).items():
+        chunk.load_state_dict(state[key], strict=True)
     if engine.optimizer is None:
         return
     if num_steps > 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -23,9 +24,10 @@ from megarlhf.engine.objective import Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
 from megarlhf.models.build import Head, ModelOptions, build_model
-from megarlhf.models.families import find_architecture
 from megarlhf.models.hf_files import HFWeights, read_config
+from megarlhf.models.registry import find_architecture
 from megarlhf.models.weights import ModelWeights, source_dtype
+from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, device_kind, release_memory
 from megarlhf.parallel.groups import current_ranks
 
@@ -81,17 +83,18 @@ class MegatronEngine:
         arch = find_architecture(self.hf)
         source = HFWeights(pretrain)
         self.source_dtype = source_dtype(source)
-        module, self.config = build_model(arch, self.hf, self.ranks, model, head=head, seed=seed)
-        self.weights = ModelWeights(module, arch, self.hf, self.ranks, head=head)
-        self.weights.load(source)
-        module.to(current_device())
+        self.chunks, self.config = build_model(arch, self.hf, self.ranks, model, head=head, seed=seed)
+        self._weights = ModelWeights(self.chunks, arch, self.hf, self.ranks, head=head)
+        self._weights.load(source)
+        for chunk in self.chunks:
+            chunk.to(current_device())
         self.config.finalize_model_grads_func = sum_gradients
         self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.sequence_parallel else 1
         self._outputs = partial(token_outputs, head=head, vocab_size=self.hf.vocab_size, temperature=temperature)
-        self.bare = module
-        self.model: Any = Float16Module(self.config, module) if model.bf16 else module
+        self.model: list[Any] = [Float16Module(self.config, c) if model.bf16 else c for c in self.chunks]
         self.optimizer: Any = None
         self.scheduler: Any = None
+        self._gathers_late = False  # parameters reach the other data-parallel ranks only in the next forward pass
         if optimizer is not None:
             self._add_optimizer(optimizer)
         self._reference: dict[str, Tensor] = {}
@@ -100,24 +103,74 @@ class MegatronEngine:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=options.use_distributed_optimizer,
+            overlap_grad_reduce=options.overlap_grad_reduce,
+            overlap_param_gather=options.overlap_param_gather,
             average_in_collective=False,
             check_for_nan_in_grad=False,
         )
-        self.model = DistributedDataParallel(self.config, ddp, self.model)
+        # Megatron-LM's choice: buckets, which overlap communication with the backward pass, for the first chunk alone
+        self.model = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(self.model)
+        ]
+        if options.overlap_grad_reduce:
+            self.config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.model])
+        self._gathers_late = options.overlap_param_gather
         self.optimizer = build_optimizer(self.model, options, bf16=self._bf16)
         self.optimizer.reload_model_params()
         self.scheduler = build_scheduler(self.optimizer, options)
 
     def micro_batches(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
         """This rank's share of `rows`, packed; every rank has the same number of micro-batches."""
-        share = self.packing.share_prefix
+        share, ranks = self.packing.share_prefix, self.ranks
+        interleaved = ranks.vpp_size > 1
         plan = plan_micro_batches(
-            rows, num_ranks=self.ranks.dp_size, max_tokens=self.packing.max_tokens, share_prefix=share
+            rows,
+            num_ranks=ranks.dp_size,
+            max_tokens=self.packing.max_tokens,
+            share_prefix=share,
+            per_rank_multiple=ranks.pp_size if interleaved else 1,
         )
-        return [
-            pack_rows(rows, indices, share_prefix=share, pad_to_multiple=self._pad)
-            for indices in plan[self.ranks.dp_rank]
-        ]
+
+        def pack(indices: Sequence[int], min_length: int) -> MicroBatch:
+            return pack_rows(
+                rows,
+                indices,
+                share_prefix=share,
+                pad_to_multiple=self._pad,
+                context_size=ranks.cp_size,
+                min_length=min_length,
+            )
+
+        mine = plan[ranks.dp_rank]
+        batches = [pack(indices, 1) for indices in mine]
+        if interleaved:
+            longest = max(len(batch.tokens) for batch in batches)
+            batches = [pack(indices, longest) for indices in mine]
+        return [context_part(batch, ranks.cp_rank, ranks.cp_size) for batch in batches]
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters of every chunk, with unique names, as the last optimizer step left them."""
+        self.settle()
+        for number, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.named_parameters():
+                yield f"{number}.{name}", parameter
+
+    @property
+    def weights(self) -> ModelWeights:
+        """The weights under their HF names, as the last optimizer step left them."""
+        self.settle()
+        return self._weights
+
+    def settle(self) -> None:
+        """Bring what the last optimizer step changed to every data-parallel rank, before weights are read.
+
+        With overlap_param_gather the step leaves that to the next training forward pass; Megatron-Core's hooks would
+        let any other forward pass run with the old parameters.
+        """
+        if self._gathers_late:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
 
     def log_probs(self, rows: Sequence[TrainingRow]) -> RowResults:
         """Log-probability of each row's targets under the current weights, on ranks that hold results.
@@ -134,16 +187,28 @@ class MegatronEngine:
 
     def _forward(self, rows: Sequence[TrainingRow], name: str) -> RowResults:
         batches = self.micro_batches(rows)
-        self.bare.eval()
+        self.settle()
+        for chunk in self.chunks:
+            chunk.eval()
         collected = run_forward(self.model, batches, self._outputs)
         return self._results(batches, collected, name)
 
     def _results(self, batches: list[MicroBatch], outputs: list[TokenOutputs], name: str) -> RowResults:
         results: RowResults = {}
-        if self.ranks.holds_results:
+        if self.ranks.computes_results:
             for batch, computed in zip(batches, outputs, strict=True):
-                results.update(unpack(batch, getattr(computed, name).detach().cpu()))
+                line = self._whole_line(batch, getattr(computed, name).detach())
+                if self.ranks.holds_results:
+                    results.update(unpack(batch, line.cpu()))
         return results
+
+    def _whole_line(self, batch: MicroBatch, part: Tensor) -> Tensor:
+        """Values of every context rank's tokens; all of the group call it."""
+        if batch.context_size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(batch.context_size)]
+        dist.all_gather(parts, part.contiguous(), group=parallel_state.get_context_parallel_group())
+        return join_context(parts, batch.cu_seqlens)
 
     def train_step(self, rows: Sequence[TrainingRow], objective: Objective, *, denominator: float) -> StepResult:
         """One optimizer step on sum(loss over all rows) / denominator.
@@ -165,12 +230,13 @@ class MegatronEngine:
     ) -> tuple[float, dict[str, float], RowResults]:
         """Forward and backward; gradients stay in the model's buffers, reduced over every group."""
         batches = self.micro_batches(rows)
-        self.bare.train()
-        self.model.zero_grad_buffer()
+        for chunk, wrapped in zip(self.chunks, self.model, strict=True):
+            chunk.train()
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         stored = run_forward_backward(self.model, batches, self._outputs, objective, denominator)
         sums = torch.zeros(2 + len(objective.metric_names), dtype=torch.float64, device=current_device())
-        if self.ranks.holds_results:
+        if self.ranks.computes_results:
             for _, micro_sums in stored:
                 sums += micro_sums
         dist.all_reduce(sums)
@@ -184,19 +250,19 @@ class MegatronEngine:
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference model."""
-        self._reference = {name: p.detach().clone() for name, p in self.bare.named_parameters()}
+        self._reference = {name: p.detach().clone() for name, p in self.named_parameters()}
 
     @contextlib.contextmanager
     def reference_weights(self) -> Iterator[None]:
         """Compute with the reference model inside the block: parameters point at its tensors, nothing is copied."""
         assert self._reference, "keep_reference() comes first"
-        kept = {name: p.data for name, p in self.bare.named_parameters()}
+        kept = {name: p.data for name, p in self.named_parameters()}
         try:
-            for name, p in self.bare.named_parameters():
+            for name, p in self.named_parameters():
                 p.data = self._reference[name]
             yield
         finally:
-            for name, p in self.bare.named_parameters():
+            for name, p in self.named_parameters():
                 p.data = kept[name]
 
     def sleep(self) -> None:
@@ -220,6 +286,11 @@ class MegatronEngine:
         self._reference = {name: tensor.to(device) for name, tensor in self._reference.items()}
 
     def _buffers(self, method: str) -> None:
-        if isinstance(self.model, DistributedDataParallel):
-            for buffer in self.model.buffers:
+        for chunk in self.model:
+            for buffer in chunk.buffers if isinstance(chunk, DistributedDataParallel) else ():
                 getattr(buffer, method)(move_params=True, move_grads=True)
+
+
+def _one_or_list(functions: list[Any]) -> Any:
+    """Megatron-Core's convention for what each chunk has: alone where there is one chunk."""
+    return functions[0] if len(functions) == 1 else functions

@@ -24,10 +24,12 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
+    overlap_param_gather: bool = False  # gather parameters during the next forward pass; distributed optimizer only
 
 
-def build_optimizer(model: Any, options: OptimizerOptions, *, bf16: bool) -> Any:
-    """Megatron-Core's optimizer over a DistributedDataParallel model; float32 main parameters under bf16."""
+def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool) -> Any:
+    """Megatron-Core's optimizer over DistributedDataParallel chunks; float32 main parameters under bf16."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.learning_rate,
@@ -40,8 +42,9 @@ def build_optimizer(model: Any, options: OptimizerOptions, *, bf16: bool) -> Any
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, [model])
+    return get_megatron_optimizer(config, chunks)
 
 
 def build_scheduler(optimizer: Any, options: OptimizerOptions) -> OptimizerParamScheduler:

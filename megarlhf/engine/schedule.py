@@ -41,14 +41,14 @@ def token_outputs(output: Tensor, batch: MicroBatch, *, head: str, vocab_size: i
     return TokenOutputs(log_probs=log_probs, entropy=entropy)
 
 
-def run_forward(model: Any, batches: list[MicroBatch], outputs: OutputFn) -> list[Any]:
+def run_forward(chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn) -> list[Any]:
     """Forward only; the last stage returns the TokenOutputs of each micro-batch, other stages an empty list."""
     with torch.no_grad():
-        return _run(model, batches, outputs, forward_only=True)
+        return _run(chunks, batches, outputs, forward_only=True)
 
 
 def run_forward_backward(
-    model: Any,
+    chunks: list[Any],
     batches: list[MicroBatch],
     outputs: OutputFn,
     objective: Objective,
@@ -68,10 +68,12 @@ def run_forward_backward(
         sums = torch.stack([value.detach().double() for value in reported])
         return total / denominator, torch.zeros((), dtype=torch.int, device=total.device), (computed, sums)
 
-    return _run(model, batches, loss, forward_only=False)
+    return _run(chunks, batches, loss, forward_only=False)
 
 
-def _run(model: Any, batches: list[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+    """Megatron-Core's schedule for one chunk of layers per rank, or the interleaved one for several."""
+
     def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(iterator)
         output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=packed_params(batch))
@@ -80,12 +82,13 @@ def _run(model: Any, batches: list[MicroBatch], finish: Callable[..., Any], *, f
         return output, lambda result: finish(result, batch)
 
     device = current_device()
-    longest = max(len(batch.tokens) for batch in batches)
+    longest = max(int(batch.cu_seqlens[-1]) for batch in batches)
+    batches = [to_device(batch, device) for batch in batches]
     run = get_forward_backward_func()
     return run(
         forward_step_func=forward_step,
-        data_iterator=iter([to_device(batch, device) for batch in batches]),
-        model=model,
+        data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
+        model=chunks[0] if len(chunks) == 1 else chunks,
         num_microbatches=len(batches),
         seq_length=longest,
         micro_batch_size=1,
@@ -108,4 +111,5 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
         target_mask=batch.target_mask.to(device),
         fields={name: value.to(device) for name, value in batch.fields.items()},
         rows=batch.rows,
+        context_size=batch.context_size,
     )

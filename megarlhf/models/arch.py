@@ -5,7 +5,7 @@ weight sync and the converters all read the same table, so the two directions ca
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -16,6 +16,7 @@ class Split(Enum):
     """How a Megatron weight relates to its HF tensors and is cut over the tensor-parallel group."""
 
     REPLICATED = "one HF tensor, whole on every rank"
+    COLUMN = "one HF tensor, cut along its rows (output features)"
     ROW = "one HF tensor, cut along its columns (input features)"
     VOCAB = "one HF tensor, rows padded to a multiple and cut"
     QKV = "q, k, v interleaved per query group; groups are cut"
@@ -26,12 +27,33 @@ class Split(Enum):
 class WeightMap:
     """One Megatron parameter and the HF tensors it holds, in the order the inference engine fuses them.
 
-    `{layer}` stands for the global layer number, from 0.
+    `{layer}` and `{expert}` stand for the global layer and expert number, from 0.
     """
 
     megatron: tuple[str, ...]  # accepted names; the local and TransformerEngine specs place layer norms differently
     hf: tuple[str, ...]
+    shapes: tuple[tuple[str, ...], ...]  # of each HF tensor, as names of ArchSpec.dimensions
     split: Split
+    expert: bool = False  # lies on one rank of the expert-parallel group, cut by expert-tensor parallelism
+    buffer: bool = False  # Megatron keeps it as a buffer: no gradient
+
+    def at(self, **numbers: int) -> "WeightMap":
+        """The same with `{layer}` or `{expert}` filled in."""
+
+        def fill(names: tuple[str, ...]) -> tuple[str, ...]:
+            for key, number in numbers.items():
+                names = tuple(name.replace(f"{{{key}}}", str(number)) for name in names)
+            return names
+
+        return replace(self, megatron=fill(self.megatron), hf=fill(self.hf))
+
+
+VALUE_HEAD = WeightMap(
+    megatron=("output_layer.weight",),
+    hf=("score.weight",),
+    shapes=(("one", "hidden"),),
+    split=Split.REPLICATED,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,40 +63,43 @@ class ArchSpec:
     hf_class: str  # entry of config.json's "architectures"
     config_fields: dict[str, str]  # TransformerConfig field -> HF config field
     config_constants: dict[str, Any]  # TransformerConfig field -> value
-    layer_weights: tuple[WeightMap, ...]
+    layer_weights: tuple[WeightMap, ...]  # of every layer, without its feed-forward part
+    dense_weights: tuple[WeightMap, ...]  # feed-forward part of a dense layer
+    moe_weights: tuple[WeightMap, ...] = ()  # feed-forward part of a layer with experts
     model_weights: tuple[WeightMap, ...]  # embedding, final norm, output
     check: Callable[[HFConfig], list[str]]  # what Megatron-Core or this table cannot express of a given configuration
+    dimensions: Callable[[HFConfig], dict[str, int]]  # sizes that `WeightMap.shapes` names
+    moe_layers: Callable[[HFConfig], list[bool]] | None = None  # per layer: has experts; None: no layer has
+    derived_config: Callable[[HFConfig], dict[str, Any]] = lambda _: {}  # TransformerConfig fields worked out
 
     @property
     def sequence_classification_class(self) -> str:
         """The HF class of a reward model of this family."""
         return self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
 
-    def weight_maps(self, num_layers: int, *, tied: bool, head: str) -> Iterator[WeightMap]:
-        """Every weight of a model with `num_layers` layers, with layer numbers filled in, in HF order.
+    def is_moe(self, hf: HFConfig) -> bool:
+        """Whether any layer of this configuration has experts."""
+        return self.moe_layers is not None and any(self.moe_layers(hf))
+
+    def weight_maps(self, hf: HFConfig, *, tied: bool, head: str) -> Iterator[WeightMap]:
+        """Every weight of a model, with layer and expert numbers filled in, in HF order.
 
         Args:
             tied: the output layer shares the embedding and has no tensor of its own.
             head: "lm" for vocabulary logits, "value" for one number per token.
         """
+        has_experts = self.moe_layers(hf) if self.moe_layers is not None else [False] * hf.num_hidden_layers
+        num_experts = self.dimensions(hf).get("experts", 0)
         for weight in self.model_weights:
             if weight.hf == ("lm_head.weight",):
                 continue
             if weight.hf == ("model.norm.weight",):
-                for layer in range(num_layers):
-                    yield from (_at_layer(w, layer) for w in self.layer_weights)
+                for layer, experts in enumerate(has_experts):
+                    yield from (w.at(layer=layer) for w in self.layer_weights)
+                    for part in (w.at(layer=layer) for w in (self.moe_weights if experts else self.dense_weights)):
+                        yield from (part.at(expert=e) for e in range(num_experts)) if part.expert else (part,)
             yield weight
         if head == "value":
             yield VALUE_HEAD
         elif not tied:
             yield next(w for w in self.model_weights if w.hf == ("lm_head.weight",))
-
-
-VALUE_HEAD = WeightMap(megatron=("output_layer.weight",), hf=("score.weight",), split=Split.REPLICATED)
-
-
-def _at_layer(weight: WeightMap, layer: int) -> WeightMap:
-    def fill(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name.replace("{layer}", str(layer)) for name in names)
-
-    return WeightMap(megatron=fill(weight.megatron), hf=fill(weight.hf), split=weight.split)

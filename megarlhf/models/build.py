@@ -6,14 +6,11 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarlhf.models.arch import ArchSpec
+from megarlhf.models.families import head_dim
 from megarlhf.models.heads import ValueHead
 from megarlhf.models.hf_files import HFConfig
 from megarlhf.parallel.attention import SegmentAttention, SegmentNorm, SegmentRotaryEmbedding
@@ -30,6 +27,10 @@ class ModelOptions:
 
     bf16: bool = False
     sequence_parallel: bool = False
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    moe_aux_loss_coeff: float = 0.0
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
@@ -41,11 +42,6 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def head_dim(config: HFConfig) -> int:
-    """Channels of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: ModelOptions) -> TransformerConfig:
     """Megatron-Core's configuration for this architecture and layout.
 
@@ -54,13 +50,25 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     on_gpu = device_kind() == "gpu"
     fields = {name: getattr(hf, hf_name) for name, hf_name in arch.config_fields.items()}
+    fields |= arch.config_constants | arch.derived_config(hf)
+    if arch.is_moe(hf):
+        fields |= {
+            "expert_model_parallel_size": ranks.ep_size,
+            "expert_tensor_parallel_size": ranks.etp_size,
+            "moe_router_load_balancing_type": "aux_loss" if options.moe_aux_loss_coeff else "none",
+            "moe_aux_loss_coeff": options.moe_aux_loss_coeff,
+            "moe_grouped_gemm": on_gpu,
+        }
     return TransformerConfig(
         **fields,
-        **arch.config_constants,
         kv_channels=head_dim(hf),
         tensor_model_parallel_size=ranks.tp_size,
         pipeline_model_parallel_size=ranks.pp_size,
+        virtual_pipeline_model_parallel_size=ranks.vpp_size if ranks.vpp_size > 1 else None,
+        num_layers_in_first_pipeline_stage=options.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=options.decoder_last_pipeline_num_layers,
         context_parallel_size=ranks.cp_size,
+        cp_comm_type=options.cp_comm_type,
         sequence_parallel=options.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -76,9 +84,12 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
-        variable_seq_lengths=True,
+        # With chunks neighbours exchange activations and gradients both ways at once. In one batch, or with shapes sent
+        # ahead, the two mix where the pipeline has two ranks: lines are padded to one length instead.
+        variable_seq_lengths=ranks.vpp_size == 1,
+        batch_p2p_comm=ranks.vpp_size == 1,
+        overlap_p2p_comm=ranks.vpp_size > 1,
         moe_token_dispatcher_type="alltoall",  # demanded by variable_seq_lengths, for dense models too
-        batch_p2p_comm=True,
         deallocate_pipeline_outputs=on_gpu,  # on the CPU it corrupts gradients
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
@@ -87,41 +98,61 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
     )
 
 
-def _block_spec(config: TransformerConfig) -> Any:
-    if device_kind() == "gpu":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = SegmentNorm
-    attention.core_attention = SegmentAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = SegmentNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=SegmentNorm)
+def _block_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
+    on_gpu = device_kind() == "gpu"
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if on_gpu:
+        return block
+    for layer in block.layer_specs:
+        parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = SegmentNorm
+        attention.core_attention = SegmentAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = SegmentNorm
+    block.layer_norm = SegmentNorm
+    return block
 
 
 def build_model(
     arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: ModelOptions, *, head: Head, seed: int
-) -> tuple[GPTModel, TransformerConfig]:
-    """This rank's pipeline stage, its weights not yet loaded (the value head is drawn from `seed`)."""
+) -> tuple[list[GPTModel], TransformerConfig]:
+    """This rank's chunks of layers, their weights not yet loaded (the value head is drawn from `seed`).
+
+    One chunk, or ranks.vpp_size of them, which lie apart in the model, for the interleaved pipeline schedule.
+    """
     config = transformer_config(arch, hf, ranks, options)
+    if ranks.vpp_size == 1:
+        return [_build_chunk(hf, ranks, config, head=head, seed=seed, vp_stage=None)], config
+    stages = range(ranks.vpp_size)
+    return [_build_chunk(hf, ranks, config, head=head, seed=seed, vp_stage=stage) for stage in stages], config
+
+
+def _build_chunk(
+    hf: HFConfig, ranks: Ranks, config: TransformerConfig, *, head: Head, seed: int, vp_stage: int | None
+) -> GPTModel:
     rope = hf.rope_parameters or {}
+    is_first = ranks.is_first_stage and vp_stage in (None, 0)
+    is_last = ranks.is_last_stage and vp_stage in (None, ranks.vpp_size - 1)
     model = GPTModel(
         config,
-        _block_spec(config),
+        _block_spec(config, vp_stage),
         vocab_size=padded_vocab_size(hf.vocab_size, ranks.tp_size),
         max_sequence_length=hf.max_position_embeddings,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
+        pre_process=is_first,
+        post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=hf.tie_word_embeddings and head == "lm",
         position_embedding_type="rope",
         rotary_base=rope.get("rope_theta", 10000.0),
         rope_scaling=rope.get("rope_type") == "llama3",
         rope_scaling_factor=rope.get("factor", 8.0),
+        vp_stage=vp_stage,
     )
     if device_kind() == "cpu":
         model.rotary_pos_emb.__class__ = SegmentRotaryEmbedding
-    if head == "value" and ranks.is_last_stage:
+    if head == "value" and is_last:
         model.output_layer = ValueHead(config)
         model.output_layer.initialize(seed)
-    return model, config
+    return model

@@ -1,4 +1,4 @@
-"""The supported architectures: the Llama family and its two close relatives."""
+"""Dense architectures: the Llama family and its close relatives. Other tables build on these parts."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,53 +8,83 @@ import torch.nn.functional as F
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.hf_files import HFConfig
 
-_LAYER = "decoder.layers.{layer}."
-_HF_LAYER = "model.layers.{layer}."
+LAYER = "decoder.layers.{layer}."
+HF_LAYER = "model.layers.{layer}."
 
 
-def _qkv(kind: str) -> tuple[str, ...]:
-    return tuple(f"{_HF_LAYER}self_attn.{x}_proj.{kind}" for x in "qkv")
+def head_dim(config: HFConfig) -> int:
+    """Channels of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-_LAYER_WEIGHTS = (
-    WeightMap(
-        megatron=(_LAYER + "input_layernorm.weight", _LAYER + "self_attention.linear_qkv.layer_norm_weight"),
-        hf=(_HF_LAYER + "input_layernorm.weight",),
-        split=Split.REPLICATED,
-    ),
-    WeightMap(megatron=(_LAYER + "self_attention.linear_qkv.weight",), hf=_qkv("weight"), split=Split.QKV),
-    WeightMap(
-        megatron=(_LAYER + "self_attention.linear_proj.weight",),
-        hf=(_HF_LAYER + "self_attn.o_proj.weight",),
-        split=Split.ROW,
-    ),
-    WeightMap(
-        megatron=(_LAYER + "pre_mlp_layernorm.weight", _LAYER + "mlp.linear_fc1.layer_norm_weight"),
-        hf=(_HF_LAYER + "post_attention_layernorm.weight",),
-        split=Split.REPLICATED,
-    ),
-    WeightMap(
-        megatron=(_LAYER + "mlp.linear_fc1.weight",),
-        hf=(_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
-        split=Split.GATE_UP,
-    ),
-    WeightMap(megatron=(_LAYER + "mlp.linear_fc2.weight",), hf=(_HF_LAYER + "mlp.down_proj.weight",), split=Split.ROW),
-)
-_QKV_BIAS = WeightMap(megatron=(_LAYER + "self_attention.linear_qkv.bias",), hf=_qkv("bias"), split=Split.QKV)
-_QK_NORM = tuple(
-    WeightMap(
-        megatron=(f"{_LAYER}self_attention.{x}_layernorm.weight",),
-        hf=(f"{_HF_LAYER}self_attn.{x}_norm.weight",),
+def norm(megatron: tuple[str, ...], hf: str, size: str = "hidden") -> WeightMap:
+    """A layer norm's weight; names are given within the layer."""
+    return WeightMap(
+        megatron=tuple(LAYER + name for name in megatron),
+        hf=(HF_LAYER + hf,),
+        shapes=((size,),),
         split=Split.REPLICATED,
     )
-    for x in "qk"
+
+
+def gate_up(megatron: tuple[str, ...], hf: tuple[str, str], size: str, *, expert: bool = False) -> WeightMap:
+    """The two input matrices of a gated feed-forward part."""
+    return WeightMap(
+        megatron=tuple(LAYER + name for name in megatron),
+        hf=tuple(HF_LAYER + name for name in hf),
+        shapes=((size, "hidden"),) * 2,
+        split=Split.GATE_UP,
+        expert=expert,
+    )
+
+
+def row(megatron: tuple[str, ...], hf: str, size: str, *, expert: bool = False) -> WeightMap:
+    """A matrix back to the hidden size, cut along its inputs."""
+    return WeightMap(
+        megatron=tuple(LAYER + name for name in megatron),
+        hf=(HF_LAYER + hf,),
+        shapes=(("hidden", size),),
+        split=Split.ROW,
+        expert=expert,
+    )
+
+
+def _qkv(kind: str) -> WeightMap:
+    return WeightMap(
+        megatron=(f"{LAYER}self_attention.linear_qkv.{kind}",),
+        hf=tuple(f"{HF_LAYER}self_attn.{x}_proj.{kind}" for x in "qkv"),
+        shapes=tuple((rows, "hidden") if kind == "weight" else (rows,) for rows in ("q", "kv", "kv")),
+        split=Split.QKV,
+    )
+
+
+INPUT_NORM = norm(("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), "input_layernorm.weight")
+QKV, QKV_BIAS = _qkv("weight"), _qkv("bias")
+ATTENTION_OUTPUT = row(("self_attention.linear_proj.weight",), "self_attn.o_proj.weight", "q")
+QK_NORM = tuple(norm((f"self_attention.{x}_layernorm.weight",), f"self_attn.{x}_norm.weight", "head") for x in "qk")
+DENSE = (
+    norm(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), "post_attention_layernorm.weight"),
+    gate_up(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "ffn"),
+    row(("mlp.linear_fc2.weight",), "mlp.down_proj.weight", "ffn"),
 )
-_MODEL_WEIGHTS = (
-    WeightMap(megatron=("embedding.word_embeddings.weight",), hf=("model.embed_tokens.weight",), split=Split.VOCAB),
-    WeightMap(megatron=("decoder.final_layernorm.weight",), hf=("model.norm.weight",), split=Split.REPLICATED),
-    WeightMap(megatron=("output_layer.weight",), hf=("lm_head.weight",), split=Split.VOCAB),
+MODEL_WEIGHTS = (
+    WeightMap(
+        megatron=("embedding.word_embeddings.weight",),
+        hf=("model.embed_tokens.weight",),
+        shapes=(("vocab", "hidden"),),
+        split=Split.VOCAB,
+    ),
+    WeightMap(
+        megatron=("decoder.final_layernorm.weight",),
+        hf=("model.norm.weight",),
+        shapes=(("hidden",),),
+        split=Split.REPLICATED,
+    ),
+    WeightMap(
+        megatron=("output_layer.weight",), hf=("lm_head.weight",), shapes=(("vocab", "hidden"),), split=Split.VOCAB
+    ),
 )
-_FIELDS = {
+FIELDS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
@@ -62,7 +92,7 @@ _FIELDS = {
     "ffn_hidden_size": "intermediate_size",
     "layernorm_epsilon": "rms_norm_eps",
 }
-_CONSTANTS: dict[str, Any] = {
+CONSTANTS: dict[str, Any] = {
     "gated_linear_unit": True,
     "activation_func": F.silu,
     "normalization": "RMSNorm",
@@ -70,7 +100,22 @@ _CONSTANTS: dict[str, Any] = {
 }
 
 
-def _check_llama(config: HFConfig) -> list[str]:
+def dense_dimensions(config: HFConfig) -> dict[str, int]:
+    """Sizes of a model with grouped-query attention and dense layers."""
+    head = head_dim(config)
+    return {
+        "one": 1,
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "head": head,
+        "q": config.num_attention_heads * head,
+        "kv": config.num_key_value_heads * head,
+        "ffn": config.intermediate_size,
+    }
+
+
+def check_llama(config: HFConfig) -> list[str]:
+    """What this family's tables and Megatron-Core cannot express."""
     errors = []
     if config.hidden_act != "silu":
         errors.append(f"hidden_act={config.hidden_act}; this table maps silu only")
@@ -96,39 +141,24 @@ def _check_llama(config: HFConfig) -> list[str]:
 
 LLAMA = ArchSpec(
     hf_class="LlamaForCausalLM",
-    config_fields=_FIELDS,
-    config_constants=_CONSTANTS,
-    layer_weights=_LAYER_WEIGHTS,
-    model_weights=_MODEL_WEIGHTS,
-    check=_check_llama,
+    config_fields=FIELDS,
+    config_constants=CONSTANTS,
+    layer_weights=(INPUT_NORM, QKV, ATTENTION_OUTPUT),
+    dense_weights=DENSE,
+    model_weights=MODEL_WEIGHTS,
+    check=check_llama,
+    dimensions=dense_dimensions,
 )
 MISTRAL = replace(LLAMA, hf_class="MistralForCausalLM")
 QWEN2 = replace(
     LLAMA,
     hf_class="Qwen2ForCausalLM",
-    config_constants=_CONSTANTS | {"add_qkv_bias": True},
-    layer_weights=(*_LAYER_WEIGHTS[:2], _QKV_BIAS, *_LAYER_WEIGHTS[2:]),
+    config_constants=CONSTANTS | {"add_qkv_bias": True},
+    layer_weights=(INPUT_NORM, QKV, QKV_BIAS, ATTENTION_OUTPUT),
 )
 QWEN3 = replace(
     LLAMA,
     hf_class="Qwen3ForCausalLM",
-    config_constants=_CONSTANTS | {"qk_layernorm": True},
-    layer_weights=(*_LAYER_WEIGHTS[:2], *_QK_NORM, *_LAYER_WEIGHTS[2:]),
+    config_constants=CONSTANTS | {"qk_layernorm": True},
+    layer_weights=(INPUT_NORM, QKV, *QK_NORM, ATTENTION_OUTPUT),
 )
-ARCHITECTURES = {arch.hf_class: arch for arch in (LLAMA, MISTRAL, QWEN2, QWEN3)}
-
-
-def find_architecture(config: HFConfig) -> ArchSpec:
-    """The table for a configuration.
-
-    Raises:
-        ValueError: an architecture without a table (the supported ones are listed), or a feature the table lacks.
-    """
-    name = (config.architectures or ["none"])[0]
-    arch = ARCHITECTURES.get(name.replace("ForSequenceClassification", "ForCausalLM"))
-    if arch is None:
-        raise ValueError(f"architecture {name} has no table; supported: {', '.join(ARCHITECTURES)}")
-    errors = arch.check(config)
-    if errors:
-        raise ValueError(f"architecture {name}: " + "; ".join(errors))
-    return arch

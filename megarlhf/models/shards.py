@@ -50,11 +50,14 @@ def shards_of(
 
     Args:
         param: this rank's parameter data.
+        tp_rank, tp_size: place in the group that cuts this weight (for experts, the expert-tensor-parallel group).
         vocab_size: rows of the HF embedding; the rest of a VOCAB parameter is padding and in no shard.
     """
     hf = weight.hf
     if weight.split is Split.REPLICATED:
         return [Shard(hf_name=hf[0], index=(slice(None),) * param.dim(), view=param)]
+    if weight.split is Split.COLUMN:
+        return [Shard(hf_name=hf[0], index=_rows(param, param.shape[0], tp_rank), view=param)]
     if weight.split is Split.ROW:
         columns = param.shape[1]
         return [Shard(hf_name=hf[0], index=(slice(None), _part(columns, tp_rank)), view=param)]

@@ -1,6 +1,7 @@
 """HF weights into a rank's Megatron parameters, and out again."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from megarlhf.data.tensor_file import TensorFile, TensorSpec
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
-from megarlhf.models.build import Head, head_dim
+from megarlhf.models.build import Head
+from megarlhf.models.families import head_dim
 from megarlhf.models.hf_files import HFConfig, HFWeights
 from megarlhf.models.shards import AttentionShape, Shard, shards_of
 from megarlhf.parallel.groups import Ranks
@@ -21,10 +23,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True, kw_only=True)
 class BoundWeight:
-    """A local Megatron parameter with its entry in the table."""
+    """A local Megatron parameter or buffer with its entry in the table."""
 
-    name: str  # Megatron's name with the global layer number
-    param: torch.nn.Parameter
+    name: str  # Megatron's name with the global layer and expert number
+    param: torch.Tensor
     weight: WeightMap
     exported: bool  # False for the last stage's copy of a tied embedding
 
@@ -32,25 +34,27 @@ class BoundWeight:
 class ModelWeights:
     """The weights of one model as this rank holds them, with HF names.
 
+    Args:
+        chunks: this rank's parts of the model: one, or several under the interleaved pipeline schedule.
     Raises:
-        ValueError: a Megatron parameter that the table does not know.
+        ValueError: a Megatron parameter that the table does not know, or one of the table that its layers lack.
     """
 
-    def __init__(self, model: torch.nn.Module, arch: ArchSpec, hf: HFConfig, ranks: Ranks, *, head: Head) -> None:
+    def __init__(self, chunks: Sequence[Any], arch: ArchSpec, hf: HFConfig, ranks: Ranks, *, head: Head) -> None:
         self.arch, self.hf, self.ranks, self.head = arch, hf, ranks, head
         self.tied = bool(hf.tie_word_embeddings) and head == "lm"
-        self._maps = list(arch.weight_maps(hf.num_hidden_layers, tied=self.tied, head=head))
+        self._maps = list(arch.weight_maps(hf, tied=self.tied, head=head))
         self._attention = AttentionShape(
             num_heads=hf.num_attention_heads, num_groups=hf.num_key_value_heads, head_dim=head_dim(hf)
         )
-        self.bound = self._bind(model)
+        self.bound = self._bind(chunks)
 
-    def _bind(self, model: torch.nn.Module) -> list[BoundWeight]:
+    def _bind(self, chunks: Sequence[Any]) -> list[BoundWeight]:
         by_name = {name: weight for weight in self._maps for name in weight.megatron}
         embedding = by_name["embedding.word_embeddings.weight"]
+        buffers = {name for weight in self._maps if weight.buffer for name in weight.megatron}
         bound, unknown = [], []
-        for name, param in model.named_parameters():
-            name = _global_name(model, name)
+        for name, param in (entry for chunk in chunks for entry in _named_tensors(chunk, buffers, self._first_expert)):
             if self.tied and name == "output_layer.weight":
                 bound.append(BoundWeight(name=name, param=param, weight=embedding, exported=False))
             elif name in by_name:
@@ -59,18 +63,39 @@ class ModelWeights:
                 unknown.append(name)
         if unknown:
             raise ValueError(f"{self.arch.hf_class}: Megatron parameters without an entry in the table: {unknown}")
+        layers = {layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers}
+        absent = self._expected(layers) - {entry.weight.hf for entry in bound}
+        if absent:
+            raise ValueError(f"{self.arch.hf_class}: entries of the table without a Megatron parameter: {absent}")
         for entry in bound:
             _mark_parallel(entry)
         return bound
 
+    def _expected(self, layers: set[int]) -> set[tuple[str, ...]]:
+        """HF names of what the table has for these layers, of experts for this rank's."""
+        experts = self.arch.dimensions(self.hf).get("experts", 0) // self.ranks.ep_size
+        mine = range(self._first_expert, self._first_expert + experts)
+        return {
+            weight.hf
+            for weight in self._maps
+            if (layer := _LAYER.search(weight.megatron[0])) is not None
+            and int(layer[1]) in layers
+            and ((expert := _EXPERT.search(weight.megatron[0])) is None or int(expert[2]) in mine)
+        }
+
+    @property
+    def _first_expert(self) -> int:
+        return self.ranks.ep_rank * (self.arch.dimensions(self.hf).get("experts", 0) // self.ranks.ep_size)
+
     def _shards(self, bound: BoundWeight, data: Tensor) -> list[Shard]:
+        ranks, expert = self.ranks, bound.weight.expert
         return shards_of(
             bound.weight,
             data,
             attention=self._attention,
             vocab_size=self.hf.vocab_size,
-            tp_rank=self.ranks.tp_rank,
-            tp_size=self.ranks.tp_size,
+            tp_rank=ranks.etp_rank if expert else ranks.tp_rank,
+            tp_size=ranks.etp_size if expert else ranks.tp_size,
         )
 
     def hf_names(self) -> list[str]:
@@ -115,28 +140,12 @@ class ModelWeights:
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every HF tensor, from the configuration alone."""
-        hf, a = self.hf, self._attention
-        hidden, q, kv = hf.hidden_size, a.num_heads * a.head_dim, a.num_groups * a.head_dim
-        ends: dict[str, tuple[int, ...]] = {
-            "embed_tokens.weight": (hf.vocab_size, hidden),
-            "lm_head.weight": (hf.vocab_size, hidden),
-            "score.weight": (1, hidden),
-            "q_proj.weight": (q, hidden),
-            "k_proj.weight": (kv, hidden),
-            "v_proj.weight": (kv, hidden),
-            "q_proj.bias": (q,),
-            "k_proj.bias": (kv,),
-            "v_proj.bias": (kv,),
-            "o_proj.weight": (hidden, q),
-            "gate_proj.weight": (hf.intermediate_size, hidden),
-            "up_proj.weight": (hf.intermediate_size, hidden),
-            "down_proj.weight": (hidden, hf.intermediate_size),
-            "q_norm.weight": (a.head_dim,),
-            "k_norm.weight": (a.head_dim,),
-            "layernorm.weight": (hidden,),
-            "norm.weight": (hidden,),
+        sizes = self.arch.dimensions(self.hf)
+        return {
+            name: tuple(sizes[dimension] for dimension in shape)
+            for weight in self._maps
+            for name, shape in zip(weight.hf, weight.shapes, strict=True)
         }
-        return {n: next(shape for end, shape in ends.items() if n.endswith(end)) for n in self.hf_names()}
 
     def tensor_specs(self, dtype: torch.dtype) -> list[TensorSpec]:
         """Layout of a whole HF weight file in one dtype."""
@@ -146,11 +155,16 @@ class ModelWeights:
     def write(self, file: TensorFile) -> None:
         """Write what this rank holds into a weight file that all ranks have open.
 
-        Data-parallel replicas share the work: each writes every dp_size-th weight. The caller puts a barrier behind.
+        Replicas share the work: of n ranks with the same weights each writes every n-th. The caller puts a barrier
+        behind.
         """
-        mine = [bound for bound in self.bound if bound.exported]
-        for bound in mine[self.ranks.dp_rank :: self.ranks.dp_size]:
-            if bound.weight.split is Split.REPLICATED and self.ranks.tp_rank:
+        ranks = self.ranks
+        dense = [bound for bound in self.bound if bound.exported and not bound.weight.expert]
+        experts = [bound for bound in self.bound if bound.exported and bound.weight.expert]
+        mine = dense[ranks.replica_rank :: ranks.replica_size]
+        mine += experts[ranks.expert_replica_rank :: ranks.expert_replica_size]
+        for bound in mine:
+            if bound.weight.split is Split.REPLICATED and ranks.tp_rank:
                 continue
             for shard in self._shards(bound, bound.param.data):
                 if shard.view.numel():
@@ -160,12 +174,12 @@ class ModelWeights:
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole HF tensors one after another, equal on every rank; every rank must iterate to the end.
 
-        For transports that take a stream of tensors. Gathers over tensor parallelism, then broadcasts from the
-        pipeline stage that owns the weight.
+        For transports that take a stream of tensors. Each is summed over the ranks that hold its parts: tensor and
+        pipeline ranks, for experts the expert-parallel ones as well.
         """
         from megatron.core import parallel_state as mpu
 
-        dtype = self.bound[0].param.dtype
+        dtype = next(bound.param.dtype for bound in self.bound if not bound.weight.buffer)
         device = self.bound[0].param.device
         by_hf = {bound.weight.hf: bound for bound in self.bound if bound.exported}
         shapes = self.hf_shapes()
@@ -177,8 +191,13 @@ class ModelWeights:
                 owner = bound is not None and (weight.split is not Split.REPLICATED or self.ranks.tp_rank == 0)
                 if owner and shards[position].view.numel():
                     shards[position].emit(whole)
-                # Parts do not overlap, so the sum of bytes over the model's ranks is the whole tensor, bit for bit.
-                dist.all_reduce(whole.view(torch.uint8), group=mpu.get_model_parallel_group())
+                # Parts do not overlap, so the sum of bytes over their holders is the whole tensor, bit for bit.
+                holders = (
+                    mpu.get_expert_tensor_model_pipeline_parallel_group()
+                    if weight.expert
+                    else mpu.get_model_parallel_group()
+                )
+                dist.all_reduce(whole.view(torch.uint8), group=holders)
                 yield name, whole
 
 
@@ -188,7 +207,7 @@ def _mark_parallel(bound: BoundWeight) -> None:
     Megatron-Core says so only while it initialises weights itself, which the engine skips; the gradient norm counts an
     unmarked parameter on one rank alone.
     """
-    if bound.weight.split is not Split.REPLICATED:
+    if bound.weight.split is not Split.REPLICATED or bound.weight.expert:
         dimension = 1 if bound.weight.split is Split.ROW else 0
         for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
             if hasattr(bound.param, name):
@@ -196,12 +215,19 @@ def _mark_parallel(bound: BoundWeight) -> None:
         set_tensor_model_parallel_attributes(bound.param, True, dimension, 1)
 
 
-def _global_name(model: Any, name: str) -> str:
-    """Megatron's parameter name with the layer's number in the whole model instead of in this stage."""
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
-    return ".".join(parts)
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc\d\.weight))(\d+)")
+
+
+def _named_tensors(chunk: Any, buffers: set[str], first_expert: int) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and those buffers that hold weights, with layer and expert numbers of the whole model."""
+    for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+        name = _EXPERT.sub(lambda match: f"{match[1]}{first_expert + int(match[2])}", ".".join(parts))
+        if isinstance(tensor, torch.nn.Parameter) or name in buffers:
+            yield name, tensor
 
 
 def source_dtype(source: HFWeights) -> torch.dtype:

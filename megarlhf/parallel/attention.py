@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megarlhf.data.types import MicroBatch
+from megarlhf.parallel.context import context_indices
 from megarlhf.parallel.device import device_kind
 
 _BLOCK_TOKENS = 256  # short segments share one masked product up to this many queries
@@ -23,12 +27,17 @@ _BLOCK_TOKENS = 256  # short segments share one masked product up to this many q
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBlock:
-    """Neighbouring segments computed in one product."""
+    """Neighbouring segments computed in one product.
+
+    Under context parallelism `start` and `stop` bound this rank's part of the segments, which is as long and lies in
+    the same place on every rank of the group.
+    """
 
     start: int  # first query
     stop: int  # past the last query
     prefix: tuple[int, int] | None  # keys of the shared prompt, seen whole
-    mask: Tensor | None  # [queries, prefix + queries] bool, True where a query sees a key; None: plain causal
+    mask: Tensor | None  # [queries, keys] bool, True where a query sees a key; None: plain causal
+    # keys: the prefix and the block's own tokens; under context parallelism the block's part on each rank in turn
 
 
 @dataclass
@@ -56,7 +65,11 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-    blocks = attention_blocks(batch.cu_seqlens.tolist(), batch.prefix_segments)
+    if batch.context_size > 1:
+        rank = parallel_state.get_context_parallel_rank()
+        blocks = context_blocks(batch.cu_seqlens, rank, batch.context_size)
+    else:
+        blocks = attention_blocks(batch.cu_seqlens.tolist(), batch.prefix_segments)
     return SegmentParams(qkv_format="sbhd", position_ids=batch.position_ids, blocks=blocks)
 
 
@@ -92,10 +105,33 @@ def _block(cu_seqlens: list[int], members: list[int], prefix_segment: int | None
     return AttentionBlock(start=start, stop=stop, prefix=prefix, mask=mask)
 
 
+def context_blocks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[AttentionBlock, ...]:
+    """The blocks of one context rank: segments together up to _BLOCK_TOKENS, masks from places in the whole line."""
+    bounds = cu_seqlens.tolist()
+    groups: list[tuple[int, int]] = []  # first and past the last segment
+    for segment in range(len(bounds) - 1):
+        if groups and bounds[segment + 1] - bounds[groups[-1][0]] <= _BLOCK_TOKENS:
+            groups[-1] = (groups[-1][0], segment + 1)
+        else:
+            groups.append((segment, segment + 1))
+    blocks = []
+    for first, last in groups:
+        inside = cu_seqlens[first : last + 1] - cu_seqlens[first]
+        owner = torch.repeat_interleave(torch.arange(last - first), (inside[1:] - inside[:-1]).long())
+        places = [context_indices(inside, r, size) for r in range(size)]
+        queries, keys = places[rank], torch.cat(places)
+        mask = (owner[queries][:, None] == owner[keys]) & (queries[:, None] >= keys)
+        start = bounds[first] // size
+        blocks.append(AttentionBlock(start=start, stop=bounds[last] // size, prefix=None, mask=mask))
+    return tuple(blocks)
+
+
 class SegmentAttention(MegatronModule):
     """Core attention over packed segments on the CPU, as torch's scaled dot product, block by block.
 
-    Takes and gives Megatron-Core's [t, 1, heads / tp, head_dim] layout; grouped queries are expanded by torch.
+    Takes and gives Megatron-Core's [t, 1, heads / tp, head_dim] layout; grouped queries are expanded by torch. Under
+    context parallelism keys and values are gathered from the group (cp_comm_type "all_gather"), or travel around it
+    while each rank adds up what it has seen ("p2p").
     """
 
     def __init__(
@@ -112,6 +148,8 @@ class SegmentAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.context_group = parallel_state.get_context_parallel_group()
+        self.travels = cp_comm_type != "all_gather" and self.context_group.size() > 1
 
     def forward(
         self,
@@ -126,6 +164,15 @@ class SegmentAttention(MegatronModule):
         """[t, 1, h, d] queries and [t, 1, g, d] keys and values -> [t, 1, h * d]."""
         assert packed_seq_params is not None, "the engine always packs"
         tokens, _, heads, head_dim = query.shape
+        size = self.context_group.size()
+        if self.travels:
+            lines = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            output = _RingAttention.apply(*lines, self.softmax_scale, packed_seq_params.blocks, self.context_group)
+            return output.permute(2, 0, 1, 3).reshape(tokens, 1, heads * head_dim)
+        if size > 1:
+            key, value = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group) for x in (key, value)
+            )
         repeats = heads // key.shape[2]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [t, 1, h, d] -> [1, h, t, d]
         if repeats > 1:
@@ -133,6 +180,9 @@ class SegmentAttention(MegatronModule):
         outputs = []
         for block in packed_seq_params.blocks:
             keys, values = k[:, :, block.start : block.stop], v[:, :, block.start : block.stop]
+            if size > 1:  # each rank's part of the block lies at the same place of its line
+                parts = [slice(rank * tokens + block.start, rank * tokens + block.stop) for rank in range(size)]
+                keys, values = (torch.cat([x[:, :, part] for part in parts], 2) for x in (k, v))
             if block.prefix is not None:
                 first, last = block.prefix
                 keys, values = torch.cat([k[:, :, first:last], keys], 2), torch.cat([v[:, :, first:last], values], 2)
@@ -151,6 +201,101 @@ class SegmentAttention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Nothing to save."""
         return {}
+
+
+class _RingAttention(torch.autograd.Function):
+    """Attention whose keys and values pass through every rank of the context group, n - 1 hops forward.
+
+    Partial results are merged by their log-sum-exp (Liu et al. 2023, Ring Attention, arXiv:2310.01889). In the
+    backward pass keys and values go round again with the gradients that collect on them, n hops, so these come home.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        blocks: tuple[AttentionBlock, ...],
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        """[1, h, t, d] queries, [1, g, t, d] keys and values -> [1, h, t, d]."""
+        repeats, size, rank = query.shape[1] // key.shape[1], group.size(), group.rank()
+        output = torch.zeros_like(query)
+        log_sum = query.new_full(query.shape[:3], -torch.inf)
+        k, v = key, value
+        for hop in range(size):
+            source = (rank - hop) % size
+            for block in blocks:
+                part = slice(block.start, block.stop)
+                scores = _scores(query[:, :, part], k[:, :, part], repeats, scale, _mask(block, source))
+                added = scores.logsumexp(-1)
+                merged = torch.logaddexp(log_sum[:, :, part], added)
+                safe = merged.masked_fill(merged == -torch.inf, 0.0)  # rows that have seen no key yet
+                seen = (scores - safe[..., None]).exp() @ v[:, :, part].repeat_interleave(repeats, 1)
+                output[:, :, part] = output[:, :, part] * (log_sum[:, :, part] - safe).exp()[..., None] + seen
+                log_sum[:, :, part] = merged
+            if hop < size - 1:
+                k, v = _pass_on((k, v), group)
+        ctx.save_for_backward(query, key, value, output, log_sum)
+        ctx.settings = (scale, blocks, group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        (grad_output,) = grads
+        query, key, value, output, log_sum = ctx.saved_tensors
+        scale, blocks, group = ctx.settings
+        repeats, size, rank = query.shape[1] // key.shape[1], group.size(), group.rank()
+        delta = (grad_output * output).sum(-1, keepdim=True)
+        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        k, v = key, value
+
+        def per_group(grad: Tensor) -> Tensor:
+            return grad.unflatten(1, (-1, repeats)).sum(2)
+
+        for hop in range(size):
+            source = (rank - hop) % size
+            for block in blocks:
+                part = slice(block.start, block.stop)
+                q, keys, values = query[:, :, part], *(x[:, :, part].repeat_interleave(repeats, 1) for x in (k, v))
+                scores = _scores(q, k[:, :, part], repeats, scale, _mask(block, source))
+                probs = (scores - log_sum[:, :, part, None]).exp()
+                incoming = grad_output[:, :, part]
+                grad_scores = probs * (incoming @ values.transpose(-1, -2) - delta[:, :, part]) * scale
+                grad_query[:, :, part] += grad_scores @ keys
+                grad_key[:, :, part] += per_group(grad_scores.transpose(-1, -2) @ q)
+                grad_value[:, :, part] += per_group(probs.transpose(-1, -2) @ incoming)
+            k, v, grad_key, grad_value = _pass_on((k, v, grad_key, grad_value), group)
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+def _mask(block: AttentionBlock, source: int) -> Tensor:
+    """Which keys of one rank's part of the block this rank's queries see."""
+    assert block.mask is not None
+    keys = block.stop - block.start
+    return block.mask[:, source * keys : (source + 1) * keys]
+
+
+def _scores(query: Tensor, key: Tensor, repeats: int, scale: float, mask: Tensor) -> Tensor:
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(-1, -2) * scale
+    return scores.masked_fill(~mask, -torch.inf)
+
+
+def _pass_on(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> list[Tensor]:
+    """Send tensors to the next rank of the group and receive the previous one's."""
+    size, rank = group.size(), group.rank()
+    sent = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    received = torch.empty_like(sent)
+    operations = [
+        dist.P2POp(dist.isend, sent, dist.get_global_rank(group, (rank + 1) % size), group),
+        dist.P2POp(dist.irecv, received, dist.get_global_rank(group, (rank - 1) % size), group),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    parts = received.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class SegmentRotaryEmbedding(RotaryEmbedding):

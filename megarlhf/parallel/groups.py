@@ -13,25 +13,44 @@ from megarlhf.parallel.device import collective_backend, select_device
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSizes:
-    """How one model is cut: sizes of the tensor, pipeline and context groups; data parallelism is what remains."""
+    """How one model is cut: sizes of the tensor, pipeline, context and expert groups.
+
+    Data parallelism is what remains of the world. Experts are cut by groups of their own (expert x expert-tensor), laid
+    over the tensor, context and data ranks of a pipeline stage.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None  # None: as tensor
+    virtual: int = 1  # chunks of layers on each pipeline rank; above 1 the interleaved schedule runs
+
+    @property
+    def model(self) -> int:
+        """Ranks that hold one replica of the dense weights, context ranks included."""
+        return self.tensor * self.pipeline * self.context
 
     def data(self, world_size: int) -> int:
         """Data-parallel size of a world.
 
         Raises:
-            ValueError: the world is not a multiple of tensor x pipeline x context.
+            ValueError: the world is not a multiple of tensor x pipeline x context, or of the experts' groups.
         """
-        model = self.tensor * self.pipeline * self.context
-        if world_size % model:
+        if world_size % self.model:
             raise ValueError(
                 f"world_size={world_size}; must be a multiple of tensor_model_parallel_size={self.tensor} x "
-                f"pipeline_model_parallel_size={self.pipeline} x context_parallel_size={self.context} = {model}"
+                f"pipeline_model_parallel_size={self.pipeline} x context_parallel_size={self.context} = {self.model}"
             )
-        return world_size // model
+        expert_tensor = self.expert_tensor or self.tensor
+        experts = self.expert * expert_tensor * self.pipeline
+        if world_size % experts:
+            raise ValueError(
+                f"world_size={world_size}; must be a multiple of expert_model_parallel_size={self.expert} x "
+                f"expert_tensor_parallel_size={expert_tensor} x pipeline_model_parallel_size={self.pipeline} = "
+                f"{experts}"
+            )
+        return world_size // self.model
 
 
 def initialize_groups(
@@ -68,7 +87,10 @@ def initialize_groups(
     parallel_state.initialize_model_parallel(
         sizes.tensor,
         sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual if sizes.virtual > 1 else None,
         context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
         create_gloo_process_groups=True,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
@@ -99,6 +121,15 @@ class Ranks:
     dp_size: int
     cp_rank: int
     cp_size: int
+    replica_rank: int  # among the ranks with the same dense weights: data x context
+    replica_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
+    expert_replica_rank: int  # among the ranks with the same experts' weights
+    expert_replica_size: int
+    vpp_size: int  # chunks of layers on this rank
 
     @property
     def is_first_stage(self) -> bool:
@@ -113,7 +144,12 @@ class Ranks:
     @property
     def holds_results(self) -> bool:
         """True on the one rank per data-parallel replica that reports outputs."""
-        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+        return self.computes_results and self.cp_rank == 0
+
+    @property
+    def computes_results(self) -> bool:
+        """True on one rank per part of each sequence: the ranks whose sums make up the whole batch's."""
+        return self.is_last_stage and self.tp_rank == 0
 
 
 def current_ranks() -> Ranks:
@@ -131,4 +167,13 @@ def current_ranks() -> Ranks:
         dp_size=mpu.get_data_parallel_world_size(),
         cp_rank=mpu.get_context_parallel_rank(),
         cp_size=mpu.get_context_parallel_world_size(),
+        replica_rank=mpu.get_data_parallel_rank(with_context_parallel=True),
+        replica_size=mpu.get_data_parallel_world_size(with_context_parallel=True),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
+        ep_size=mpu.get_expert_model_parallel_world_size(),
+        etp_rank=mpu.get_expert_tensor_parallel_rank(),
+        etp_size=mpu.get_expert_tensor_parallel_world_size(),
+        expert_replica_rank=mpu.get_expert_data_parallel_rank(),
+        expert_replica_size=mpu.get_expert_data_parallel_world_size(),
+        vpp_size=mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
     )

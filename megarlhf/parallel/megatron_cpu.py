@@ -222,7 +222,24 @@ def _mend_optimizer(distrib_optimizer: Any) -> None:
     optimizer_class.load_state_dict = load_with_own_steps
 
 
+def _mend_moe(moe_utils: Any) -> None:
+    """Without TransformerEngine a name that the router's product asks for is never bound."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _mend_dispatcher(token_dispatcher: Any) -> None:
+    """Split sizes for all-to-all become numpy only when they leave a GPU; here they are on the CPU already."""
+
+    def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
+
+
 _MENDS = {
+    "megatron.core.transformer.moe.moe_utils": _mend_moe,
+    "megatron.core.transformer.moe.token_dispatcher": _mend_dispatcher,
     "megatron.core.tensor_parallel.random": _mend_random_state,
     "megatron.core.optimizer.distrib_optimizer": _mend_optimizer,
 }

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tests.distributed.cases import Result, assemble, make_rows, parity_case
 from tests.distributed.layouts import SINGLE, Layout
@@ -28,11 +29,19 @@ MODELS = {
     "mistral": {"family": "mistral"},
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3"},
+    "mixtral": {"family": "mixtral"},
+    "qwen2-moe": {"family": "qwen2-moe"},
+    "qwen3-moe": {"family": "qwen3-moe"},
 }
 
 
-def sft_gradients(model: torch.nn.Module, temperature: float) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Per row log-probs of the targets, and the gradient of their negated mean, one row at a time."""
+def sft_gradients(
+    model: PreTrainedModel, temperature: float, scratch: Path
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Per row log-probs of the targets, and the gradient of their negated mean, one row at a time.
+
+    Gradients come under the names of a checkpoint, where experts lie one by one: saved as if they were the weights.
+    """
     rows, log_probs = make_rows(), []
     denominator = sum(row.num_targets for row in rows)
     for row in rows:
@@ -41,7 +50,10 @@ def sft_gradients(model: torch.nn.Module, temperature: float) -> tuple[list[torc
         chosen = logits.log_softmax(-1).gather(-1, ids[0, row.prompt_length :, None])[:, 0]
         (-chosen.sum() / denominator).backward()
         log_probs.append(chosen.detach())
-    return log_probs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    model.save_pretrained(scratch)
+    return log_probs, load_file(scratch / "model.safetensors")
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["packed", "shared-prefix"])
@@ -50,7 +62,7 @@ def test_log_probs_and_gradients(ranks: RankPool, tmp_path: Path, name: str, sha
     directory = make_model(tmp_path / "model", **MODELS[name])
     layout = Layout(share_prefix=share, max_tokens=200)
     result: Result = ranks.run(1, parity_case, layout, directory, "sft", 0.8)[0]
-    expected, gradients = sft_gradients(AutoModelForCausalLM.from_pretrained(directory), 0.8)
+    expected, gradients = sft_gradients(AutoModelForCausalLM.from_pretrained(directory), 0.8, tmp_path / "gradients")
     for row, log_probs in enumerate(expected):
         torch.testing.assert_close(result.forward[row], log_probs, atol=1e-5, rtol=0)
     found = assemble([result.gradients])

@@ -31,6 +31,7 @@ class Result:
     grad_norm: float = 0.0
     gradients: Parts = field(default_factory=list)
     weights: Parts = field(default_factory=list)  # after one optimizer step
+    after: dict[int, Tensor] = field(default_factory=dict)  # log-probs or values after it
 
 
 def make_rows(*, groups: int = 3, samples: int = 3, vocab_size: int = 100, seed: int = 5) -> list[TrainingRow]:
@@ -79,7 +80,8 @@ def parity_case(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir, head="value" if objective == "critic" else "lm", temperature=temperature)
         rows, result = make_rows(), Result()
-        result.forward = engine.values(rows) if objective == "critic" else engine.log_probs(rows)
+        forward = engine.values if objective == "critic" else engine.log_probs
+        result.forward = forward(rows)
         reduce_whole(engine)
         denominator = float(sum(row.num_targets for row in rows) if objective == "sft" else len(rows))
         result.loss, result.metrics, result.outputs = engine.accumulate_gradients(
@@ -89,6 +91,7 @@ def parity_case(
         engine.config.finalize_model_grads_func = sum_gradients
         step = engine.train_step(rows, make_objective(objective), denominator=denominator)
         result.grad_norm = step.grad_norm
+        result.after = forward(rows)
         result.weights = parts(engine, gradients=False)
         return result
 

@@ -17,9 +17,17 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     data: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    virtual: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
     sequence_parallel: bool = False
+    cp_comm_type: str = "p2p"
     distributed_optimizer: bool = False
+    overlap: bool = False
     share_prefix: bool = False
     max_tokens: int = 64
     bf16: bool = False
@@ -27,7 +35,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
 
 SINGLE = Layout()
@@ -41,17 +49,73 @@ LAYOUTS = {
     "TP2-SP-DP2-distopt": Layout(tensor=2, sequence_parallel=True, data=2, distributed_optimizer=True),
     "PP2-DP2-distopt": Layout(pipeline=2, data=2, distributed_optimizer=True),
     "large-micro-batch": Layout(max_tokens=512),
+    "unpacked": Layout(max_tokens=20),
     "share-prefix": Layout(share_prefix=True, max_tokens=128),
     "share-prefix-TP2-SP": Layout(share_prefix=True, max_tokens=128, tensor=2, sequence_parallel=True),
     "share-prefix-PP2": Layout(share_prefix=True, max_tokens=128, pipeline=2),
     "recompute-full": Layout(recompute="full"),
+    "recompute-selective": Layout(recompute="selective"),
+    "PP2-VPP2": Layout(pipeline=2, virtual=2),
+    "PP2-uneven": Layout(pipeline=2, first_stage_layers=1),
+    "PP3-uneven": Layout(pipeline=3, first_stage_layers=1, last_stage_layers=1),
+    "CP2-p2p": Layout(context=2),
+    "CP2-all-gather": Layout(context=2, cp_comm_type="all_gather"),
+    "DP2-distopt-overlap": Layout(data=2, distributed_optimizer=True, overlap=True),
+}
+LARGE_LAYOUTS = {
+    "TP4": Layout(tensor=4),
+    "PP4": Layout(pipeline=4),
+    "CP4-p2p": Layout(context=4),
+    "CP4-all-gather": Layout(context=4, cp_comm_type="all_gather"),
+    "CP3-p2p": Layout(context=3),
+    "TP2-SP-CP2": Layout(tensor=2, sequence_parallel=True, context=2),
+    "TP2-SP-CP2-all-gather": Layout(tensor=2, sequence_parallel=True, context=2, cp_comm_type="all_gather"),
+    "PP2-CP2": Layout(pipeline=2, context=2),
+    "CP2-DP2-distopt": Layout(context=2, data=2, distributed_optimizer=True),
+    "TP2-PP2-VPP2": Layout(tensor=2, pipeline=2, virtual=2),
+    "TP2-SP-PP2-VPP2": Layout(tensor=2, sequence_parallel=True, pipeline=2, virtual=2),
+    "PP2-VPP2-DP2-distopt-overlap": Layout(pipeline=2, virtual=2, data=2, distributed_optimizer=True, overlap=True),
+    "PP2-VPP2-CP2": Layout(pipeline=2, virtual=2, context=2),
+    "TP2-SP-recompute-full-DP2": Layout(tensor=2, sequence_parallel=True, data=2, recompute="full"),
+    "TP2-SP-DP2-distopt-overlap": Layout(
+        tensor=2, sequence_parallel=True, data=2, distributed_optimizer=True, overlap=True
+    ),
+    "TP2-SP-PP2-CP2": Layout(tensor=2, sequence_parallel=True, pipeline=2, context=2),
+    "TP2-SP-PP2-DP2-distopt": Layout(tensor=2, sequence_parallel=True, pipeline=2, data=2, distributed_optimizer=True),
+    "TP2-SP-PP2-VPP2-CP2": Layout(tensor=2, sequence_parallel=True, pipeline=2, virtual=2, context=2),
+}
+MOE_LAYOUTS = {
+    "EP2": Layout(data=2, expert=2),
+    "EP2-distopt": Layout(data=2, expert=2, distributed_optimizer=True),
+    "TP2-SP": Layout(tensor=2, sequence_parallel=True),
+    "TP2-SP-EP2-ETP1": Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
+    "CP2-EP2": Layout(context=2, expert=2),
+    "PP2": Layout(pipeline=2),
+    "PP2-VPP2": Layout(pipeline=2, virtual=2),
+    "DP2-overlap": Layout(data=2, distributed_optimizer=True, overlap=True),
+}
+LARGE_MOE_LAYOUTS = {
+    "EP4": Layout(data=4, expert=4),
+    "EP2-PP2": Layout(data=2, expert=2, pipeline=2),
+    "EP2-DP4-distopt": Layout(data=4, expert=2, distributed_optimizer=True),
+    "TP2-SP-EP2-ETP2": Layout(tensor=2, sequence_parallel=True, data=2, expert=2, expert_tensor=2),
+    "TP2-SP-EP4-ETP1-DP2": Layout(tensor=2, sequence_parallel=True, data=2, expert=4, expert_tensor=1),
+    "TP2-SP-CP2-EP2": Layout(tensor=2, sequence_parallel=True, context=2, expert=2),
+    "PP2-VPP2-EP2": Layout(pipeline=2, virtual=2, data=2, expert=2),
 }
 
 
 @contextmanager
 def world(layout: Layout, rank: int, init_method: str) -> Iterator[None]:
     """Join a world in this layout for the block."""
-    sizes = ParallelSizes(tensor=layout.tensor, pipeline=layout.pipeline)
+    sizes = ParallelSizes(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        context=layout.context,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        virtual=layout.virtual,
+    )
     initialize_groups(
         sizes, rank=rank, world_size=layout.world_size, init_method=init_method, seed=1, timeout_minutes=2
     )
@@ -78,6 +142,8 @@ def build(
         lr_decay_style="constant",
         adam_eps=1e-4,  # large, so that a step is a smooth function of the gradient
         use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap,
     )
     return MegatronEngine(
         model_dir,
@@ -85,6 +151,9 @@ def build(
         model=ModelOptions(
             sequence_parallel=layout.sequence_parallel,
             bf16=layout.bf16,
+            cp_comm_type=layout.cp_comm_type,
+            decoder_first_pipeline_num_layers=layout.first_stage_layers,
+            decoder_last_pipeline_num_layers=layout.last_stage_layers,
             recompute_granularity=layout.recompute,
             recompute_method="uniform" if layout.recompute == "full" else None,
             recompute_num_layers=1 if layout.recompute == "full" else None,

@@ -28,13 +28,16 @@ def _serve(connection: Connection, rank: int) -> None:
 
 
 class RankPool:
-    """Up to `size` processes; run(world_size, f, ...) calls f(rank, world_size, init_method, ...) on the first ones."""
+    """Processes for ranks; run(world_size, f, ...) calls f(rank, world_size, init_method, ...) on the first ones."""
 
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
-        self._pipes, self._processes = [], []
-        for rank in range(size):
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def _grow(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(len(self._pipes), size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank))
             process.start()
@@ -44,6 +47,7 @@ class RankPool:
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Results in rank order; the first rank's traceback is raised."""
+        self._grow(world_size)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

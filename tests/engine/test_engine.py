@@ -63,10 +63,12 @@ def poisoned_step(rank: int, world_size: int, init_method: str, model_dir: Path)
     with world(SINGLE, rank, init_method):
         engine, rows = build(SINGLE, model_dir), make_rows()
         rows[4].fields["advantages"][0] = torch.nan
-        before = [p.detach().clone() for p in engine.bare.parameters()]
+        before = [p.detach().clone() for _, p in engine.named_parameters()]
         with pytest.raises(NonFiniteError) as raised:
             engine.train_step(rows, make_objective("actor"), denominator=9.0)
-        return str(raised.value), all(torch.equal(a, b) for a, b in zip(before, engine.bare.parameters(), strict=True))
+        return str(raised.value), all(
+            torch.equal(a, b) for a, b in zip(before, (p for _, p in engine.named_parameters()), strict=True)
+        )
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(ranks: RankPool, tmp_path: Path) -> None:

@@ -7,11 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from megarlhf.data.tensor_file import TensorFile
-from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, build, world
+from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
 
-ROUND_TRIPS = {"TP1": SINGLE, **{name: LAYOUTS[name] for name in ("TP2", "PP2", "TP2-PP2")}}
+DENSE = {"TP1": SINGLE, **{n: LAYOUTS[n] for n in ("TP2", "PP2", "TP2-PP2", "PP2-VPP2", "CP2-p2p", "PP2-uneven")}}
+MOE = {"TP1": SINGLE, **{n: MOE_LAYOUTS[n] for n in ("EP2", "TP2-SP", "TP2-SP-EP2-ETP1", "CP2-EP2", "PP2-VPP2")}}
+MOE_FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe")
+FAMILIES = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]
+CASES = [(family, tied, name) for family, tied in FAMILIES for name in DENSE]
+CASES += [(family, False, name) for family in MOE_FAMILIES for name in MOE]
 
 
 def round_trip(
@@ -31,15 +36,15 @@ def round_trip(
         return {name: tensor.numpy().tobytes() for name, tensor in engine.weights.iter_hf_weights()}
 
 
-@pytest.mark.parametrize("layout", ROUND_TRIPS)
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", False)])
-def test_round_trip_is_bit_exact(ranks: RankPool, tmp_path: Path, layout: str, family: str, tied: bool) -> None:
+@pytest.mark.parametrize(("family", "tied", "name"), CASES)
+def test_round_trip_is_bit_exact(ranks: RankPool, tmp_path: Path, family: str, tied: bool, name: str) -> None:
+    layout = MOE[name] if family in MOE_FAMILIES else DENSE[name]
     source = make_model(tmp_path / "model", family=family, tied=tied)
     target = tmp_path / "out.safetensors"
-    streams = ranks.run(ROUND_TRIPS[layout].world_size, round_trip, ROUND_TRIPS[layout], source, target)
+    streams = ranks.run(layout.world_size, round_trip, layout, source, target)
     expected, written = load_file(source / "model.safetensors"), load_file(target)
     assert set(written) == set(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(written[name], tensor), name
+    for tensor_name, tensor in expected.items():
+        assert torch.equal(written[tensor_name], tensor), tensor_name
         for stream in streams:
-            assert stream[name] == tensor.numpy().tobytes(), name
+            assert stream[tensor_name] == tensor.numpy().tobytes(), tensor_name

@@ -1,0 +1,50 @@
+"""Context parallelism: which part of a packed line each rank of the context group has.
+
+Every segment of a line that is shared by n ranks is cut into 2n equal chunks, of which rank r has chunks r and
+2n - 1 - r: an early and a late one, so that all ranks attend to as much (the order of Megatron-Core and
+TransformerEngine).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megarlhf.data.types import MicroBatch
+
+
+def context_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """Positions of the line that one of `size` context ranks has, in its order: [t / size] int64."""
+    parts = []
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        chunk = (stop - start) // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+    return torch.cat(parts)
+
+
+def context_part(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
+    """One context rank's part of a line that was packed for `size` of them."""
+    if size == 1:
+        return micro_batch
+    mine = context_indices(micro_batch.cu_seqlens, rank, size)
+    return replace(
+        micro_batch,
+        tokens=micro_batch.tokens[mine],
+        targets=micro_batch.targets[mine],
+        position_ids=micro_batch.position_ids[mine],
+        target_mask=micro_batch.target_mask[mine],
+        fields={name: line[mine] for name, line in micro_batch.fields.items()},
+        context_size=size,
+    )
+
+
+def join_context(parts: Sequence[Tensor], cu_seqlens: Tensor) -> Tensor:
+    """The whole line from every context rank's part, in rank order: the inverse of `context_part`."""
+    if len(parts) == 1:
+        return parts[0]
+    line = parts[0].new_empty(int(cu_seqlens[-1]))
+    for rank, part in enumerate(parts):
+        line[context_indices(cu_seqlens, rank, len(parts))] = part
+    return line
