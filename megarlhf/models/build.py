@@ -27,7 +27,7 @@ class ModelOptions:
 
     bf16: bool = False
     sequence_parallel: bool = False
-    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
     decoder_first_pipeline_num_layers: int | None = None
     decoder_last_pipeline_num_layers: int | None = None
     moe_aux_loss_coeff: float = 0.0
