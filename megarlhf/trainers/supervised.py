@@ -56,6 +56,7 @@ def train(
             "sft/grad_norm": result.grad_norm,
             "sft/learning_rate": result.learning_rate,
             "data/epoch": sampler.epoch(step),
+            **{f"sft/{name}": value for name, value in result.metrics.items()},
         }
         if eval_rows and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
             with timers("eval"):
