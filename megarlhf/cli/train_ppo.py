@@ -136,7 +136,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
         rule_pattern=config.reward.reward_format,
         timeout_seconds=config.reward.reward_timeout_seconds,
     )
-    identity = model_identity(config.model.pretrain, config.layout) | {
+    identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
         "rollout_batch_size": config.batch.rollout_batch_size,  # with the seed and the step: the place in the data
@@ -145,7 +145,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
     (prompts, eval_prompts, stop_tokens), continued, *_ = all_or_errors(
         [
             lambda: load_data(config),
-            lambda: resumed_step(config.logging.load, identity),
+            lambda: resumed_step(config.logging, identity),
             check_models,
             reward.check,
         ]

@@ -64,7 +64,7 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     identity = model_identity(config.model.pretrain, config.layout)
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
-    continued, data, *evaluation = all_or_errors([partial(resumed_step, config.logging.load, identity), *steps])
+    continued, data, *evaluation = all_or_errors([partial(resumed_step, config.logging, identity), *steps])
     return data, evaluation[0] if evaluation else None, identity, continued
 
 
@@ -118,7 +118,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
     )
     directory, first = Path(config.logging.save), 0
     if config.logging.load is not None:
-        first = supervised.load(engine, Path(config.logging.load) / "checkpoints", identity=identity)
+        first = supervised.load(engine, config.logging, identity=identity)
     sinks = None
     if rank == 0:
         open_run_directory(config.logging.save, to_yaml(config))

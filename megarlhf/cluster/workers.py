@@ -157,7 +157,7 @@ class MegatronWorker:
         """Continue from this role's checkpoint."""
         from megarlhf.engine.checkpoint import load_engine
 
-        load_engine(self.engine, Path(directory))
+        load_engine(self.engine, Path(directory), with_optimizer=not self.spec.config.logging.no_load_optim)
 
     def sleep(self) -> None:
         """Give the device to other roles."""

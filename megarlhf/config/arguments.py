@@ -300,6 +300,9 @@ class LoggingArguments:
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, the trained model in hf/, and logs."""
     load: str | None = None
     """Run directory to continue from, often the same as save. None: start from pretrain."""
+    no_load_optim: bool = False
+    """Continue with the weights alone: optimizers forget their running means, as they must where the new layout cannot
+    take them over (experts split or no longer split, use_distributed_optimizer changed)."""
     save_interval: int | None = None
     """Steps between checkpoints. None: only after the last step."""
     eval_interval: int | None = None

@@ -206,6 +206,8 @@ def _logging_errors(logging: LoggingArguments, *, evaluation: str, path: str | N
     errors = save_errors(logging.save, logging.load)
     if logging.load is not None:
         errors += load_errors(logging.load)
+    elif logging.no_load_optim:
+        errors.append("no_load_optim=True has nothing to load without load: set load, or leave it out")
     if logging.eval_interval is not None and path is None:
         errors.append(f"eval_interval={logging.eval_interval} has nothing to evaluate on: set {evaluation}")
     if logging.use_wandb and not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":

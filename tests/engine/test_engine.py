@@ -96,6 +96,44 @@ def test_resume_with_experts(ranks: RankPool, tmp_path: Path, layout: str) -> No
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [("EP2-distopt", "DP2"), ("DP2", "EP2-distopt"), ("EP2", "single")])
+def test_weights_alone_cross_the_border_of_expert_parallelism(
+    ranks: RankPool, tmp_path: Path, saved: str, loaded: str
+) -> None:
+    layouts = MOE_LAYOUTS | {"DP2": Layout(data=2, distributed_optimizer=True), "single": SINGLE}
+    model_dir = make_model(tmp_path / "model", family="mixtral")
+    trained = ranks.run(layouts[saved].world_size, save_weights, layouts[saved], model_dir, tmp_path / "checkpoint")
+    found = ranks.run(layouts[loaded].world_size, load_weights, layouts[loaded], model_dir, tmp_path / "checkpoint")
+    expected = assemble(trained)
+    for name, tensor in assemble([weights for weights, _ in found]).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert all(learning_rate == pytest.approx(1e-3) for _, learning_rate in found)
+
+
+def save_weights(
+    rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, target: Path
+) -> Weights:
+    """Train, save, and return the weights."""
+    with world(layout, rank, init_method):
+        engine = build(layout, model_dir)
+        engine.train_step(make_rows(), make_objective("sft"), denominator=50.0)
+        save_engine(engine, target)
+        return parts(engine, gradients=False)
+
+
+def load_weights(
+    rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, source: Path
+) -> tuple[Weights, float]:
+    """Load without the optimizer, return the weights, and see that a step and a save still work."""
+    with world(layout, rank, init_method):
+        engine = build(layout, model_dir)
+        load_engine(engine, source, with_optimizer=False)
+        loaded = parts(engine, gradients=False)
+        save_engine(engine, source.with_name("again"))
+        assert engine.scheduler.num_steps == 1
+        return loaded, engine.train_step(make_rows(), make_objective("sft"), denominator=50.0).learning_rate
+
+
 def balance_gradients(
     rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path
 ) -> tuple[Weights, dict[str, float]]:
