@@ -411,6 +411,35 @@ class SFTDataArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParityArguments:
+    """What is compared."""
+
+    num_gpus_per_node: int = 1
+    """Ranks of the layout, all on this machine: one GPU each, or one process each."""
+    objectives: tuple[Literal["sft", "actor", "critic"], ...] = ("sft", "actor", "critic")
+    """Losses to run: supervised, the PPO policy's, the critic's."""
+    num_groups: int = 3
+    """Prompts of random tokens; each has three responses."""
+    longest: int = 48
+    """Most tokens of a response."""
+    max_tokens_per_micro_batch: int = 256
+    """Tokens in one forward and backward pass of a rank."""
+    share_prompt_prefix: bool = False
+    """Compute each prompt once for its responses, in the layout under test. The reference never does."""
+    tolerance: float = 1.0
+    """Multiple of the built-in tolerances, which hold for fp32 or, with bf16, for bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityConfig:
+    """Compare a layout with one process: log-probs, loss, gradients, one optimizer step."""
+
+    model: ModelArguments
+    layout: LayoutArguments = field(default_factory=LayoutArguments)
+    parity: ParityArguments = field(default_factory=ParityArguments)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """Supervised fine-tuning."""
 

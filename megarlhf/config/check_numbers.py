@@ -11,6 +11,7 @@ from typing import Any
 from megarlhf.config.arguments import (
     AlgorithmArguments,
     BatchArguments,
+    ParityConfig,
     PPOConfig,
     RolloutArguments,
     SFTConfig,
@@ -34,13 +35,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "actor_num_nodes actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node num_gpus_per_node "
         "vllm_num_engines vllm_tensor_parallel_size train_iters rollout_batch_size n_samples_per_prompt "
         "global_batch_size micro_batch_size max_tokens_per_micro_batch max_epochs max_len prompt_max_len "
-        "generate_max_len max_num_seqs max_samples kl_horizon save_interval eval_interval log_interval max_ckpt_num",
+        "generate_max_len max_num_seqs num_groups longest max_samples kl_horizon "
+        "save_interval eval_interval log_interval max_ckpt_num",
     ),
     (
         "above 0",
         lambda v: v > 0,
-        "distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds adam_eps "
-        "value_clip kl_target temperature vllm_kv_cache_gib logprob_diff_budget",
+        "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
+        "adam_eps value_clip kl_target temperature vllm_kv_cache_gib logprob_diff_budget",
     ),
     (
         "0 or more",
@@ -58,7 +60,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 LIMITS = {name: (range_text, holds) for range_text, holds, names in _RANGES for name in names.split()}
 
 
-def limit_errors(config: PPOConfig | SFTConfig) -> list[str]:
+def limit_errors(config: PPOConfig | SFTConfig | ParityConfig) -> list[str]:
     """Numbers outside their own range; None is in every range."""
     errors = []
     for group in (getattr(config, f.name) for f in dataclasses.fields(config)):

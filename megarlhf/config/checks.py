@@ -12,6 +12,7 @@ from pathlib import Path
 from megarlhf.config.arguments import (
     LoggingArguments,
     ModelArguments,
+    ParityConfig,
     PPOConfig,
     PromptDataArguments,
     RewardArguments,
@@ -118,6 +119,17 @@ def check_sft(config: SFTConfig, supported_architectures: Sequence[str] = SUPPOR
     errors += _template_errors(config.data, config.model)
     errors += _supervised_data_errors(config.data)
     errors += _logging_errors(config.logging, evaluation="eval_dataset", path=config.data.eval_dataset)
+    return errors
+
+
+def check_parity(config: ParityConfig, supported_architectures: Sequence[str] = SUPPORTED_ARCHITECTURES) -> list[str]:
+    """Every mistake found in a comparison of layouts, none where it may start."""
+    parity, layout = config.parity, config.layout
+    models, errors = _models(config.model, supported_architectures, uses_critic=False)
+    errors += limit_errors(config)
+    errors += shared_errors(layout) + layout_errors(layout, models)
+    world_size = parity.num_gpus_per_node
+    errors += world_errors(f"num_gpus_per_node={world_size}", world_size, layout, 3 * parity.num_groups)
     return errors
 
 

@@ -12,7 +12,8 @@ from megarlhf.data.packing import plan_micro_batches
 from megarlhf.data.types import TrainingRow
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import NonFiniteError
-from tests.distributed.cases import assemble, make_objective, make_rows, parts, reduce_whole
+from megarlhf.trainers.parity import parity_objective, whole_gradients
+from tests.distributed.cases import assemble, make_rows, parts
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
@@ -27,9 +28,9 @@ def save_after(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
         for _ in range(steps):
-            engine.train_step(make_rows(), make_objective("sft"), denominator=50.0)
+            engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
         save_engine(engine, target)
-        step = engine.train_step(make_rows(seed=6), make_objective("sft"), denominator=50.0)
+        step = engine.train_step(make_rows(seed=6), parity_objective("sft"), denominator=50.0)
         return parts(engine, gradients=False), step.learning_rate
 
 
@@ -40,7 +41,7 @@ def load_and_step(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
         load_engine(engine, source)
-        step = engine.train_step(make_rows(seed=6), make_objective("sft"), denominator=50.0)
+        step = engine.train_step(make_rows(seed=6), parity_objective("sft"), denominator=50.0)
         return parts(engine, gradients=False), step.learning_rate
 
 
@@ -116,7 +117,7 @@ def save_weights(
     """Train, save, and return the weights."""
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
-        engine.train_step(make_rows(), make_objective("sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
         save_engine(engine, target)
         return parts(engine, gradients=False)
 
@@ -131,7 +132,7 @@ def load_weights(
         loaded = parts(engine, gradients=False)
         save_engine(engine, source.with_name("again"))
         assert engine.scheduler.num_steps == 1
-        return loaded, engine.train_step(make_rows(), make_objective("sft"), denominator=50.0).learning_rate
+        return loaded, engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0).learning_rate
 
 
 def balance_gradients(
@@ -140,8 +141,8 @@ def balance_gradients(
     """Gradients of the supervised loss with the load-balancing loss beside it, and the routers' metrics."""
     with world(layout, rank, init_method):
         engine, rows = build(layout, model_dir), balanced_rows()
-        reduce_whole(engine)
-        _, metrics, _ = engine.accumulate_gradients(rows, make_objective("sft"), denominator=30.0)
+        with whole_gradients(engine):
+            _, metrics, _ = engine.accumulate_gradients(rows, parity_objective("sft"), denominator=30.0)
         return parts(engine, gradients=True), metrics
 
 
@@ -205,7 +206,7 @@ def poisoned_step(rank: int, world_size: int, init_method: str, model_dir: Path)
         rows[4].fields["advantages"][0] = torch.nan
         before = [p.detach().clone() for _, p in engine.named_parameters()]
         with pytest.raises(NonFiniteError) as raised:
-            engine.train_step(rows, make_objective("actor"), denominator=9.0)
+            engine.train_step(rows, parity_objective("actor"), denominator=9.0)
         return str(raised.value), all(
             torch.equal(a, b) for a, b in zip(before, (p for _, p in engine.named_parameters()), strict=True)
         )
