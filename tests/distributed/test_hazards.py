@@ -92,11 +92,13 @@ def reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tupl
 @pytest.mark.parametrize("hazard", HAZARDS)
 def test_without_its_guard_the_layout_differs(ranks: RankPool, reference: tuple[Path, Path], hazard: str) -> None:
     _, layout, quantity, at_least = HAZARDS[hazard]
-    with_guard, without = (
-        ranks.run(layout.world_size, guarded_case, *reference, hazard, guarded)[0] for guarded in (True, False)
-    )
-    assert with_guard[quantity] < at_least / 10
-    assert without[quantity] > at_least
+
+    def difference(guarded: bool) -> float:
+        return ranks.run(layout.world_size, guarded_case, *reference, hazard, guarded)[0][quantity]
+
+    assert difference(guarded=True) < at_least / 10
+    # what is freed while it is sent is lost in most runs, not in all: ten tries
+    assert any(difference(guarded=False) > at_least for _ in range(10))
 
 
 def resumed_weights(
