@@ -8,6 +8,7 @@ weights after one optimizer step, and log-probs again.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,8 @@ def parity_rows(
 ) -> list[TrainingRow]:
     """Groups of samples with equal prompts, ragged responses and every field that a loss may ask for.
 
+    `old_log_probs` and `ref_log_probs` are distances from the model's own, to be added by `anchored`.
+
     Args:
         longest: no response has more tokens than this, nor a prompt much more.
     """
@@ -53,12 +56,19 @@ def parity_rows(
         for length in draw(2, longest, samples):
             names = ("advantages", "old_log_probs", "ref_log_probs", "old_values", "returns")
             fields = {name: torch.randn(length, generator=generator) for name in names}
-            fields["old_log_probs"] = fields["old_log_probs"] - 4.6
-            fields["ref_log_probs"] = fields["ref_log_probs"] - 4.6
             fields["weights"] = torch.full((length,), 1.0 / length)
             ids = (*prompt, *draw(3, vocab_size, length))
             rows.append(TrainingRow(input_ids=ids, prompt_length=len(prompt), group_id=group, fields=fields))
     return rows
+
+
+def anchored(rows: list[TrainingRow], log_probs: dict[int, Tensor]) -> list[TrainingRow]:
+    """Rows with old and reference log-probs near the model's own, where ratios are moderate and some are clipped."""
+    names = ("old_log_probs", "ref_log_probs")
+    return [
+        replace(row, fields=row.fields | {name: row.fields[name] + log_probs[index] for name in names})
+        for index, row in enumerate(rows)
+    ]
 
 
 def parity_objective(name: ObjectiveName) -> Objective:
@@ -111,18 +121,20 @@ def hf_parts(engine: MegatronEngine, *, gradients: bool) -> Iterator[Part]:
                 yield shard.hf_name, shard.index, shard.view.float().reshape(shape)
 
 
-def _run(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], record: Record) -> dict[str, Any]:
-    """Everything that is compared; gradients and weights go through `record` while they exist."""
-    forward = engine.values if name == "critic" else engine.log_probs
+def _forward(engine: MegatronEngine, rows: list[TrainingRow]) -> dict[int, Tensor]:
+    return engine.values(rows) if engine.head == "value" else engine.log_probs(rows)
+
+
+def _train(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], record: Record) -> dict[str, Any]:
+    """What is compared after the forward pass; gradients and weights go through `record` while they exist."""
     denominator, objective = parity_denominator(name, rows), parity_objective(name)
-    found: dict[str, Any] = {"forward": forward(rows)}
     with whole_gradients(engine):
         loss, metrics, outputs = engine.accumulate_gradients(rows, objective, denominator=denominator)
-    found |= {"loss": loss, "metrics": metrics, "training": outputs}
+    found: dict[str, Any] = {"loss": loss, "metrics": metrics, "training": outputs}
     record("gradients", hf_parts(engine, gradients=True))
     found["grad norm"] = engine.train_step(rows, objective, denominator=denominator).grad_norm
     record("step", hf_parts(engine, gradients=False))
-    return found | {"after": forward(rows)}
+    return found | {"after": _forward(engine, rows)}
 
 
 def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], directory: Path) -> None:
@@ -136,7 +148,8 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: list[Trai
                 file.view(hf_name)[index] = part
 
     directory.mkdir()
-    found = _run(engine, name, rows, record)
+    forward = _forward(engine, rows)
+    found = _train(engine, name, anchored(rows, forward), record) | {"forward": forward}
     tokens = {
         f"{quantity}.{row}": values.contiguous()
         for quantity in ("forward", "training", "after")
@@ -163,8 +176,10 @@ def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow]
             for hf_name, index, part in parts:
                 note(quantity, part.cpu() - file.view(hf_name)[index])
 
-    found = _run(engine, name, rows, record)
     tokens = load_file(directory / "tokens.safetensors")
+    forward = _forward(engine, rows)
+    rows = anchored(rows, {index: tokens[f"forward.{index}"] for index in range(len(rows))})
+    found = _train(engine, name, rows, record) | {"forward": forward}
     for quantity in ("forward", "training", "after"):
         seen = torch.zeros(len(rows), device=current_device())
         for row, values in found[quantity].items():
