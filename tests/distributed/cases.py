@@ -109,7 +109,7 @@ def parts(engine: MegatronEngine, *, gradients: bool) -> Parts:
     """This rank's gradients or weights under their HF names."""
     found: Parts = []
     for bound in engine.weights.bound:
-        if bound.exported:
+        if bound.exported and not (gradients and bound.weight.buffer):
             data = bound.param.main_grad if gradients else bound.param.data
             for shard in engine.weights._shards(bound, data):
                 part = shard.view.float()
