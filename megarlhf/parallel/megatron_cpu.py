@@ -237,7 +237,13 @@ def _mend_dispatcher(token_dispatcher: Any) -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
+def _mend_latent_attention(multi_latent_attention: Any) -> None:
+    """Where Megatron-Core puts mocks in place of TransformerEngine's layers, this module takes them for layers."""
+    multi_latent_attention.HAVE_TE = False
+
+
 _MENDS = {
+    "megatron.core.transformer.multi_latent_attention": _mend_latent_attention,
     "megatron.core.transformer.moe.moe_utils": _mend_moe,
     "megatron.core.transformer.moe.token_dispatcher": _mend_dispatcher,
     "megatron.core.tensor_parallel.random": _mend_random_state,
