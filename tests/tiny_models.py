@@ -70,12 +70,14 @@ _OPTIONS: dict[str, dict[str, object]] = {
         "mlp_only_layers": [0],
     },
     "gemma2": {  # in rows of up to 20 tokens every limit is felt
+        "tie_word_embeddings": True,
         "sliding_window": 6,
         "attn_logit_softcapping": 1.5,
         "final_logit_softcapping": 1.0,
         "query_pre_attn_scalar": 20,
     },
     "gemma3": {
+        "tie_word_embeddings": True,
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         "query_pre_attn_scalar": 20,

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from tests.distributed.cases import OBJECTIVES, Result, assemble, parity_case
-from tests.distributed.layouts import LARGE_LAYOUTS, LARGE_MOE_LAYOUTS, LAYOUTS, MOE_LAYOUTS, Layout
+from tests.distributed.layouts import (
+    LARGE_LAYOUTS,
+    LARGE_MOE_LAYOUTS,
+    LATENT_LAYOUTS,
+    LAYOUTS,
+    MOE_LAYOUTS,
+    WINDOW_LAYOUTS,
+    Layout,
+)
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
 
@@ -99,6 +107,23 @@ def test_layout_equals_one_process(ranks: RankPool, models: Models, kind: str, n
 @pytest.mark.parametrize("name", MOE_LAYOUTS)
 def test_layout_of_experts_equals_one_process(ranks: RankPool, models: Models, name: str, objective: str) -> None:
     _check(ranks, models, "mixtral", name, MOE_LAYOUTS[name], objective)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", WINDOW_LAYOUTS)
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_layout_with_windows_equals_one_process(
+    ranks: RankPool, models: Models, kind: str, name: str, objective: str
+) -> None:
+    _check(ranks, models, kind, name, WINDOW_LAYOUTS[name], objective)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", LATENT_LAYOUTS)
+def test_layout_of_latent_attention_equals_one_process(
+    ranks: RankPool, models: Models, name: str, objective: str
+) -> None:
+    _check(ranks, models, "deepseek-v3", name, LATENT_LAYOUTS[name], objective)
 
 
 @pytest.mark.slow
