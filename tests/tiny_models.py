@@ -80,7 +80,7 @@ _OPTIONS: dict[str, dict[str, object]] = {
         "tie_word_embeddings": True,
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
-        "query_pre_attn_scalar": 20,
+        "query_pre_attn_scalar": 100,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
             "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},

@@ -70,9 +70,8 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
     latent = fields.get("multi_latent_attention", False)
     if latent and ranks.tp_size > 1 and not options.sequence_parallel:
         raise ValueError(
-            f"sequence_parallel=False; tensor_model_parallel_size={ranks.tp_size} of {arch.hf_class} needs it: without "
-            "it Megatron-Core's latent attention leaves the gradient of the shared rotary key unsummed: set "
-            "sequence_parallel=True"
+            f"sequence_parallel=False; {arch.hf_class} with tensor_model_parallel_size={ranks.tp_size} needs it, as "
+            "Megatron-Core's latent attention else gives wrong gradients for what all heads share: set it to True"
         )
     return (MLATransformerConfig if latent else TransformerConfig)(
         **fields,

@@ -50,6 +50,11 @@ MODELS = {
     "deepseek-v3": {"family": "deepseek-v3"},
     "deepseek-v3-yarn": {"family": "deepseek-v3", **YARN},
 }
+PACKINGS = {
+    "packed": Layout(max_tokens=200),
+    "shared-prefix": Layout(share_prefix=True, max_tokens=200),
+    "one by one": Layout(max_tokens=max(len(row.input_ids) for row in make_rows())),  # hardly two fit
+}
 
 
 def sft_gradients(
@@ -74,12 +79,11 @@ def sft_gradients(
     return log_probs, {name: g for name, g in gradients.items() if not name.endswith("e_score_correction_bias")}
 
 
-@pytest.mark.parametrize("share", [False, True], ids=["packed", "shared-prefix"])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("name", MODELS)
-def test_log_probs_and_gradients(ranks: RankPool, tmp_path: Path, name: str, share: bool) -> None:
+def test_log_probs_and_gradients(ranks: RankPool, tmp_path: Path, name: str, packing: str) -> None:
     directory = make_model(tmp_path / "model", **MODELS[name])
-    layout = Layout(share_prefix=share, max_tokens=200)
-    result: Result = ranks.run(1, parity_case, layout, directory, "sft", 0.8)[0]
+    result: Result = ranks.run(1, parity_case, PACKINGS[packing], directory, "sft", 0.8)[0]
     expected, gradients = sft_gradients(
         AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager"), 0.8, tmp_path / "gradients"
     )
@@ -93,11 +97,14 @@ def test_log_probs_and_gradients(ranks: RankPool, tmp_path: Path, name: str, sha
         )
 
 
-def test_values_of_a_reward_model(ranks: RankPool, tmp_path: Path) -> None:
-    directory = make_model(tmp_path / "lm", family="llama")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "deepseek-v3"])
+def test_values_of_a_reward_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    directory = make_model(tmp_path / "lm", family=family)
     torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
-    model.score.weight.data.normal_()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        directory, num_labels=1, dtype=torch.float32, attn_implementation="eager"
+    )
+    model.score.weight.data.normal_(std=0.3)
     model.save_pretrained(tmp_path / "rm")
     result: Result = ranks.run(1, parity_case, SINGLE, tmp_path / "rm", "critic", 1.0)[0]
     for index, row in enumerate(make_rows()):
