@@ -86,7 +86,8 @@ _OPTIONS: dict[str, dict[str, object]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
         },
     },
-    "deepseek-v2": _LATENT_ATTENTION | {"num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
+    "deepseek-v2": _LATENT_ATTENTION
+    | {"num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "q_lora_rank": None},
     "deepseek-v3": _LATENT_ATTENTION
     | {
         "num_experts_per_tok": 4,

@@ -46,7 +46,7 @@ MODELS = {
     "qwen3-moe": {"family": "qwen3-moe"},
     "gemma2": {"family": "gemma2"},
     "gemma3": {"family": "gemma3"},
-    "deepseek-v2": {"family": "deepseek-v2", "q_lora_rank": None},
+    "deepseek-v2": {"family": "deepseek-v2"},
     "deepseek-v3": {"family": "deepseek-v3"},
     "deepseek-v3-yarn": {"family": "deepseek-v3", **YARN},
 }

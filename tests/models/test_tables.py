@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import DeepseekV2Config, DeepseekV3Config, Gemma2Config, Gemma3TextConfig, PretrainedConfig
 
 from megarlhf.models import build as build_module
@@ -61,10 +62,16 @@ def test_a_reward_model_is_found_by_its_own_class() -> None:
     assert find_architecture(config).hf_class == "Gemma3ForCausalLM"
 
 
-def test_a_soft_cap_is_refused_where_transformer_engine_computes_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_transformer_engine_lacks_is_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "device_kind", lambda: "gpu")
     with pytest.raises(NotImplementedError, match="attn_logit_softcapping=50.0"):
         build_module._block_spec(None, Additions(attention_soft_cap=50.0), None)
+    config = TransformerConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=2, window_size=(511, 0), context_parallel_size=2
+    )
+    config.cp_comm_type = "p2p"
+    with pytest.raises(NotImplementedError, match="cp_comm_type=p2p.* 512 tokens"):
+        build_module._block_spec(config, Additions(), None)
 
 
 def construct(rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path) -> str:
