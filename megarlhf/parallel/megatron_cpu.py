@@ -237,6 +237,36 @@ def _mend_dispatcher(token_dispatcher: Any) -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
+def _mend_uneven_parts(mappings: Any) -> None:
+    """gloo gathers and reduces parts of one size only; experts that are cut as well as dealt out have uneven ones."""
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_parts(
+        part: torch.Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None:
+            return gather(part, group, None, use_global_buffer)
+        whole = part.new_empty(sum(sizes), *part.shape[1:])
+        copies = torch.cat([part] * group.size())
+        torch.distributed.all_to_all_single(whole, copies, sizes, [len(part)] * group.size(), group=group)
+        return whole
+
+    def reduce_scatter_parts(
+        whole: torch.Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None:
+            return reduce_scatter(whole, group, None, use_global_buffer)
+        mine = sizes[group.rank()]
+        parts = whole.new_empty(group.size(), mine, *whole.shape[1:])
+        torch.distributed.all_to_all_single(
+            parts.flatten(0, 1), whole.contiguous(), [mine] * group.size(), sizes, group=group
+        )
+        return parts.sum(0)
+
+    mappings._gather_along_first_dim = gather_parts
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
+
+
 def _mend_latent_attention(multi_latent_attention: Any) -> None:
     """Where Megatron-Core puts mocks in place of TransformerEngine's layers, this module takes them for layers."""
     multi_latent_attention.HAVE_TE = False
@@ -246,6 +276,7 @@ _MENDS = {
     "megatron.core.transformer.multi_latent_attention": _mend_latent_attention,
     "megatron.core.transformer.moe.moe_utils": _mend_moe,
     "megatron.core.transformer.moe.token_dispatcher": _mend_dispatcher,
+    "megatron.core.tensor_parallel.mappings": _mend_uneven_parts,
     "megatron.core.tensor_parallel.random": _mend_random_state,
     "megatron.core.optimizer.distrib_optimizer": _mend_optimizer,
 }
