@@ -8,6 +8,7 @@ from megarlhf import __version__
 _COMMANDS = {
     "ppo": "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO",
     "sft": "supervised fine-tuning",
+    "parity": "compare a layout with one process",
 }
 
 
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megarlhf.cli.train_ppo import main as run
     elif command == "sft":
         from megarlhf.cli.train_sft import main as run
+    elif command == "parity":
+        from megarlhf.cli.parity import main as run
     else:
         lines = "\n".join(f"  {name:6} {text}" for name, text in _COMMANDS.items())
         known = command in ("-h", "--help")

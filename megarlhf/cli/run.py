@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megarlhf.config.arguments import LayoutArguments
+from megarlhf.config.arguments import LayoutArguments, LoggingArguments
 from megarlhf.config.checks import raise_if
 from megarlhf.engine import checkpoint_files
 
@@ -77,27 +77,35 @@ def open_run_directory(save: str, config_yaml: str) -> Path:
     return directory
 
 
-def resumed_step(load: str | None, identity: dict[str, Any]) -> int | None:
+def resumed_step(logging: LoggingArguments, identity: dict[str, Any]) -> int | None:
     """Step of the checkpoint that --load names; None for a fresh run.
 
     Raises:
         ValueError: there is no complete checkpoint, or it is of another model.
     """
-    if load is None:
+    if logging.load is None:
         return None
-    step, directory, state = checkpoint_files.latest(Path(load) / "checkpoints")
-    checkpoint_files.check_identity(state.get("identity", {}), identity, directory)
+    step, directory, state = checkpoint_files.latest(Path(logging.load) / "checkpoints")
+    saved = state.get("identity", {})
+    checkpoint_files.check_identity(saved, identity, directory, with_optimizer=not logging.no_load_optim)
     return step
 
 
-def model_identity(pretrain: str, layout: LayoutArguments) -> dict[str, Any]:
-    """What a checkpoint and a configuration must agree on: the model's shape, and how optimizer state is kept."""
+def model_identity(pretrain: str, *layouts: LayoutArguments) -> dict[str, Any]:
+    """What a checkpoint and a configuration must agree on: the model's shape, and how optimizer state is kept.
+
+    Args:
+        layouts: of each model that is trained.
+    """
     from megarlhf.models.hf_files import read_config
 
     config = read_config(pretrain)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     return {
         "architecture": (config.architectures or ["none"])[0],
-        "use_distributed_optimizer": layout.use_distributed_optimizer,
+        checkpoint_files.OPTIMIZER_STATE: {
+            "use_distributed_optimizer": layouts[0].use_distributed_optimizer,
+            "expert_model_parallel_size above 1": [layout.expert_model_parallel_size > 1 for layout in layouts],
+        },
         **{name: getattr(config, name) for name in names},
     }

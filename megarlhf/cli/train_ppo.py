@@ -14,7 +14,7 @@ from megarlhf.cli.run import (
     report_errors,
     resumed_step,
 )
-from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.arguments import LayoutArguments, PPOConfig
 from megarlhf.config.checks import check_ppo, raise_if
 from megarlhf.config.command_line import parse, to_dict, to_yaml
 from megarlhf.data.prompts import PromptData, load_prompts
@@ -24,7 +24,7 @@ from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
-from megarlhf.planner.placement import PlacementPlan, plan_placement
+from megarlhf.planner.placement import ModelSizes, PlacementPlan, plan_placement
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.trainers import rl
 from megarlhf.trainers.state import LoopState
@@ -44,7 +44,7 @@ def resolve(config: PPOConfig) -> PPOConfig:
     share = (
         batch.n_samples_per_prompt > 1
         and batch.global_batch_size % batch.n_samples_per_prompt == 0
-        and config.layout.context_parallel_size == 1
+        and max(config.layout_of(role).context_parallel_size for role in ("actor", "critic")) == 1
         and device_kind() == "cpu"
     )
     return dataclasses.replace(config, batch=dataclasses.replace(batch, share_prompt_prefix=share))
@@ -56,7 +56,7 @@ def make_plan(config: PPOConfig) -> PlacementPlan:
     Raises:
         ValueError: more processes than devices.
     """
-    cluster, layout = config.cluster, config.layout
+    cluster = config.cluster
     actor = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
     critic = None
     if config.algorithm.advantage_estimator == "gae":
@@ -72,9 +72,16 @@ def make_plan(config: PPOConfig) -> PlacementPlan:
         colocate=cluster.colocate_all_models,
         devices=device_kind(),
         cores_per_node=num_cores(),
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
+        actor_model=_sizes(config.layout_of("actor")),
+        critic_model=_sizes(config.layout_of("critic")),
+    )
+
+
+def _sizes(layout: LayoutArguments) -> ModelSizes:
+    return ModelSizes(
+        tensor=layout.tensor_model_parallel_size,
+        context=layout.context_parallel_size,
+        pipeline=layout.pipeline_model_parallel_size,
     )
 
 
@@ -129,7 +136,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
         rule_pattern=config.reward.reward_format,
         timeout_seconds=config.reward.reward_timeout_seconds,
     )
-    identity = model_identity(config.model.pretrain, config.layout) | {
+    identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
         "rollout_batch_size": config.batch.rollout_batch_size,  # with the seed and the step: the place in the data
@@ -138,7 +145,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
     (prompts, eval_prompts, stop_tokens), continued, *_ = all_or_errors(
         [
             lambda: load_data(config),
-            lambda: resumed_step(config.logging.load, identity),
+            lambda: resumed_step(config.logging, identity),
             check_models,
             reward.check,
         ]

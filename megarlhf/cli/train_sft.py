@@ -64,7 +64,7 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     identity = model_identity(config.model.pretrain, config.layout)
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
-    continued, data, *evaluation = all_or_errors([partial(resumed_step, config.logging.load, identity), *steps])
+    continued, data, *evaluation = all_or_errors([partial(resumed_step, config.logging, identity), *steps])
     return data, evaluation[0] if evaluation else None, identity, continued
 
 
@@ -91,18 +91,14 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
 
     from megarlhf.engine.engine import MegatronEngine, PackingOptions
     from megarlhf.engine.export import export_hf
-    from megarlhf.parallel.groups import ParallelSizes, destroy_groups, initialize_groups
+    from megarlhf.parallel.groups import destroy_groups, initialize_groups
     from megarlhf.trainers import supervised
-    from megarlhf.trainers.assembly import model_options, optimizer_options
+    from megarlhf.trainers.assembly import model_options, optimizer_options, parallel_sizes
     from megarlhf.trainers.sft import sft_objective
 
     stop = StopSignal()
     initialize_groups(
-        ParallelSizes(
-            tensor=layout.tensor_model_parallel_size,
-            pipeline=layout.pipeline_model_parallel_size,
-            context=layout.context_parallel_size,
-        ),
+        parallel_sizes(layout),
         rank=rank,
         world_size=world_size,
         init_method=init_method,
@@ -113,7 +109,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
     engine = MegatronEngine(
         config.model.pretrain,
         head="lm",
-        model=model_options(layout, bf16=config.model.bf16),
+        model=model_options(layout, config.model),
         packing=PackingOptions(
             max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len, share_prefix=False
         ),
@@ -122,7 +118,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
     )
     directory, first = Path(config.logging.save), 0
     if config.logging.load is not None:
-        first = supervised.load(engine, Path(config.logging.load) / "checkpoints", identity=identity)
+        first = supervised.load(engine, config.logging, identity=identity)
     sinks = None
     if rank == 0:
         open_run_directory(config.logging.save, to_yaml(config))

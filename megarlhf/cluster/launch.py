@@ -81,6 +81,7 @@ def start(
             training,
             keep=config.logging.max_ckpt_num,
             identity=identity,
+            with_optimizer=not config.logging.no_load_optim,
         )
         yield Cluster(
             roles=Roles(

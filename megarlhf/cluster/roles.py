@@ -108,8 +108,11 @@ class SharedFileSync:
 class CheckpointGroup:
     """Complete checkpoints of the training roles under one root."""
 
-    def __init__(self, root: Path, roles: dict[str, WorkerGroup], *, keep: int, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, root: Path, roles: dict[str, WorkerGroup], *, keep: int, identity: dict[str, Any], with_optimizer: bool
+    ) -> None:
         self.root, self.roles, self.keep, self.identity = root, roles, keep, identity
+        self.with_optimizer = with_optimizer  # of what is loaded
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
         """See CheckpointRole."""
@@ -129,7 +132,8 @@ class CheckpointGroup:
             ValueError: no complete checkpoint, or one of another model or algorithm.
         """
         _, directory, state = checkpoint_files.latest(root)
-        checkpoint_files.check_identity(state.get("identity", {}), self.identity, directory)
+        saved = state.get("identity", {})
+        checkpoint_files.check_identity(saved, self.identity, directory, with_optimizer=self.with_optimizer)
         for name, workers in self.roles.items():
             workers.call("load", str(directory / name))
         return state

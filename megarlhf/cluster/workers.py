@@ -62,16 +62,12 @@ class MegatronWorker:
     def start(self, init_method: str, total_steps: int) -> None:
         """Join the role's groups and load the model."""
         from megarlhf.parallel.device import freeze_garbage_collector
-        from megarlhf.parallel.groups import ParallelSizes, initialize_groups
-        from megarlhf.trainers.assembly import build_engine, build_objective
+        from megarlhf.parallel.groups import initialize_groups
+        from megarlhf.trainers.assembly import build_engine, build_objective, parallel_sizes
 
-        spec, layout = self.spec, self.spec.config.layout
+        spec, layout = self.spec, self.spec.config.layout_of(self.spec.role)
         initialize_groups(
-            ParallelSizes(
-                tensor=layout.tensor_model_parallel_size,
-                pipeline=layout.pipeline_model_parallel_size,
-                context=layout.context_parallel_size,
-            ),
+            parallel_sizes(layout),
             rank=spec.rank,
             world_size=spec.world_size,
             init_method=init_method,
@@ -161,7 +157,7 @@ class MegatronWorker:
         """Continue from this role's checkpoint."""
         from megarlhf.engine.checkpoint import load_engine
 
-        load_engine(self.engine, Path(directory))
+        load_engine(self.engine, Path(directory), with_optimizer=not self.spec.config.logging.no_load_optim)
 
     def sleep(self) -> None:
         """Give the device to other roles."""

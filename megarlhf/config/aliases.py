@@ -23,8 +23,6 @@ ALWAYS = "always so here, the flag has no effect"
 LORA = "LoRA is not offered in this version: all weights are trained"
 MIXTURE = "mixing data sets is not offered in this version: write one file and give it as"
 REWARD_MODEL = "reward models are not offered yet: use --reward_function or --reward_rule"
-VIRTUAL = "virtual pipeline stages are not offered in this version: leave it out"
-EXPERTS = "mixture-of-experts models are not offered in this version: leave it out"
 REFERENCE = "the reference model lives inside the actor's processes: set --actor_num_nodes, --actor_num_gpus_per_node"
 WANDB_ENTITY = "set the environment variable that wandb reads: "
 
@@ -96,13 +94,13 @@ ALIASES: dict[str, Alias] = {
     "value_head_prefix": Alias(
         refused="the critic's value head is named score, as Transformers names it: leave it out"
     ),
-    "num_layers_per_virtual_pipeline_stage": Alias(refused=VIRTUAL),
-    "virtual_pipeline_model_parallel_size": Alias(refused=VIRTUAL),
-    "expert_model_parallel_size": Alias(refused=EXPERTS),
-    "expert_tensor_parallel_size": Alias(refused=EXPERTS),
+    "num_layers_per_virtual_pipeline_stage": Alias(
+        refused="set --num_virtual_stages_per_pipeline_rank, the layers of a pipeline rank divided by this number"
+    ),
+    "virtual_pipeline_model_parallel_size": Alias(fields=("num_virtual_stages_per_pipeline_rank",)),
     "fp8_format": Alias(refused="FP8 is not offered in this version: set --bf16"),
     "fp8": Alias(refused="FP8 is not offered in this version: set --bf16"),
-    "aux_loss_coef": Alias(refused=EXPERTS),
+    "aux_loss_coef": Alias(fields=("moe_aux_loss_coeff",)),
     "disable_fast_tokenizer": Alias(refused="the checkpoint's own tokenizer class is used: leave it out"),
     "enable_ema": Alias(refused="averaged weights are not offered in this version"),
     # Rewards, algorithm, data

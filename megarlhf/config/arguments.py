@@ -5,7 +5,7 @@ unique across the groups of a configuration, so flags are flat (`--tensor-model-
 `config.layout.tensor_model_parallel_size`. Defaults stand here and nowhere else.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 AdvantageEstimator = Literal["gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
@@ -23,6 +23,8 @@ class ModelArguments:
     """Local directory of the tokenizer. None: the same as pretrain."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights; fp32 otherwise."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss of models with experts. 0: none."""
     seed: int = 42
     """Seed of data order, sampling and initialization, for every role."""
 
@@ -35,12 +37,29 @@ class LayoutArguments:
     """Ranks that share each layer's matrices (TP). Divides the attention heads and the KV heads."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages the layers are split into (PP). Divides the number of layers."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Chunks of layers on each pipeline rank (VPP), computed in turns so that ranks idle less. Needs PP above 1.
+    None: one."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage. None: as many as every other stage."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage, which computes the logits as well. None: as many as every other stage."""
     context_parallel_size: int = 1
     """Ranks that share each sequence (CP)."""
+    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
+    """How context-parallel ranks see each other's keys and values: they travel around a ring, or all are gathered."""
+    expert_model_parallel_size: int = 1
+    """Ranks the experts of a layer are dealt to (EP), out of the tensor-, context- and data-parallel ones."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices (ETP). None: as many as TP."""
     sequence_parallel: bool = False
     """Split the activations between matrices over the tensor-parallel ranks as well. Needs TP above 1."""
     use_distributed_optimizer: bool = True
     """Split optimizer state and fp32 master weights over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters from data-parallel ranks while the next forward pass already runs."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass to save memory: full is whole layers, selective attention only."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -49,6 +68,35 @@ class LayoutArguments:
     """With full granularity: layers in a chunk (uniform) or layers recomputed on each stage (block)."""
     distributed_timeout_minutes: float = 10.0
     """Minutes a collective waits for a missing rank before the run stops."""
+
+    @property
+    def virtual_stages(self) -> int:
+        """Chunks of layers on each pipeline rank."""
+        return self.num_virtual_stages_per_pipeline_rank or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticLayoutArguments:
+    """The critic's own layout (gae only). What is left out is as the actor's."""
+
+    critic_tensor_model_parallel_size: int | None = None
+    """Ranks that share each layer's matrices."""
+    critic_pipeline_model_parallel_size: int | None = None
+    """Pipeline stages. Where it is given, the actor's virtual and uneven stages do not count for the critic."""
+    critic_num_virtual_stages_per_pipeline_rank: int | None = None
+    """Chunks of layers on each pipeline rank."""
+    critic_decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage."""
+    critic_decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage."""
+    critic_context_parallel_size: int | None = None
+    """Ranks that share each sequence."""
+    critic_expert_model_parallel_size: int | None = None
+    """Ranks the experts of a layer are dealt to."""
+    critic_expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices."""
+    critic_sequence_parallel: bool | None = None
+    """Split activations over tensor-parallel ranks. None: as the actor, where the critic's TP is above 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +300,9 @@ class LoggingArguments:
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, the trained model in hf/, and logs."""
     load: str | None = None
     """Run directory to continue from, often the same as save. None: start from pretrain."""
+    no_load_optim: bool = False
+    """Continue with the weights alone: optimizers forget their running means, as they must where the new layout cannot
+    take them over (experts split or no longer split, use_distributed_optimizer changed)."""
     save_interval: int | None = None
     """Steps between checkpoints. None: only after the last step."""
     eval_interval: int | None = None
@@ -276,6 +327,7 @@ class PPOConfig:
 
     model: ModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
+    critic_layout: CriticLayoutArguments = field(default_factory=CriticLayoutArguments)
     cluster: ClusterArguments = field(default_factory=ClusterArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
@@ -284,6 +336,20 @@ class PPOConfig:
     data: PromptDataArguments
     reward: RewardArguments = field(default_factory=RewardArguments)
     logging: LoggingArguments
+
+    def layout_of(self, role: str) -> LayoutArguments:
+        """The actor's layout, or the critic's: the actor's with what the critic has of its own."""
+        own = {
+            name.removeprefix("critic_"): value for name, value in vars(self.critic_layout).items() if value is not None
+        }
+        if role != "critic" or not own:
+            return self.layout
+        if "pipeline_model_parallel_size" in own:
+            stages = ("num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers")
+            own = dict.fromkeys((*stages, "decoder_last_pipeline_num_layers")) | own
+        if own.get("tensor_model_parallel_size") == 1:
+            own = {"sequence_parallel": False} | own
+        return replace(self.layout, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,6 +408,35 @@ class SFTDataArguments:
     """Train on the prompt's tokens as well."""
     max_samples: int | None = None
     """Use only the first rows of the data, this many. None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityArguments:
+    """What is compared."""
+
+    num_gpus_per_node: int = 1
+    """Ranks of the layout, all on this machine: one GPU each, or one process each."""
+    objectives: tuple[Literal["sft", "actor", "critic"], ...] = ("sft", "actor", "critic")
+    """Losses to run: supervised, the PPO policy's, the critic's."""
+    num_groups: int = 3
+    """Prompts of random tokens; each has three responses."""
+    longest: int = 48
+    """Most tokens of a response."""
+    max_tokens_per_micro_batch: int = 256
+    """Tokens in one forward and backward pass of a rank."""
+    share_prompt_prefix: bool = False
+    """Compute each prompt once for its responses, in the layout under test. The reference never does."""
+    tolerance: float = 1.0
+    """Multiple of the built-in tolerances, which hold for fp32 or, with bf16, for bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityConfig:
+    """Compare a layout with one process: log-probs, loss, gradients, one optimizer step."""
+
+    model: ModelArguments
+    layout: LayoutArguments = field(default_factory=LayoutArguments)
+    parity: ParityArguments = field(default_factory=ParityArguments)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ from typing import Any
 from megarlhf.config.arguments import (
     AlgorithmArguments,
     BatchArguments,
-    ClusterArguments,
-    LayoutArguments,
+    ParityConfig,
     PPOConfig,
     RolloutArguments,
     SFTConfig,
 )
+from megarlhf.config.check_layout import one_of, size
 
 Models = Mapping[str, Mapping[str, Any]]  # option that names a checkpoint -> its config.json
 
@@ -27,21 +27,28 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 1",
         lambda v: v >= 1,
         "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size recompute_num_layers "
+        "expert_model_parallel_size expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank "
+        "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers critic_tensor_model_parallel_size "
+        "critic_pipeline_model_parallel_size critic_context_parallel_size critic_expert_model_parallel_size "
+        "critic_expert_tensor_parallel_size critic_num_virtual_stages_per_pipeline_rank "
+        "critic_decoder_first_pipeline_num_layers critic_decoder_last_pipeline_num_layers "
         "actor_num_nodes actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node num_gpus_per_node "
         "vllm_num_engines vllm_tensor_parallel_size train_iters rollout_batch_size n_samples_per_prompt "
         "global_batch_size micro_batch_size max_tokens_per_micro_batch max_epochs max_len prompt_max_len "
-        "generate_max_len max_num_seqs max_samples kl_horizon save_interval eval_interval log_interval max_ckpt_num",
+        "generate_max_len max_num_seqs num_groups longest max_samples kl_horizon "
+        "save_interval eval_interval log_interval max_ckpt_num",
     ),
     (
         "above 0",
         lambda v: v > 0,
-        "distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds adam_eps "
-        "value_clip kl_target temperature vllm_kv_cache_gib logprob_diff_budget",
+        "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
+        "adam_eps value_clip kl_target temperature vllm_kv_cache_gib logprob_diff_budget",
     ),
     (
         "0 or more",
         lambda v: v >= 0,
-        "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef",
+        "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef "
+        "moe_aux_loss_coeff",
     ),
     ("from 0 to 1", lambda v: 0 <= v <= 1, "gamma lambd lr_warmup_ratio min_lr_ratio"),
     ("from 0 to below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
@@ -53,7 +60,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 LIMITS = {name: (range_text, holds) for range_text, holds, names in _RANGES for name in names.split()}
 
 
-def limit_errors(config: PPOConfig | SFTConfig) -> list[str]:
+def limit_errors(config: PPOConfig | SFTConfig | ParityConfig) -> list[str]:
     """Numbers outside their own range; None is in every range."""
     errors = []
     for group in (getattr(config, f.name) for f in dataclasses.fields(config)):
@@ -63,152 +70,18 @@ def limit_errors(config: PPOConfig | SFTConfig) -> list[str]:
     return errors
 
 
-def layout_errors(layout: LayoutArguments, models: Models) -> list[str]:
-    """A layout that does not fit a model, or that contradicts itself."""
-    errors = _recompute_errors(layout)
-    for owner, model in models.items():
-        errors += _split_errors(layout, owner, model)
-    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
-    if layout.sequence_parallel and tp == 1:
-        errors.append(
-            "sequence_parallel=True needs tensor_model_parallel_size above 1 (activations are split over those ranks): "
-            "set tensor_model_parallel_size, or leave sequence_parallel out"
-        )
-    if cp > 1:
-        errors.append(f"context_parallel_size={cp} is not offered; only 1 is proven in this version: use 1")
-    return errors
-
-
-def _size(model: Mapping[str, Any], key: str, default: int | None = None) -> int | None:
-    """A positive size from a config.json, None where it is unknown."""
-    value = model.get(key) or default
-    return value if isinstance(value, int) and value > 0 else None
-
-
-def _split_errors(layout: LayoutArguments, owner: str, model: Mapping[str, Any]) -> list[str]:
-    """Heads and matrices over tensor-parallel ranks, layers over pipeline stages."""
-    heads, layers = _size(model, "num_attention_heads"), _size(model, "num_hidden_layers")
-    widths = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": _size(model, "num_key_value_heads", heads),
-        "intermediate_size": _size(model, "intermediate_size"),
-    }
-    pp = layout.pipeline_model_parallel_size
-    errors = _divisor_errors(
-        layout, "tensor_model_parallel_size", widths, f"{owner} (heads and matrices are split over TP)"
-    )
-    errors += _divisor_errors(
-        layout, "pipeline_model_parallel_size", {"num_hidden_layers": layers}, f"{owner} (stages are of equal depth)"
-    )
-    if layers is not None and pp > 0 and (layout.recompute_num_layers or 0) > layers // pp > 0:
-        errors.append(
-            f"recompute_num_layers={layout.recompute_num_layers} is above the {layers // pp} layers of a stage "
-            f"(num_hidden_layers={layers} of {owner}, pipeline_model_parallel_size={pp}): use at most {layers // pp}"
-        )
-    return errors
-
-
-def _divisor_errors(layout: LayoutArguments, option: str, sizes: dict[str, int | None], owner: str) -> list[str]:
-    """The option's value must divide all sizes; unknown ones are passed over."""
-    known = {key: size for key, size in sizes.items() if size is not None}
-    value = getattr(layout, option)
-    if value < 1 or not known:
-        return []
-    valid = [n for n in range(1, min(known.values()) + 1) if all(size % n == 0 for size in known.values())]
-    return [
-        f"{option}={value} does not divide {key}={size} of {owner}: use {_one_of(valid)}"
-        for key, size in known.items()
-        if size % value
-    ]
-
-
-def _one_of(numbers: list[int]) -> str:
-    """The numbers as text: "1, 2 or 4"."""
-    *rest, last = map(str, numbers)
-    return f"{', '.join(rest)} or {last}" if rest else last
-
-
-def _recompute_errors(layout: LayoutArguments) -> list[str]:
-    granularity = layout.recompute_granularity
-    details = {"recompute_method": layout.recompute_method, "recompute_num_layers": layout.recompute_num_layers}
-    if granularity == "full":
-        return [
-            f"{name}=None with recompute_granularity=full (it says which layers are recomputed): set {name}"
-            for name, value in details.items()
-            if value is None
-        ]
-    return [
-        f"{name}={value} is ignored with recompute_granularity={granularity}: set it to full, or leave {name} out"
-        for name, value in details.items()
-        if value is not None
-    ]
-
-
-def world_errors(name: str, world_size: int, layout: LayoutArguments, global_batch_size: int) -> list[str]:
-    """One model's ranks against its layout and the batch.
-
-    Args:
-        name: options and values that the number of ranks comes from.
-        world_size: ranks that train the model.
-    """
-    model_size = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
-    if min(world_size, model_size, global_batch_size) < 1:
-        return []
-    if world_size % model_size:
-        return [
-            f"{name} makes {world_size} ranks, no multiple of tensor_model_parallel_size * "
-            f"pipeline_model_parallel_size * context_parallel_size = {model_size} (ranks of one copy of the model): "
-            f"use {model_size}, {2 * model_size}, ... ranks"
-        ]
-    if global_batch_size < world_size // model_size:
-        return [
-            f"global_batch_size={global_batch_size} is below the {world_size // model_size} data-parallel ranks that "
-            f"{name} makes (each needs a sample): use at least {world_size // model_size}"
-        ]
-    return []
-
-
-def cluster_errors(
-    cluster: ClusterArguments, layout: LayoutArguments, global_batch_size: int, estimator: str
-) -> list[str]:
-    """Ranks of the actor and, with gae, of the critic."""
-    nodes, per_node = cluster.actor_num_nodes, cluster.actor_num_gpus_per_node
-    name = f"actor_num_nodes={nodes} x actor_num_gpus_per_node={per_node}"
-    errors = world_errors(name, nodes * per_node, layout, global_batch_size)
-    own = {
-        "critic_num_nodes": cluster.critic_num_nodes,
-        "critic_num_gpus_per_node": cluster.critic_num_gpus_per_node,
-    }
-    given = {key: value for key, value in own.items() if value is not None}
-    errors += [
-        f"{key}={value} is not supported yet (new weights reach vLLM through the memory of one host): use 1"
-        for key, value in {"actor_num_nodes": nodes, "critic_num_nodes": cluster.critic_num_nodes}.items()
-        if value is not None and value > 1
-    ]
-    if estimator != "gae":
-        return errors + [
-            f"{key}={value} is ignored with advantage_estimator={estimator} (only gae trains a critic): leave it out"
-            for key, value in given.items()
-        ]
-    if given:
-        nodes, per_node = given.get("critic_num_nodes", nodes), given.get("critic_num_gpus_per_node", per_node)
-        name = f"critic_num_nodes={nodes} x critic_num_gpus_per_node={per_node}"
-        errors += world_errors(name, nodes * per_node, layout, global_batch_size)
-    return errors
-
-
 def engine_errors(engine_tp: int, model: Mapping[str, Any]) -> list[str]:
     """vLLM splits query heads evenly; KV heads are split, or copied where there are fewer than ranks."""
-    heads = _size(model, "num_attention_heads")
+    heads = size(model, "num_attention_heads")
     if heads is None:
         return []
-    kv_heads = _size(model, "num_key_value_heads", heads) or heads
+    kv_heads = size(model, "num_key_value_heads", heads) or heads
     valid = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
     if engine_tp < 1 or engine_tp in valid:
         return []
     return [
         f"vllm_tensor_parallel_size={engine_tp} does not divide num_attention_heads={heads} and "
-        f"num_key_value_heads={kv_heads} of pretrain (heads are split over it): use {_one_of(valid)}"
+        f"num_key_value_heads={kv_heads} of pretrain (heads are split over it): use {one_of(valid)}"
     ]
 
 
@@ -288,7 +161,7 @@ def length_errors(name: str, length: int, max_tokens: int | None, models: Models
     """
     errors = []
     for owner, model in models.items():
-        limit = _size(model, "max_position_embeddings")
+        limit = size(model, "max_position_embeddings")
         if limit is not None and length > limit:
             errors.append(f"{name} = {length} is above max_position_embeddings={limit} of {owner}: use at most {limit}")
     if max_tokens is not None and 0 < max_tokens < length:

@@ -12,6 +12,7 @@ from pathlib import Path
 from megarlhf.config.arguments import (
     LoggingArguments,
     ModelArguments,
+    ParityConfig,
     PPOConfig,
     PromptDataArguments,
     RewardArguments,
@@ -27,20 +28,32 @@ from megarlhf.config.check_files import (
     save_errors,
     tokenizer_errors,
 )
+from megarlhf.config.check_layout import (
+    cluster_errors,
+    critic_layout_errors,
+    layout_errors,
+    shared_errors,
+    world_errors,
+)
 from megarlhf.config.check_numbers import (
     Models,
     algorithm_errors,
     batch_errors,
-    cluster_errors,
     engine_errors,
-    layout_errors,
     length_errors,
     limit_errors,
     sampling_errors,
-    world_errors,
 )
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 
 
 class ConfigError(ValueError):
@@ -68,10 +81,16 @@ def check_ppo(config: PPOConfig, supported_architectures: Sequence[str] = SUPPOR
     models, errors = _models(config.model, supported_architectures, uses_critic=estimator == "gae")
     length = rollout.prompt_max_len + rollout.generate_max_len
     errors += limit_errors(config)
-    errors += layout_errors(layout, models)
-    errors += cluster_errors(config.cluster, layout, batch.global_batch_size, estimator)
+    errors += shared_errors(layout)
+    if config.layout_of("critic") == layout:
+        errors += layout_errors(layout, models)
+    else:
+        errors += layout_errors(layout, {"pretrain": models["pretrain"]})
+    errors += critic_layout_errors(config, models.get("critic_pretrain", models["pretrain"]))
+    errors += cluster_errors(config.cluster, config)
     errors += engine_errors(config.cluster.vllm_tensor_parallel_size, models["pretrain"])
-    errors += batch_errors(batch, layout.context_parallel_size)
+    context = max(layout.context_parallel_size, config.layout_of("critic").context_parallel_size)
+    errors += batch_errors(batch, context)
     errors += algorithm_errors(config.algorithm, batch.n_samples_per_prompt, config.optimizer.freezing_actor_steps)
     errors += length_errors("prompt_max_len + generate_max_len", length, batch.max_tokens_per_micro_batch, models)
     errors += sampling_errors(rollout)
@@ -94,12 +113,23 @@ def check_sft(config: SFTConfig, supported_architectures: Sequence[str] = SUPPOR
     if os.environ.get("WORLD_SIZE", "").isdecimal():  # torchrun started the ranks
         name, world_size = f"torchrun's WORLD_SIZE={os.environ['WORLD_SIZE']}", int(os.environ["WORLD_SIZE"])
     errors += limit_errors(config)
-    errors += layout_errors(config.layout, models)
+    errors += shared_errors(config.layout) + layout_errors(config.layout, models)
     errors += world_errors(name, world_size, config.layout, batch.global_batch_size)
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
     errors += _template_errors(config.data, config.model)
     errors += _supervised_data_errors(config.data)
     errors += _logging_errors(config.logging, evaluation="eval_dataset", path=config.data.eval_dataset)
+    return errors
+
+
+def check_parity(config: ParityConfig, supported_architectures: Sequence[str] = SUPPORTED_ARCHITECTURES) -> list[str]:
+    """Every mistake found in a comparison of layouts, none where it may start."""
+    parity, layout = config.parity, config.layout
+    models, errors = _models(config.model, supported_architectures, uses_critic=False)
+    errors += limit_errors(config)
+    errors += shared_errors(layout) + layout_errors(layout, models)
+    world_size = parity.num_gpus_per_node
+    errors += world_errors(f"num_gpus_per_node={world_size}", world_size, layout, 3 * parity.num_groups)
     return errors
 
 
@@ -188,6 +218,8 @@ def _logging_errors(logging: LoggingArguments, *, evaluation: str, path: str | N
     errors = save_errors(logging.save, logging.load)
     if logging.load is not None:
         errors += load_errors(logging.load)
+    elif logging.no_load_optim:
+        errors.append("no_load_optim=True has nothing to load without load: set load, or leave it out")
     if logging.eval_interval is not None and path is None:
         errors.append(f"eval_interval={logging.eval_interval} has nothing to evaluate on: set {evaluation}")
     if logging.use_wandb and not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":

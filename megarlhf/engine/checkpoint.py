@@ -8,11 +8,13 @@ import queue
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megarlhf.engine.engine import MegatronEngine
+from megarlhf.parallel.device import current_device
 
 # Megatron-Core would start a manager process per rank, seconds each, for results of background saves. Saves here are
 # synchronous: results come back inside the process.
@@ -20,6 +22,7 @@ assert hasattr(filesystem_async, "_results_queue")
 filesystem_async._results_queue = queue.Queue()
 
 
+_HAS_MOMENTS = "optimizer_has_state"
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")  # of an optimizer's parameter group
 
 
@@ -39,20 +42,33 @@ def _chunks(engine: MegatronEngine) -> dict[str, Any]:
     return {f"model{number}": chunk for number, chunk in enumerate(engine.chunks)}
 
 
-def _state(engine: MegatronEngine, *, loading: bool, num_steps: int) -> dict[str, Any]:
-    """`num_steps`: optimizer steps done; before the first an optimizer has no state."""
+def _optimizers(engine: MegatronEngine) -> list[Any]:
+    return getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+
+
+def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> dict[str, Any]:
     sharding = _sharding()
     state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=sharding) for key, chunk in _chunks(engine).items()}
     if engine.optimizer is not None:
         state["scheduler"] = engine.scheduler.state_dict()
-    if engine.optimizer is not None and num_steps > 0:
+        state[_HAS_MOMENTS] = with_optimizer
+    if with_optimizer:
         if loading:
             # torch's AdamW has no state before its first step, and Megatron-Core needs tensors to load into
-            for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+            for optimizer in _optimizers(engine):
                 if hasattr(optimizer, "_init_optimizer_states_with_dummy_values"):
                     optimizer._init_optimizer_states_with_dummy_values()
         state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=sharding)
     return state
+
+
+def _has_moments(engine: MegatronEngine) -> bool:
+    """Whether the optimizer has made a step since it was built or loaded: before, it has no state to save."""
+    if engine.optimizer is None:
+        return False
+    found = torch.tensor(float(any(o.optimizer.state for o in _optimizers(engine))), device=current_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)  # a rank's own shard may be empty
+    return bool(found.item())
 
 
 def save_engine(engine: MegatronEngine, directory: Path) -> None:
@@ -60,32 +76,33 @@ def save_engine(engine: MegatronEngine, directory: Path) -> None:
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()
-    num_steps = 0 if engine.optimizer is None else engine.scheduler.num_steps
     engine.settle()
-    state = _state(engine, loading=False, num_steps=num_steps)
+    state = _state(engine, loading=False, with_optimizer=_has_moments(engine))
     dist_checkpointing.save(state, str(directory), validate_access_integrity=True)
     dist.barrier()
 
 
-def load_engine(engine: MegatronEngine, directory: Path) -> None:
+def load_engine(engine: MegatronEngine, directory: Path, *, with_optimizer: bool = True) -> None:
     """Fill an engine, built from the same architecture in any layout, from `directory`.
 
     Learning rates and the optimizer's other settings are the engine's own: a changed configuration counts.
 
+    Args:
+        with_optimizer: take the optimizer's running means as well; the schedule goes on in any case.
     Raises:
         ValueError: the checkpoint does not hold this model.
     """
     try:
         saved = dist_checkpointing.load_common_state_dict(str(directory))
-        num_steps = saved["scheduler"]["num_steps"] if engine.optimizer is not None else 0
-        state = dist_checkpointing.load(_state(engine, loading=True, num_steps=num_steps), str(directory))
+        with_optimizer = with_optimizer and engine.optimizer is not None and saved[_HAS_MOMENTS]
+        state = dist_checkpointing.load(_state(engine, loading=True, with_optimizer=with_optimizer), str(directory))
     except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
         raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
     for key, chunk in _chunks(engine).items():
         chunk.load_state_dict(state[key], strict=True)
     if engine.optimizer is None:
         return
-    if num_steps > 0:
+    if with_optimizer:
         settings = [{key: group[key] for key in _SETTINGS if key in group} for group in engine.optimizer.param_groups]
         engine.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(engine.optimizer.param_groups, settings, strict=True):

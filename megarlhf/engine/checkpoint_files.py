@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+OPTIMIZER_STATE = "optimizer_state"  # entry of an identity: what of the layout decides how optimizer state is kept
 LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -87,13 +88,24 @@ def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:
     return step, directory, json.loads(state.read_text())
 
 
-def check_identity(saved: dict[str, Any], present: dict[str, Any], directory: Path) -> None:
-    """Refuse a checkpoint of another model, or of a run that draws other prompts.
+def check_identity(
+    saved: dict[str, Any], present: dict[str, Any], directory: Path, *, with_optimizer: bool = True
+) -> None:
+    """Refuse a checkpoint of another model, or of a run that draws other prompts, or that keeps optimizers otherwise.
 
+    Args:
+        with_optimizer: optimizers are to be loaded too.
     Raises:
         ValueError: naming every entry that differs.
     """
-    differing = [key for key in present if saved.get(key) != present[key]]
+    compared = [key for key in present if with_optimizer or key != OPTIMIZER_STATE]
+    differing = [key for key in compared if saved.get(key) != present[key]]
+    if differing == [OPTIMIZER_STATE]:
+        raise ValueError(
+            f"load={directory}; its optimizers were kept with {saved.get(OPTIMIZER_STATE)}, now "
+            f"{present[OPTIMIZER_STATE]}, which Megatron-Core cannot carry over: give the same values, or set "
+            "no_load_optim to continue with the weights alone"
+        )
     if differing:
         details = "; ".join(f"{key}: saved {saved.get(key)}, now {present[key]}" for key in differing)
         raise ValueError(f"load={directory}; it is of another model or run ({details}): give the same values")

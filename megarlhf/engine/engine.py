@@ -26,6 +26,7 @@ from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_grad
 from megarlhf.models.build import Head, ModelOptions, build_model
 from megarlhf.models.hf_files import HFWeights, read_config
 from megarlhf.models.registry import find_architecture
+from megarlhf.models.router_statistics import RouterStatistics
 from megarlhf.models.weights import ModelWeights, source_dtype
 from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, device_kind, release_memory
@@ -89,6 +90,7 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.to(current_device())
         self.config.finalize_model_grads_func = sum_gradients
+        self._routers = RouterStatistics(self.chunks, self.hf.num_hidden_layers) if arch.is_moe(self.hf) else None
         self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.sequence_parallel else 1
         self._outputs = partial(token_outputs, head=head, vocab_size=self.hf.vocab_size, temperature=temperature)
         self.model: list[Any] = [Float16Module(self.config, c) if model.bf16 else c for c in self.chunks]
@@ -234,7 +236,11 @@ class MegatronEngine:
             chunk.train()
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        stored = run_forward_backward(self.model, batches, self._outputs, objective, denominator)
+        if self._routers is not None:
+            self._routers.start()
+        unit = self._balance_loss_unit(batches)
+        self.config.grad_scale_func = None if unit is None else lambda gradient: gradient / unit
+        stored = run_forward_backward(self.model, batches, self._outputs, objective, denominator / (unit or 1.0))
         sums = torch.zeros(2 + len(objective.metric_names), dtype=torch.float64, device=current_device())
         if self.ranks.computes_results:
             for _, micro_sums in stored:
@@ -246,7 +252,24 @@ class MegatronEngine:
             raise NonFiniteError(f"loss={loss}, {dict(zip(objective.metric_names, metrics, strict=True))}")
         name = "values" if self.head == "value" else "log_probs"
         outputs = self._results(batches, [computed for computed, _ in stored], name)
-        return loss, dict(zip(objective.metric_names, metrics, strict=True)), outputs
+        reported = dict(zip(objective.metric_names, metrics, strict=True))
+        if self._routers is not None:
+            experts, top_k = self.config.num_moe_experts, self.config.moe_router_topk
+            reported |= self._routers.metrics(experts, top_k, current_device())
+        return loss, reported, outputs
+
+    def _balance_loss_unit(self, batches: list[MicroBatch]) -> float | None:
+        """Divisor that makes Megatron-Core's load-balancing loss a mean over the batch's tokens; None: no such loss.
+
+        Megatron-Core adds, on every rank, each micro-batch's loss times the tokens that the rank's router saw, and
+        counts on a later division of the whole gradient by tokens. Here only `grad_scale_func` divides, and the
+        objective's loss is multiplied beforehand by as much.
+        """
+        if not self.config.num_moe_experts or not self.config.moe_aux_loss_coeff:
+            return None
+        tokens = torch.tensor(float(sum(len(batch.tokens) for batch in batches)), device=current_device())
+        dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return float(tokens) / (self.ranks.tp_size * self.ranks.cp_size)
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference model."""

@@ -7,6 +7,13 @@ import difflib
 import math
 from collections.abc import Mapping
 
+_ROUTERS = {
+    "moe_balance_loss": "Load-balancing loss of the routers before its coefficient; 1 is perfect balance (no unit)",
+    "moe_load_max": "Tokens of the busiest expert over an even share, worst layer (ratio)",
+    "moe_load_min": "Tokens of the idlest expert over an even share, worst layer (ratio)",
+    "moe_router_log_prob": "Log-prob that the routers give to the experts they choose, mean over tokens (nats)",
+}
+
 METRICS: dict[str, str] = {
     "reward/mean": "Mean outcome reward of the step's samples, before the KL penalty (reward units)",
     "reward/std": "Standard deviation of that reward over the samples (reward units)",
@@ -20,12 +27,14 @@ METRICS: dict[str, str] = {
     "policy/grad_norm": "Norm of the actor's gradient before clipping (no unit)",
     "policy/learning_rate": "Learning rate of the actor's last optimizer step (no unit)",
     "policy/ratio_mean": "Mean of p(response token) in the update over p at generation (ratio)",
+    **{f"policy/{name}": meaning for name, meaning in _ROUTERS.items()},
     "critic/loss": "Value loss, mean over the step's optimizer steps (squared reward units)",
     "critic/clip_frac": "Response tokens whose value was clipped (fraction)",
     "critic/explained_variance": "Share of the returns' variance that the values explain; 1 is perfect (fraction)",
     "critic/value_mean": "Mean value of response tokens (reward units)",
     "critic/grad_norm": "Norm of the critic's gradient before clipping (no unit)",
     "critic/learning_rate": "Learning rate of the critic's last optimizer step (no unit)",
+    **{f"critic/{name}": meaning for name, meaning in _ROUTERS.items()},
     "advantage/mean": "Mean advantage over response tokens, normalized where that is on (reward units or none)",
     "advantage/std": "Standard deviation of that advantage over response tokens (reward units or none)",
     "return/mean": "Mean return over response tokens (reward units)",
@@ -55,6 +64,7 @@ METRICS: dict[str, str] = {
     "sft/loss": "Cross-entropy of the target tokens (nats per token)",
     "sft/grad_norm": "Norm of the gradient before clipping (no unit)",
     "sft/learning_rate": "Learning rate of the last optimizer step (no unit)",
+    **{f"sft/{name}": meaning for name, meaning in _ROUTERS.items()},
     "sft/eval_loss": "Cross-entropy of the target tokens of the evaluation data (nats per token)",
 }
 

@@ -32,7 +32,7 @@ class ModelOptions:
 
     bf16: bool = False
     sequence_parallel: bool = False
-    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
     decoder_first_pipeline_num_layers: int | None = None
     decoder_last_pipeline_num_layers: int | None = None
     moe_aux_loss_coeff: float = 0.0
@@ -141,7 +141,7 @@ def _check_transformer_engine(config: TransformerConfig, additions: Additions) -
     if config.window_size and config.context_parallel_size > 1 and config.cp_comm_type == "p2p":
         raise NotImplementedError(
             f"cp_comm_type=p2p: TransformerEngine's ring has no sliding window, of which layers see "
-            f"{config.window_size[0] + 1} tokens: use a2a"
+            f"{config.window_size[0] + 1} tokens: use all_gather"
         )
 
 

@@ -27,7 +27,7 @@ class BoundWeight:
     """A local Megatron parameter or buffer with its entry in the table."""
 
     name: str  # Megatron's name with the global layer and expert number
-    param: torch.Tensor
+    param: Any  # Parameter with Megatron's attributes, or buffer
     weight: WeightMap
     exported: bool  # False for the last stage's copy of a tied embedding
 
@@ -88,7 +88,8 @@ class ModelWeights:
     def _first_expert(self) -> int:
         return self.ranks.ep_rank * (self.arch.dimensions(self.hf).get("experts", 0) // self.ranks.ep_size)
 
-    def _shards(self, bound: BoundWeight, data: Tensor) -> list[Shard]:
+    def shards(self, bound: BoundWeight, data: Tensor) -> list[Shard]:
+        """Where the HF tensors' parts lie in `data`, which is shaped as the parameter: itself, or its gradient."""
         ranks, expert = self.ranks, bound.weight.expert
         return shards_of(
             bound.weight,
@@ -117,7 +118,7 @@ class ModelWeights:
             data = bound.param.data
             if bound.weight.split is Split.VOCAB:
                 data.zero_()
-            for shard in self._shards(bound, data):
+            for shard in self.shards(bound, data):
                 if shard.hf_name == "score.weight" and shard.hf_name not in source.names():
                     continue
                 if shard.view.numel():
@@ -172,7 +173,7 @@ class ModelWeights:
         for bound in mine:
             if bound.weight.split is Split.REPLICATED and ranks.tp_rank:
                 continue
-            for shard in self._shards(bound, bound.param.data):
+            for shard in self.shards(bound, bound.param.data):
                 if shard.view.numel():
                     shard.emit(file.view(shard.hf_name))
 
@@ -191,7 +192,7 @@ class ModelWeights:
         shapes = self.hf_shapes()
         for weight in self._maps:
             bound = by_hf.get(weight.hf)
-            shards = self._shards(bound, bound.param.data) if bound is not None else []
+            shards = self.shards(bound, bound.param.data) if bound is not None else []
             for position, name in enumerate(weight.hf):
                 whole = torch.zeros(shapes[name], dtype=torch.float32 if weight.buffer else dtype, device=device)
                 owner = bound is not None and (weight.split is not Split.REPLICATED or self.ranks.tp_rank == 0)

@@ -56,6 +56,14 @@ class PlacementPlan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+class ModelSizes(NamedTuple):
+    """How one model is cut, in the order in which Megatron numbers ranks (data parallelism lies before pipeline)."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+
+
 def plan_placement(
     *,
     actor_world_size: int,
@@ -67,9 +75,8 @@ def plan_placement(
     colocate: bool,
     devices: DeviceKind,
     cores_per_node: int,
-    tensor_model_parallel_size: int = 1,
-    pipeline_model_parallel_size: int = 1,
-    context_parallel_size: int = 1,
+    actor_model: ModelSizes | None = None,
+    critic_model: ModelSizes | None = None,
 ) -> PlacementPlan:
     """Assign every process of a run to a node and to devices there.
 
@@ -88,17 +95,15 @@ def plan_placement(
         colocate: roles share devices and take turns.
         devices: what computes.
         cores_per_node: CPU cores of each node.
-        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: how actor and critic are laid
-            out, for the coordinates of their ranks.
+        actor_model, critic_model: how each is laid out, for the coordinates of its ranks; None: not cut.
     Raises:
         ValueError: a size below 1, or too few GPUs.
     """
     machine = _Machine(devices, nodes, gpus_per_node, cores_per_node)
-    model = (tensor_model_parallel_size, context_parallel_size, pipeline_model_parallel_size)
-    requests = [_Request("actor", actor_world_size, 1)]
+    requests = [_Request("actor", actor_world_size, 1, actor_model)]
     if critic_world_size is not None:
-        requests.append(_Request("critic", critic_world_size, 1))
-    requests.append(_Request("rollout", num_engines, engine_tp))
+        requests.append(_Request("critic", critic_world_size, 1, critic_model))
+    requests.append(_Request("rollout", num_engines, engine_tp, None))
     sizes = {f"number of {r.role} workers": r.num_workers for r in requests}
     for name, size in {"nodes": nodes, "cores_per_node": cores_per_node, "engine_tp": engine_tp, **sizes}.items():
         if size < 1:
@@ -106,7 +111,7 @@ def plan_placement(
     workers: list[Worker] = []
     notes: list[str] = []
     for group in [[request] for request in requests] if colocate else [requests]:
-        placed, note = _place(group, machine, model)
+        placed, note = _place(group, machine)
         workers += placed
         notes += note
     return PlacementPlan(workers=tuple(workers), device_kind=devices, notes=tuple(notes))
@@ -127,10 +132,11 @@ class _Request(NamedTuple):
     role: Role
     num_workers: int
     size: int
+    model: ModelSizes | None
 
 
-def _place(group: Sequence[_Request], machine: _Machine, model: tuple[int, int, int]) -> tuple[list[Worker], list[str]]:
-    """Workers with devices of their own, and what to tell the user; `model` is the TP, CP and PP size."""
+def _place(group: Sequence[_Request], machine: _Machine) -> tuple[list[Worker], list[str]]:
+    """Workers with devices of their own, and what to tell the user."""
     members = [(request, rank) for request in group for rank in range(request.num_workers)]
     sizes = [request.size for request, _ in members]
     slots_per_node = machine.gpus_per_node if machine.kind == "gpu" else _slots_needed(sizes, machine.nodes)
@@ -146,7 +152,7 @@ def _place(group: Sequence[_Request], machine: _Machine, model: tuple[int, int, 
             Worker(
                 role=request.role,
                 rank=rank,
-                place="" if request.role == "rollout" else _coordinates(rank, request.num_workers, *model),
+                place="" if request.model is None else _coordinates(rank, request.num_workers, *request.model),
                 node=node,
                 devices=tuple(gpus if machine.kind == "gpu" else cores),
                 threads=threads * request.size,

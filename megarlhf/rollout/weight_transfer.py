@@ -8,8 +8,9 @@ version and checksum. Two ways lead from the file into a model, with equal resul
   same cached bytes, and are put in place only once the checksum is right. It holds both sets for a moment.
 - loader, everywhere else: vLLM's own layerwise reload, which shards, converts and processes by itself.
 
-vLLM 0.32's reload leaves one thing stale: a tied output head on a CPU, whose kernel is packed when the model is first
-loaded and never again. `repack_output_heads` does it after every update.
+vLLM 0.32's reload leaves two things wrong on a CPU. The kernel of a tied output head is packed when the model is first
+loaded and never again: `repack_output_heads` does it after every update. Experts' weights are packed at the first load
+and merely copied at a reload, unpacked, over the packed ones: `forget_expert_kernels` makes each load a first one.
 """
 
 import os
@@ -26,6 +27,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -102,6 +104,15 @@ def repack_output_heads(model: nn.Module) -> None:
             if isinstance(module, ParallelLMHead):
                 vars(module).pop("cpu_linear", None)  # frees the old kernel first: the new one can have its memory
                 module.quant_method.process_weights_after_loading(module)
+
+
+def forget_expert_kernels(model: nn.Module) -> None:
+    """Let the next load of each layer's experts pack their weights for the CPU again."""
+    if current_platform.is_cpu():
+        for module in model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
 
 
 def _file_names(model: nn.Module, module_name: str, parameter_name: str) -> list[str]:
@@ -246,6 +257,7 @@ class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
         self.version = MIXED_WEIGHTS
         expected = {name for name, _ in self.model.named_parameters()}
         load_weights: Any = self.model.load_weights
+        forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
         try:
             loaded = load_weights((name, file.view(name)) for name in file.names)

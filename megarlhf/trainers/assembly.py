@@ -1,29 +1,30 @@
 """From the configuration to a role's engine and objective, inside its worker process."""
 
-from megarlhf.config.arguments import LayoutArguments, PPOConfig, SharedOptimizerArguments
+from megarlhf.config.arguments import LayoutArguments, ModelArguments, PPOConfig, SharedOptimizerArguments
 from megarlhf.engine.engine import MegatronEngine, PackingOptions
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions
+from megarlhf.parallel.groups import ParallelSizes
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.value import value_objective
 
 
 def build_engine(config: PPOConfig, role: str, *, total_steps: int, share_prompt_prefix: bool) -> MegatronEngine:
     """The actor's or the critic's engine in a process whose groups are set up."""
-    critic = role == "critic"
+    critic, layout = role == "critic", config.layout_of(role)
     batch, rollout = config.batch, config.rollout
     longest = rollout.prompt_max_len + rollout.generate_max_len
     rate = config.optimizer.critic_learning_rate if critic else config.optimizer.actor_learning_rate
     return MegatronEngine(
         (config.model.critic_pretrain or config.model.pretrain) if critic else config.model.pretrain,
         head="value" if critic else "lm",
-        model=model_options(config.layout, bf16=config.model.bf16),
+        model=model_options(layout, config.model),
         packing=PackingOptions(
             max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest,
             share_prefix=share_prompt_prefix,
         ),
-        optimizer=optimizer_options(config.optimizer, config.layout, rate, total_steps),
+        optimizer=optimizer_options(config.optimizer, layout, rate, total_steps),
         temperature=rollout.temperature,
         seed=config.model.seed,
     )
@@ -46,11 +47,27 @@ def build_objective(config: PPOConfig, role: str) -> Objective:
     )
 
 
-def model_options(layout: LayoutArguments, *, bf16: bool) -> ModelOptions:
-    """The model's part of the layout flags."""
+def parallel_sizes(layout: LayoutArguments) -> ParallelSizes:
+    """The process groups' part of the layout flags."""
+    return ParallelSizes(
+        tensor=layout.tensor_model_parallel_size,
+        pipeline=layout.pipeline_model_parallel_size,
+        context=layout.context_parallel_size,
+        expert=layout.expert_model_parallel_size,
+        expert_tensor=layout.expert_tensor_parallel_size,
+        virtual=layout.virtual_stages,
+    )
+
+
+def model_options(layout: LayoutArguments, model: ModelArguments) -> ModelOptions:
+    """The model's part of the layout and model flags."""
     return ModelOptions(
-        bf16=bf16,
+        bf16=model.bf16,
         sequence_parallel=layout.sequence_parallel,
+        cp_comm_type=layout.cp_comm_type,
+        decoder_first_pipeline_num_layers=layout.decoder_first_pipeline_num_layers,
+        decoder_last_pipeline_num_layers=layout.decoder_last_pipeline_num_layers,
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         recompute_granularity=layout.recompute_granularity,
         recompute_method=layout.recompute_method,
         recompute_num_layers=layout.recompute_num_layers,
@@ -73,4 +90,6 @@ def optimizer_options(
         weight_decay=optimizer.weight_decay,
         clip_grad=optimizer.clip_grad,
         use_distributed_optimizer=layout.use_distributed_optimizer,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
     )

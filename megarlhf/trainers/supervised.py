@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megarlhf.config.arguments import SFTConfig
+from megarlhf.config.arguments import LoggingArguments, SFTConfig
 from megarlhf.data.prompts import PromptSampler
 from megarlhf.data.types import TrainingRow
 from megarlhf.engine import checkpoint, checkpoint_files
@@ -56,6 +56,7 @@ def train(
             "sft/grad_norm": result.grad_norm,
             "sft/learning_rate": result.learning_rate,
             "data/epoch": sampler.epoch(step),
+            **{f"sft/{name}": value for name, value in result.metrics.items()},
         }
         if eval_rows and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
             with timers("eval"):
@@ -92,11 +93,12 @@ def save(engine: MegatronEngine, root: Path, step: int, *, keep: int, identity: 
     dist.barrier()
 
 
-def load(engine: MegatronEngine, root: Path, *, identity: dict[str, Any]) -> int:
-    """Bring the engine to the latest checkpoint under `root`; returns its step."""
-    step, directory, state = checkpoint_files.latest(root)
-    checkpoint_files.check_identity(state.get("identity", {}), identity, directory)
-    checkpoint.load_engine(engine, directory / "actor")
+def load(engine: MegatronEngine, logging: LoggingArguments, *, identity: dict[str, Any]) -> int:
+    """Bring the engine to the latest checkpoint of the run that `logging.load` names; returns its step."""
+    with_optimizer = not logging.no_load_optim
+    step, directory, state = checkpoint_files.latest(Path(str(logging.load)) / "checkpoints")
+    checkpoint_files.check_identity(state.get("identity", {}), identity, directory, with_optimizer=with_optimizer)
+    checkpoint.load_engine(engine, directory / "actor", with_optimizer=with_optimizer)
     return step
 
 

@@ -140,6 +140,8 @@ def test_dry_run_prints_configuration_and_plan(flags: Flags, capsys: pytest.Capt
     assert train_ppo.main([*words, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "actor_learning_rate: 0.001" in printed
-    rows = [line.split() for line in printed.splitlines() if line.startswith(("actor+reference", "critic", "rollout "))]
+    rows = [
+        line.split() for line in printed.splitlines() if line.startswith(("actor+reference", "critic ", "rollout "))
+    ]
     assert [row[0] for row in rows if row[1] in "01"] == ["actor+reference"] * 2 + ["critic"] * 2 + ["rollout"]
     assert not Path(flags["--save"] or "").exists(), "a dry run writes nothing"

@@ -100,6 +100,50 @@ def test_mistakes_are_collected_one_a_line(check: Check) -> None:
     raise_if([])
 
 
+EXPERTS = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"expert_model_parallel_size": 3, "actor_num_gpus_per_node": 3}, "does not divide experts=4"),
+        (
+            {"tensor_model_parallel_size": 2, "actor_num_gpus_per_node": 2},
+            "tensor_model_parallel_size=2 needs sequence_parallel with the experts of pretrain",
+        ),
+        (
+            {"expert_model_parallel_size": 4, "actor_num_gpus_per_node": 2},
+            "no multiple of expert_model_parallel_size * expert_tensor_parallel_size",
+        ),
+        ({"expert_tensor_parallel_size": 7, "actor_num_gpus_per_node": 7}, "does not divide width of an expert="),
+    ],
+)
+def test_mistakes_about_experts(check: Check, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    model = write_model(tmp_path / "experts", **EXPERTS)
+    assert check(pretrain=model, expert_model_parallel_size=2, actor_num_gpus_per_node=2) == []
+    assert said in only(check(pretrain=model, **changes))
+
+
+def test_the_critic_has_its_own_layout_or_the_actors() -> None:
+    base = {"pretrain": "m", "prompt_data": "d", "save": "s"}
+    actor = {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "pipeline_model_parallel_size": 2,
+        "num_virtual_stages_per_pipeline_rank": 2,
+    }
+    config = from_dict(PPOConfig, base | actor)
+    assert config.layout_of("critic") == config.layout_of("actor") == config.layout
+    config = from_dict(PPOConfig, base | actor | {"critic_pipeline_model_parallel_size": 4})
+    critic = config.layout_of("critic")
+    assert (critic.pipeline_model_parallel_size, critic.virtual_stages) == (4, 1), "the actor's chunks do not count"
+    assert (critic.tensor_model_parallel_size, critic.sequence_parallel) == (2, True)
+    config = from_dict(PPOConfig, base | actor | {"critic_tensor_model_parallel_size": 1})
+    critic = config.layout_of("critic")
+    assert (critic.tensor_model_parallel_size, critic.sequence_parallel) == (1, False)
+    assert (critic.pipeline_model_parallel_size, critic.virtual_stages) == (2, 2)
+
+
 # One change, and what the single resulting mistake must say: its key, and the numbers that matter.
 @pytest.mark.parametrize(
     ("changes", "said"),
@@ -112,8 +156,58 @@ def test_mistakes_are_collected_one_a_line(check: Check) -> None:
         ),
         ({"sequence_parallel": True}, "sequence_parallel=True needs tensor_model_parallel_size"),
         (
-            {"context_parallel_size": 2, "actor_num_gpus_per_node": 2},
-            "context_parallel_size=2 is not offered; only 1 is proven",
+            {"context_parallel_size": 2, "actor_num_gpus_per_node": 2, "share_prompt_prefix": True},
+            "share_prompt_prefix=True does not work with context_parallel_size=2",
+        ),
+        ({"num_virtual_stages_per_pipeline_rank": 3}, "num_virtual_stages_per_pipeline_rank=3 needs pipeline"),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "actor_num_gpus_per_node": 2,
+            },
+            "x num_virtual_stages_per_pipeline_rank=2 does not divide num_hidden_layers=6",
+        ),
+        ({"decoder_first_pipeline_num_layers": 2}, "has no effect with pipeline_model_parallel_size=1"),
+        (
+            {
+                "pipeline_model_parallel_size": 3,
+                "decoder_last_pipeline_num_layers": 1,
+                "actor_num_gpus_per_node": 3,
+            },
+            "decoder_last_pipeline_num_layers=1 leaves 5 of num_hidden_layers=6",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "decoder_first_pipeline_num_layers": 4,
+                "decoder_last_pipeline_num_layers": 1,
+                "actor_num_gpus_per_node": 2,
+            },
+            "leaves 1 of num_hidden_layers=6",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "decoder_first_pipeline_num_layers": 3,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "actor_num_gpus_per_node": 2,
+            },
+            "does not divide the stages' depths [3, 3]",
+        ),
+        ({"expert_model_parallel_size": 2, "actor_num_gpus_per_node": 2}, "pretrain has no experts"),
+        ({"overlap_param_gather": True}, "overlap_param_gather=True needs"),
+        (
+            {"critic_tensor_model_parallel_size": 8, "critic_num_gpus_per_node": 8},
+            "critic_tensor_model_parallel_size=8 does not divide num_key_value_heads=4",
+        ),
+        ({"critic_pipeline_model_parallel_size": 2}, "makes 1 ranks, no multiple of critic_tensor_model_parallel_size"),
+        (
+            {
+                "advantage_estimator": "reinforce",
+                "critic_pipeline_model_parallel_size": 2,
+            },
+            "critic_pipeline_model_parallel_size=2 is ignored without a critic",
         ),
         ({"tensor_model_parallel_size": 2, "actor_num_gpus_per_node": 3}, "makes 3 ranks, no multiple of"),
         (

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from tests.distributed.cases import Result, assemble, make_rows, parity_case
+from tests.distributed.cases import Result, assemble, conformance_case, make_rows
 from tests.distributed.layouts import SINGLE, Layout
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
@@ -83,7 +83,7 @@ def sft_gradients(
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_and_gradients(ranks: RankPool, tmp_path: Path, name: str, packing: str) -> None:
     directory = make_model(tmp_path / "model", **MODELS[name])
-    result: Result = ranks.run(1, parity_case, PACKINGS[packing], directory, "sft", 0.8)[0]
+    result: Result = ranks.run(1, conformance_case, PACKINGS[packing], directory, "sft", 0.8)[0]
     expected, gradients = sft_gradients(
         AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager"), 0.8, tmp_path / "gradients"
     )
@@ -106,7 +106,7 @@ def test_values_of_a_reward_model(ranks: RankPool, tmp_path: Path, family: str) 
     )
     model.score.weight.data.normal_(std=0.3)
     model.save_pretrained(tmp_path / "rm")
-    result: Result = ranks.run(1, parity_case, SINGLE, tmp_path / "rm", "critic", 1.0)[0]
+    result: Result = ranks.run(1, conformance_case, SINGLE, tmp_path / "rm", "critic", 1.0)[0]
     for index, row in enumerate(make_rows()):
         hidden = model.model(torch.tensor([row.input_ids[:-1]])).last_hidden_state[0]
         values = (hidden @ model.score.weight.T)[row.prompt_length - 1 :, 0]

@@ -32,6 +32,7 @@ class Layout:
     max_tokens: int = 64
     bf16: bool = False
     recompute: str | None = None
+    moe_aux_loss_coeff: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -167,6 +168,7 @@ def build(
             sequence_parallel=layout.sequence_parallel,
             bf16=layout.bf16,
             cp_comm_type=layout.cp_comm_type,
+            moe_aux_loss_coeff=layout.moe_aux_loss_coeff,
             decoder_first_pipeline_num_layers=layout.first_stage_layers,
             decoder_last_pipeline_num_layers=layout.last_stage_layers,
             recompute_granularity=layout.recompute,

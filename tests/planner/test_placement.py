@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megarlhf.planner.placement import PlacementPlan, plan_placement
+from megarlhf.planner.placement import ModelSizes, PlacementPlan, plan_placement
 
 
 def plan(**changes: Any) -> PlacementPlan:
@@ -122,7 +122,7 @@ def test_sizes_below_one(name: str) -> None:
 
 
 def test_coordinates_are_those_of_megatron() -> None:
-    placed = plan(actor_world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    placed = plan(actor_world_size=8, actor_model=ModelSizes(tensor=2, pipeline=2))
     assert [w.place for w in placed.of("actor")] == [
         "tp0 dp0 pp0",
         "tp1 dp0 pp0",
@@ -136,7 +136,7 @@ def test_coordinates_are_those_of_megatron() -> None:
 
 
 def test_table() -> None:
-    table = plan(pipeline_model_parallel_size=2).table()
+    table = plan(actor_model=ModelSizes(pipeline=2)).table()
     assert table == (
         "role             rank     node  cores  threads  phases\n"
         "actor+reference  0 (pp0)  0     0-1    2        train\n"

@@ -1,8 +1,10 @@
 """Tiny model directories with tokenizers, weight files, and log-probs by Transformers."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -34,11 +36,13 @@ def write_weights(
     path: Path, model: PreTrainedModel, *, adjacent: bool = True, dtype: torch.dtype = torch.float32
 ) -> str:
     """Put a model's weights into a new file, the parts of fused layers together if `adjacent`; returns the checksum."""
-    tensors = dict(model.named_parameters())  # a tied head is not among them
+    with TemporaryDirectory() as scratch:  # a checkpoint has the experts one by one, and no tied head
+        model.save_pretrained(scratch)
+        tensors = load_file(Path(scratch) / "model.safetensors")
     names = adjacent_order(tensors) if adjacent else sorted(tensors)
     specs = [TensorSpec(name, tuple(tensors[name].shape), dtype) for name in names]
     file = TensorFile.create(path, specs)
-    return file.checksum({name: file.write(name, tensors[name].detach()) for name in names})
+    return file.checksum({name: file.write(name, tensors[name]) for name in names})
 
 
 def transformers_log_probs(model: PreTrainedModel, sample: Sample, temperature: float) -> torch.Tensor:

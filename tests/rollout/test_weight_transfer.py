@@ -72,6 +72,31 @@ def test_direct_and_loader_agree_with_transformers(tmp_path: Path, family: str, 
         engine.close()
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_experts_are_packed_again(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap that `forget_expert_kernels` is for: without it experts compute with unpacked weights."""
+    from megarlhf.rollout import weight_transfer
+
+    model_dir = make_engine_model(tmp_path / "model", family=family, tied=False)
+    model = perturbed(model_dir, seed=1)
+    path = tmp_path / "weights.safetensors"
+    checksum = write_weights(path, model)
+    engine = start(model_dir)
+    try:
+        if family == "mixtral":  # the others' experts are padded for the CPU, so that vLLM fails aloud
+            with monkeypatch.context() as patch:
+                patch.setattr(weight_transfer, "forget_expert_kernels", lambda model: None)
+                engine.update_weights(path, 1, checksum)
+            sample = generate(engine)[0]
+            wrong = torch.tensor(sample.rollout_log_probs) - transformers_log_probs(model, sample, 1.0)
+            assert float(wrong.abs().max()) > 1e-2
+        for version in (2, 3):
+            engine.update_weights(path, version, checksum)
+            assert_parity(generate(engine), model)
+    finally:
+        engine.close()
+
+
 def test_bfloat16_engine_takes_float32_and_bfloat16_files(tmp_path: Path) -> None:
     model_dir = make_engine_model(tmp_path / "model")
     model = perturbed(model_dir, seed=1)

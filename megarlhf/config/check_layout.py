@@ -1,0 +1,270 @@
+"""A parallel layout against itself, a model's config.json, the number of ranks and the batch.
+
+Every function returns sentences for the user and raises nothing; a value that is out of its own range is passed over,
+as check_numbers reports it. `prefix` is "critic_" where the options of the critic's own layout are meant.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megarlhf.config.arguments import ClusterArguments, LayoutArguments, PPOConfig
+
+Model = Mapping[str, Any]  # content of a config.json
+
+
+def size(model: Model, key: str, default: int | None = None) -> int | None:
+    """A positive size from a config.json, None where it is unknown."""
+    value = model.get(key) or default
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def num_experts(model: Model) -> int | None:
+    """Routed experts of a layer; None for a dense model."""
+    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((found for key in keys if (found := size(model, key)) is not None), None)
+
+
+def one_of(numbers: list[int]) -> str:
+    """The numbers as text: "1, 2 or 4"."""
+    *rest, last = map(str, numbers)
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def layout_errors(layout: LayoutArguments, models: Mapping[str, Model], prefix: str = "") -> list[str]:
+    """A layout that contradicts itself, or does not fit one of the models (option that names it -> config.json)."""
+    errors = _sequence_parallel_errors(layout, prefix) + _virtual_errors(layout, prefix)
+    for owner, model in models.items():
+        errors += _head_errors(layout, owner, model, prefix)
+        errors += _stage_errors(layout, owner, model, prefix)
+        errors += _expert_errors(layout, owner, model, prefix)
+    return errors
+
+
+def shared_errors(layout: LayoutArguments) -> list[str]:
+    """What actor and critic have in common: recomputation and overlap."""
+    errors = _recompute_errors(layout)
+    if layout.overlap_param_gather and not (layout.use_distributed_optimizer and layout.overlap_grad_reduce):
+        errors.append(
+            f"overlap_param_gather=True needs use_distributed_optimizer={layout.use_distributed_optimizer} and "
+            f"overlap_grad_reduce={layout.overlap_grad_reduce} to be on (it hides their communication): set both"
+        )
+    return errors
+
+
+def critic_layout_errors(config: PPOConfig, critic: Model) -> list[str]:
+    """The critic's own layout against its model; nothing where it has the actor's."""
+    given = [f"{key}={value}" for key, value in vars(config.critic_layout).items() if value is not None]
+    if config.algorithm.advantage_estimator != "gae":
+        return [f"{entry} is ignored without a critic (only gae trains one): leave it out" for entry in given]
+    owner = "pretrain" if config.model.critic_pretrain is None else "critic_pretrain"
+    return layout_errors(config.layout_of("critic"), {owner: critic}, "critic_") if given else []
+
+
+def _sequence_parallel_errors(layout: LayoutArguments, prefix: str) -> list[str]:
+    if not layout.sequence_parallel or layout.tensor_model_parallel_size > 1:
+        return []
+    return [
+        f"{prefix}sequence_parallel=True needs {prefix}tensor_model_parallel_size above 1 (activations are split over "
+        f"those ranks): set {prefix}tensor_model_parallel_size, or leave sequence_parallel out"
+    ]
+
+
+def _virtual_errors(layout: LayoutArguments, prefix: str) -> list[str]:
+    virtual, pp = layout.virtual_stages, layout.pipeline_model_parallel_size
+    if virtual == 1 or pp > 1:
+        return []
+    return [
+        f"{prefix}num_virtual_stages_per_pipeline_rank={virtual} needs {prefix}pipeline_model_parallel_size above 1 "
+        f"(stages of several ranks are interleaved): set {prefix}pipeline_model_parallel_size, or leave it out"
+    ]
+
+
+def _head_errors(layout: LayoutArguments, owner: str, model: Model, prefix: str) -> list[str]:
+    """Heads and matrices over tensor-parallel ranks."""
+    heads = size(model, "num_attention_heads")
+    all_experts = num_experts(model) is not None and size(model, "moe_intermediate_size") is None
+    widths = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": size(model, "num_key_value_heads", heads),
+        "intermediate_size": None if all_experts else size(model, "intermediate_size"),
+    }
+    name, value = f"{prefix}tensor_model_parallel_size", layout.tensor_model_parallel_size
+    return _divisor_errors(name, value, widths, f"{owner} (heads and matrices are split over TP)")
+
+
+def _stage_errors(layout: LayoutArguments, owner: str, model: Model, prefix: str) -> list[str]:
+    """Layers over pipeline stages and their interleaved chunks."""
+    layers, pp, virtual = size(model, "num_hidden_layers"), layout.pipeline_model_parallel_size, layout.virtual_stages
+    if layers is None or pp < 1 or virtual < 1:
+        return []
+    if layout.decoder_first_pipeline_num_layers or layout.decoder_last_pipeline_num_layers:
+        return _uneven_stage_errors(layout, layers, owner, prefix)
+    if layers % (pp * virtual) == 0:
+        return _recompute_depth_errors(layout, layers // (pp * virtual), owner)
+    option = f"{prefix}pipeline_model_parallel_size"
+    if virtual == 1:
+        rule = f"stages are of equal depth, unless {prefix}decoder_first_pipeline_num_layers or ..._last_... is set"
+        return _divisor_errors(option, pp, {"num_hidden_layers": layers}, f"{owner} ({rule})")
+    return [
+        f"{option}={pp} x {prefix}num_virtual_stages_per_pipeline_rank={virtual} does not divide "
+        f"num_hidden_layers={layers} of {owner} (chunks are of equal depth): change one of them"
+    ]
+
+
+def _uneven_stage_errors(layout: LayoutArguments, layers: int, owner: str, prefix: str) -> list[str]:
+    pp, virtual = layout.pipeline_model_parallel_size, layout.virtual_stages
+    ends = {
+        f"{prefix}decoder_first_pipeline_num_layers": layout.decoder_first_pipeline_num_layers,
+        f"{prefix}decoder_last_pipeline_num_layers": layout.decoder_last_pipeline_num_layers,
+    }
+    given = {name: value for name, value in ends.items() if value is not None}
+    shown = ", ".join(f"{name}={value}" for name, value in given.items())
+    option = f"{prefix}pipeline_model_parallel_size"
+    if pp == 1:
+        return [f"{shown} has no effect with {option}=1 (it has all layers): leave it out"]
+    rest, stages = layers - sum(given.values()), pp - len(given)
+    if (stages == 0 and rest) or (stages and (rest < stages or rest % stages)):
+        return [
+            f"{shown} leaves {rest} of num_hidden_layers={layers} of {owner} to the {stages} other stages of "
+            f"{option}={pp} (those are of equal depth, at least 1): change one of them"
+        ]
+    depths = [*given.values(), *([rest // stages] if stages else [])]
+    if any(depth % virtual for depth in depths):
+        return [
+            f"{prefix}num_virtual_stages_per_pipeline_rank={virtual} does not divide the stages' depths {depths} that "
+            f"{shown} makes of num_hidden_layers={layers}: change one of them"
+        ]
+    return _recompute_depth_errors(layout, min(depths) // virtual, owner)
+
+
+def _recompute_depth_errors(layout: LayoutArguments, depth: int, owner: str) -> list[str]:
+    if (layout.recompute_num_layers or 0) <= depth:
+        return []
+    return [
+        f"recompute_num_layers={layout.recompute_num_layers} is above the {depth} layers of a stage's chunk ({owner}): "
+        f"use at most {depth}"
+    ]
+
+
+def _expert_errors(layout: LayoutArguments, owner: str, model: Model, prefix: str) -> list[str]:
+    """Experts over expert-parallel ranks, their matrices over expert-tensor-parallel ranks."""
+    experts, ep, etp = num_experts(model), layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    given = {"expert_model_parallel_size": ep if ep > 1 else None, "expert_tensor_parallel_size": etp}
+    if experts is None:
+        return [
+            f"{prefix}{name}={value} has nothing to split: {owner} has no experts: leave it out"
+            for name, value in given.items()
+            if value is not None and model
+        ]
+    errors = _divisor_errors(
+        f"{prefix}expert_model_parallel_size", ep, {"experts": experts}, f"{owner} (each rank has as many)"
+    )
+    width = size(model, "moe_intermediate_size") or size(model, "intermediate_size")
+    tp = layout.tensor_model_parallel_size
+    name = f"{prefix}expert_tensor_parallel_size"
+    errors += _divisor_errors(name, etp or tp, {"width of an expert": width}, f"{owner} (matrices are split over it)")
+    if tp > 1 and not layout.sequence_parallel:
+        errors.append(
+            f"{prefix}tensor_model_parallel_size={tp} needs sequence_parallel with the experts of {owner} "
+            "(Megatron-Core routes each token on one rank): set sequence_parallel"
+        )
+    return errors
+
+
+def _divisor_errors(option: str, value: int, sizes: Mapping[str, int | None], owner: str) -> list[str]:
+    """The option's value must divide all sizes; unknown ones are passed over."""
+    known = {key: number for key, number in sizes.items() if number is not None}
+    if value < 1 or not known:
+        return []
+    valid = [n for n in range(1, min(known.values()) + 1) if all(number % n == 0 for number in known.values())]
+    return [
+        f"{option}={value} does not divide {key}={number} of {owner}: use {one_of(valid)}"
+        for key, number in known.items()
+        if number % value
+    ]
+
+
+def _recompute_errors(layout: LayoutArguments) -> list[str]:
+    granularity = layout.recompute_granularity
+    details = {"recompute_method": layout.recompute_method, "recompute_num_layers": layout.recompute_num_layers}
+    if granularity == "full":
+        return [
+            f"{name}=None with recompute_granularity=full (it says which layers are recomputed): set {name}"
+            for name, value in details.items()
+            if value is None
+        ]
+    return [
+        f"{name}={value} is ignored with recompute_granularity={granularity}: set it to full, or leave {name} out"
+        for name, value in details.items()
+        if value is not None
+    ]
+
+
+def world_errors(
+    name: str, world_size: int, layout: LayoutArguments, global_batch_size: int, prefix: str = ""
+) -> list[str]:
+    """One model's ranks against its layout and the batch.
+
+    Args:
+        name: options and values that the number of ranks comes from.
+        world_size: ranks that train the model.
+    """
+    tp, pp, cp = (
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.context_parallel_size,
+    )
+    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size or tp
+    if min(world_size, tp, pp, cp, ep, etp, global_batch_size) < 1:
+        return []
+    errors: list[str] = []
+    for sizes, copy in (  # one sentence: where the model does not fit, the experts do not matter
+        ({"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}, "model"),
+        (
+            {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp, "pipeline_model_parallel_size": pp},
+            "experts",
+        ),
+    ):
+        product = math.prod(sizes.values())
+        if world_size % product and not errors:
+            errors.append(
+                f"{name} makes {world_size} ranks, no multiple of {' * '.join(prefix + key for key in sizes)} = "
+                f"{product} (ranks of one copy of the {copy}): use {product}, {2 * product}, ... ranks"
+            )
+    if not errors and global_batch_size < world_size // (tp * pp * cp):
+        errors.append(
+            f"global_batch_size={global_batch_size} is below the {world_size // (tp * pp * cp)} data-parallel ranks "
+            f"that {name} makes (each needs a sample): use at least {world_size // (tp * pp * cp)}"
+        )
+    return errors
+
+
+def cluster_errors(cluster: ClusterArguments, config: PPOConfig) -> list[str]:
+    """Ranks of the actor and, with gae, of the critic."""
+    estimator, batch_size = config.algorithm.advantage_estimator, config.batch.global_batch_size
+    nodes, per_node = cluster.actor_num_nodes, cluster.actor_num_gpus_per_node
+    name = f"actor_num_nodes={nodes} x actor_num_gpus_per_node={per_node}"
+    errors = world_errors(name, nodes * per_node, config.layout, batch_size)
+    own = {
+        "critic_num_nodes": cluster.critic_num_nodes,
+        "critic_num_gpus_per_node": cluster.critic_num_gpus_per_node,
+    }
+    given = {key: value for key, value in own.items() if value is not None}
+    errors += [
+        f"{key}={value} is not supported yet (new weights reach vLLM through the memory of one host): use 1"
+        for key, value in {"actor_num_nodes": nodes, "critic_num_nodes": cluster.critic_num_nodes}.items()
+        if value is not None and value > 1
+    ]
+    if estimator != "gae":
+        return errors + [
+            f"{key}={value} is ignored with advantage_estimator={estimator} (only gae trains a critic): leave it out"
+            for key, value in given.items()
+        ]
+    layout = config.layout_of("critic")
+    if given or layout != config.layout:
+        nodes, per_node = given.get("critic_num_nodes", nodes), given.get("critic_num_gpus_per_node", per_node)
+        name = f"critic_num_nodes={nodes} x critic_num_gpus_per_node={per_node}"
+        prefix = "critic_" if layout != config.layout else ""
+        errors += world_errors(name, nodes * per_node, layout, batch_size, prefix)
+    return errors

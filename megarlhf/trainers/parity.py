@@ -1,0 +1,198 @@
+"""Does a layout change anything but the speed? A model's results in it against those of one process.
+
+The reference run writes what it computes to a directory; each rank of the layout under test reads the parts that it
+holds itself and compares. For every objective: log-probs (or values) of a forward pass, the loss, its gradients, the
+weights after one optimizer step, and log-probs again.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megarlhf.data.tensor_file import TensorFile
+from megarlhf.data.types import TrainingRow
+from megarlhf.engine.engine import MegatronEngine
+from megarlhf.engine.objective import Objective
+from megarlhf.engine.schedule import sum_gradients
+from megarlhf.parallel.device import current_device
+from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
+from megarlhf.trainers.sft import sft_objective
+from megarlhf.trainers.value import value_objective
+
+ObjectiveName = Literal["sft", "actor", "critic"]
+OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")
+QUANTITIES = ("forward", "training", "loss", "metrics", "gradients", "grad norm", "step", "after")
+
+Part = tuple[str, tuple[slice, ...], Tensor]  # HF name, this rank's part of it, float32 numbers
+Record = Callable[[str, Iterator[Part]], None]  # "gradients" or "step", and the parts
+
+
+def parity_rows(
+    vocab_size: int, *, groups: int = 3, samples: int = 3, longest: int = 12, seed: int = 5
+) -> list[TrainingRow]:
+    """Groups of samples with equal prompts, ragged responses and every field that a loss may ask for.
+
+    Args:
+        longest: no response has more tokens than this, nor a prompt much more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    rows = []
+    for group in range(groups):
+        prompt = draw(3, vocab_size, 3 + 2 * group * max(1, longest // 12))
+        for length in draw(2, longest, samples):
+            names = ("advantages", "old_log_probs", "ref_log_probs", "old_values", "returns")
+            fields = {name: torch.randn(length, generator=generator) for name in names}
+            fields["old_log_probs"] = fields["old_log_probs"] - 4.6
+            fields["ref_log_probs"] = fields["ref_log_probs"] - 4.6
+            fields["weights"] = torch.full((length,), 1.0 / length)
+            ids = (*prompt, *draw(3, vocab_size, length))
+            rows.append(TrainingRow(input_ids=ids, prompt_length=len(prompt), group_id=group, fields=fields))
+    return rows
+
+
+def parity_objective(name: ObjectiveName) -> Objective:
+    """A role's loss with every term switched on."""
+    if name == "sft":
+        return sft_objective()
+    if name == "critic":
+        return value_objective(value_clip=0.2)
+    return policy_objective(
+        PolicyLossOptions(
+            clip_eps_low=0.2,
+            clip_eps_high=0.3,
+            dual_clip=3.0,
+            entropy_coef=0.01,
+            kl_loss_coef=0.05,
+            kl_estimator="k3",
+        )
+    )
+
+
+def parity_denominator(name: ObjectiveName, rows: list[TrainingRow]) -> float:
+    """What the trainers divide this loss by: targets for supervised training, else the rows' own weights add to one."""
+    return float(sum(row.num_targets for row in rows) if name == "sft" else len(rows))
+
+
+@contextmanager
+def whole_gradients(engine: MegatronEngine) -> Iterator[None]:
+    """Inside the block gradients are left whole on every rank, where the distributed optimizer would leave shards."""
+
+    def finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        sum_gradients(model, num_tokens, **(kwargs | {"force_all_reduce": True}))
+
+    engine.config.finalize_model_grads_func = finalize
+    try:
+        yield
+    finally:
+        engine.config.finalize_model_grads_func = sum_gradients
+
+
+def hf_parts(engine: MegatronEngine, *, gradients: bool) -> Iterator[Part]:
+    """This rank's gradients or weights under their HF names."""
+    weights = engine.weights
+    shapes = weights.hf_shapes()
+    for bound in weights.bound:
+        if bound.exported and not (gradients and bound.weight.buffer):
+            data = bound.param.main_grad if gradients else bound.param.data
+            for shard in weights.shards(bound, data):
+                whole = zip(shapes[shard.hf_name], shard.index, strict=True)
+                shape = tuple(len(range(size)[part]) for size, part in whole)
+                yield shard.hf_name, shard.index, shard.view.float().reshape(shape)
+
+
+def _run(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], record: Record) -> dict[str, Any]:
+    """Everything that is compared; gradients and weights go through `record` while they exist."""
+    forward = engine.values if name == "critic" else engine.log_probs
+    denominator, objective = parity_denominator(name, rows), parity_objective(name)
+    found: dict[str, Any] = {"forward": forward(rows)}
+    with whole_gradients(engine):
+        loss, metrics, outputs = engine.accumulate_gradients(rows, objective, denominator=denominator)
+    found |= {"loss": loss, "metrics": metrics, "training": outputs}
+    record("gradients", hf_parts(engine, gradients=True))
+    found["grad norm"] = engine.train_step(rows, objective, denominator=denominator).grad_norm
+    record("step", hf_parts(engine, gradients=False))
+    return found | {"after": forward(rows)}
+
+
+def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], directory: Path) -> None:
+    """What one process computes, for `compare`; the engine takes a step."""
+
+    def record(quantity: str, parts: Iterator[Part]) -> None:
+        with TensorFile.create(
+            directory / f"{quantity}.safetensors", engine.weights.tensor_specs(torch.float32)
+        ) as file:
+            for hf_name, index, part in parts:
+                file.view(hf_name)[index] = part
+
+    directory.mkdir()
+    found = _run(engine, name, rows, record)
+    tokens = {
+        f"{quantity}.{row}": values.contiguous()
+        for quantity in ("forward", "training", "after")
+        for row, values in found[quantity].items()
+    }
+    save_file(tokens, directory / "tokens.safetensors")
+    numbers = {quantity: found[quantity] for quantity in ("loss", "metrics", "grad norm")}
+    (directory / "numbers.json").write_text(json.dumps(numbers))
+
+
+def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], directory: Path) -> dict[str, float]:
+    """Largest difference to the reference of each of QUANTITIES, equal on every rank; the engine takes a step.
+
+    A result that is not a number counts as infinitely far off. Router metrics are left out: they count padding.
+    """
+    worst = dict.fromkeys(QUANTITIES, 0.0)
+
+    def note(quantity: str, difference: Tensor) -> None:
+        if difference.numel():
+            worst[quantity] = max(worst[quantity], float(difference.abs().nan_to_num(nan=torch.inf).max()))
+
+    def record(quantity: str, parts: Iterator[Part]) -> None:
+        with TensorFile.open(directory / f"{quantity}.safetensors") as file:
+            for hf_name, index, part in parts:
+                note(quantity, part.cpu() - file.view(hf_name)[index])
+
+    found = _run(engine, name, rows, record)
+    tokens = load_file(directory / "tokens.safetensors")
+    for quantity in ("forward", "training", "after"):
+        seen = torch.zeros(len(rows), device=current_device())
+        for row, values in found[quantity].items():
+            note(quantity, values - tokens[f"{quantity}.{row}"])
+            seen[row] += 1
+        dist.all_reduce(seen)
+        note(quantity, torch.where(seen == 1, 0.0, torch.inf))  # each row comes from one rank
+    numbers = json.loads((directory / "numbers.json").read_text())
+    for quantity in ("loss", "grad norm"):
+        note(quantity, torch.tensor(found[quantity] - numbers[quantity]))
+    for metric, value in numbers["metrics"].items():
+        if not metric.startswith("moe_"):
+            note("metrics", torch.tensor(found["metrics"][metric] - value))
+    largest = torch.tensor([worst[quantity] for quantity in QUANTITIES], dtype=torch.float64, device=current_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return dict(zip(QUANTITIES, largest.tolist(), strict=True))
+
+
+def scales(directory: Path) -> dict[str, float]:
+    """How large the reference's numbers are, to judge differences by.
+
+    Returns:
+        "gradients": largest gradient; "grad norm"; "loss"; "moved": most that the step moves a log-prob or value.
+    """
+    with TensorFile.open(directory / "gradients.safetensors") as file:
+        gradient = max(float(file.view(name).abs().max()) for name in file.names)
+    tokens = load_file(directory / "tokens.safetensors")
+    rows = [name.removeprefix("forward.") for name in tokens if name.startswith("forward.")]
+    moved = max(float((tokens[f"after.{row}"] - tokens[f"forward.{row}"]).abs().max()) for row in rows)
+    numbers = json.loads((directory / "numbers.json").read_text())
+    return {"gradients": gradient, "moved": moved, "loss": numbers["loss"], "grad norm": numbers["grad norm"]}

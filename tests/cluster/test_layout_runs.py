@@ -1,0 +1,47 @@
+"""Whole runs in layouts of their own: actor and critic cut differently, and a policy with experts."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.runs import SMALL, metrics, run, write_inputs
+from tests.tiny_models import make_model
+
+pytestmark = pytest.mark.slow
+
+
+def test_actor_and_critic_have_their_own_layouts(assets: Path, tmp_path: Path) -> None:
+    flags = SMALL | write_inputs(tmp_path) | {"--pretrain": str(assets / "model"), "--save": str(tmp_path / "run")}
+    flags |= {"--train-iters": "3", "--actor_num_gpus_per_node": "2", "--tensor-model-parallel-size": "2"}
+    flags |= {"--sequence-parallel": None}
+    flags |= {"--critic_tensor_model_parallel_size": "1", "--critic_pipeline_model_parallel_size": "2"}
+    output = run("train_ppo", flags)
+    rows = metrics(tmp_path / "run")
+    assert set(rows) == {0, 1, 2, 3}, output
+    assert all(rows[step]["rollout/logprob_diff_max"] <= 1e-4 for step in (1, 2, 3))
+    assert rows[3]["critic/loss"] < rows[1]["critic/loss"], "the critic learns"
+
+
+@pytest.mark.parametrize("layout", ["EP2", "TP2-SP-EP2-ETP1"])
+def test_a_policy_with_experts(assets: Path, tmp_path: Path, layout: str) -> None:
+    source = make_model(tmp_path / "mixtral", family="mixtral", vocab_size=128, max_position_embeddings=128)
+    for file in (assets / "model").iterdir():
+        if file.name.startswith(("tokenizer", "special", "generation", "chat")):
+            shutil.copy(file, source)
+    flags = SMALL | write_inputs(tmp_path) | {"--pretrain": str(source), "--save": str(tmp_path / "run")}
+    flags |= {"--train-iters": "2", "--actor_num_gpus_per_node": "2", "--expert-model-parallel-size": "2"}
+    flags |= {"--moe-aux-loss-coeff": "0.01"}
+    if layout != "EP2":
+        flags |= {
+            "--tensor-model-parallel-size": "2",
+            "--sequence-parallel": None,
+            "--expert_tensor_parallel_size": "1",
+        }
+    run("train_ppo", flags)
+    rows = metrics(tmp_path / "run")
+    assert all(rows[step]["rollout/logprob_diff_max"] <= 1e-4 for step in (1, 2))
+    for phase in ("policy", "critic"):
+        assert rows[2][f"{phase}/moe_balance_loss"] >= 1.0 - 1e-6
+        assert rows[2][f"{phase}/moe_load_max"] >= 1.0
+        assert rows[2][f"{phase}/moe_router_log_prob"] < 0
