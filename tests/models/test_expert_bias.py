@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megarlhf.engine.export import export_hf
-from tests.distributed.cases import make_objective, make_rows
+from megarlhf.trainers.parity import parity_objective
+from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LATENT_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
@@ -22,7 +23,7 @@ def train_and_export(
     """The biases that this rank's routers compute with after a step, and those that a weight sync would send."""
     with world(layout, rank, init_method):
         engine = build(layout, source)
-        engine.train_step(make_rows(), make_objective("sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
         export_hf(engine, target)
         live = [b.clone() for chunk in engine.chunks for name, b in chunk.named_buffers() if "expert_bias" in name]
         return live, {name: t.clone() for name, t in engine.weights.iter_hf_weights() if name.endswith(BIAS)}
