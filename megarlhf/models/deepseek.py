@@ -131,7 +131,9 @@ def _check(config: HFConfig) -> list[str]:
     if config.attention_bias or getattr(config, "mlp_bias", False):
         errors.append("attention_bias or mlp_bias is True; this table has no weights for it")
     if config.rms_norm_eps != 1e-6:
-        errors.append(f"rms_norm_eps={config.rms_norm_eps}; latents are normed with 1e-6, and Megatron-Core has one")
+        errors.append(
+            f"rms_norm_eps={config.rms_norm_eps}; latents have 1e-6 in their norms, Megatron-Core one for all"
+        )
     if not config.n_shared_experts:
         errors.append(f"n_shared_experts={config.n_shared_experts}; this table maps 1 or more")
     if getattr(config, "quantization_config", None) is not None:

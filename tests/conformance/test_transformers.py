@@ -49,6 +49,7 @@ MODELS = {
     "deepseek-v2": {"family": "deepseek-v2"},
     "deepseek-v3": {"family": "deepseek-v3"},
     "deepseek-v3-yarn": {"family": "deepseek-v3", **YARN},
+    "deepseek-v3-plain": {"family": "deepseek-v3", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
 }
 PACKINGS = {
     "packed": Layout(max_tokens=200),
