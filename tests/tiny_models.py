@@ -79,7 +79,7 @@ _OPTIONS: dict[str, dict[str, object]] = {
     "gemma3": {
         "tie_word_embeddings": True,
         "sliding_window": 6,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window_pattern": 3,
         "query_pre_attn_scalar": 100,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
@@ -96,6 +96,8 @@ _OPTIONS: dict[str, dict[str, object]] = {
         "topk_group": 2,
         "routed_scaling_factor": 2.5,
         "num_mtp_layers": 0,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
     },
 }
 VOCAB_SIZE = 100  # not a multiple of anything, so that vocabulary padding is at work
