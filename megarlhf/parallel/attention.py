@@ -5,7 +5,7 @@ attention knows neither packing nor shared prompts; `SegmentAttention` is put in
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,6 +55,13 @@ class SegmentParams(PackedSeqParams):
 
     position_ids: Tensor | None = None  # [t] int64
     blocks: tuple[AttentionBlock, ...] = ()
+    _masks: dict[int | None, list[Tensor | None]] = field(default_factory=dict)
+
+    def masks(self, window: int | None) -> list[Tensor | None]:
+        """Each block's mask for layers with this window, worked out once for all of them."""
+        if window not in self._masks:
+            self._masks[window] = [block.visible(window) for block in self.blocks]
+        return self._masks[window]
 
 
 def packed_params(batch: MicroBatch) -> PackedSeqParams:
@@ -225,8 +232,7 @@ class SegmentAttention(MegatronModule):
         if query.dim() == 3:
             query, key, value = query[:, None], key[:, None], value[:, None]
         tokens, size = query.shape[0], self.context_group.size()
-        blocks = packed_seq_params.blocks
-        masks = [block.visible(self.window) for block in blocks]
+        blocks, masks = packed_seq_params.blocks, packed_seq_params.masks(self.window)
         if self.travels:
             lines = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             output = _RingAttention.apply(*lines, self.scoring, blocks, masks, self.context_group)

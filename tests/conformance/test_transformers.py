@@ -54,7 +54,7 @@ MODELS = {
 PACKINGS = {
     "packed": Layout(max_tokens=200),
     "shared-prefix": Layout(share_prefix=True, max_tokens=200),
-    "one by one": Layout(max_tokens=max(len(row.input_ids) for row in make_rows())),  # hardly two fit
+    "one by one": Layout(max_tokens=max(len(row.input_ids) for row in make_rows())),  # two hardly fit
 }
 
 
