@@ -167,8 +167,7 @@ class MegatronEngine:
     def settle(self) -> None:
         """Bring what the last optimizer step changed to every data-parallel rank, before weights are read.
 
-        With overlap_param_gather the step leaves that to the next training forward pass; Megatron-Core's hooks would
-        let any other forward pass run with the old parameters.
+        With overlap_param_gather the step leaves that to the next forward pass.
         """
         if self._gathers_late:
             for chunk in self.model:
@@ -189,7 +188,6 @@ class MegatronEngine:
 
     def _forward(self, rows: Sequence[TrainingRow], name: str) -> RowResults:
         batches = self.micro_batches(rows)
-        self.settle()
         for chunk in self.chunks:
             chunk.eval()
         collected = run_forward(self.model, batches, self._outputs)

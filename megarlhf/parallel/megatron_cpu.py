@@ -237,34 +237,30 @@ def _mend_dispatcher(token_dispatcher: Any) -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
-def _mend_uneven_parts(mappings: Any) -> None:
-    """gloo gathers and reduces parts of one size only; experts that are cut as well as dealt out have uneven ones."""
+def _mend_mappings(mappings: Any) -> None:
+    """Gather and reduce-scatter parts of unequal length, which gloo cannot: tokens over expert-tensor ranks."""
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
-    def gather_parts(
-        part: torch.Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
-    ) -> torch.Tensor:
-        if sizes is None:
-            return gather(part, group, None, use_global_buffer)
-        whole = part.new_empty(sum(sizes), *part.shape[1:])
-        copies = torch.cat([part] * group.size())
-        torch.distributed.all_to_all_single(whole, copies, sizes, [len(part)] * group.size(), group=group)
-        return whole
+    def gather_uneven(part: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or len(set(sizes)) == 1:
+            return gather(part, group, sizes, use_global_buffer)
+        padded = part.new_zeros(max(sizes), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
 
-    def reduce_scatter_parts(
-        whole: torch.Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
-    ) -> torch.Tensor:
-        if sizes is None:
-            return reduce_scatter(whole, group, None, use_global_buffer)
-        mine = sizes[group.rank()]
-        parts = whole.new_empty(group.size(), mine, *whole.shape[1:])
-        torch.distributed.all_to_all_single(
-            parts.flatten(0, 1), whole.contiguous(), [mine] * group.size(), sizes, group=group
-        )
-        return parts.sum(0)
+    def reduce_scatter_uneven(
+        whole: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or len(set(sizes)) == 1:
+            return reduce_scatter(whole, group, sizes, use_global_buffer)
+        summed = whole.clone()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed.split(list(sizes))[group.rank()].contiguous()
 
-    mappings._gather_along_first_dim = gather_parts
-    mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
 
 
 def _mend_latent_attention(multi_latent_attention: Any) -> None:
@@ -274,9 +270,9 @@ def _mend_latent_attention(multi_latent_attention: Any) -> None:
 
 _MENDS = {
     "megatron.core.transformer.multi_latent_attention": _mend_latent_attention,
+    "megatron.core.tensor_parallel.mappings": _mend_mappings,
     "megatron.core.transformer.moe.moe_utils": _mend_moe,
     "megatron.core.transformer.moe.token_dispatcher": _mend_dispatcher,
-    "megatron.core.tensor_parallel.mappings": _mend_uneven_parts,
     "megatron.core.tensor_parallel.random": _mend_random_state,
     "megatron.core.optimizer.distrib_optimizer": _mend_optimizer,
 }

@@ -118,24 +118,29 @@ def test_each_target_sees_its_whole_row_and_nothing_else(
 
 
 @settings(max_examples=100)
-@given(training_rows(), st.booleans(), st.integers(1, 6), st.integers(0, 40))
-def test_plan_keeps_its_invariants(rows: list[TrainingRow], share_prefix: bool, num_ranks: int, room: int) -> None:
+@given(training_rows(), st.booleans(), st.integers(1, 6), st.integers(0, 40), st.integers(1, 3))
+def test_plan_keeps_its_invariants(
+    rows: list[TrainingRow], share_prefix: bool, num_ranks: int, room: int, multiple: int
+) -> None:
     num_ranks = min(num_ranks, len(rows))
     max_tokens = max(len(one.input_ids) - 1 for one in rows) + room
-    plan = plan_micro_batches(rows, num_ranks=num_ranks, max_tokens=max_tokens, share_prefix=share_prefix)
+    options = {"max_tokens": max_tokens, "share_prefix": share_prefix, "per_rank_multiple": multiple}
+    plan = plan_micro_batches(rows, num_ranks=num_ranks, **options)
     bins = [micro_batch for rank in plan for micro_batch in rank]
     assert sorted(index for micro_batch in bins for index in micro_batch) == list(range(len(rows)))
     assert len(plan) == num_ranks
     assert len({len(rank) for rank in plan}) == 1
-    assert all(rank and rank[0] for rank in plan)
+    assert all(rank and len(rank) % multiple == 0 for rank in plan)
+    if multiple == 1:
+        assert all(rank[0] for rank in plan)
     for indices in bins:
         assert packed_length(rows, indices, share_prefix=share_prefix) <= max_tokens
         if indices:
             assert len(pack_rows(rows, indices, share_prefix=share_prefix).tokens) <= max_tokens
-    assert sum(not indices for indices in bins) < num_ranks
+    assert sum(not indices for indices in bins) < num_ranks * multiple
     if any(not indices for indices in bins):
         assert len(rows) < len(bins)
-    assert plan == plan_micro_batches(rows, num_ranks=num_ranks, max_tokens=max_tokens, share_prefix=share_prefix)
+    assert plan == plan_micro_batches(rows, num_ranks=num_ranks, **options)
     if share_prefix and len({one.group_id for one in rows}) >= len(bins):
         for group_id in {one.group_id for one in rows}:
             group = [index for index, one in enumerate(rows) if one.group_id == group_id]
