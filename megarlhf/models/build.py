@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -154,22 +156,28 @@ def _use_segments(layer: ModuleSpec, config: TransformerConfig, additions: Addit
     )
     if config.multi_latent_attention:
         attention.module = SegmentLatentAttention
-        attention.submodules.q_layernorm = attention.submodules.kv_layernorm = SegmentNorm
+        attention.submodules.kv_layernorm = SegmentNorm
+        attention.submodules.q_layernorm = IdentityOp if config.q_lora_rank is None else SegmentNorm
     elif config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = SegmentNorm
 
 
 def _add_to_layer(parts: Any, config: TransformerConfig, additions: Additions, *, norm: type) -> None:
     """Layers of ours, on every device."""
+    # a spec, or in later releases of Megatron-Core a partial, of a class and its submodules
+    bound = isinstance(parts.mlp, partial)
+    kind, mlp = (
+        (parts.mlp.func, parts.mlp.keywords["submodules"]) if bound else (parts.mlp.module, parts.mlp.submodules)
+    )
     if additions.norms_after:
-        attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
+        attention = parts.self_attention.submodules
         attention.linear_proj = ModuleSpec(NormedLinear, params={"linear": attention.linear_proj, "norm": norm})
         mlp.linear_fc2 = ModuleSpec(NormedLinear, params={"linear": mlp.linear_fc2, "norm": norm})
     if additions.window_rope_theta is not None:
         parts.self_attention.module = TwoRopeAttention
         parts.self_attention.params["window_rope_theta"] = additions.window_rope_theta
-    if config.moe_router_enable_expert_bias and parts.mlp.module is MoELayer:
-        parts.mlp.submodules.router = FixedBiasRouter
+    if config.moe_router_enable_expert_bias and kind is MoELayer:
+        mlp.router = FixedBiasRouter
 
 
 def build_model(
