@@ -4,6 +4,14 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -28,6 +36,22 @@ _CLASSES = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2-moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "deepseek-v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek-v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+}
+_LATENT_ATTENTION: dict[str, object] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-6,
 }
 _OPTIONS: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": None},
@@ -44,6 +68,36 @@ _OPTIONS: dict[str, dict[str, object]] = {
         "moe_intermediate_size": 48,
         "norm_topk_prob": True,
         "mlp_only_layers": [0],
+    },
+    "gemma2": {  # in rows of up to 20 tokens every limit is felt
+        "tie_word_embeddings": True,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 1.0,
+        "query_pre_attn_scalar": 20,
+    },
+    "gemma3": {
+        "tie_word_embeddings": True,
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 100,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+        },
+    },
+    "deepseek-v2": _LATENT_ATTENTION
+    | {"num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "q_lora_rank": None},
+    "deepseek-v3": _LATENT_ATTENTION
+    | {
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "num_mtp_layers": 0,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
     },
 }
 VOCAB_SIZE = 100  # not a multiple of anything, so that vocabulary padding is at work
@@ -68,8 +122,8 @@ def make_model(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family.startswith("qwen2"):
-        del options["head_dim"]  # Qwen2 always has hidden / heads
+    if family.startswith(("qwen2", "deepseek")):
+        del options["head_dim"]  # Qwen2 always has hidden / heads, DeepSeek sizes of its own
     options |= _OPTIONS.get(family, {})
     torch.manual_seed(seed)
     model = model_class(config_class(**(options | overrides))).float()
@@ -81,5 +135,8 @@ def make_model(
                 parameter.copy_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(0.08 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(directory)
     return directory

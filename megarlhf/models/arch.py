@@ -48,6 +48,17 @@ class WeightMap:
         return replace(self, megatron=fill(self.megatron), hf=fill(self.hf))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Additions:
+    """What a model does that Megatron-Core's configuration has no field for; by default nothing."""
+
+    embedding_scale: float = 1.0
+    attention_soft_cap: float | None = None  # an attention score x becomes cap * tanh(x / cap)
+    logit_soft_cap: float | None = None  # the same for logits
+    norms_after: bool = False  # an RMSNorm of what attention and feed-forward part add to the residual
+    window_rope_theta: float | None = None  # RoPE base of layers with a window, where these have their own
+
+
 VALUE_HEAD = WeightMap(
     megatron=("output_layer.weight",),
     hf=("score.weight",),
@@ -71,11 +82,13 @@ class ArchSpec:
     dimensions: Callable[[HFConfig], dict[str, int]]  # sizes that `WeightMap.shapes` names
     moe_layers: Callable[[HFConfig], list[bool]] | None = None  # per layer: has experts; None: no layer has
     derived_config: Callable[[HFConfig], dict[str, Any]] = lambda _: {}  # TransformerConfig fields worked out
+    additions: Callable[[HFConfig], Additions] = lambda _: Additions()
+    reward_class: str | None = None  # where it is not named after `hf_class`
 
     @property
     def sequence_classification_class(self) -> str:
         """The HF class of a reward model of this family."""
-        return self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
+        return self.reward_class or self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
 
     def is_moe(self, hf: HFConfig) -> bool:
         """Whether any layer of this configuration has experts."""
@@ -84,19 +97,27 @@ class ArchSpec:
     def weight_maps(self, hf: HFConfig, *, tied: bool, head: str) -> Iterator[WeightMap]:
         """Every weight of a model, with layer and expert numbers filled in, in HF order.
 
+        An entry with a dimension of size 0 does not exist in this configuration.
+
         Args:
             tied: the output layer shares the embedding and has no tensor of its own.
             head: "lm" for vocabulary logits, "value" for one number per token.
         """
         has_experts = self.moe_layers(hf) if self.moe_layers is not None else [False] * hf.num_hidden_layers
-        num_experts = self.dimensions(hf).get("experts", 0)
+        sizes = self.dimensions(hf)
+        num_experts = sizes.get("experts", 0)
+
+        def present(weights: tuple[WeightMap, ...]) -> list[WeightMap]:
+            return [w for w in weights if all(sizes[name] for shape in w.shapes for name in shape)]
+
         for weight in self.model_weights:
             if weight.hf == ("lm_head.weight",):
                 continue
             if weight.hf == ("model.norm.weight",):
                 for layer, experts in enumerate(has_experts):
-                    yield from (w.at(layer=layer) for w in self.layer_weights)
-                    for part in (w.at(layer=layer) for w in (self.moe_weights if experts else self.dense_weights)):
+                    yield from (w.at(layer=layer) for w in present(self.layer_weights))
+                    parts = present(self.moe_weights if experts else self.dense_weights)
+                    for part in (w.at(layer=layer) for w in parts):
                         yield from (part.at(expert=e) for e in range(num_experts)) if part.expert else (part,)
             yield weight
         if head == "value":

@@ -2,20 +2,27 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megarlhf.models.arch import ArchSpec
-from megarlhf.models.families import head_dim
+from megarlhf.models.arch import Additions, ArchSpec
+from megarlhf.models.families import head_dim, rope_parameters
 from megarlhf.models.heads import ValueHead
 from megarlhf.models.hf_files import HFConfig
-from megarlhf.parallel.attention import SegmentAttention, SegmentNorm, SegmentRotaryEmbedding
+from megarlhf.models.layers import FixedBiasRouter, NormedLinear, TwoRopeAttention, add_around
+from megarlhf.parallel.attention import SegmentAttention, SegmentNorm
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import Ranks
+from megarlhf.parallel.latent import SegmentLatentAttention
+from megarlhf.parallel.rotary import use_segment_positions
 
 Head = Literal["lm", "value"]
 _VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by; fixed, so that checkpoints fit every TP size
@@ -46,6 +53,9 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
     """Megatron-Core's configuration for this architecture and layout.
 
     Numerics on the CPU take the unfused paths; dropout is off, as log-probs must be a function of the weights alone.
+
+    Raises:
+        ValueError: latent attention under tensor parallelism without sequence parallelism.
     """
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     on_gpu = device_kind() == "gpu"
@@ -59,7 +69,13 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
             "moe_aux_loss_coeff": options.moe_aux_loss_coeff,
             "moe_grouped_gemm": on_gpu,
         }
-    return TransformerConfig(
+    latent = fields.get("multi_latent_attention", False)
+    if latent and ranks.tp_size > 1 and not options.sequence_parallel:
+        raise ValueError(
+            f"sequence_parallel=False; {arch.hf_class} with tensor_model_parallel_size={ranks.tp_size} needs it, as "
+            "Megatron-Core's latent attention else gives wrong gradients for what all heads share: set it to True"
+        )
+    return (MLATransformerConfig if latent else TransformerConfig)(
         **fields,
         kv_channels=head_dim(hf),
         tensor_model_parallel_size=ranks.tp_size,
@@ -98,21 +114,70 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
     )
 
 
-def _block_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
+def _block_spec(config: TransformerConfig, additions: Additions, vp_stage: int | None) -> Any:
+    """Megatron-Core's layers of this chunk, with what it lacks put in through their specs."""
     on_gpu = device_kind() == "gpu"
+    if on_gpu:
+        _check_transformer_engine(config, additions)
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=vp_stage
     )
-    if on_gpu:
-        return block
-    for layer in block.layer_specs:
-        parts, attention = layer.submodules, layer.submodules.self_attention.submodules
-        parts.input_layernorm = parts.pre_mlp_layernorm = SegmentNorm
-        attention.core_attention = SegmentAttention
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = SegmentNorm
-    block.layer_norm = SegmentNorm
+    for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers of one kind share their spec
+        if not on_gpu:
+            _use_segments(layer, config, additions)
+        _add_to_layer(layer.submodules, config, additions, norm=block.layer_norm if on_gpu else SegmentNorm)
+    if not on_gpu:
+        block.layer_norm = SegmentNorm
     return block
+
+
+def _check_transformer_engine(config: TransformerConfig, additions: Additions) -> None:
+    """
+    Raises:
+        NotImplementedError: what TransformerEngine's attention cannot do.
+    """
+    if additions.attention_soft_cap is not None:
+        raise NotImplementedError(
+            f"attn_logit_softcapping={additions.attention_soft_cap}: TransformerEngine's attention has no soft cap"
+        )
+    if config.window_size and config.context_parallel_size > 1 and config.cp_comm_type == "p2p":
+        raise NotImplementedError(
+            f"cp_comm_type=p2p: TransformerEngine's ring has no sliding window, of which layers see "
+            f"{config.window_size[0] + 1} tokens: use all_gather"
+        )
+
+
+def _use_segments(layer: ModuleSpec, config: TransformerConfig, additions: Additions) -> None:
+    """The CPU's norms and attention."""
+    parts, attention = layer.submodules, layer.submodules.self_attention
+    parts.input_layernorm = parts.pre_mlp_layernorm = SegmentNorm
+    attention.submodules.core_attention = ModuleSpec(
+        SegmentAttention, params={"soft_cap": additions.attention_soft_cap}
+    )
+    if config.multi_latent_attention:
+        attention.module = SegmentLatentAttention
+        attention.submodules.kv_layernorm = SegmentNorm
+        attention.submodules.q_layernorm = IdentityOp if config.q_lora_rank is None else SegmentNorm
+    elif config.qk_layernorm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = SegmentNorm
+
+
+def _add_to_layer(parts: Any, config: TransformerConfig, additions: Additions, *, norm: type) -> None:
+    """Layers of ours, on every device."""
+    # a spec, or in later releases of Megatron-Core a partial, of a class and its submodules
+    bound = isinstance(parts.mlp, partial)
+    kind, mlp = (
+        (parts.mlp.func, parts.mlp.keywords["submodules"]) if bound else (parts.mlp.module, parts.mlp.submodules)
+    )
+    if additions.norms_after:
+        attention = parts.self_attention.submodules
+        attention.linear_proj = ModuleSpec(NormedLinear, params={"linear": attention.linear_proj, "norm": norm})
+        mlp.linear_fc2 = ModuleSpec(NormedLinear, params={"linear": mlp.linear_fc2, "norm": norm})
+    if additions.window_rope_theta is not None:
+        parts.self_attention.module = TwoRopeAttention
+        parts.self_attention.params["window_rope_theta"] = additions.window_rope_theta
+    if config.moe_router_enable_expert_bias and kind is MoELayer:
+        mlp.router = FixedBiasRouter
 
 
 def build_model(
@@ -124,20 +189,27 @@ def build_model(
     """
     config = transformer_config(arch, hf, ranks, options)
     if ranks.vpp_size == 1:
-        return [_build_chunk(hf, ranks, config, head=head, seed=seed, vp_stage=None)], config
+        return [_build_chunk(arch, hf, ranks, config, head=head, seed=seed, vp_stage=None)], config
     stages = range(ranks.vpp_size)
-    return [_build_chunk(hf, ranks, config, head=head, seed=seed, vp_stage=stage) for stage in stages], config
+    return [_build_chunk(arch, hf, ranks, config, head=head, seed=seed, vp_stage=stage) for stage in stages], config
 
 
 def _build_chunk(
-    hf: HFConfig, ranks: Ranks, config: TransformerConfig, *, head: Head, seed: int, vp_stage: int | None
+    arch: ArchSpec,
+    hf: HFConfig,
+    ranks: Ranks,
+    config: TransformerConfig,
+    *,
+    head: Head,
+    seed: int,
+    vp_stage: int | None,
 ) -> GPTModel:
-    rope = hf.rope_parameters or {}
+    rope, additions = rope_parameters(hf), arch.additions(hf)
     is_first = ranks.is_first_stage and vp_stage in (None, 0)
     is_last = ranks.is_last_stage and vp_stage in (None, ranks.vpp_size - 1)
     model = GPTModel(
         config,
-        _block_spec(config, vp_stage),
+        _block_spec(config, additions, vp_stage),
         vocab_size=padded_vocab_size(hf.vocab_size, ranks.tp_size),
         max_sequence_length=hf.max_position_embeddings,
         pre_process=is_first,
@@ -148,10 +220,12 @@ def _build_chunk(
         rotary_base=rope.get("rope_theta", 10000.0),
         rope_scaling=rope.get("rope_type") == "llama3",
         rope_scaling_factor=rope.get("factor", 8.0),
+        seq_len_interpolation_factor=rope["factor"] if rope.get("rope_type") == "linear" else None,
         vp_stage=vp_stage,
     )
     if device_kind() == "cpu":
-        model.rotary_pos_emb.__class__ = SegmentRotaryEmbedding
+        use_segment_positions(model)
+    add_around(model, additions)
     if head == "value" and is_last:
         model.output_layer = ValueHead(config)
         model.output_layer.initialize(seed)

@@ -17,6 +17,12 @@ def head_dim(config: HFConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def rope_parameters(config: HFConfig) -> dict[str, Any]:
+    """RoPE's settings, of the layers without a window where those with one have their own."""
+    parameters: dict[str, Any] = config.rope_parameters or {}
+    return parameters.get("full_attention", parameters)
+
+
 def norm(megatron: tuple[str, ...], hf: str, size: str = "hidden") -> WeightMap:
     """A layer norm's weight; names are given within the layer."""
     return WeightMap(

@@ -14,7 +14,8 @@ from megarlhf.data.tensor_file import TensorFile, TensorSpec
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
 from megarlhf.models.families import head_dim
-from megarlhf.models.hf_files import HFConfig, HFWeights
+from megarlhf.models.hf_files import HFConfig, HFWeights, read_config
+from megarlhf.models.registry import find_architecture
 from megarlhf.models.shards import AttentionShape, Shard, shards_of
 from megarlhf.parallel.groups import Ranks
 
@@ -149,8 +150,13 @@ class ModelWeights:
         }
 
     def tensor_specs(self, dtype: torch.dtype) -> list[TensorSpec]:
-        """Layout of a whole HF weight file in one dtype."""
-        return [TensorSpec(name, shape, dtype) for name, shape in self.hf_shapes().items()]
+        """Layout of a whole HF weight file in one dtype; what Megatron-Core keeps as buffers stays in float32."""
+        shapes = self.hf_shapes()
+        return [
+            TensorSpec(name, shapes[name], torch.float32 if weight.buffer else dtype)
+            for weight in self._maps
+            for name in weight.hf
+        ]
 
     @torch.no_grad()
     def write(self, file: TensorFile) -> None:
@@ -188,7 +194,7 @@ class ModelWeights:
             bound = by_hf.get(weight.hf)
             shards = self.shards(bound, bound.param.data) if bound is not None else []
             for position, name in enumerate(weight.hf):
-                whole = torch.zeros(shapes[name], dtype=dtype, device=device)
+                whole = torch.zeros(shapes[name], dtype=torch.float32 if weight.buffer else dtype, device=device)
                 owner = bound is not None and (weight.split is not Split.REPLICATED or self.ranks.tp_rank == 0)
                 if owner and shards[position].view.numel():
                     shards[position].emit(whole)
@@ -232,12 +238,15 @@ def _named_tensors(chunk: Any, buffers: set[str], first_expert: int) -> Iterator
 
 
 def source_dtype(source: HFWeights) -> torch.dtype:
-    """The dtype that the checkpoint is stored in; exports keep it.
+    """The dtype that the checkpoint's trained weights are stored in; exports keep it.
 
     Raises:
         ValueError: a dtype that weights are not trained from.
     """
-    found = {source.dtype(name) for name in source.names()}
+    hf = read_config(source.directory)
+    maps = find_architecture(hf).weight_maps(hf, tied=False, head="lm")
+    buffers = {name for weight in maps if weight.buffer for name in weight.hf}
+    found = {source.dtype(name) for name in source.names() if name not in buffers}
     if len(found) != 1 or not found <= set(_DTYPES):
         raise ValueError(
             f"pretrain={source.directory}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all"

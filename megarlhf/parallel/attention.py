@@ -5,17 +5,17 @@ attention knows neither packing nor shared prompts; `SegmentAttention` is put in
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megarlhf.data.types import MicroBatch
@@ -37,7 +37,16 @@ class AttentionBlock:
     stop: int  # past the last query
     prefix: tuple[int, int] | None  # keys of the shared prompt, seen whole
     mask: Tensor | None  # [queries, keys] bool, True where a query sees a key; None: plain causal
+    query_positions: Tensor  # [queries] int64, counted alike for queries and keys of one segment
+    key_positions: Tensor  # [keys] int64
     # keys: the prefix and the block's own tokens; under context parallelism the block's part on each rank in turn
+
+    def visible(self, window: int | None) -> Tensor | None:
+        """The mask of a layer whose tokens see themselves and the `window` - 1 tokens before; None: no such limit."""
+        if window is None:
+            return self.mask
+        distance = self.query_positions[:, None] - self.key_positions
+        return (distance < window) & (distance >= 0 if self.mask is None else self.mask)
 
 
 @dataclass
@@ -46,6 +55,13 @@ class SegmentParams(PackedSeqParams):
 
     position_ids: Tensor | None = None  # [t] int64
     blocks: tuple[AttentionBlock, ...] = ()
+    _masks: dict[int | None, list[Tensor | None]] = field(default_factory=dict)
+
+    def masks(self, window: int | None) -> list[Tensor | None]:
+        """Each block's mask for layers with this window, worked out once for all of them."""
+        if window not in self._masks:
+            self._masks[window] = [block.visible(window) for block in self.blocks]
+        return self._masks[window]
 
 
 def packed_params(batch: MicroBatch) -> PackedSeqParams:
@@ -69,18 +85,20 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams:
         rank = parallel_state.get_context_parallel_rank()
         blocks = context_blocks(batch.cu_seqlens, rank, batch.context_size)
     else:
-        blocks = attention_blocks(batch.cu_seqlens.tolist(), batch.prefix_segments)
+        blocks = attention_blocks(batch.cu_seqlens.tolist(), batch.prefix_segments, batch.position_ids)
     return SegmentParams(qkv_format="sbhd", position_ids=batch.position_ids, blocks=blocks)
 
 
-def attention_blocks(cu_seqlens: list[int], prefix_segments: tuple[int | None, ...]) -> tuple[AttentionBlock, ...]:
+def attention_blocks(
+    cu_seqlens: list[int], prefix_segments: tuple[int | None, ...], position_ids: Tensor
+) -> tuple[AttentionBlock, ...]:
     """Group neighbouring segments that continue the same prompt into blocks of about _BLOCK_TOKENS queries."""
     blocks: list[AttentionBlock] = []
     members: list[int] = []
 
     def close() -> None:
         if members:
-            blocks.append(_block(cu_seqlens, members, prefix_segments[members[0]]))
+            blocks.append(_block(cu_seqlens, members, prefix_segments[members[0]], position_ids))
             members.clear()
 
     for segment, prefix in enumerate(prefix_segments):
@@ -93,16 +111,28 @@ def attention_blocks(cu_seqlens: list[int], prefix_segments: tuple[int | None, .
     return tuple(blocks)
 
 
-def _block(cu_seqlens: list[int], members: list[int], prefix_segment: int | None) -> AttentionBlock:
+def _block(
+    cu_seqlens: list[int], members: list[int], prefix_segment: int | None, position_ids: Tensor
+) -> AttentionBlock:
     start, stop = cu_seqlens[members[0]], cu_seqlens[members[-1] + 1]
     prefix = None if prefix_segment is None else (cu_seqlens[prefix_segment], cu_seqlens[prefix_segment + 1])
-    if prefix is None and len(members) == 1:
-        return AttentionBlock(start=start, stop=stop, prefix=None, mask=None)
-    owner = torch.cat([torch.full((cu_seqlens[m + 1] - cu_seqlens[m],), m) for m in members])
-    mask = (owner[:, None] == owner[None, :]).tril()
-    if prefix is not None:
-        mask = torch.cat([mask.new_ones(stop - start, prefix[1] - prefix[0]), mask], dim=1)
-    return AttentionBlock(start=start, stop=stop, prefix=prefix, mask=mask)
+    positions, mask = position_ids[start:stop], None
+    if prefix is not None or len(members) > 1:
+        owner = torch.cat([torch.full((cu_seqlens[m + 1] - cu_seqlens[m],), m) for m in members])
+        mask = (owner[:, None] == owner[None, :]).tril()
+    if prefix is None:
+        return AttentionBlock(
+            start=start, stop=stop, prefix=None, mask=mask, query_positions=positions, key_positions=positions
+        )
+    assert mask is not None
+    return AttentionBlock(
+        start=start,
+        stop=stop,
+        prefix=prefix,
+        mask=torch.cat([mask.new_ones(stop - start, prefix[1] - prefix[0]), mask], dim=1),
+        query_positions=positions,
+        key_positions=torch.cat([position_ids[slice(*prefix)], positions]),
+    )
 
 
 def context_blocks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[AttentionBlock, ...]:
@@ -121,9 +151,39 @@ def context_blocks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[AttentionB
         places = [context_indices(inside, r, size) for r in range(size)]
         queries, keys = places[rank], torch.cat(places)
         mask = (owner[queries][:, None] == owner[keys]) & (queries[:, None] >= keys)
-        start = bounds[first] // size
-        blocks.append(AttentionBlock(start=start, stop=bounds[last] // size, prefix=None, mask=mask))
+        blocks.append(
+            AttentionBlock(
+                start=bounds[first] // size,
+                stop=bounds[last] // size,
+                prefix=None,
+                mask=mask,
+                query_positions=queries,
+                key_positions=keys,
+            )
+        )
     return tuple(blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How queries and keys become attention scores."""
+
+    scale: float
+    soft_cap: float | None = None  # a score x becomes soft_cap * tanh(x / soft_cap)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """[..., queries, keys] scores before masking."""
+        scores = query @ key.transpose(-1, -2) * self.scale
+        return scores if self.soft_cap is None else self.soft_cap * torch.tanh(scores / self.soft_cap)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[..., queries, d] attention output; without a mask it is causal."""
+        if self.soft_cap is None:
+            causal = mask is None
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale)
+        scores = self.scores(query, key)
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if mask is None else mask
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).type_as(value) @ value
 
 
 class SegmentAttention(MegatronModule):
@@ -144,10 +204,13 @@ class SegmentAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        soft_cap: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.scoring = Scoring(scale=softmax_scale or 1.0 / math.sqrt(config.kv_channels), soft_cap=soft_cap)
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # Megatron-Core counts the tokens before
         self.context_group = parallel_state.get_context_parallel_group()
         self.travels = cp_comm_type != "all_gather" and self.context_group.size() > 1
 
@@ -161,24 +224,29 @@ class SegmentAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: SegmentParams | None = None,
     ) -> Tensor:
-        """[t, 1, h, d] queries and [t, 1, g, d] keys and values -> [t, 1, h * d]."""
+        """[t, 1, h, d] queries and [t, 1, g, d] keys and values -> [t, 1, h * d]; values may have another d.
+
+        Latent attention leaves out the dimension of 1.
+        """
         assert packed_seq_params is not None, "the engine always packs"
-        tokens, _, heads, head_dim = query.shape
-        size = self.context_group.size()
+        if query.dim() == 3:
+            query, key, value = query[:, None], key[:, None], value[:, None]
+        tokens, size = query.shape[0], self.context_group.size()
+        blocks, masks = packed_seq_params.blocks, packed_seq_params.masks(self.window)
         if self.travels:
             lines = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            output = _RingAttention.apply(*lines, self.softmax_scale, packed_seq_params.blocks, self.context_group)
-            return output.permute(2, 0, 1, 3).reshape(tokens, 1, heads * head_dim)
+            output = _RingAttention.apply(*lines, self.scoring, blocks, masks, self.context_group)
+            return output.permute(2, 0, 1, 3).reshape(tokens, 1, -1)
         if size > 1:
             key, value = (
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group) for x in (key, value)
             )
-        repeats = heads // key.shape[2]
+        repeats = query.shape[2] // key.shape[2]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [t, 1, h, d] -> [1, h, t, d]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         outputs = []
-        for block in packed_seq_params.blocks:
+        for block, mask in zip(blocks, masks, strict=True):
             keys, values = k[:, :, block.start : block.stop], v[:, :, block.start : block.stop]
             if size > 1:  # each rank's part of the block lies at the same place of its line
                 parts = [slice(rank * tokens + block.start, rank * tokens + block.stop) for rank in range(size)]
@@ -186,17 +254,8 @@ class SegmentAttention(MegatronModule):
             if block.prefix is not None:
                 first, last = block.prefix
                 keys, values = torch.cat([k[:, :, first:last], keys], 2), torch.cat([v[:, :, first:last], values], 2)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, block.start : block.stop],
-                    keys,
-                    values,
-                    attn_mask=block.mask,
-                    is_causal=block.mask is None,
-                    scale=self.softmax_scale,
-                )
-            )
-        return torch.cat(outputs, 2).permute(2, 0, 1, 3).reshape(tokens, 1, heads * head_dim)
+            outputs.append(self.scoring.attend(q[:, :, block.start : block.stop], keys, values, mask))
+        return torch.cat(outputs, 2).permute(2, 0, 1, 3).reshape(tokens, 1, -1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Nothing to save."""
@@ -216,37 +275,39 @@ class _RingAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float,
+        scoring: Scoring,
         blocks: tuple[AttentionBlock, ...],
+        masks: list[Tensor],
         group: dist.ProcessGroup,
     ) -> Tensor:
         """[1, h, t, d] queries, [1, g, t, d] keys and values -> [1, h, t, d]."""
         repeats, size, rank = query.shape[1] // key.shape[1], group.size(), group.rank()
-        output = torch.zeros_like(query)
+        output = query.new_zeros(*query.shape[:3], value.shape[-1])
         log_sum = query.new_full(query.shape[:3], -torch.inf)
         k, v = key, value
         for hop in range(size):
             source = (rank - hop) % size
-            for block in blocks:
+            for block, mask in zip(blocks, masks, strict=True):
                 part = slice(block.start, block.stop)
-                scores = _scores(query[:, :, part], k[:, :, part], repeats, scale, _mask(block, source))
+                keys, values = (x[:, :, part].repeat_interleave(repeats, 1) for x in (k, v))
+                scores = scoring.scores(query[:, :, part], keys).masked_fill(_hidden(mask, source, size), -torch.inf)
                 added = scores.logsumexp(-1)
                 merged = torch.logaddexp(log_sum[:, :, part], added)
                 safe = merged.masked_fill(merged == -torch.inf, 0.0)  # rows that have seen no key yet
-                seen = (scores - safe[..., None]).exp() @ v[:, :, part].repeat_interleave(repeats, 1)
+                seen = (scores - safe[..., None]).exp() @ values
                 output[:, :, part] = output[:, :, part] * (log_sum[:, :, part] - safe).exp()[..., None] + seen
                 log_sum[:, :, part] = merged
             if hop < size - 1:
                 k, v = _pass_on((k, v), group)
         ctx.save_for_backward(query, key, value, output, log_sum)
-        ctx.settings = (scale, blocks, group)
+        ctx.settings = (scoring, blocks, masks, group)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         (grad_output,) = grads
         query, key, value, output, log_sum = ctx.saved_tensors
-        scale, blocks, group = ctx.settings
+        scoring, blocks, masks, group = ctx.settings
         repeats, size, rank = query.shape[1] // key.shape[1], group.size(), group.rank()
         delta = (grad_output * output).sum(-1, keepdim=True)
         grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -257,30 +318,25 @@ class _RingAttention(torch.autograd.Function):
 
         for hop in range(size):
             source = (rank - hop) % size
-            for block in blocks:
+            for block, mask in zip(blocks, masks, strict=True):
                 part = slice(block.start, block.stop)
                 q, keys, values = query[:, :, part], *(x[:, :, part].repeat_interleave(repeats, 1) for x in (k, v))
-                scores = _scores(q, k[:, :, part], repeats, scale, _mask(block, source))
-                probs = (scores - log_sum[:, :, part, None]).exp()
+                scores = scoring.scores(q, keys)
+                probs = (scores - log_sum[:, :, part, None]).exp().masked_fill(_hidden(mask, source, size), 0.0)
                 incoming = grad_output[:, :, part]
-                grad_scores = probs * (incoming @ values.transpose(-1, -2) - delta[:, :, part]) * scale
+                grad_scores = probs * (incoming @ values.transpose(-1, -2) - delta[:, :, part]) * scoring.scale
+                if scoring.soft_cap is not None:
+                    grad_scores *= 1 - (scores / scoring.soft_cap) ** 2
                 grad_query[:, :, part] += grad_scores @ keys
                 grad_key[:, :, part] += per_group(grad_scores.transpose(-1, -2) @ q)
                 grad_value[:, :, part] += per_group(probs.transpose(-1, -2) @ incoming)
             k, v, grad_key, grad_value = _pass_on((k, v, grad_key, grad_value), group)
-        return grad_query, grad_key, grad_value, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
-def _mask(block: AttentionBlock, source: int) -> Tensor:
-    """Which keys of one rank's part of the block this rank's queries see."""
-    assert block.mask is not None
-    keys = block.stop - block.start
-    return block.mask[:, source * keys : (source + 1) * keys]
-
-
-def _scores(query: Tensor, key: Tensor, repeats: int, scale: float, mask: Tensor) -> Tensor:
-    scores = query @ key.repeat_interleave(repeats, 1).transpose(-1, -2) * scale
-    return scores.masked_fill(~mask, -torch.inf)
+def _hidden(mask: Tensor, source: int, size: int) -> Tensor:
+    """Which keys of one rank's part of a block this rank's queries do not see."""
+    return ~mask.chunk(size, dim=1)[source]
 
 
 def _pass_on(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> list[Tensor]:
@@ -298,28 +354,6 @@ def _pass_on(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> list[Tens
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-class SegmentRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles of each packed token's own position.
-
-    Megatron-Core asks for a sequence length and hands it to forward(); here that "length" is the positions themselves,
-    which is how they reach forward() without state. Plain packed parameters keep Megatron-Core's behaviour.
-    """
-
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
-        """Positions [t] of segment parameters; Megatron-Core's own length for others."""
-        params = args[4] if len(args) > 4 else kwargs.get("packed_seq_params")
-        if isinstance(params, SegmentParams):
-            return params.position_ids
-        return super().get_rotary_seq_len(*args, **kwargs)
-
-    def forward(self, max_seq_len: Any, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """[t, 1, 1, head_dim] angles for positions [t]."""
-        if not torch.is_tensor(max_seq_len):
-            return super().forward(max_seq_len, offset=offset, packed_seq=packed_seq, cp_group=cp_group)
-        angles = torch.outer(max_seq_len.to(self.inv_freq.dtype), self.inv_freq)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
-
-
 class SegmentNorm(torch.nn.RMSNorm):
     """RMSNorm that works under sequence parallelism, which Megatron-Core's torch norm refuses.
 
@@ -328,4 +362,11 @@ class SegmentNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.zero_centered = config.layernorm_zero_centered_gamma  # the factor is 1 + weight
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (no such attribute, to mypy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x over its root mean square, times the weight."""
+        if not self.zero_centered:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)

@@ -263,7 +263,13 @@ def _mend_mappings(mappings: Any) -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
 
 
+def _mend_latent_attention(multi_latent_attention: Any) -> None:
+    """Where Megatron-Core puts mocks in place of TransformerEngine's layers, this module takes them for layers."""
+    multi_latent_attention.HAVE_TE = False
+
+
 _MENDS = {
+    "megatron.core.transformer.multi_latent_attention": _mend_latent_attention,
     "megatron.core.tensor_parallel.mappings": _mend_mappings,
     "megatron.core.transformer.moe.moe_utils": _mend_moe,
     "megatron.core.transformer.moe.token_dispatcher": _mend_dispatcher,

@@ -98,12 +98,15 @@ def register() -> None:
 
 
 def repack_output_heads(model: nn.Module) -> None:
-    """Rebuild the CPU kernel of each output head from its current weight, which it may share with the embedding."""
+    """Rebuild the CPU kernel of each output head from its current weight, which it may share with the embedding.
+
+    A model without a head of its own (Gemma 2) computes logits with its embedding.
+    """
     if current_platform.is_cpu():
-        for module in model.modules():
-            if isinstance(module, ParallelLMHead):
-                vars(module).pop("cpu_linear", None)  # frees the old kernel first: the new one can have its memory
-                module.quant_method.process_weights_after_loading(module)
+        embeddings = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+        for module in [m for m in embeddings if isinstance(m, ParallelLMHead)] or embeddings:
+            vars(module).pop("cpu_linear", None)  # frees the old kernel first: the new one can have its memory
+            module.quant_method.process_weights_after_loading(module)
 
 
 def forget_expert_kernels(model: nn.Module) -> None:

@@ -95,6 +95,21 @@ MOE_LAYOUTS = {
     "PP2-VPP2": Layout(pipeline=2, virtual=2),
     "DP2-overlap": Layout(data=2, distributed_optimizer=True, overlap=True),
 }
+WINDOW_LAYOUTS = {  # where a window, a soft cap and norms after each part could go wrong
+    name: LAYOUTS[name]
+    for name in ("TP2", "TP2-SP", "PP2", "PP2-VPP2", "CP2-p2p", "CP2-all-gather", "DP2-distopt", "share-prefix-TP2-SP")
+}
+LATENT_LAYOUTS = {  # without TP2: latent attention needs sequence parallelism
+    "TP2-SP": MOE_LAYOUTS["TP2-SP"],
+    "TP2-SP-EP2-ETP1": MOE_LAYOUTS["TP2-SP-EP2-ETP1"],
+    "EP2": MOE_LAYOUTS["EP2"],
+    "PP2": MOE_LAYOUTS["PP2"],
+    "PP2-VPP2": MOE_LAYOUTS["PP2-VPP2"],
+    "CP2-p2p": LAYOUTS["CP2-p2p"],
+    "CP2-all-gather": LAYOUTS["CP2-all-gather"],
+    "DP2-distopt": LAYOUTS["DP2-distopt"],
+    "share-prefix-TP2-SP": LAYOUTS["share-prefix-TP2-SP"],
+}
 LARGE_MOE_LAYOUTS = {
     "EP4": Layout(data=4, expert=4),
     "EP2-PP2": Layout(data=2, expert=2, pipeline=2),

@@ -7,7 +7,15 @@ import pytest
 
 from megarlhf.trainers.parity import OBJECTIVES
 from tests.distributed.cases import compare_case, reference_case
-from tests.distributed.layouts import LARGE_LAYOUTS, LARGE_MOE_LAYOUTS, LAYOUTS, MOE_LAYOUTS, Layout
+from tests.distributed.layouts import (
+    LARGE_LAYOUTS,
+    LARGE_MOE_LAYOUTS,
+    LATENT_LAYOUTS,
+    LAYOUTS,
+    MOE_LAYOUTS,
+    WINDOW_LAYOUTS,
+    Layout,
+)
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
 
@@ -83,6 +91,23 @@ def test_layout_of_experts_equals_one_process(ranks: RankPool, models: Models, n
     _check(ranks, models, "mixtral", name, MOE_LAYOUTS[name], objective)
 
 
+@pytest.mark.parametrize("objective", ["actor", "critic"])
+@pytest.mark.parametrize("name", WINDOW_LAYOUTS)
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_layout_with_windows_equals_one_process(
+    ranks: RankPool, models: Models, kind: str, name: str, objective: str
+) -> None:
+    _check(ranks, models, kind, name, WINDOW_LAYOUTS[name], objective)
+
+
+@pytest.mark.parametrize("objective", ["actor", "critic"])
+@pytest.mark.parametrize("name", LATENT_LAYOUTS)
+def test_layout_of_latent_attention_equals_one_process(
+    ranks: RankPool, models: Models, name: str, objective: str
+) -> None:
+    _check(ranks, models, "deepseek-v3", name, LATENT_LAYOUTS[name], objective)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", LARGE_LAYOUTS)
@@ -91,9 +116,19 @@ def test_large_layout_equals_one_process(ranks: RankPool, models: Models, name: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", ["actor", "critic"])
+@pytest.mark.parametrize("name", ["CP4-p2p", "CP4-all-gather", "TP2-SP-CP2", "TP2-SP-PP2-VPP2", "TP2-SP-PP2-CP2"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_large_layout_with_windows_equals_one_process(
+    ranks: RankPool, models: Models, kind: str, name: str, objective: str
+) -> None:
+    _check(ranks, models, kind, name, LARGE_LAYOUTS[name], objective)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", LARGE_MOE_LAYOUTS)
-@pytest.mark.parametrize("kind", ["qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("kind", ["qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"])
 def test_large_layout_of_experts_equals_one_process(
     ranks: RankPool, models: Models, kind: str, name: str, objective: str
 ) -> None:

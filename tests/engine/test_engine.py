@@ -55,8 +55,19 @@ def test_a_loaded_engine_takes_the_same_step(
 ) -> None:
     layouts = LAYOUTS | {"single": SINGLE, "PP2-distopt": Layout(pipeline=2, distributed_optimizer=True)}
     model_dir = make_model(tmp_path / "model", tied=True, family="llama")
-    before = ranks.run(layouts[saved].world_size, save_after, layouts[saved], model_dir, tmp_path / "checkpoint", steps)
-    after = ranks.run(layouts[loaded].world_size, load_and_step, layouts[loaded], model_dir, tmp_path / "checkpoint")
+    _check_resumed(ranks, model_dir, layouts[saved], layouts[loaded], steps)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "deepseek-v3"])
+def test_a_checkpoint_holds_every_kind_of_layer(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    model_dir = make_model(tmp_path / "model", family=family)
+    _check_resumed(ranks, model_dir, SINGLE, LAYOUTS["TP2-SP"], 1)
+
+
+def _check_resumed(ranks: RankPool, model_dir: Path, saved: Layout, loaded: Layout, steps: int) -> None:
+    target = model_dir / "checkpoint"
+    before = ranks.run(saved.world_size, save_after, saved, model_dir, target, steps)
+    after = ranks.run(loaded.world_size, load_and_step, loaded, model_dir, target)
     assert after[0][1] == before[0][1], "the schedule goes on"
     expected, found = assemble([weights for weights, _ in before]), assemble([weights for weights, _ in after])
     tolerance = 0.0 if saved == loaded else 1e-5

@@ -24,7 +24,7 @@ def make_engine_model(directory: Path, *, family: str = "llama", tied: bool = Tr
 
 def perturbed(model_dir: Path, seed: int) -> PreTrainedModel:
     """The model with every weight moved, as training would."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

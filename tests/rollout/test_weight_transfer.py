@@ -50,7 +50,16 @@ def assert_parity(samples: list[Sample], model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("family", "tied"),
-    [("llama", False), ("mistral", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)],
+    [
+        ("llama", False),
+        ("mistral", False),
+        ("qwen2", True),
+        ("qwen2", False),
+        ("qwen3", True),
+        ("qwen3", False),
+        ("gemma2", True),
+        ("gemma3", True),
+    ],
 )
 def test_direct_and_loader_agree_with_transformers(tmp_path: Path, family: str, tied: bool) -> None:
     model_dir = make_engine_model(tmp_path / "model", family=family, tied=tied)

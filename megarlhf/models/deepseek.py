@@ -1,0 +1,222 @@
+"""DeepSeek-V3 (arXiv:2412.19437) and those DeepSeek-V2 models (arXiv:2405.04434) that choose experts without groups.
+
+Multi-latent attention: queries, keys and values come up from low-rank latents, of which norms are taken. Experts beside
+shared ones, after some dense layers; in V3 chosen by sigmoid scores plus a bias per expert that training leaves alone.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from megarlhf.models.arch import ArchSpec, Split, WeightMap
+from megarlhf.models.families import (
+    CONSTANTS,
+    DENSE,
+    FIELDS,
+    HF_LAYER,
+    INPUT_NORM,
+    LAYER,
+    MODEL_WEIGHTS,
+    dense_dimensions,
+    gate_up,
+    norm,
+    rope_parameters,
+    row,
+)
+from megarlhf.models.hf_files import HFConfig
+from megarlhf.models.mixtures import EXPERTS, MOE_NORM, router
+
+
+def _projection(megatron: str, hf: str, shape: tuple[str, str], split: Split) -> WeightMap:
+    return WeightMap(
+        megatron=(f"{LAYER}self_attention.{megatron}.weight",),
+        hf=(f"{HF_LAYER}self_attn.{hf}.weight",),
+        shapes=(shape,),
+        split=split,
+    )
+
+
+def _latent_norm(kind: str) -> WeightMap:
+    names = (f"self_attention.{kind}_layernorm.weight", f"self_attention.linear_{kind}_up_proj.layer_norm_weight")
+    return norm(names, f"self_attn.{kind}_a_layernorm.weight", f"{kind}_latent")
+
+
+_ATTENTION = (
+    _projection("linear_q_proj", "q_proj", ("q_direct", "hidden"), Split.COLUMN),  # without a latent of the queries
+    _projection("linear_q_down_proj", "q_a_proj", ("q_latent", "hidden"), Split.REPLICATED),
+    _latent_norm("q"),
+    _projection("linear_q_up_proj", "q_b_proj", ("q", "q_latent"), Split.COLUMN),
+    _projection("linear_kv_down_proj", "kv_a_proj_with_mqa", ("kv_latent_rope", "hidden"), Split.REPLICATED),
+    _latent_norm("kv"),
+    _projection("linear_kv_up_proj", "kv_b_proj", ("kv", "kv_latent"), Split.COLUMN),
+    row(("self_attention.linear_proj.weight",), "self_attn.o_proj.weight", "values"),
+)
+_SHARED_EXPERTS = (
+    gate_up(
+        ("mlp.shared_experts.linear_fc1.weight",),
+        ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        "shared",
+    ),
+    row(("mlp.shared_experts.linear_fc2.weight",), "mlp.shared_experts.down_proj.weight", "shared"),
+)
+_EXPERT_BIAS = WeightMap(
+    megatron=(LAYER + "mlp.router.expert_bias",),
+    hf=(HF_LAYER + "mlp.gate.e_score_correction_bias",),
+    shapes=(("experts",),),
+    split=Split.REPLICATED,
+    buffer=True,
+)
+
+
+def _dimensions(config: HFConfig) -> dict[str, int]:
+    heads, q_latent = config.num_attention_heads, config.q_lora_rank or 0
+    queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    return dense_dimensions(config) | {
+        "q": queries,
+        "q_direct": 0 if q_latent else queries,
+        "q_latent": q_latent,
+        "kv": heads * (config.qk_nope_head_dim + config.v_head_dim),
+        "kv_latent": config.kv_lora_rank,
+        "kv_latent_rope": config.kv_lora_rank + config.qk_rope_head_dim,
+        "values": heads * config.v_head_dim,
+        "experts": config.n_routed_experts,
+        "expert": config.moe_intermediate_size,
+        "shared": config.n_shared_experts * config.moe_intermediate_size,
+    }
+
+
+def _moe_layers(config: HFConfig) -> list[bool]:
+    return [layer >= config.first_k_dense_replace for layer in range(config.num_hidden_layers)]
+
+
+def _rope(config: HFConfig) -> dict[str, Any]:
+    rope = rope_parameters(config)
+    base = {"rope_type": "rope", "rotary_base": rope.get("rope_theta", 10000.0)}
+    if rope.get("rope_type") != "yarn":
+        return base
+    return base | {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": rope["factor"],
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "beta_fast": rope.get("beta_fast") or 32,
+        "beta_slow": rope.get("beta_slow") or 1,
+        "mscale": rope.get("mscale") or 1.0,
+        "mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
+    }
+
+
+def _config(config: HFConfig) -> dict[str, Any]:
+    return _rope(config) | {
+        "q_lora_rank": config.q_lora_rank,
+        "num_moe_experts": config.n_routed_experts,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
+        "moe_layer_freq": [int(experts) for experts in _moe_layers(config)],
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_router_topk_scaling_factor": config.routed_scaling_factor,
+    }
+
+
+def _config_v3(config: HFConfig) -> dict[str, Any]:
+    grouped = config.n_group > 1
+    return _config(config) | {
+        "moe_router_num_groups": config.n_group if grouped else None,
+        "moe_router_group_topk": config.topk_group if grouped else None,
+    }
+
+
+def _check(config: HFConfig) -> list[str]:
+    errors = []
+    if config.hidden_act != "silu":
+        errors.append(f"hidden_act={config.hidden_act}; this table maps silu only")
+    if config.attention_bias or getattr(config, "mlp_bias", False):
+        errors.append("attention_bias or mlp_bias is True; this table has no weights for it")
+    if config.rms_norm_eps != 1e-6:
+        errors.append(
+            f"rms_norm_eps={config.rms_norm_eps}; latents have 1e-6 in their norms, Megatron-Core one for all"
+        )
+    if not config.n_shared_experts:
+        errors.append(f"n_shared_experts={config.n_shared_experts}; this table maps 1 or more")
+    if getattr(config, "quantization_config", None) is not None:
+        errors.append("quantization_config is set; store the weights as bfloat16 and remove it")
+    return errors + _check_rope(rope_parameters(config))
+
+
+def _check_rope(rope: dict[str, Any]) -> list[str]:
+    errors = []
+    if rope.get("rope_type", "default") not in ("default", "yarn"):
+        errors.append(f"rope_type={rope['rope_type']}; Megatron-Core's latent attention offers default and yarn")
+    if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
+        errors.append("only one of mscale and mscale_all_dim is set; Megatron-Core reads that otherwise: set both")
+    if rope.get("attention_factor") is not None:
+        errors.append(f"attention_factor={rope['attention_factor']}; Megatron-Core works it out of mscale")
+    if not rope.get("truncate", True):
+        errors.append("truncate=False; Megatron-Core's latent attention rounds YaRN's range")
+    return errors
+
+
+def _check_v2(config: HFConfig) -> list[str]:
+    errors = []
+    if config.topk_method != "greedy":
+        errors.append(f"topk_method={config.topk_method}; Megatron-Core scores a group otherwise than by its maximum")
+    if config.norm_topk_prob:
+        errors.append("norm_topk_prob=True; Transformers' DeepSeek-V2 does not normalise")
+    return _check(config) + errors
+
+
+def _check_v3(config: HFConfig) -> list[str]:
+    errors = []
+    per_token, groups = config.num_experts_per_tok, config.topk_group
+    if config.n_group > 1 and per_token // groups != 2:
+        errors.append(
+            f"num_experts_per_tok={per_token} with topk_group={groups}; a group's score is the sum of its best 2, in "
+            "Megatron-Core of its best num_experts_per_tok // topk_group"
+        )
+    if not config.norm_topk_prob or per_token < 2:
+        errors.append(
+            f"norm_topk_prob={config.norm_topk_prob} with num_experts_per_tok={per_token}; Megatron-Core normalises "
+            "sigmoid scores, always and only of 2 or more experts"
+        )
+    if not config.rope_interleave:
+        errors.append("rope_interleave=False; Megatron-Core's latent attention turns neighbouring channels")
+    return _check(config) + errors
+
+
+DEEPSEEK_V2 = ArchSpec(
+    hf_class="DeepseekV2ForCausalLM",
+    config_fields=FIELDS
+    | {
+        "kv_lora_rank": "kv_lora_rank",
+        "qk_head_dim": "qk_nope_head_dim",
+        "qk_pos_emb_head_dim": "qk_rope_head_dim",
+        "v_head_dim": "v_head_dim",
+    },
+    config_constants=CONSTANTS
+    | {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "moe_router_dtype": "fp32",
+        "moe_router_pre_softmax": True,
+    },
+    layer_weights=(INPUT_NORM, *_ATTENTION),
+    dense_weights=DENSE,
+    moe_weights=(MOE_NORM, router("mlp.gate.weight"), *EXPERTS, *_SHARED_EXPERTS),
+    model_weights=MODEL_WEIGHTS,
+    check=_check_v2,
+    dimensions=_dimensions,
+    moe_layers=_moe_layers,
+    derived_config=_config,
+)
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V2,
+    hf_class="DeepseekV3ForCausalLM",
+    config_constants=DEEPSEEK_V2.config_constants
+    | {
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,  # the bias keeps experts busy in pre-training; here routing stays as it is
+    },
+    moe_weights=(MOE_NORM, router("mlp.gate.weight"), _EXPERT_BIAS, *EXPERTS, *_SHARED_EXPERTS),
+    check=_check_v3,
+    derived_config=_config_v3,
+)
