@@ -53,7 +53,12 @@ SUPPORTED_ARCHITECTURES = (
     "MixtralForCausalLM",
     "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
 )
+_ODD_REWARD_CLASSES = ("Gemma3TextForSequenceClassification",)  # named otherwise than after the causal model
 
 
 class ConfigError(ValueError):
@@ -144,6 +149,7 @@ def _models(model: ModelArguments, architectures: Sequence[str], *, uses_critic:
         )
     elif critic is not None:
         with_head = [name.replace("ForCausalLM", "ForSequenceClassification") for name in architectures]
+        with_head += _ODD_REWARD_CLASSES
         models["critic_pretrain"], found = read_model("critic_pretrain", critic, [*architectures, *with_head])
         errors += found + same_vocabulary_errors("critic_pretrain", critic, model.tokenizer or model.pretrain)
     return models, errors

@@ -9,7 +9,7 @@ import pytest
 
 from megarlhf.config.arguments import PPOConfig, SFTConfig
 from megarlhf.config.check_files import save_errors
-from megarlhf.config.checks import ConfigError, check_ppo, check_sft, raise_if
+from megarlhf.config.checks import SUPPORTED_ARCHITECTURES, ConfigError, check_ppo, check_sft, raise_if
 from megarlhf.config.command_line import from_dict
 
 MODEL = {
@@ -492,3 +492,9 @@ def test_a_used_run_directory_is_only_continued(tmp_path: Path, trace: str) -> N
     assert "holds another run" in save_errors(str(used), str(tmp_path / "other"))[0]
     assert save_errors(str(used), str(tmp_path / "x" / ".." / "used")) == []
     assert save_errors(str(tmp_path / "new"), str(used)) == []
+
+
+def test_the_architectures_are_those_of_the_tables() -> None:
+    from megarlhf.models.registry import ARCHITECTURES  # imports PyTorch, which the checks do without
+
+    assert set(SUPPORTED_ARCHITECTURES) == set(ARCHITECTURES)
