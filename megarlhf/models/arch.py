@@ -72,10 +72,9 @@ class ArchSpec:
     moe_layers: Callable[[HFConfig], list[bool]] | None = None  # per layer: has experts; None: no layer has
     derived_config: Callable[[HFConfig], dict[str, Any]] = lambda _: {}  # TransformerConfig fields worked out
 
-    @property
-    def sequence_classification_class(self) -> str:
-        """The HF class of a reward model of this family."""
-        return self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
+    def class_with_head(self, head: str) -> str:
+        """The HF class of a model of this family with a head "lm", or "value" as critics and reward models have it."""
+        return self.hf_class.replace("ForCausalLM", "ForSequenceClassification") if head == "value" else self.hf_class
 
     def is_moe(self, hf: HFConfig) -> bool:
         """Whether any layer of this configuration has experts."""

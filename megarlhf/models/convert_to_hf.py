@@ -1,0 +1,171 @@
+"""A Megatron-Core checkpoint as Hugging Face's, a few tensors at a time and bit for bit.
+
+    SAVE/model.safetensors, or shards with an index    HF names and shapes, in the dtype they are stored in
+    SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_config/, a run's pretrain, or --hf-model
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarlhf.data.partial import PartialDirectory
+from megarlhf.data.tensor_file import TensorFile, TensorSpec, tensor_places
+from megarlhf.models.build import Head
+from megarlhf.models.conversion import (
+    ConvertOptions,
+    Digests,
+    TensorFiles,
+    bundles,
+    check_space,
+    check_target,
+    compare,
+    converted,
+    digest,
+    fingerprint,
+    run_steps,
+    write_manifest,
+)
+from megarlhf.models.cuts import GlobalWeight, cut_model
+from megarlhf.models.hf_files import INDEX, HFConfig, copy_companions, exported_config, read_config
+from megarlhf.models.megatron_files import find_checkpoint, hf_directory, locate
+from megarlhf.models.registry import find_architecture
+from megarlhf.models.shards import Shard, shards_of
+from megarlhf.models.torch_dist import METADATA, TorchDistReader
+from megarlhf.models.weights import attention_shape
+
+
+def parts(weight: GlobalWeight, param: Tensor, hf: HFConfig) -> list[Shard]:
+    """The whole HF tensors inside a whole Megatron parameter."""
+    return shards_of(
+        weight.weight, param, attention=attention_shape(hf), vocab_size=hf.vocab_size, tp_rank=0, tp_size=1
+    )
+
+
+def hf_tensors(weight: GlobalWeight, reader: TorchDistReader, hf: HFConfig) -> Iterator[tuple[str, Tensor]]:
+    """The HF tensors of one Megatron parameter, contiguous, read from a checkpoint."""
+    param = reader.read(weight.key, weight.region.offset, weight.region.shape, weight.num_stacked)
+    for shard in parts(weight, param, hf):
+        if shard.view.is_contiguous() and shard.view.dim() == param.dim():
+            yield shard.hf_name, shard.view
+        else:
+            yield shard.hf_name, shard.view.reshape(-1, *param.shape[1:])
+
+
+def megatron_to_hf(
+    load: str, save: Path, *, hf_model: str | None, role: str, max_shard_bytes: int, options: ConvertOptions
+) -> None:
+    """Convert.
+
+    A checkpoint with a value head becomes a sequence classifier with one label.
+
+    Args:
+        load: see find_checkpoint.
+        hf_model: directory of the configuration and tokenizer; None for what the checkpoint says.
+        role: which model of a run's checkpoint.
+    Raises:
+        ValueError: a checkpoint or target that cannot be converted; nothing has been written then, but for tensors with
+            NaN, which are found on the way.
+    """
+    checkpoint = find_checkpoint(load, role)
+    companions = hf_directory(checkpoint, hf_model, role)
+    hf = read_config(companions, option="hf_model")
+    arch = find_architecture(hf)
+    reader = TorchDistReader(checkpoint.directory, checkpoint.source)
+    output = reader.tensors.get("output_layer.weight")
+    head: Head = "value" if output is not None and output.size[0] == 1 else "lm"
+    model = cut_model(arch, hf, head=head)
+    weights = locate(model, reader)
+    dtypes = {weight.key: options.dtype or reader.dtype(weight.key) for weight in weights}
+
+    def num_bytes(weight: GlobalWeight) -> int:
+        return weight.num_elements * dtypes[weight.key].itemsize
+
+    check_target(checkpoint.directory, save, overwrite=options.overwrite)
+    check_space(save, sum(map(num_bytes, weights)))
+    if options.dry_run:
+        return
+    shapes = model.names.hf_shapes()
+    specs = [TensorSpec(name, shapes[name], dtypes[w.key]) for w in weights for name in w.weight.hf]
+    layout = weight_files(specs, max_shard_bytes)
+    about = {"source": f"{checkpoint.directory}", "architecture": arch.hf_class, "head": head}
+    identity = {**about, "layout": {name: [repr(spec) for spec in file] for name, file in layout.items()}}
+    partial = PartialDirectory(save, identity | {"files": fingerprint([checkpoint.directory / METADATA])})
+    files = TensorFiles([_prepare(partial.path / name, file) for name, file in layout.items()], writable=True)
+
+    def step(_: str, bundle: list[GlobalWeight]) -> Digests:
+        digests: Digests = {}
+        for weight in bundle:
+            for name, tensor in hf_tensors(weight, reader, hf):
+                result = converted(name, tensor, options)
+                digests[name] = digest(result, weight.key)
+                files.write(name, result)
+        files.sync(list(digests))
+        return digests
+
+    steps = bundles(weights, num_bytes)
+    try:
+        run_steps(steps, step, num_bytes, phase="convert", partial=partial, options=options)
+    except ValueError:
+        partial.discard()
+        raise
+    manifest = {name: entry for record in partial.done.values() for name, entry in record.items()}
+    write_manifest(partial.path, manifest, **about, iteration=checkpoint.iteration)
+    _write_companions(partial.path, companions, arch.class_with_head(head), layout)
+    if options.verify:
+
+        def check(_: str, bundle: list[GlobalWeight]) -> int:
+            names = (name for weight in bundle for name in weight.weight.hf)
+            return compare(((name, files.read(name)) for name in names), manifest, save)
+
+        run_steps(steps, check, num_bytes, phase="verify", partial=None, options=options)
+    files.close()
+    partial.finish()
+
+
+def weight_files(specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
+    """Tensors by file: as many as fit, in order, and wider types first, as the format has them aligned."""
+    found: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if found[-1] and size + spec.num_bytes > max_bytes:
+            found.append([])
+            size = 0
+        found[-1].append(spec)
+        size += spec.num_bytes
+    if len(found) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{number:05d}-of-{len(found):05d}.safetensors" for number in range(1, len(found) + 1)]
+    return {n: sorted(file, key=lambda s: -s.dtype.itemsize) for n, file in zip(names, found, strict=True)}
+
+
+def _prepare(path: Path, specs: list[TensorSpec]) -> Path:
+    """Make a weight file of zeros, unless an earlier try has left it."""
+    try:
+        if [spec for _, spec in tensor_places(path).values()] == specs:
+            return path
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        path.unlink()  # its making was interrupted, before any tensor was written
+    TensorFile.create(path, specs, {"format": "pt"}).close()
+    path.chmod(0o644)
+    return path
+
+
+def _write_companions(target: Path, source: Path, hf_class: str, layout: dict[str, list[TensorSpec]]) -> None:
+    config = exported_config(source, hf_class)
+    specs = [spec for file in layout.values() for spec in file]
+    largest = max(specs, key=lambda spec: spec.num_bytes)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(largest.dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_companions(source, target)
+    if len(layout) > 1:
+        weight_map = {spec.name: name for name, file in layout.items() for spec in file}
+        total = {"total_size": sum(spec.num_bytes for spec in specs)}
+        (target / INDEX).write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n")
