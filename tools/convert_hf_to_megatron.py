@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megarlhf.cli.convert import hf_to_megatron  # noqa: E402
+from megarlhf.cli.convert import hf_to_megatron
 
 if __name__ == "__main__":
     sys.exit(hf_to_megatron())

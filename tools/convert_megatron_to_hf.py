@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megarlhf.cli.convert import megatron_to_hf  # noqa: E402
+from megarlhf.cli.convert import megatron_to_hf
 
 if __name__ == "__main__":
     sys.exit(megatron_to_hf())

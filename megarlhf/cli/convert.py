@@ -1,24 +1,24 @@
 """`megarlhf convert hf-to-megatron|megatron-to-hf`: checkpoints between Hugging Face and Megatron-Core.
 
-    megarlhf convert hf-to-megatron --load models/smollm2 --save models/smollm2-megatron
-    megarlhf convert megatron-to-hf --load runs/ppo@10 --save models/ppo-step-10 --role actor --dtype bf16
+megarlhf convert hf-to-megatron --load models/smollm2 --save models/smollm2-megatron
+megarlhf convert megatron-to-hf --load runs/ppo@10 --save models/ppo-step-10 --role actor --dtype bf16
 """
 
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from megarlhf.cli.run import report_errors
 from megarlhf.config.command_line import parse
 
 if TYPE_CHECKING:
-    from megarlhf.models.conversion import ConvertOptions
+    from megarlhf.engine.conversion import ConvertOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class HFToMegatron:
     """A Hugging Face checkpoint as Megatron-Core's (torch_dist)."""
 
     source: ToMegatronArguments
-    target: SharedArguments = field(default_factory=lambda: SharedArguments(save=""))
+    target: SharedArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +84,19 @@ class MegatronToHF:
     """A Megatron-Core checkpoint (torch_dist) as Hugging Face's."""
 
     source: ToHFArguments
-    target: SharedArguments = field(default_factory=lambda: SharedArguments(save=""))
+    target: SharedArguments
 
 
 def hf_to_megatron(argv: Sequence[str] | None = None, prog: str = "convert_hf_to_megatron.py") -> int:
     """Parse and convert; returns the exit status."""
     config, dry_run = parse(HFToMegatron, sys.argv[1:] if argv is None else argv, prog=prog)
-    return report_errors(prog, lambda: _to_megatron(config, dry_run=dry_run))
+    return _run(prog, lambda: _to_megatron(config, dry_run=dry_run))
 
 
 def megatron_to_hf(argv: Sequence[str] | None = None, prog: str = "convert_megatron_to_hf.py") -> int:
     """Parse and convert; returns the exit status."""
     config, dry_run = parse(MegatronToHF, sys.argv[1:] if argv is None else argv, prog=prog)
-    return report_errors(prog, lambda: _to_hf(config, dry_run=dry_run))
+    return _run(prog, lambda: _to_hf(config, dry_run=dry_run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,9 +111,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return directions[direction](arguments[1:], f"megarlhf convert {direction}")
 
 
+def _run(prog: str, convert: Callable[[], int]) -> int:
+    # Conversion is the CPU's work, and shapes come from Megatron-Core's own layers: before PyTorch looks for devices.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from megarlhf.cli.run import report_errors
+
+    return report_errors(prog, convert)
+
+
 def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:
-    _hide_devices()
-    from megarlhf.models.convert_to_megatron import hf_to_megatron as convert
+    from megarlhf.engine.convert_to_megatron import hf_to_megatron as convert
 
     source = config.source
     with _Bar() as bar:
@@ -131,8 +138,7 @@ def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:
 
 def _to_hf(config: MegatronToHF, *, dry_run: bool) -> int:
     max_shard_bytes = num_bytes_of(config.source.max_shard_size)
-    _hide_devices()
-    from megarlhf.models.convert_to_hf import megatron_to_hf as convert
+    from megarlhf.engine.convert_to_hf import megatron_to_hf as convert
 
     with _Bar() as bar:
         convert(
@@ -144,11 +150,6 @@ def _to_hf(config: MegatronToHF, *, dry_run: bool) -> int:
             options=_options(config.target, bar, dry_run=dry_run),
         )
     return _done(config.target, dry_run=dry_run)
-
-
-def _hide_devices() -> None:
-    """Conversion is the CPU's work, and shapes come from Megatron-Core's own layers; before PyTorch is imported."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def num_bytes_of(size: str) -> int:
@@ -164,7 +165,7 @@ def num_bytes_of(size: str) -> int:
 
 
 def _options(target: SharedArguments, bar: "_Bar", *, dry_run: bool) -> "ConvertOptions":
-    from megarlhf.models.conversion import DTYPES, ConvertOptions
+    from megarlhf.engine.conversion import DTYPES, ConvertOptions
     from megarlhf.parallel.device import num_cores
 
     if target.num_threads is not None and target.num_threads < 1:
@@ -190,8 +191,6 @@ class _Bar(Progress):
     """Bytes done and GB/s of each phase, on stderr."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
         columns = (TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         super().__init__(*columns, console=Console(stderr=True))
         self._phases: dict[str, TaskID] = {}

@@ -29,7 +29,7 @@ class PartialDirectory:
     def __init__(self, target: Path, identity: dict[str, Any]) -> None:
         self.target, self.path = target, target.with_name(target.name + ".partial")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._journal = open(self.path / _JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115 (open until finish)
+        self._journal = open(self.path / _JOURNAL, "a+", encoding="utf-8")
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

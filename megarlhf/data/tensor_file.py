@@ -131,7 +131,9 @@ def _encode_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def _decode_header(path: Path, file_bytes: int, mapped: mmap.mmap | bytes) -> tuple[list[TensorSpec], dict[str, str], int]:
+def _decode_header(
+    path: Path, file_bytes: int, mapped: mmap.mmap | bytes
+) -> tuple[list[TensorSpec], dict[str, str], int]:
     """Specs in file order, metadata and the data's first byte; raises ValueError for anything malformed."""
     length = int.from_bytes(mapped[:8], "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):

@@ -149,7 +149,11 @@ def check_layout(arch: ArchSpec, hf: HFConfig, *, tensor: int, pipeline: int, ex
         (pp, pipeline, "num_hidden_layers", hf.num_hidden_layers),
         (ep, expert, "num_experts", sizes.get("experts", 1)),
     ]
-    rules += [(tp, tensor, f"{name} feed-forward size", sizes[name]) for name in ("ffn", "expert", "shared") if sizes.get(name)]
+    rules += [
+        (tp, tensor, f"{name} feed-forward size", sizes[name])
+        for name in ("ffn", "expert", "shared")
+        if sizes.get(name)
+    ]
     errors = [
         f"{option}={size}; does not divide {what}={number}"
         for option, size, what, number in rules

@@ -6,7 +6,6 @@ and `*.distcp` files, which hold one `torch.save` after the other. Needs neither
 
 import io
 import math
-import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

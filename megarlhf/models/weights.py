@@ -204,9 +204,7 @@ class ModelWeights:
 
 def attention_shape(hf: HFConfig) -> AttentionShape:
     """Head counts of a configuration."""
-    return AttentionShape(
-        num_heads=hf.num_attention_heads, num_groups=hf.num_key_value_heads, head_dim=head_dim(hf)
-    )
+    return AttentionShape(num_heads=hf.num_attention_heads, num_groups=hf.num_key_value_heads, head_dim=head_dim(hf))
 
 
 def _mark_parallel(bound: BoundWeight) -> None:
@@ -246,7 +244,5 @@ def source_dtype(source: HFWeights) -> torch.dtype:
     """
     found = {source.dtype(name) for name in source.names()}
     if len(found) != 1 or not found <= set(_DTYPES):
-        raise ValueError(
-            f"{source.source}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all"
-        )
+        raise ValueError(f"{source.source}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all")
     return _DTYPES[found.pop()]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megarlhf.data.partial import PartialDirectory
 from megarlhf.data.tensor_file import run_side_by_side, tensor_places
+from megarlhf.engine.checkpoint_files import LATEST
 from megarlhf.models.cuts import GlobalWeight
 
 MANIFEST = "conversion.json"
-LATEST = "latest_checkpointed_iteration.txt"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BUNDLE_BYTES = 64 * 2**20  # of one step that a rerun need not repeat
 _SPARE_BYTES = 64 * 2**20  # of the disk, for everything but tensors

@@ -17,11 +17,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch import Tensor
 
 from megarlhf.data.partial import PartialDirectory
-from megarlhf.models.arch import Split
-from megarlhf.models.build import Head
-from megarlhf.models.conversion import (
+from megarlhf.engine.checkpoint_files import LATEST
+from megarlhf.engine.conversion import (
     DTYPES,
-    LATEST,
     ConvertOptions,
     Digests,
     TensorFiles,
@@ -35,16 +33,17 @@ from megarlhf.models.conversion import (
     run_steps,
     write_manifest,
 )
-from megarlhf.models.convert_to_hf import hf_tensors, parts
+from megarlhf.engine.convert_to_hf import hf_tensors, parts
+from megarlhf.engine.megatron_files import HF_CONFIG, RELEASE
+from megarlhf.models.arch import Split
+from megarlhf.models.build import Head
 from megarlhf.models.cuts import GlobalWeight, cut_model
 from megarlhf.models.heads import drawn_value_weights
 from megarlhf.models.hf_files import HFConfig, HFWeights, copy_companions, read_config
-from megarlhf.models.megatron_files import HF_CONFIG
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.torch_dist import TorchDistReader, write_metadata, write_objects, write_tensor
 
 _SEED = 42  # of a critic's head that the source lacks, as in the programs' --seed
-_RELEASE = "release"
 
 
 def hf_to_megatron(
@@ -80,7 +79,7 @@ def hf_to_megatron(
     about = {"source": str(load), "architecture": arch.hf_class, "head": kind, "layout": layout}
     identity = {**about, "dtype": str(options.dtype), "files": fingerprint([load / name for name in source.files])}
     partial = PartialDirectory(save, identity)
-    target = partial.path / _RELEASE
+    target = partial.path / RELEASE
     target.mkdir(exist_ok=True)
 
     def step(name: str, bundle: list[GlobalWeight]) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def hf_to_megatron(
     manifest = {name: entry for record in partial.done.values() for name, entry in record["digests"].items()}
     left_out = sorted(set(source.names()) - manifest.keys())
     write_manifest(target, manifest, **about, left_out=left_out)
-    (partial.path / LATEST).write_text(_RELEASE)
+    (partial.path / LATEST).write_text(RELEASE)
     if options.verify:
         reader = TorchDistReader(target, f"save={save}")
 
@@ -138,7 +137,12 @@ def _dtype(weight: GlobalWeight, files: TensorFiles, options: ConvertOptions) ->
 
 
 def _parameter(
-    weight: GlobalWeight, dtype: torch.dtype, files: TensorFiles, hf: HFConfig, digests: Digests, options: ConvertOptions
+    weight: GlobalWeight,
+    dtype: torch.dtype,
+    files: TensorFiles,
+    hf: HFConfig,
+    digests: Digests,
+    options: ConvertOptions,
 ) -> Tensor:
     """The whole Megatron parameter, and its HF tensors' entries in the manifest."""
     param = torch.empty(weight.shape, dtype=dtype)

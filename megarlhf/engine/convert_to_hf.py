@@ -1,21 +1,20 @@
 """A Megatron-Core checkpoint as Hugging Face's, a few tensors at a time and bit for bit.
 
-    SAVE/model.safetensors, or shards with an index    HF names and shapes, in the dtype they are stored in
-    SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_config/, a run's pretrain, or --hf-model
+SAVE/model.safetensors, or shards with an index    HF names and shapes, in the dtype they are stored in
+SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_config/, a run's pretrain, or --hf-model
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from megarlhf.data.partial import PartialDirectory
 from megarlhf.data.tensor_file import TensorFile, TensorSpec, tensor_places
-from megarlhf.models.build import Head
-from megarlhf.models.conversion import (
+from megarlhf.engine.conversion import (
     ConvertOptions,
     Digests,
     TensorFiles,
@@ -29,13 +28,17 @@ from megarlhf.models.conversion import (
     run_steps,
     write_manifest,
 )
-from megarlhf.models.cuts import GlobalWeight, cut_model
+from megarlhf.engine.megatron_files import find_checkpoint, hf_directory
+from megarlhf.models.arch import Split
+from megarlhf.models.build import Head
+from megarlhf.models.cuts import CutModel, GlobalWeight, Region, cut_model
 from megarlhf.models.hf_files import INDEX, HFConfig, copy_companions, exported_config, read_config
-from megarlhf.models.megatron_files import find_checkpoint, hf_directory, locate
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.shards import Shard, shards_of
 from megarlhf.models.torch_dist import METADATA, TorchDistReader
 from megarlhf.models.weights import attention_shape
+
+_NUMBERED = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
 def parts(weight: GlobalWeight, param: Tensor, hf: HFConfig) -> list[Shard]:
@@ -78,7 +81,7 @@ def megatron_to_hf(
     output = reader.tensors.get("output_layer.weight")
     head: Head = "value" if output is not None and output.size[0] == 1 else "lm"
     model = cut_model(arch, hf, head=head)
-    weights = locate(model, reader)
+    weights = _locate(model, reader)
     dtypes = {weight.key: options.dtype or reader.dtype(weight.key) for weight in weights}
 
     def num_bytes(weight: GlobalWeight) -> int:
@@ -90,7 +93,7 @@ def megatron_to_hf(
         return
     shapes = model.names.hf_shapes()
     specs = [TensorSpec(name, shapes[name], dtypes[w.key]) for w in weights for name in w.weight.hf]
-    layout = weight_files(specs, max_shard_bytes)
+    layout = _weight_files(specs, max_shard_bytes)
     about = {"source": f"{checkpoint.directory}", "architecture": arch.hf_class, "head": head}
     identity = {**about, "layout": {name: [repr(spec) for spec in file] for name, file in layout.items()}}
     partial = PartialDirectory(save, identity | {"files": fingerprint([checkpoint.directory / METADATA])})
@@ -126,7 +129,69 @@ def megatron_to_hf(
     partial.finish()
 
 
-def weight_files(specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
+def _locate(model: CutModel, reader: TorchDistReader) -> list[GlobalWeight]:
+    """The model's weights where this checkpoint has them.
+
+    Layer norms may carry the names of either layer implementation, and layers be stacked in one tensor or numbered.
+
+    Raises:
+        ValueError: missing, unknown and wrongly shaped tensors, all of them named.
+    """
+    found, problems = [], []
+    for weight in model.weights:
+        place = next(
+            (form for form in _forms(weight, model.names.hf.num_hidden_layers) if form.key in reader.tensors), None
+        )
+        if place is None:
+            problems.append(f"missing {weight.key}")
+            continue
+        size, expected = tuple(reader.tensors[place.key].size), place.tensor_shape
+        if weight.weight.split is Split.VOCAB:  # padded to any number of rows
+            rows = model.names.hf.vocab_size
+            place = replace(place, region=replace(place.region, shape=(rows, *place.shape[1:])))
+            expected = (max(rows, size[0]), *expected[1:])
+        if size != expected:
+            problems.append(f"{place.key} has shape {size}, the configuration says {expected}")
+        found.append(place)
+    keys = {place.key for place in found}
+    unknown = [k for k in reader.tensors if k not in keys and not k.startswith(("optimizer.", "chained_"))]
+    problems = list(dict.fromkeys(problems)) + [f"unknown {key}" for key in unknown]
+    if problems:
+        raise ValueError(f"{reader.source}; it does not hold this {model.names.arch.hf_class}: " + "; ".join(problems))
+    return found
+
+
+def _forms(weight: GlobalWeight, num_layers: int) -> Iterator[GlobalWeight]:
+    """The weight under each key that Megatron-Core may store it."""
+    yield weight
+    layer = _NUMBERED.match(weight.weight.megatron[0])
+    if layer is None:
+        return
+    for key in (weight.key, *weight.weight.megatron):
+        region, shape, is_numbered = weight.region, weight.tensor_shape, _NUMBERED.match(weight.key) is not None
+        short = _NUMBERED.sub("decoder.layers.", key)
+        named = _NUMBERED.sub(layer[0], key) if _NUMBERED.match(key) else key.replace("decoder.layers.", layer[0], 1)
+        if is_numbered:
+            stacked = replace(
+                weight,
+                key=short,
+                tensor_shape=(num_layers, *shape),
+                region=Region(offset=(int(layer[1]), *region.offset), shape=(1, *region.shape)),
+                num_stacked=weight.num_stacked + 1,
+            )
+            yield from (replace(weight, key=named), stacked)
+        else:
+            numbered = replace(
+                weight,
+                key=named,
+                tensor_shape=shape[1:],
+                region=Region(offset=region.offset[1:], shape=region.shape[1:]),
+                num_stacked=weight.num_stacked - 1,
+            )
+            yield from (replace(weight, key=short), numbered)
+
+
+def _weight_files(specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
     """Tensors by file: as many as fit, in order, and wider types first, as the format has them aligned."""
     found: list[list[TensorSpec]] = [[]]
     size = 0
