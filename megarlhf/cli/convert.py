@@ -177,7 +177,7 @@ def _options(target: SharedArguments, bar: "_Bar", *, dry_run: bool) -> "Convert
         verify=target.verify,
         overwrite=target.overwrite,
         dry_run=dry_run,
-        progress=bar.advance,
+        progress=bar.count,
     )
 
 
@@ -195,7 +195,7 @@ class _Bar(Progress):
         super().__init__(*columns, console=Console(stderr=True))
         self._phases: dict[str, TaskID] = {}
 
-    def advance(self, phase: str, num_bytes: int, total: int) -> None:
+    def count(self, phase: str, num_bytes: int, total: int) -> None:
         """Count bytes of a phase; the first call of a phase, with what an earlier process did, starts its clock."""
         if phase not in self._phases:
             self._phases[phase] = self.add_task(phase, total=total, completed=num_bytes)

@@ -1,6 +1,6 @@
 """What both directions of checkpoint conversion share: bytes at offsets, digests, bundles of work, the manifest.
 
-Files are read and written at offsets instead of being mapped, so that memory holds what the threads work on and no more.
+Files are read and written at offsets instead of being mapped, so that memory holds what the threads work on, no more.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class ConvertOptions:
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, sharing its memory."""
     assert tensor.is_contiguous()
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class TensorFiles:

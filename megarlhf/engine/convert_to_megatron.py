@@ -52,8 +52,8 @@ def hf_to_megatron(
     """Convert.
 
     Args:
-        head: None for what the source has. "value" also starts a critic from a causal language model, whose output layer
-            is left out and whose value head is drawn.
+        head: None for what the source has. "value" also starts a critic from a causal language model: its output layer
+            is left out, its value head drawn.
     Raises:
         ValueError: a source, layout or target that cannot be converted; nothing has been written then, but for tensors
             with NaN, which are found on the way.

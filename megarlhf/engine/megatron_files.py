@@ -46,8 +46,8 @@ def find_checkpoint(load: str, role: str) -> MegatronCheckpoint:
     directory = path / role if (path / role).is_dir() else path
     if not (directory / METADATA).is_file():
         raise ValueError(
-            f"{source}; {directory} has no {METADATA}, so it is no checkpoint in Megatron-Core's torch_dist format: give "
-            f"a directory with {LATEST}, or one step of it"
+            f"{source}; {directory} has no {METADATA}, so it is no checkpoint in Megatron-Core's torch_dist format: "
+            f"give a directory with {LATEST}, or one step of it"
         )
     return MegatronCheckpoint(directory=directory, iteration=iteration or path.name, source=source)
 

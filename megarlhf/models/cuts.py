@@ -1,7 +1,7 @@
 """How Megatron-Core names a model's weights in a distributed checkpoint and cuts them for a layout.
 
-Nothing here repeats what Megatron-Core knows: each rank's model is built in a fake world, without any numbers, and asked
-for its sharded state.
+Nothing here repeats what Megatron-Core knows: each rank's model is built in a fake world, without any numbers, and
+asked for its sharded state.
 """
 
 import math

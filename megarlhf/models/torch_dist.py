@@ -8,7 +8,7 @@ import io
 import math
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -163,9 +163,9 @@ def write_objects(directory: Path, name: str, objects: dict[str, Any]) -> dict[s
 
 def write_metadata(
     directory: Path,
-    tensors: dict[str, tuple[Sequence[int], torch.dtype]],
-    chunks: dict[str, dict[tuple[int, ...], tuple[Sequence[int], Place]]],
-    objects: dict[str, Place],
+    tensors: Mapping[str, tuple[Sequence[int], torch.dtype]],
+    chunks: Mapping[str, Mapping[tuple[int, ...], tuple[Sequence[int], Place]]],
+    objects: Mapping[str, Place],
 ) -> None:
     """Say what lies where.
 
