@@ -145,7 +145,7 @@ def write_tensor(file: BinaryIO, tensor: Tensor) -> tuple[int, int]:
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         # torch.save writes a storage whole: make one of these bytes alone, copied where they do not lie together.
         numbers = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        tensor = torch.frombuffer(memoryview(numbers), dtype=tensor.dtype).view(tensor.shape)
+        tensor = torch.frombuffer(numbers.data, dtype=tensor.dtype).view(tensor.shape)
     return _append(file, tensor)
 
 
