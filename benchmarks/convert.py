@@ -138,7 +138,8 @@ def measure(title: str, model: Path, directory: Path, rounds: int) -> None:
         added = max(run["peak"] - run["before"] for run in runs)
         print(
             f"  {name}: {seconds:6.2f} s, {num_bytes / seconds / 1e9:.2f} GB/s, {ratio:.2f} times cp (target 2.50); "
-            f"{cpu:.2f} s of CPU, {wall:.1f} s with start; memory {added / 2**20:.0f} MiB over {runs[0]['before'] / 2**20:.0f} MiB"
+            f"{cpu:.2f} s of CPU, {wall:.1f} s with start; "
+            f"memory {added / 2**20:.0f} MiB over {runs[0]['before'] / 2**20:.0f} MiB"
         )
 
 
