@@ -192,7 +192,8 @@ class _Bar(Progress):
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        super().__init__(*columns, console=Console(stderr=True))
+        console = Console(stderr=True)
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._phases: dict[str, TaskID] = {}
 
     def count(self, phase: str, num_bytes: int, total: int) -> None:

@@ -136,7 +136,8 @@ class TorchDistReader:
                 view = _create_file_view(file, place.offset, place.length)
                 tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{self.source}; {place.relative_path} is damaged at {key}: {error}") from error
+            reason = str(error).partition(".")[0]
+            raise ValueError(f"{self.source}; {place.relative_path} is damaged at {key}: {reason}") from error
         return tensor.view(chunk.sizes)
 
 
