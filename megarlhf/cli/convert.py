@@ -112,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(prog: str, convert: Callable[[], int]) -> int:
-    # Conversion is the CPU's work, and shapes come from Megatron-Core's own layers: before PyTorch looks for devices.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if "torch" not in sys.modules:  # conversion is the CPU's work, and Megatron-Core's own layers say the shapes
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megarlhf.cli.run import report_errors
 
     return report_errors(prog, convert)

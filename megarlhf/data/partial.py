@@ -12,13 +12,14 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 _JOURNAL = "progress.jsonl"
 
 
 class PartialDirectory:
-    """The directory `path`, on its way to `target`.
+    """The directory `path`, on its way to `target`, which a `with` block fills.
 
     Args:
         identity: JSON values that decide every byte; a partial directory with another identity is thrown away.
@@ -69,19 +70,24 @@ class PartialDirectory:
             self.done[step] = record
             self._append([step, record])
 
-    def finish(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Finish. After an error keep what is done, but for a ValueError, which a rerun would meet again."""
+        if error is None:
+            self._finish()
+        elif isinstance(error, ValueError):
+            shutil.rmtree(self.path)
+        self._journal.close()
+
+    def _finish(self) -> None:
         """Bring everything to the disk and put the directory in its place; what was there is replaced."""
         for path in [*self.path.rglob("*"), self.path]:
             sync(path)
         replace_directory(self.path, self.target)
-        self._journal.close()
         (self.target / _JOURNAL).unlink()
         sync(self.target.parent)
-
-    def discard(self) -> None:
-        """Give up: remove it all."""
-        self._journal.close()
-        shutil.rmtree(self.path)
 
 
 def sync(path: Path) -> None:

@@ -63,6 +63,10 @@ class TensorFiles:
         """A tensor's shape."""
         return self.places[name][2].shape
 
+    def file_name(self, name: str) -> str:
+        """Name of the file with a tensor."""
+        return self.places[name][0].name
+
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill a contiguous tensor of the same bytes."""
         path, start, _ = self.places[name]
@@ -143,22 +147,21 @@ def run_steps(
     phase: str,
     partial: PartialDirectory | None,
     options: ConvertOptions,
-) -> list[Any]:
+) -> None:
     """Do the steps in threads, the largest first, and note each in `partial`, whose earlier steps are left out."""
     sizes = {name: sum(map(num_bytes, bundle)) for name, bundle in steps.items()}
     total = sum(sizes.values())
     done = partial.done if partial is not None else {}
     options.progress(phase, sum(sizes[name] for name in done), total)
 
-    def run(name: str) -> Any:
+    def run(name: str) -> None:
         record = function(name, steps[name])
         if partial is not None:
             partial.note(name, record)
         options.progress(phase, sizes[name], total)
-        return record
 
     order = sorted((name for name in steps if name not in done), key=lambda name: -sizes[name])
-    return run_side_by_side(run, order, options.threads)
+    run_side_by_side(run, order, options.threads)
 
 
 def check_target(load: Path, save: Path, *, overwrite: bool) -> None:
@@ -190,21 +193,15 @@ def fingerprint(paths: Sequence[Path]) -> list[Any]:
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
-def compare(found: Iterator[tuple[str, Tensor]], manifest: Digests, target: Path) -> int:
-    """Digest tensors that were read back; their bytes.
+def compare(found: Iterator[tuple[str, Tensor]], manifest: Digests, target: str) -> None:
+    """Digest tensors that were read back.
 
     Raises:
         ValueError: naming those that differ from the manifest.
     """
-    wrong, num_bytes = [], 0
-    for name, tensor in found:
-        entry = manifest[name]
-        num_bytes += tensor.nbytes
-        if digest(tensor, entry["source"]) != entry:
-            wrong.append(name)
+    wrong = [name for name, tensor in found if digest(tensor, manifest[name]["source"]) != manifest[name]]
     if wrong:
-        raise ValueError(f"save={target}; read back, these differ from what was written: {wrong}")
-    return num_bytes
+        raise ValueError(f"{target}; read back, these differ from what was written: {wrong}")
 
 
 def write_manifest(directory: Path, tensors: Digests, **about: Any) -> None:

@@ -6,10 +6,11 @@ SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_conf
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megarlhf.data.partial import PartialDirectory
@@ -29,7 +30,7 @@ from megarlhf.engine.conversion import (
     write_manifest,
 )
 from megarlhf.engine.megatron_files import find_checkpoint, hf_directory
-from megarlhf.models.arch import Split
+from megarlhf.models.arch import ArchSpec, Split
 from megarlhf.models.build import Head
 from megarlhf.models.cuts import CutModel, GlobalWeight, Region, cut_model
 from megarlhf.models.hf_files import INDEX, HFConfig, copy_companions, exported_config, read_config
@@ -80,8 +81,7 @@ def megatron_to_hf(
     reader = TorchDistReader(checkpoint.directory, checkpoint.source)
     output = reader.tensors.get("output_layer.weight")
     head: Head = "value" if output is not None and output.size[0] == 1 else "lm"
-    model = cut_model(arch, hf, head=head)
-    weights = _locate(model, reader)
+    weights = _locate(cut_model(arch, hf, head=head), reader)
     dtypes = {weight.key: options.dtype or reader.dtype(weight.key) for weight in weights}
 
     def num_bytes(weight: GlobalWeight) -> int:
@@ -91,42 +91,35 @@ def megatron_to_hf(
     check_space(save, sum(map(num_bytes, weights)))
     if options.dry_run:
         return
-    shapes = model.names.hf_shapes()
-    specs = [TensorSpec(name, shapes[name], dtypes[w.key]) for w in weights for name in w.weight.hf]
-    layout = _weight_files(specs, max_shard_bytes)
-    about = {"source": f"{checkpoint.directory}", "architecture": arch.hf_class, "head": head}
-    identity = {**about, "layout": {name: [repr(spec) for spec in file] for name, file in layout.items()}}
-    partial = PartialDirectory(save, identity | {"files": fingerprint([checkpoint.directory / METADATA])})
-    files = TensorFiles([_prepare(partial.path / name, file) for name, file in layout.items()], writable=True)
-
-    def step(_: str, bundle: list[GlobalWeight]) -> Digests:
-        digests: Digests = {}
-        for weight in bundle:
-            for name, tensor in hf_tensors(weight, reader, hf):
-                result = converted(name, tensor, options)
-                digests[name] = digest(result, weight.key)
-                files.write(name, result)
-        files.sync(list(digests))
-        return digests
-
+    layout = _weight_files(_specs(arch, hf, weights, dtypes), max_shard_bytes)
+    about = {"source": str(checkpoint.directory), "architecture": arch.hf_class, "head": head}
     steps = bundles(weights, num_bytes)
-    try:
-        run_steps(steps, step, num_bytes, phase="convert", partial=partial, options=options)
-    except ValueError:
-        partial.discard()
-        raise
-    manifest = {name: entry for record in partial.done.values() for name, entry in record.items()}
-    write_manifest(partial.path, manifest, **about, iteration=checkpoint.iteration)
-    _write_companions(partial.path, companions, arch.class_with_head(head), layout)
-    if options.verify:
+    contents = {name: [repr(spec) for spec in file] for name, file in layout.items()}
+    identity = {**about, "files": fingerprint([reader.directory / METADATA]), "layout": contents, "steps": list(steps)}
+    with PartialDirectory(save, identity) as partial:
+        files = TensorFiles([_prepare(partial.path / name, file) for name, file in layout.items()], writable=True)
 
-        def check(_: str, bundle: list[GlobalWeight]) -> int:
+        def write(_: str, bundle: list[GlobalWeight]) -> Digests:
+            digests: Digests = {}
+            for weight in bundle:
+                for name, tensor in hf_tensors(weight, reader, hf):
+                    result = converted(name, tensor, options)
+                    digests[name] = digest(result, weight.key)
+                    files.write(name, result)
+            files.sync(list(digests))
+            return digests
+
+        def verify(_: str, bundle: list[GlobalWeight]) -> None:
             names = (name for weight in bundle for name in weight.weight.hf)
-            return compare(((name, files.read(name)) for name in names), manifest, save)
+            compare(((name, files.read(name)) for name in names), manifest, f"save={save}")
 
-        run_steps(steps, check, num_bytes, phase="verify", partial=None, options=options)
-    files.close()
-    partial.finish()
+        run_steps(steps, write, num_bytes, phase="convert", partial=partial, options=options)
+        manifest = {name: entry for record in partial.done.values() for name, entry in record.items()}
+        write_manifest(partial.path, manifest, **about, iteration=checkpoint.iteration)
+        _write_companions(partial.path, companions, arch.class_with_head(head), layout)
+        if options.verify:
+            run_steps(steps, verify, num_bytes, phase="verify", partial=None, options=options)
+        files.close()
 
 
 def _locate(model: CutModel, reader: TorchDistReader) -> list[GlobalWeight]:
@@ -189,6 +182,18 @@ def _forms(weight: GlobalWeight, num_layers: int) -> Iterator[GlobalWeight]:
                 num_stacked=weight.num_stacked - 1,
             )
             yield from (replace(weight, key=short), numbered)
+
+
+def _specs(
+    arch: ArchSpec, hf: HFConfig, weights: Sequence[GlobalWeight], dtypes: Mapping[str, torch.dtype]
+) -> list[TensorSpec]:
+    """The HF tensors of the target, in order."""
+    sizes = arch.dimensions(hf)
+    return [
+        TensorSpec(name, tuple(sizes[dimension] for dimension in shape), dtypes[weight.key])
+        for weight in weights
+        for name, shape in zip(weight.weight.hf, weight.weight.shapes, strict=True)
+    ]
 
 
 def _weight_files(specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:

@@ -8,7 +8,10 @@ Any layout loads the result; the target sizes decide into which chunks and files
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from megarlhf.engine.convert_to_hf import hf_tensors, parts
 from megarlhf.engine.megatron_files import HF_CONFIG, RELEASE
 from megarlhf.models.arch import Split
 from megarlhf.models.build import Head
-from megarlhf.models.cuts import GlobalWeight, cut_model
+from megarlhf.models.cuts import CutModel, GlobalWeight, cut_model
 from megarlhf.models.heads import drawn_value_weights
 from megarlhf.models.hf_files import HFConfig, HFWeights, copy_companions, read_config
 from megarlhf.models.registry import find_architecture
@@ -65,104 +68,102 @@ def hf_to_megatron(
     kind: Head = head or ("value" if has_score else "lm")
     model = cut_model(arch, hf, head=kind, tensor=tensor, pipeline=pipeline, expert=expert)
     model.names.check_names(source)
-    files = TensorFiles([load / name for name in source.files])
-    dtypes = {weight.weight.hf: _dtype(weight, files, options) for weight in model.weights}
-
-    def num_bytes(weight: GlobalWeight) -> int:
-        return weight.num_elements * dtypes[weight.weight.hf].itemsize
-
+    paths = [load / name for name in source.files]
+    work = _Conversion(hf=hf, model=model, files=TensorFiles(paths), options=options)
     check_target(load, save, overwrite=options.overwrite)
-    check_space(save, sum(map(num_bytes, model.weights)))
+    check_space(save, sum(map(work.num_bytes, model.weights)))
     if options.dry_run:
         return
     layout = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
     about = {"source": str(load), "architecture": arch.hf_class, "head": kind, "layout": layout}
-    identity = {**about, "dtype": str(options.dtype), "files": fingerprint([load / name for name in source.files])}
-    partial = PartialDirectory(save, identity)
-    target = partial.path / RELEASE
-    target.mkdir(exist_ok=True)
+    steps = bundles(model.weights, work.num_bytes)
+    identity = {**about, "dtype": str(options.dtype), "files": fingerprint(paths), "steps": list(steps)}
+    with PartialDirectory(save, identity) as partial:
+        target = partial.path / RELEASE
+        target.mkdir(exist_ok=True)
+        run_steps(steps, bind(work.write, target), work.num_bytes, phase="convert", partial=partial, options=options)
+        work.describe(target, [chunk for record in partial.done.values() for chunk in record["chunks"]])
+        manifest = {name: entry for record in partial.done.values() for name, entry in record["digests"].items()}
+        write_manifest(target, manifest, **about, left_out=sorted(set(source.names()) - manifest.keys()))
+        companions = partial.path / HF_CONFIG
+        companions.mkdir(exist_ok=True)
+        shutil.copyfile(load / "config.json", companions / "config.json")
+        copy_companions(load, companions)
+        (partial.path / LATEST).write_text(RELEASE)
+        if options.verify:
+            check = bind(work.verify, TorchDistReader(target, f"save={save}"), manifest)
+            run_steps(steps, check, work.num_bytes, phase="verify", partial=None, options=options)
 
-    def step(name: str, bundle: list[GlobalWeight]) -> dict[str, Any]:
+
+@dataclass(frozen=True, kw_only=True)
+class _Conversion:
+    """What the steps share."""
+
+    hf: HFConfig
+    model: CutModel
+    files: TensorFiles
+    options: ConvertOptions
+
+    def dtype(self, weight: GlobalWeight) -> torch.dtype:
+        """The dtype of a weight in the target; a drawn one has the embedding's."""
+        names = [name for name in weight.weight.hf if name in self.files.places] or ["model.embed_tokens.weight"]
+        found = {self.files.dtype(name) for name in names}
+        if len(found) > 1 or not found <= set(DTYPES.values()):
+            kinds = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+            raise ValueError(f"tensors {names} have dtypes {kinds}; one of {', '.join(DTYPES)} for all")
+        return self.options.dtype or found.pop()
+
+    def num_bytes(self, weight: GlobalWeight) -> int:
+        """Bytes of a weight in the target."""
+        return weight.num_elements * self.dtype(weight).itemsize
+
+    def write(self, target: Path, name: str, bundle: list[GlobalWeight]) -> dict[str, Any]:
+        """One file of the target; its chunks' places and its HF tensors' entries in the manifest."""
         digests: Digests = {}
         chunks = []
-        with open(target / f"__{name}.distcp", "wb") as file:
+        file_name = f"__{name}.distcp"
+        with open(target / file_name, "wb") as file:
             for weight in bundle:
-                param = _parameter(weight, dtypes[weight.weight.hf], files, model.names.hf, digests, options)
+                param = self._parameter(weight, digests)
                 for offset, shape, chunk in _chunks(weight, param):
-                    chunks.append((weight.key, offset, shape, (f"__{name}.distcp", *write_tensor(file, chunk))))
+                    chunks.append((weight.key, offset, shape, (file_name, *write_tensor(file, chunk))))
             file.flush()
             os.fsync(file.fileno())
         return {"digests": digests, "chunks": chunks}
 
-    steps = bundles(model.weights, num_bytes)
-    try:
-        run_steps(steps, step, num_bytes, phase="convert", partial=partial, options=options)
-    except ValueError:
-        partial.discard()
-        raise
-    places: dict[str, dict[tuple[int, ...], Any]] = {}
-    for record in partial.done.values():
-        for key, offset, shape, place in record["chunks"]:
+    def _parameter(self, weight: GlobalWeight, digests: Digests) -> Tensor:
+        """The whole Megatron parameter; fills in its HF tensors' entries in the manifest."""
+        param = torch.empty(weight.shape, dtype=self.dtype(weight))
+        if weight.weight.split is Split.VOCAB:
+            param[self.hf.vocab_size :] = 0
+        for shard in parts(weight, param, self.hf):
+            name, source = shard.hf_name, f"drawn with seed {_SEED}"
+            if name not in self.files.places:
+                tensor = drawn_value_weights(self.hf.hidden_size, _SEED).to(param.dtype)
+            elif shard.view.is_contiguous() and self.files.dtype(name) == param.dtype:
+                self.files.read_into(name, shard.view)
+                tensor, source = converted(name, shard.view, self.options), self.files.file_name(name)
+            else:
+                tensor, source = converted(name, self.files.read(name), self.options), self.files.file_name(name)
+            digests[name] = digest(tensor, source)
+            if tensor is not shard.view:
+                shard.store(tensor)
+        return param
+
+    def describe(self, target: Path, chunks: Sequence[Any]) -> None:
+        """The files that tell Megatron-Core and Megatron-LM what the directory holds."""
+        places: dict[str, dict[tuple[int, ...], Any]] = {}
+        for key, offset, shape, place in chunks:
             places.setdefault(key, {})[tuple(offset)] = (shape, place)
-    described = {w.key: (w.tensor_shape, dtypes[w.weight.hf]) for w in model.weights}
-    write_metadata(target, described, places, write_objects(target, "__objects.distcp", model.objects))
-    # As Megatron-LM expects them: the format's version, and no step of training done.
-    torch.save({"checkpoint_version": 3.0, "iteration": 0}, target / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(target))
-    companions = partial.path / HF_CONFIG
-    companions.mkdir(exist_ok=True)
-    (companions / "config.json").write_bytes((load / "config.json").read_bytes())
-    copy_companions(load, companions)
-    manifest = {name: entry for record in partial.done.values() for name, entry in record["digests"].items()}
-    left_out = sorted(set(source.names()) - manifest.keys())
-    write_manifest(target, manifest, **about, left_out=left_out)
-    (partial.path / LATEST).write_text(RELEASE)
-    if options.verify:
-        reader = TorchDistReader(target, f"save={save}")
+        tensors = {weight.key: (weight.tensor_shape, self.dtype(weight)) for weight in self.model.weights}
+        write_metadata(target, tensors, places, write_objects(target, "__objects.distcp", self.model.objects))
+        torch.save({"checkpoint_version": 3.0, "iteration": 0}, target / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(target))
 
-        def check(name: str, bundle: list[GlobalWeight]) -> int:
-            return sum(compare(hf_tensors(weight, reader, model.names.hf), manifest, save) for weight in bundle)
-
-        run_steps(steps, check, num_bytes, phase="verify", partial=None, options=options)
-    partial.finish()
-
-
-def _dtype(weight: GlobalWeight, files: TensorFiles, options: ConvertOptions) -> torch.dtype:
-    """The dtype of a weight in the target; a drawn one has the embedding's."""
-    names = [name for name in weight.weight.hf if name in files.places] or ["model.embed_tokens.weight"]
-    found = {files.dtype(name) for name in names}
-    if len(found) > 1 or not found <= set(DTYPES.values()):
-        raise ValueError(f"tensors {names} have dtypes {sorted(map(str, found))}; one of {', '.join(DTYPES)} for all")
-    return options.dtype or found.pop()
-
-
-def _parameter(
-    weight: GlobalWeight,
-    dtype: torch.dtype,
-    files: TensorFiles,
-    hf: HFConfig,
-    digests: Digests,
-    options: ConvertOptions,
-) -> Tensor:
-    """The whole Megatron parameter, and its HF tensors' entries in the manifest."""
-    param = torch.empty(weight.shape, dtype=dtype)
-    if weight.weight.split is Split.VOCAB:
-        param[hf.vocab_size :] = 0
-    for shard in parts(weight, param, hf):
-        name = shard.hf_name
-        if name not in files.places:
-            drawn = drawn_value_weights(hf.hidden_size, _SEED).to(dtype)
-            digests[name] = digest(drawn, f"drawn with seed {_SEED}")
-            shard.store(drawn)
-        elif shard.view.is_contiguous() and files.dtype(name) == dtype:
-            files.read_into(name, shard.view)
-            converted(name, shard.view, options)
-            digests[name] = digest(shard.view, files.places[name][0].name)
-        else:
-            tensor = converted(name, files.read(name), options)
-            digests[name] = digest(tensor, files.places[name][0].name)
-            shard.store(tensor)
-    return param
+    def verify(self, reader: TorchDistReader, manifest: Digests, _: str, bundle: list[GlobalWeight]) -> None:
+        """Read a step's weights back and compare them with the manifest."""
+        for weight in bundle:
+            compare(hf_tensors(weight, reader, self.hf), manifest, reader.source)
 
 
 def _chunks(weight: GlobalWeight, param: Tensor) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
