@@ -116,7 +116,8 @@ def converted(name: str, tensor: Tensor, options: ConvertOptions) -> Tensor:
         ValueError: it holds NaN, or numbers that the dtype cannot hold.
     """
     result = tensor if options.dtype is None else tensor.to(options.dtype)
-    if options.allow_nan or math.isfinite(float(result.sum(dtype=torch.float32))):  # not finite: some number may be NaN
+    # One NaN makes the sum NaN; a sum in another dtype than the tensor's would be slow and copy it.
+    if options.allow_nan or math.isfinite(float(result.sum())):
         return result
     if tensor.isnan().any():
         raise ValueError(f"{name} holds NaN: a broken model; --allow-nan converts it all the same")
