@@ -62,6 +62,9 @@ def write_random_llama(directory: Path, size: str, dtype: str) -> None:
 
 def convert(direction: str, load: Path, save: Path) -> dict[str, float]:
     """One conversion in this process: seconds, and resident bytes before and at most."""
+    from megarlhf.cli.convert import prepare_process
+
+    prepare_process()
     from megarlhf.engine.conversion import ConvertOptions
     from megarlhf.engine.convert_to_hf import megatron_to_hf
     from megarlhf.engine.convert_to_megatron import hf_to_megatron

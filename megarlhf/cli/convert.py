@@ -111,9 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return directions[direction](arguments[1:], f"megarlhf convert {direction}")
 
 
+def prepare_process() -> None:
+    """Set what PyTorch reads when it is imported; afterwards it is too late, and no harm done.
+
+    Conversion is the CPU's work: Megatron-Core's own layers say the shapes, and large pages halve the system's time.
+    """
+    if "torch" not in sys.modules:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
 def _run(prog: str, convert: Callable[[], int]) -> int:
-    if "torch" not in sys.modules:  # conversion is the CPU's work, and Megatron-Core's own layers say the shapes
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    prepare_process()
     from megarlhf.cli.run import report_errors
 
     return report_errors(prog, convert)
