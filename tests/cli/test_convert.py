@@ -73,6 +73,14 @@ def test_tensors_that_do_not_fit(
         assert word in said
 
 
+def test_reward_model_without_its_head(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its place is not taken by a drawn one."""
+    source = edited(model, tmp_path / "edited", lambda w: w.pop("lm_head.weight"))
+    config = json.loads((source / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    (source / "config.json").write_text(json.dumps(config))
+    assert "missing ['score.weight']" in refused("hf-to-megatron", source, tmp_path / "out", capsys)
+
+
 def test_nan_is_converted_where_allowed(model: Path, tmp_path: Path) -> None:
     source = edited(model, tmp_path / "edited", lambda w: w["model.norm.weight"].fill_(torch.nan))
     there, back = tmp_path / "there", tmp_path / "back"
