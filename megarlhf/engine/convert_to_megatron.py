@@ -67,7 +67,7 @@ def hf_to_megatron(
     has_score = any(name.endswith("ForSequenceClassification") for name in hf.architectures or [])
     kind: Head = head or ("value" if has_score else "lm")
     if has_score and kind == "value" and "score.weight" not in source.names():
-        raise ValueError(f"load={load}; it is a {hf.architectures[0]} without its head: missing ['score.weight']")
+        raise ValueError(f"load={load}; a sequence classifier without its head: missing ['score.weight']")
     model = cut_model(arch, hf, head=kind, tensor=tensor, pipeline=pipeline, expert=expert)
     model.names.check_names(source)
     paths = [load / name for name in source.files]
