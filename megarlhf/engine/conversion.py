@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,21 @@ def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, sharing its memory."""
     assert tensor.is_contiguous()
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+class Scratch(threading.local):
+    """Memory that a thread uses again and again: pages that the system hands out anew cost as much as copying them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of arbitrary numbers, valid until this thread asks for the next."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes > len(self._memory):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # first: both together would be twice the memory
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes].view(dtype).view(*shape)
 
 
 class TensorFiles:

@@ -10,7 +10,7 @@ Any layout loads the result; the target sizes decide into which chunks and files
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial as bind
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megarlhf.engine.conversion import (
     DTYPES,
     ConvertOptions,
     Digests,
+    Scratch,
     TensorFiles,
     bundles,
     check_space,
@@ -105,6 +106,7 @@ class _Conversion:
     model: CutModel
     files: TensorFiles
     options: ConvertOptions
+    scratch: Scratch = field(default_factory=Scratch)
 
     def dtype(self, weight: GlobalWeight) -> torch.dtype:
         """The dtype of a weight in the target; a drawn one has the embedding's."""
@@ -135,7 +137,7 @@ class _Conversion:
 
     def _parameter(self, weight: GlobalWeight, digests: Digests) -> Tensor:
         """The whole Megatron parameter; fills in its HF tensors' entries in the manifest."""
-        param = torch.empty(weight.shape, dtype=self.dtype(weight))
+        param = self.scratch.tensor(weight.shape, self.dtype(weight))
         if weight.weight.split is Split.VOCAB:
             param[self.hf.vocab_size :] = 0
         for shard in parts(weight, param, self.hf):
