@@ -72,6 +72,7 @@ def convert(direction: str, load: Path, save: Path) -> dict[str, float]:
     from megarlhf.parallel.device import num_cores
 
     megatron_cpu.verify()  # imports the rest of Megatron-Core
+    make_room(load, save)
     options, before, start = ConvertOptions(threads=num_cores()), peak_bytes(), time.perf_counter()
     cpu_before = time.process_time()
     if direction == "to_megatron":
@@ -88,9 +89,14 @@ def peak_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def drop_cache(directory: Path) -> None:
-    """Forget a directory's files; they are read from the disk next time."""
-    for path in directory.rglob("*"):
+def make_room(load: Path, save: Path) -> None:
+    """Remove the target, and forget the source's files: they are read from the disk next time.
+
+    Right before the clock starts: a virtual machine soon gives free memory back to its host, and fetching it again
+    takes longer than the copy.
+    """
+    shutil.rmtree(save, ignore_errors=True)
+    for path in load.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -100,8 +106,6 @@ def drop_cache(directory: Path) -> None:
 
 def in_own_process(direction: str, load: Path, save: Path) -> dict[str, float]:
     """`convert` in a new process, whose start is in "wall" only."""
-    shutil.rmtree(save, ignore_errors=True)
-    drop_cache(load)
     start = time.perf_counter()
     command = [sys.executable, __file__, "--convert", direction, str(load), str(save)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -111,9 +115,8 @@ def in_own_process(direction: str, load: Path, save: Path) -> dict[str, float]:
 
 def copy(load: Path, save: Path) -> float:
     """Seconds of `cp` and `sync` of the weight files."""
-    shutil.rmtree(save, ignore_errors=True)
+    make_room(load, save)
     save.mkdir()
-    drop_cache(load)
     files = sorted(map(str, load.glob("*.safetensors")))
     start = time.perf_counter()
     subprocess.run(["cp", *files, str(save)], check=True)
