@@ -1,4 +1,4 @@
-"""`megarlhf COMMAND ...`, the same programs as `python -m megarlhf.cli.train_COMMAND ...`."""
+"""`megarlhf COMMAND ...`, the same programs as the modules of this folder."""
 
 import sys
 from collections.abc import Sequence
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from megarlhf import __version__
 
 _COMMANDS = {
+    "convert": "checkpoints between Hugging Face and Megatron-Core: hf-to-megatron, megatron-to-hf",
+    "inspect": "what a checkpoint holds",
     "ppo": "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO",
     "sft": "supervised fine-tuning",
     "parity": "compare a layout with one process",
@@ -25,8 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megarlhf.cli.train_sft import main as run
     elif command == "parity":
         from megarlhf.cli.parity import main as run
+    elif command == "convert":
+        from megarlhf.cli.convert import main as run
+    elif command == "inspect":
+        from megarlhf.cli.inspect import main as run
     else:
-        lines = "\n".join(f"  {name:6} {text}" for name, text in _COMMANDS.items())
+        lines = "\n".join(f"  {name:7} {text}" for name, text in _COMMANDS.items())
         known = command in ("-h", "--help")
         print(
             f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags.", file=sys.stderr

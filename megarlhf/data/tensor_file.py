@@ -131,7 +131,9 @@ def _encode_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def _decode_header(path: Path, file_bytes: int, mapped: mmap.mmap) -> tuple[list[TensorSpec], dict[str, str], int]:
+def _decode_header(
+    path: Path, file_bytes: int, mapped: mmap.mmap | bytes
+) -> tuple[list[TensorSpec], dict[str, str], int]:
     """Specs in file order, metadata and the data's first byte; raises ValueError for anything malformed."""
     length = int.from_bytes(mapped[:8], "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
@@ -151,6 +153,22 @@ def _decode_header(path: Path, file_bytes: int, mapped: mmap.mmap) -> tuple[list
     if 8 + length + data_bytes != file_bytes:
         raise ValueError(f"{path} has {file_bytes} bytes where its header says {8 + length + data_bytes}: cut short?")
     return specs, metadata, 8 + length
+
+
+def tensor_places(path: str | os.PathLike[str]) -> dict[str, tuple[int, TensorSpec]]:
+    """Each tensor's first byte in a safetensors file and its spec, in file order; reads the header alone.
+
+    For programs that read and write at offsets: pages of a mapping count as their memory.
+
+    Raises:
+        ValueError: not a safetensors file, cut short, or with a misaligned tensor.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        head += file.read(min(int.from_bytes(head, "little"), _MAX_HEADER_BYTES))
+    specs, _, data_start = _decode_header(Path(path), size, head)
+    return {spec.name: (data_start + start, spec) for spec, start in zip(specs, _offsets(specs), strict=True)}
 
 
 class TensorFile:

@@ -9,10 +9,11 @@ process killed at any moment leaves the last complete checkpoint in place.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from megarlhf.data.partial import sync
 
 OPTIMIZER_STATE = "optimizer_state"  # entry of an identity: what of the layout decides how optimizer state is kept
 LATEST = "latest_checkpointed_iteration.txt"
@@ -46,29 +47,21 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Pa
     partial, final = partial_directory(root, step), iteration_directory(root, step)
     (partial / "run_state.json").write_text(json.dumps(run_state, indent=1, sort_keys=True))
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _sync(root)
+    sync(root)
     pointer = root / (LATEST + ".partial")
     pointer.write_text(str(step))
-    _sync(pointer)
+    sync(pointer)
     pointer.rename(root / LATEST)
-    _sync(root)
+    sync(root)
     complete = sorted(path for path in root.glob("iter_*") if not path.name.endswith(".partial"))
     past = complete[: complete.index(final) + 1]
     for old in past[:-keep] if keep > 0 else []:
         shutil.rmtree(old)
     return final
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:

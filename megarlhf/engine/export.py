@@ -1,14 +1,14 @@
 """The trained model as a Hugging Face checkpoint: what --save leaves in hf/."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megarlhf.data.partial import replace_directory
 from megarlhf.data.tensor_file import TensorFile
 from megarlhf.engine.engine import MegatronEngine
-from megarlhf.models.hf_files import copy_companions
+from megarlhf.models.hf_files import copy_companions, exported_config
 from megarlhf.parallel.device import release_memory
 
 
@@ -31,27 +31,9 @@ def export_hf(engine: MegatronEngine, directory: Path) -> None:
     file.close()
     dist.barrier()
     if dist.get_rank() == 0:
-        _write_config(engine, partial)
+        config = exported_config(engine.pretrain, engine.weights.arch.class_with_head(engine.head))
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(engine.pretrain, partial)
-        _replace(partial, directory)
+        replace_directory(partial, directory)
     dist.barrier()
     release_memory()
-
-
-def _write_config(engine: MegatronEngine, directory: Path) -> None:
-    config = json.loads((engine.pretrain / "config.json").read_text())
-    name = engine.weights.arch.hf_class
-    if engine.head == "value":
-        name = engine.weights.arch.sequence_classification_class
-        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    config["architectures"] = [name]
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _replace(partial: Path, final: Path) -> None:
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)  # of an export that was interrupted here
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

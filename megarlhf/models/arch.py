@@ -90,6 +90,10 @@ class ArchSpec:
         """The HF class of a reward model of this family."""
         return self.reward_class or self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
 
+    def class_with_head(self, head: str) -> str:
+        """The HF class of a model of this family with a head "lm", or "value" as critics and reward models have it."""
+        return self.sequence_classification_class if head == "value" else self.hf_class
+
     def is_moe(self, hf: HFConfig) -> bool:
         """Whether any layer of this configuration has experts."""
         return self.moe_layers is not None and any(self.moe_layers(hf))

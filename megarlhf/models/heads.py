@@ -9,6 +9,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
+def drawn_value_weights(hidden: int, seed: int) -> Tensor:
+    """[1, hidden] float32: a new value head's weights, of standard deviation 1 / (hidden + 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, hidden, generator=generator) / (hidden + 1)
+
+
 class ValueHead(MegatronModule):
     """Linear map from the hidden state to one number, in place of GPTModel's output layer.
 
@@ -21,12 +27,9 @@ class ValueHead(MegatronModule):
         self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
 
     def initialize(self, seed: int) -> None:
-        """Draw N(0, 1/(hidden + 1)) standard deviation weights, equal on every rank and in every layout."""
-        hidden = self.weight.shape[1]
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(1, hidden, generator=generator) / (hidden + 1)
+        """Draw the weights, equal on every rank and in every layout."""
         with torch.no_grad():
-            self.weight.copy_(drawn)
+            self.weight.copy_(drawn_value_weights(self.weight.shape[1], seed))
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
         """[s / tp or s, 1, h] hidden states -> ([s, 1, 1] values, no bias), as ColumnParallelLinear returns them."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 HFConfig = PretrainedConfig
+INDEX = "model.safetensors.index.json"
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,41 +24,47 @@ _COMPANIONS = (
 )
 
 
-def read_config(directory: str | Path) -> HFConfig:
+def read_config(directory: str | Path, *, option: str = "pretrain") -> HFConfig:
     """The model's configuration; never runs code from the directory.
 
+    Args:
+        option: what gave the directory, for messages.
     Raises:
         ValueError: no readable config.json there.
     """
     if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"pretrain={directory}; it has no config.json: give a local Hugging Face checkpoint directory")
+        raise ValueError(f"{option}={directory}; it has no config.json: give a local Hugging Face checkpoint directory")
     return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
 
 
 class HFWeights:
     """Tensors of a checkpoint by name, read slice by slice from its safetensors files.
 
+    Args:
+        option: what gave the directory, for messages.
     Raises:
-        ValueError: no safetensors, an index that names a missing file, or a file that is cut short.
+        ValueError: no safetensors, an index that names a missing file or tensor, or a file that is cut short.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        index = self.directory / "model.safetensors.index.json"
+    def __init__(self, directory: str | Path, *, option: str = "pretrain") -> None:
+        self.directory, self.source = Path(directory), f"{option}={directory}"
+        index, weight_map = self.directory / INDEX, dict[str, str]()
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
-        missing = [name for name in files if not (self.directory / name).is_file()]
+            weight_map = json.loads(index.read_text())["weight_map"]
+        self.files = sorted(set(weight_map.values())) or ["model.safetensors"]
+        missing = [name for name in self.files if not (self.directory / name).is_file()]
         if missing:
-            raise ValueError(f"pretrain={directory}; missing weight files {missing} (only safetensors are read)")
+            raise ValueError(f"{self.source}; missing weight files {missing} (only safetensors are read)")
         self._files: dict[str, Any] = {}
-        for name in files:
+        for name in self.files:
             try:
                 handle = safe_open(str(self.directory / name), framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"pretrain={directory}; {name} is not a whole safetensors file: {error}") from error
+                raise ValueError(f"{self.source}; {name} is not a whole safetensors file: {error}") from error
             self._files.update(dict.fromkeys(handle.keys(), handle))
+        absent = sorted(weight_map.keys() - self._files.keys())
+        if absent:
+            raise ValueError(f"{self.source}; {INDEX} lists tensors that its files do not hold: {absent}")
 
     def names(self) -> list[str]:
         """Every tensor's name."""
@@ -74,6 +81,14 @@ class HFWeights:
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """The part of a tensor that `index` selects; reads those bytes only."""
         return self._files[name].get_slice(name)[index if len(index) > 1 else index[0]]
+
+
+def exported_config(source: str | Path, hf_class: str) -> dict[str, Any]:
+    """config.json of an exported model: the source's, naming the class that reads the weights."""
+    config: dict[str, Any] = json.loads((Path(source) / "config.json").read_text())
+    if hf_class.endswith("ForSequenceClassification"):
+        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config | {"architectures": [hf_class]}
 
 
 def copy_companions(source: str | Path, target: str | Path) -> None:

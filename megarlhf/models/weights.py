@@ -45,9 +45,7 @@ class ModelWeights:
         self.arch, self.hf, self.ranks, self.head = arch, hf, ranks, head
         self.tied = bool(hf.tie_word_embeddings) and head == "lm"
         self._maps = list(arch.weight_maps(hf, tied=self.tied, head=head))
-        self._attention = AttentionShape(
-            num_heads=hf.num_attention_heads, num_groups=hf.num_key_value_heads, head_dim=head_dim(hf)
-        )
+        self._attention = attention_shape(hf)
         self.bound = self._bind(chunks)
 
     def _bind(self, chunks: Sequence[Any]) -> list[BoundWeight]:
@@ -113,7 +111,7 @@ class ModelWeights:
         Raises:
             ValueError: missing, unknown or wrongly shaped tensors, all of them named.
         """
-        self._check_names(source)
+        self.check_names(source)
         for bound in self.bound:
             data = bound.param.data
             if bound.weight.split is Split.VOCAB:
@@ -124,7 +122,12 @@ class ModelWeights:
                 if shard.view.numel():
                     shard.store(source.read(shard.hf_name, shard.index))
 
-    def _check_names(self, source: HFWeights) -> None:
+    def check_names(self, source: HFWeights) -> None:
+        """Compare the source's tensors with the table, from headers alone.
+
+        Raises:
+            ValueError: missing, unknown or wrongly shaped tensors, all of them named.
+        """
         expected, present = set(self.hf_names()), set(source.names())
         missing = expected - present - ({"score.weight"} if self.head == "value" else set())
         spare = {"lm_head.weight"} if self.tied or self.head == "value" else set()
@@ -136,9 +139,7 @@ class ModelWeights:
             if name in present and source.shape(name) != shape:
                 problems.append(f"{name} has shape {source.shape(name)}, the configuration says {shape}")
         if problems:
-            raise ValueError(
-                f"pretrain={source.directory}; weights do not fit {self.arch.hf_class}: " + "; ".join(problems)
-            )
+            raise ValueError(f"{source.source}; weights do not fit {self.arch.hf_class}: " + "; ".join(problems))
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every HF tensor, from the configuration alone."""
@@ -208,6 +209,11 @@ class ModelWeights:
                 yield name, whole
 
 
+def attention_shape(hf: HFConfig) -> AttentionShape:
+    """Head counts of a configuration."""
+    return AttentionShape(num_heads=hf.num_attention_heads, num_groups=hf.num_key_value_heads, head_dim=head_dim(hf))
+
+
 def _mark_parallel(bound: BoundWeight) -> None:
     """Say which parameters are cut over tensor parallelism.
 
@@ -248,7 +254,5 @@ def source_dtype(source: HFWeights) -> torch.dtype:
     buffers = {name for weight in maps if weight.buffer for name in weight.hf}
     found = {source.dtype(name) for name in source.names() if name not in buffers}
     if len(found) != 1 or not found <= set(_DTYPES):
-        raise ValueError(
-            f"pretrain={source.directory}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all"
-        )
+        raise ValueError(f"{source.source}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all")
     return _DTYPES[found.pop()]

@@ -1,0 +1,216 @@
+"""`megarlhf convert hf-to-megatron|megatron-to-hf`: checkpoints between Hugging Face and Megatron-Core.
+
+megarlhf convert hf-to-megatron --load models/smollm2 --save models/smollm2-megatron
+megarlhf convert megatron-to-hf --load runs/ppo@10 --save models/ppo-step-10 --role actor --dtype bf16
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from megarlhf.config.command_line import parse
+
+if TYPE_CHECKING:
+    from megarlhf.engine.conversion import ConvertOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedArguments:
+    """What both directions take."""
+
+    save: str
+    """Directory to make. It appears when it is complete; until then SAVE.partial holds what is done, and the same
+    command goes on from there."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Dtype of the result. None: as stored, bit for bit."""
+    verify: bool = False
+    """Read the result back and compare it with the SHA-256 of every tensor before it takes its place."""
+    overwrite: bool = False
+    """Replace a checkpoint at SAVE."""
+    allow_nan: bool = False
+    """Convert weights that hold NaN."""
+    num_threads: int | None = None
+    """Tensors worked on at once, which memory is proportional to. None: one for each core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMegatronArguments:
+    """What to read, and for which layout."""
+
+    load: str
+    """Local directory of the Hugging Face checkpoint."""
+    target_tensor_parallel_size: int = 1
+    """Tensor-parallel size to cut tensors for; any other loads as well, at the price of reading parts of chunks."""
+    target_pipeline_parallel_size: int = 1
+    """Pipeline stages to keep in files of their own."""
+    target_expert_parallel_size: int = 1
+    """Expert-parallel size to cut experts for."""
+    head: Literal["lm", "value"] | None = None
+    """Output layer: vocabulary logits, or one value per token. None: value for a sequence classifier, else lm. value
+    also starts a critic from a causal language model, with a drawn head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToHFArguments:
+    """What to read, and what the checkpoint does not say."""
+
+    load: str
+    """DIR or DIR@iteration of a Megatron checkpoint or of a run (--save of a training program)."""
+    role: Literal["actor", "critic"] = "actor"
+    """Which model of a run's checkpoint."""
+    hf_model: str | None = None
+    """Directory with config.json and tokenizer. None: the checkpoint's hf_config/, or the run's pretrain."""
+    max_shard_size: str = "5GB"
+    """Size of a weight file at most, such as 5GB or 500MiB; a larger tensor has a file of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFToMegatron:
+    """A Hugging Face checkpoint as Megatron-Core's (torch_dist)."""
+
+    source: ToMegatronArguments
+    target: SharedArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronToHF:
+    """A Megatron-Core checkpoint (torch_dist) as Hugging Face's."""
+
+    source: ToHFArguments
+    target: SharedArguments
+
+
+def hf_to_megatron(argv: Sequence[str] | None = None, prog: str = "convert_hf_to_megatron.py") -> int:
+    """Parse and convert; returns the exit status."""
+    config, dry_run = parse(HFToMegatron, sys.argv[1:] if argv is None else argv, prog=prog)
+    return _run(prog, lambda: _to_megatron(config, dry_run=dry_run))
+
+
+def megatron_to_hf(argv: Sequence[str] | None = None, prog: str = "convert_megatron_to_hf.py") -> int:
+    """Parse and convert; returns the exit status."""
+    config, dry_run = parse(MegatronToHF, sys.argv[1:] if argv is None else argv, prog=prog)
+    return _run(prog, lambda: _to_hf(config, dry_run=dry_run))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`hf-to-megatron` or `megatron-to-hf` with its flags; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    directions = {"hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf}
+    if not arguments or arguments[0].replace("_", "-") not in directions:
+        known = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(f"usage: megarlhf convert {'|'.join(directions)} [flags]; --help lists the flags", file=sys.stderr)
+        return 0 if known else 2
+    direction = arguments[0].replace("_", "-")
+    return directions[direction](arguments[1:], f"megarlhf convert {direction}")
+
+
+def prepare_process() -> None:
+    """Set what PyTorch reads when it is imported; afterwards it is too late, and no harm done.
+
+    Conversion is the CPU's work: Megatron-Core's own layers say the shapes, and large pages halve the system's time.
+    """
+    if "torch" not in sys.modules:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def _run(prog: str, convert: Callable[[], int]) -> int:
+    prepare_process()
+    from megarlhf.cli.run import report_errors
+
+    return report_errors(prog, convert)
+
+
+def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:
+    from megarlhf.engine.convert_to_megatron import hf_to_megatron as convert
+
+    source = config.source
+    with _Bar() as bar:
+        convert(
+            Path(source.load),
+            Path(config.target.save),
+            tensor=source.target_tensor_parallel_size,
+            pipeline=source.target_pipeline_parallel_size,
+            expert=source.target_expert_parallel_size,
+            head=source.head,
+            options=_options(config.target, bar, dry_run=dry_run),
+        )
+    return _done(config.target, dry_run=dry_run)
+
+
+def _to_hf(config: MegatronToHF, *, dry_run: bool) -> int:
+    max_shard_bytes = num_bytes_of(config.source.max_shard_size)
+    from megarlhf.engine.convert_to_hf import megatron_to_hf as convert
+
+    with _Bar() as bar:
+        convert(
+            config.source.load,
+            Path(config.target.save),
+            hf_model=config.source.hf_model,
+            role=config.source.role,
+            max_shard_bytes=max_shard_bytes,
+            options=_options(config.target, bar, dry_run=dry_run),
+        )
+    return _done(config.target, dry_run=dry_run)
+
+
+def num_bytes_of(size: str) -> int:
+    """Bytes of a size such as 5GB or 500MiB.
+
+    Raises:
+        ValueError: not a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", size, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"max_shard_size={size}; a number with KB, MB, GB or TB, or KiB, MiB, ...")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+
+
+def _options(target: SharedArguments, bar: "_Bar", *, dry_run: bool) -> "ConvertOptions":
+    from megarlhf.engine.conversion import DTYPES, ConvertOptions
+    from megarlhf.parallel.device import num_cores
+
+    if target.num_threads is not None and target.num_threads < 1:
+        raise ValueError(f"num_threads={target.num_threads}; at least 1")
+    return ConvertOptions(
+        threads=target.num_threads or num_cores(),
+        dtype=DTYPES[target.dtype] if target.dtype else None,
+        allow_nan=target.allow_nan,
+        verify=target.verify,
+        overwrite=target.overwrite,
+        dry_run=dry_run,
+        progress=bar.count,
+    )
+
+
+def _done(target: SharedArguments, *, dry_run: bool) -> int:
+    checked = ", verified" if target.verify else ""
+    print(f"{target.save}: {'would be made' if dry_run else f'complete{checked}'}")
+    return 0
+
+
+class _Bar(Progress):
+    """Bytes done and GB/s of each phase, on stderr."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        console = Console(stderr=True)
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self._phases: dict[str, TaskID] = {}
+
+    def count(self, phase: str, num_bytes: int, total: int) -> None:
+        """Count bytes of a phase; the first call of a phase, with what an earlier process did, starts its clock."""
+        if phase not in self._phases:
+            self._phases[phase] = self.add_task(phase, total=total, completed=num_bytes)
+        else:
+            self.update(self._phases[phase], advance=num_bytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

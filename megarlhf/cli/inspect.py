@@ -1,0 +1,103 @@
+"""`megarlhf inspect DIR`: what a checkpoint holds, from its headers alone."""
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from megarlhf.cli.run import report_errors
+
+
+class _Row(NamedTuple):
+    name: str
+    shape: Sequence[int]
+    dtype: str
+    num_bytes: int
+    where: str  # file, or how it was cut
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print it; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return report_errors("megarlhf inspect", lambda: tyro.cli(inspect, prog="megarlhf inspect", args=arguments))
+
+
+def inspect(load: tyro.conf.Positional[str], /, *, role: str = "actor") -> int:
+    """Print architecture, iteration, and every tensor's shape, dtype, bytes and chunks.
+
+    Args:
+        load: a Hugging Face checkpoint; or DIR, DIR@iteration or a run's directory with a Megatron checkpoint.
+        role: which model of a run's checkpoint, actor or critic.
+    """
+    is_hf = (Path(load) / "config.json").is_file()
+    title, rows = _hf(Path(load)) if is_hf else _megatron(load, role)
+    print(title)
+    numbers = sum(math.prod(row.shape) for row in rows)
+    dtypes = ", ".join(sorted({row.dtype for row in rows}))
+    print(f"{len(rows)} tensors, {numbers:,} numbers, {_bytes(sum(row.num_bytes for row in rows))}, {dtypes}")
+    width = max((len(row.name) for row in rows), default=0)
+    for row in rows:
+        shape = "x".join(map(str, row.shape)) or "scalar"
+        print(f"  {row.name:{width}}  {shape:>20}  {row.dtype:8}  {_bytes(row.num_bytes):>9}  {row.where}")
+    return 0
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.4g} {unit}"
+        number /= 1000
+    return f"{number:.4g} GB"
+
+
+def _architecture(config: Path) -> str:
+    return ", ".join(json.loads(config.read_text()).get("architectures") or ["unknown"])
+
+
+def _hf(directory: Path) -> tuple[str, list[_Row]]:
+    from megarlhf.data.tensor_file import tensor_places
+    from megarlhf.models.hf_files import HFWeights
+
+    source = HFWeights(directory, option="load")
+    rows = [
+        _Row(spec.name, spec.shape, str(spec.dtype).removeprefix("torch."), spec.num_bytes, name)
+        for name in source.files
+        for _, spec in tensor_places(directory / name).values()
+    ]
+    return f"{directory}: Hugging Face checkpoint, {_architecture(directory / 'config.json')}", rows
+
+
+def _megatron(load: str, role: str) -> tuple[str, list[_Row]]:
+    from megarlhf.engine.megatron_files import find_checkpoint, hf_directory
+    from megarlhf.models.torch_dist import TorchDistReader
+
+    checkpoint = find_checkpoint(load, role)
+    reader = TorchDistReader(checkpoint.directory, checkpoint.source)
+    try:
+        architecture = _architecture(hf_directory(checkpoint, None, role) / "config.json")
+    except ValueError:  # it can be looked at all the same
+        architecture = "unknown"
+    rows = []
+    for key, entry in sorted(reader.tensors.items()):
+        dtype = entry.properties.dtype
+        where = _cut(tuple(chunk.sizes) for chunk in entry.chunks)
+        rows.append(
+            _Row(key, entry.size, str(dtype).removeprefix("torch."), math.prod(entry.size) * dtype.itemsize, where)
+        )
+    title = f"{checkpoint.directory}: Megatron-Core checkpoint (torch_dist), {architecture}, iteration "
+    return f"{title}{checkpoint.iteration}, {reader.num_objects} objects besides tensors", rows
+
+
+def _cut(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Chunks of a tensor, those of one shape together."""
+    counts = Counter(shapes)
+    return ", ".join(f"{count} x [{'x'.join(map(str, shape))}]" for shape, count in counts.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

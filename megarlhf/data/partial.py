@@ -1,0 +1,109 @@
+"""A directory that is made under another name, step by step, and appears whole or not at all.
+
+    <target>.partial/                 the directory while it is made
+    <target>.partial/progress.jsonl   first line: what is being made; then one line for each step that is done
+
+A process killed at any moment leaves no target; the next one with the same identity goes on after the steps noted.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+_JOURNAL = "progress.jsonl"
+
+
+class PartialDirectory:
+    """The directory `path`, on its way to `target`, which a `with` block fills.
+
+    Args:
+        identity: JSON values that decide every byte; a partial directory with another identity is thrown away.
+    Raises:
+        ValueError: another process is making the same target.
+    """
+
+    def __init__(self, target: Path, identity: dict[str, Any]) -> None:
+        self.target, self.path = target, target.with_name(target.name + ".partial")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._journal = open(self.path / _JOURNAL, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"save={target}; another process is writing {self.path}: wait for it") from error
+        self._lock = threading.Lock()
+        found, self.done = self._read()
+        if found != json.loads(json.dumps(identity)):
+            self._clear()
+            self.done = {}
+            self._append(identity)
+
+    def _read(self) -> tuple[Any, dict[str, Any]]:
+        """Identity and steps of an earlier process; a last line that was cut off does not count."""
+        self._journal.seek(0)
+        text = self._journal.read()
+        whole = text[: text.rfind("\n") + 1]
+        self._journal.truncate(len(whole.encode()))
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return (lines[0], dict(lines[1:])) if lines else (None, {})
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != _JOURNAL:
+                entry.unlink()
+        self._journal.truncate(0)
+
+    def _append(self, value: Any) -> None:
+        self._journal.write(json.dumps(value) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def note(self, step: str, record: Any) -> None:
+        """Remember a step whose files are on disk (fsync), with what later steps need of it; from any thread."""
+        with self._lock:
+            self.done[step] = record
+            self._append([step, record])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Finish. After an error keep what is done, but for a ValueError, which a rerun would meet again."""
+        if error is None:
+            self._finish()
+        elif isinstance(error, ValueError):
+            shutil.rmtree(self.path)
+        self._journal.close()
+
+    def _finish(self) -> None:
+        """Bring everything to the disk and put the directory in its place; what was there is replaced."""
+        for path in [*self.path.rglob("*"), self.path]:
+            sync(path)
+        replace_directory(self.path, self.target)
+        (self.target / _JOURNAL).unlink()
+        sync(self.target.parent)
+
+
+def sync(path: Path) -> None:
+    """Write a file or a directory's entries to the disk and wait."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_directory(partial: Path, final: Path) -> None:
+    """Rename a complete directory to its final name; an older one of that name is removed."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)  # of a replacement that was interrupted here
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,227 @@
+"""What both directions of checkpoint conversion share: bytes at offsets, digests, bundles of work, the manifest.
+
+Files are read and written at offsets instead of being mapped, so that memory holds what the threads work on, no more.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarlhf.data.partial import PartialDirectory
+from megarlhf.data.tensor_file import run_side_by_side, tensor_places
+from megarlhf.engine.checkpoint_files import LATEST
+from megarlhf.models.cuts import GlobalWeight
+
+MANIFEST = "conversion.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BUNDLE_BYTES = 64 * 2**20  # of one step that a rerun need not repeat
+_SPARE_BYTES = 64 * 2**20  # of the disk, for everything but tensors
+Digests = dict[str, dict[str, Any]]  # HF name -> sha256, shape, dtype and source
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What applies to both directions."""
+
+    threads: int
+    dtype: torch.dtype | None = None  # of the target; None keeps the source's
+    allow_nan: bool = False
+    verify: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    progress: Callable[[str, int, int], None] = lambda phase, num_bytes, total: None  # bytes done since the last call
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, sharing its memory."""
+    assert tensor.is_contiguous()
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+class Scratch(threading.local):
+    """Memory that a thread uses again and again: pages that the system hands out anew cost as much as copying them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of arbitrary numbers, valid until this thread asks for the next."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes > len(self._memory):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # first: both together would be twice the memory
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes].view(dtype).view(*shape)
+
+
+class TensorFiles:
+    """Tensors in safetensors files, read and written at their offsets; from any thread."""
+
+    def __init__(self, paths: Sequence[Path], *, writable: bool = False) -> None:
+        self.places = {name: (path, *place) for path in paths for name, place in tensor_places(path).items()}
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        self._descriptors = {path: os.open(path, flags) for path in paths}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype."""
+        return self.places[name][2].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self.places[name][2].shape
+
+    def file_name(self, name: str) -> str:
+        """Name of the file with a tensor."""
+        return self.places[name][0].name
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill a contiguous tensor of the same bytes."""
+        path, start, _ = self.places[name]
+        rest, descriptor = byte_view(out), self._descriptors[path]
+        while rest:
+            count = os.preadv(descriptor, [rest], start)
+            if count == 0:
+                raise ValueError(f"{path} ends inside {name}: it was cut short meanwhile")
+            rest, start = rest[count:], start + count
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        out = torch.empty(self.shape(name), dtype=self.dtype(name))
+        self.read_into(name, out)
+        return out
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a whole tensor of the file's shape and dtype in its place."""
+        path, start, _ = self.places[name]
+        rest, descriptor = byte_view(tensor), self._descriptors[path]
+        while rest:
+            count = os.pwrite(descriptor, rest, start)
+            rest, start = rest[count:], start + count
+
+    def sync(self, names: Sequence[str]) -> None:
+        """Wait until the files with these tensors are on the disk."""
+        for path in {self.places[name][0] for name in names}:
+            os.fdatasync(self._descriptors[path])
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+def digest(tensor: Tensor, source: str) -> dict[str, Any]:
+    """A tensor's entry in the manifest."""
+    sha256 = hashlib.sha256(byte_view(tensor)).hexdigest()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"sha256": sha256, "shape": list(tensor.shape), "dtype": dtype, "source": source}
+
+
+def converted(name: str, tensor: Tensor, options: ConvertOptions) -> Tensor:
+    """The tensor in the target's dtype.
+
+    Raises:
+        ValueError: it holds NaN, or numbers that the dtype cannot hold.
+    """
+    result = tensor if options.dtype is None else tensor.to(options.dtype)
+    # One NaN makes the sum NaN; a sum in another dtype than the tensor's would be slow and copy it.
+    if options.allow_nan or math.isfinite(float(result.sum())):
+        return result
+    if tensor.isnan().any():
+        raise ValueError(f"{name} holds NaN: a broken model; --allow-nan converts it all the same")
+    if result.isinf().any() and not tensor.isinf().any():
+        raise ValueError(f"dtype={result.dtype}; {name} holds numbers beyond its range: use bf16 or fp32")
+    return result
+
+
+def bundles(weights: Sequence[GlobalWeight], num_bytes: Callable[[GlobalWeight], int]) -> dict[str, list[GlobalWeight]]:
+    """Steps of work by name: neighbours of one pipeline stage, together large enough to be worth a note."""
+    limit = max(_BUNDLE_BYTES, sum(map(num_bytes, weights)) // 256)
+    found: list[list[GlobalWeight]] = []
+    size = limit
+    for weight in weights:
+        if size >= limit or found[-1][-1].stage != weight.stage:
+            found.append([])
+            size = 0
+        found[-1].append(weight)
+        size += num_bytes(weight)
+    return {f"{bundle[0].stage}_{number}": bundle for number, bundle in enumerate(found)}
+
+
+def run_steps(
+    steps: dict[str, list[GlobalWeight]],
+    function: Callable[[str, list[GlobalWeight]], Any],
+    num_bytes: Callable[[GlobalWeight], int],
+    *,
+    phase: str,
+    partial: PartialDirectory | None,
+    options: ConvertOptions,
+) -> None:
+    """Do the steps in threads, the largest first, and note each in `partial`, whose earlier steps are left out."""
+    sizes = {name: sum(map(num_bytes, bundle)) for name, bundle in steps.items()}
+    total = sum(sizes.values())
+    done = partial.done if partial is not None else {}
+    options.progress(phase, sum(sizes[name] for name in done), total)
+
+    def run(name: str) -> None:
+        record = function(name, steps[name])
+        if partial is not None:
+            partial.note(name, record)
+        options.progress(phase, sizes[name], total)
+
+    order = sorted((name for name in steps if name not in done), key=lambda name: -sizes[name])
+    run_side_by_side(run, order, options.threads)
+
+
+def check_target(load: Path, save: Path, *, overwrite: bool) -> None:
+    """Raises ValueError where nothing may be written to `save`."""
+    if load.resolve().is_relative_to(save.resolve()):
+        raise ValueError(f"save={save}; it holds what load={load} reads: give another directory")
+    if not save.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"save={save}; it exists already: give another directory, or --overwrite")
+    if not any((save / name).exists() for name in (LATEST, "config.json")):
+        raise ValueError(f"save={save}; it is no checkpoint, so --overwrite does not remove it: give another directory")
+
+
+def check_space(save: Path, num_bytes: int) -> None:
+    """Raises ValueError where the disk lacks room for the target; what an earlier try left there counts as room."""
+    parent = next(path for path in save.absolute().parents if path.exists())
+    left = save.with_name(save.name + ".partial")
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_blocks * 512 for path in left.rglob("*"))
+    if free < num_bytes + _SPARE_BYTES:
+        raise ValueError(
+            f"save={save}; {parent} has {free / 1e9:.2f} GB free where the target takes "
+            f"{(num_bytes + _SPARE_BYTES) / 1e9:.2f} GB: free space, or give a directory on another disk"
+        )
+
+
+def fingerprint(paths: Sequence[Path]) -> list[Any]:
+    """Names, sizes and times of files, by which a rerun knows that they are the same."""
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def compare(found: Iterator[tuple[str, Tensor]], manifest: Digests, target: str) -> None:
+    """Digest tensors that were read back.
+
+    Raises:
+        ValueError: naming those that differ from the manifest.
+    """
+    wrong = [name for name, tensor in found if digest(tensor, manifest[name]["source"]) != manifest[name]]
+    if wrong:
+        raise ValueError(f"{target}; read back, these differ from what was written: {wrong}")
+
+
+def write_manifest(directory: Path, tensors: Digests, **about: Any) -> None:
+    """conversion.json: what was converted from what, and the digest of every HF tensor."""
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    (directory / MANIFEST).write_text(json.dumps({**about, "tensors": ordered}, indent=1) + "\n")

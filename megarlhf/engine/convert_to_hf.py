@@ -1,0 +1,241 @@
+"""A Megatron-Core checkpoint as Hugging Face's, a few tensors at a time and bit for bit.
+
+SAVE/model.safetensors, or shards with an index    HF names and shapes, in the dtype they are stored in
+SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_config/, a run's pretrain, or --hf-model
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megarlhf.data.partial import PartialDirectory
+from megarlhf.data.tensor_file import TensorFile, TensorSpec, tensor_places
+from megarlhf.engine.conversion import (
+    ConvertOptions,
+    Digests,
+    TensorFiles,
+    bundles,
+    check_space,
+    check_target,
+    compare,
+    converted,
+    digest,
+    fingerprint,
+    run_steps,
+    write_manifest,
+)
+from megarlhf.engine.megatron_files import find_checkpoint, hf_directory
+from megarlhf.models.arch import ArchSpec, Split
+from megarlhf.models.build import Head
+from megarlhf.models.cuts import CutModel, GlobalWeight, Region, cut_model
+from megarlhf.models.hf_files import INDEX, HFConfig, copy_companions, exported_config, read_config
+from megarlhf.models.registry import find_architecture
+from megarlhf.models.shards import Shard, shards_of
+from megarlhf.models.torch_dist import METADATA, TorchDistReader
+from megarlhf.models.weights import attention_shape
+
+_NUMBERED = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+def parts(weight: GlobalWeight, param: Tensor, hf: HFConfig) -> list[Shard]:
+    """The whole HF tensors inside a whole Megatron parameter."""
+    return shards_of(
+        weight.weight, param, attention=attention_shape(hf), vocab_size=hf.vocab_size, tp_rank=0, tp_size=1
+    )
+
+
+def hf_tensors(weight: GlobalWeight, reader: TorchDistReader, hf: HFConfig) -> Iterator[tuple[str, Tensor]]:
+    """The HF tensors of one Megatron parameter, contiguous, read from a checkpoint."""
+    param = reader.read(weight.key, weight.region.offset, weight.region.shape, weight.num_stacked)
+    for shard in parts(weight, param, hf):
+        if shard.view.is_contiguous() and shard.view.dim() == param.dim():
+            yield shard.hf_name, shard.view
+        else:
+            yield shard.hf_name, shard.view.reshape(-1, *param.shape[1:])
+
+
+def megatron_to_hf(
+    load: str, save: Path, *, hf_model: str | None, role: str, max_shard_bytes: int, options: ConvertOptions
+) -> None:
+    """Convert.
+
+    A checkpoint with a value head becomes a sequence classifier with one label.
+
+    Args:
+        load: see find_checkpoint.
+        hf_model: directory of the configuration and tokenizer; None for what the checkpoint says.
+        role: which model of a run's checkpoint.
+    Raises:
+        ValueError: a checkpoint or target that cannot be converted; nothing has been written then, but for tensors with
+            NaN, which are found on the way.
+    """
+    checkpoint = find_checkpoint(load, role)
+    companions = hf_directory(checkpoint, hf_model, role)
+    hf = read_config(companions, option="hf_model")
+    arch = find_architecture(hf)
+    reader = TorchDistReader(checkpoint.directory, checkpoint.source)
+    output = reader.tensors.get("output_layer.weight")
+    head: Head = "value" if output is not None and output.size[0] == 1 else "lm"
+    weights = _locate(cut_model(arch, hf, head=head), reader)
+    dtypes = {weight.key: options.dtype or reader.dtype(weight.key) for weight in weights}
+
+    def num_bytes(weight: GlobalWeight) -> int:
+        return weight.num_elements * dtypes[weight.key].itemsize
+
+    check_target(checkpoint.directory, save, overwrite=options.overwrite)
+    check_space(save, sum(map(num_bytes, weights)))
+    if options.dry_run:
+        return
+    layout = _weight_files(_specs(arch, hf, weights, dtypes), max_shard_bytes)
+    about = {"source": str(checkpoint.directory), "architecture": arch.hf_class, "head": head}
+    steps = bundles(weights, num_bytes)
+    contents = {name: [repr(spec) for spec in file] for name, file in layout.items()}
+    identity = {**about, "files": fingerprint([reader.directory / METADATA]), "layout": contents, "steps": list(steps)}
+    with PartialDirectory(save, identity) as partial:
+        files = TensorFiles([_prepare(partial.path / name, file) for name, file in layout.items()], writable=True)
+
+        def write(_: str, bundle: list[GlobalWeight]) -> Digests:
+            digests: Digests = {}
+            for weight in bundle:
+                for name, tensor in hf_tensors(weight, reader, hf):
+                    result = converted(name, tensor, options)
+                    digests[name] = digest(result, weight.key)
+                    files.write(name, result)
+            files.sync(list(digests))
+            return digests
+
+        def verify(_: str, bundle: list[GlobalWeight]) -> None:
+            names = (name for weight in bundle for name in weight.weight.hf)
+            compare(((name, files.read(name)) for name in names), manifest, f"save={save}")
+
+        run_steps(steps, write, num_bytes, phase="convert", partial=partial, options=options)
+        manifest = {name: entry for record in partial.done.values() for name, entry in record.items()}
+        write_manifest(partial.path, manifest, **about, iteration=checkpoint.iteration)
+        _write_companions(partial.path, companions, arch.class_with_head(head), layout)
+        if options.verify:
+            run_steps(steps, verify, num_bytes, phase="verify", partial=None, options=options)
+        files.close()
+
+
+def _locate(model: CutModel, reader: TorchDistReader) -> list[GlobalWeight]:
+    """The model's weights where this checkpoint has them.
+
+    Layer norms may carry the names of either layer implementation, and layers be stacked in one tensor or numbered.
+
+    Raises:
+        ValueError: missing, unknown and wrongly shaped tensors, all of them named.
+    """
+    found, problems = [], []
+    for weight in model.weights:
+        place = next(
+            (form for form in _forms(weight, model.names.hf.num_hidden_layers) if form.key in reader.tensors), None
+        )
+        if place is None:
+            problems.append(f"missing {weight.key}")
+            continue
+        size, expected = tuple(reader.tensors[place.key].size), place.tensor_shape
+        if weight.weight.split is Split.VOCAB:  # padded to any number of rows
+            rows = model.names.hf.vocab_size
+            place = replace(place, region=replace(place.region, shape=(rows, *place.shape[1:])))
+            expected = (max(rows, size[0]), *expected[1:])
+        if size != expected:
+            problems.append(f"{place.key} has shape {size}, the configuration says {expected}")
+        found.append(place)
+    keys = {place.key for place in found}
+    unknown = [k for k in reader.tensors if k not in keys and not k.startswith(("optimizer.", "chained_"))]
+    problems = list(dict.fromkeys(problems)) + [f"unknown {key}" for key in unknown]
+    if problems:
+        raise ValueError(f"{reader.source}; it does not hold this {model.names.arch.hf_class}: " + "; ".join(problems))
+    return found
+
+
+def _forms(weight: GlobalWeight, num_layers: int) -> Iterator[GlobalWeight]:
+    """The weight under each key that Megatron-Core may store it."""
+    yield weight
+    layer = _NUMBERED.match(weight.weight.megatron[0])
+    if layer is None:
+        return
+    for key in (weight.key, *weight.weight.megatron):
+        region, shape, is_numbered = weight.region, weight.tensor_shape, _NUMBERED.match(weight.key) is not None
+        short = _NUMBERED.sub("decoder.layers.", key)
+        named = _NUMBERED.sub(layer[0], key) if _NUMBERED.match(key) else key.replace("decoder.layers.", layer[0], 1)
+        if is_numbered:
+            stacked = replace(
+                weight,
+                key=short,
+                tensor_shape=(num_layers, *shape),
+                region=Region(offset=(int(layer[1]), *region.offset), shape=(1, *region.shape)),
+                num_stacked=weight.num_stacked + 1,
+            )
+            yield from (replace(weight, key=named), stacked)
+        else:
+            numbered = replace(
+                weight,
+                key=named,
+                tensor_shape=shape[1:],
+                region=Region(offset=region.offset[1:], shape=region.shape[1:]),
+                num_stacked=weight.num_stacked - 1,
+            )
+            yield from (replace(weight, key=short), numbered)
+
+
+def _specs(
+    arch: ArchSpec, hf: HFConfig, weights: Sequence[GlobalWeight], dtypes: Mapping[str, torch.dtype]
+) -> list[TensorSpec]:
+    """The HF tensors of the target, in order."""
+    sizes = arch.dimensions(hf)
+    return [
+        TensorSpec(name, tuple(sizes[dimension] for dimension in shape), dtypes[weight.key])
+        for weight in weights
+        for name, shape in zip(weight.weight.hf, weight.weight.shapes, strict=True)
+    ]
+
+
+def _weight_files(specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
+    """Tensors by file: as many as fit, in order, and wider types first, as the format has them aligned."""
+    found: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if found[-1] and size + spec.num_bytes > max_bytes:
+            found.append([])
+            size = 0
+        found[-1].append(spec)
+        size += spec.num_bytes
+    if len(found) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{number:05d}-of-{len(found):05d}.safetensors" for number in range(1, len(found) + 1)]
+    return {n: sorted(file, key=lambda s: -s.dtype.itemsize) for n, file in zip(names, found, strict=True)}
+
+
+def _prepare(path: Path, specs: list[TensorSpec]) -> Path:
+    """Make a weight file of zeros, unless an earlier try has left it."""
+    try:
+        if [spec for _, spec in tensor_places(path).values()] == specs:
+            return path
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        path.unlink()  # its making was interrupted, before any tensor was written
+    TensorFile.create(path, specs, {"format": "pt"}).close()
+    path.chmod(0o644)
+    return path
+
+
+def _write_companions(target: Path, source: Path, hf_class: str, layout: dict[str, list[TensorSpec]]) -> None:
+    config = exported_config(source, hf_class)
+    specs = [spec for file in layout.values() for spec in file]
+    largest = max(specs, key=lambda spec: spec.num_bytes)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(largest.dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_companions(source, target)
+    if len(layout) > 1:
+        weight_map = {spec.name: name for name, file in layout.items() for spec in file}
+        total = {"total_size": sum(spec.num_bytes for spec in specs)}
+        (target / INDEX).write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n")

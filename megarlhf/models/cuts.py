@@ -1,0 +1,163 @@
+"""How Megatron-Core names a model's weights in a distributed checkpoint and cuts them for a layout.
+
+Nothing here repeats what Megatron-Core knows: each rank's model is built in a fake world, without any numbers, and
+asked for its sharded state.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+
+from megarlhf.models.arch import ArchSpec, WeightMap
+from megarlhf.models.build import Head, ModelOptions, build_model
+from megarlhf.models.hf_files import HFConfig
+from megarlhf.models.weights import ModelWeights
+from megarlhf.parallel.fake_world import fake_world
+from megarlhf.parallel.groups import ParallelSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A box of a tensor."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalWeight:
+    """One Megatron parameter of the whole model, as a box of a tensor of the checkpoint.
+
+    The tensor may hold the parameters of all layers or experts, stacked along leading axes.
+    """
+
+    weight: WeightMap
+    key: str
+    tensor_shape: tuple[int, ...]
+    region: Region
+    num_stacked: int  # leading axes, along which the region has one element
+    chunks: tuple[Region, ...]  # that make up the region in this layout
+    stage: int  # the first pipeline stage that holds it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter itself."""
+        return self.region.shape[self.num_stacked :]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in it, vocabulary padding included."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutModel:
+    """A model in one layout."""
+
+    names: ModelWeights  # of the first rank: the table of names and HF shapes; its tensors hold no numbers
+    weights: list[GlobalWeight]  # in HF order
+    objects: dict[str, Any]  # what Megatron-Core stores besides tensors, by key
+
+
+@dataclass
+class _Found:
+    """What the ranks hold of one parameter."""
+
+    weight: WeightMap
+    stage: int
+    tensors: dict[tuple[int, ...], ShardedTensor] = field(default_factory=dict)  # by offset
+
+    def merged(self) -> GlobalWeight:
+        """The ranks' boxes and the one around them all."""
+        first = next(iter(self.tensors.values()))
+        stacked, axes = first.prepend_axis_num, range(len(first.global_shape))
+        chunks = [Region(offset=o, shape=(1,) * stacked + tuple(t.local_shape)) for o, t in self.tensors.items()]
+        start = tuple(min(chunk.offset[axis] for chunk in chunks) for axis in axes)
+        end = tuple(max(chunk.offset[axis] + chunk.shape[axis] for chunk in chunks) for axis in axes)
+        return GlobalWeight(
+            weight=self.weight,
+            key=first.key,
+            tensor_shape=tuple(first.global_shape),
+            region=Region(offset=start, shape=tuple(e - s for s, e in zip(start, end, strict=True))),
+            num_stacked=stacked,
+            chunks=tuple(chunks),
+            stage=self.stage,
+        )
+
+
+def cut_model(
+    arch: ArchSpec, hf: HFConfig, *, head: Head, tensor: int = 1, pipeline: int = 1, expert: int = 1
+) -> CutModel:
+    """What every rank of a layout together holds.
+
+    Raises:
+        ValueError: the layout does not fit the model.
+    """
+    check_layout(arch, hf, tensor=tensor, pipeline=pipeline, expert=expert)
+    sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, expert=expert)
+    found: dict[tuple[str, ...], _Found] = {}
+    objects: dict[str, Any] = {}
+    names: ModelWeights | None = None
+    world_size = tensor * pipeline * expert
+    for rank in range(world_size):
+        with fake_world(sizes, rank=rank, world_size=world_size) as ranks:
+            chunks, _ = build_model(arch, hf, ranks, ModelOptions(), head=head, seed=0)
+            weights = ModelWeights(chunks, arch, hf, ranks, head=head)
+            names = names or weights
+            exported = {id(bound.param): bound.weight for bound in weights.bound if bound.exported}
+            for entry in _sharded_state(chunks[0]):
+                if isinstance(entry, ShardedObject):
+                    objects[entry.unique_key] = entry.data
+                elif id(entry.data) in exported:
+                    weight = exported[id(entry.data)]
+                    parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+                    whole = found.setdefault(weight.hf, _Found(weight, ranks.pp_rank))
+                    whole.tensors.update({part.global_offset: part for part in parts})
+    assert names is not None
+    return CutModel(
+        names=names,
+        weights=[found[weight.hf].merged() for weight in arch.weight_maps(hf, tied=names.tied, head=head)],
+        objects=objects,
+    )
+
+
+def _sharded_state(chunk: Any) -> Iterator[Any]:
+    sharding = {
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    yield from nested_values(chunk.sharded_state_dict(metadata=sharding))
+
+
+def check_layout(arch: ArchSpec, hf: HFConfig, *, tensor: int, pipeline: int, expert: int) -> None:
+    """Compare a layout with a model's heads, layers and experts.
+
+    Raises:
+        ValueError: naming every size that does not fit.
+    """
+    sizes = arch.dimensions(hf)
+    tp, pp, ep = (f"target_{kind}_parallel_size" for kind in ("tensor", "pipeline", "expert"))
+    rules = [
+        (tp, tensor, "num_attention_heads", hf.num_attention_heads),
+        (tp, tensor, "num_key_value_heads", hf.num_key_value_heads),
+        (pp, pipeline, "num_hidden_layers", hf.num_hidden_layers),
+        (ep, expert, "num_experts", sizes.get("experts", 1)),
+    ]
+    rules += [
+        (tp, tensor, f"{name} feed-forward size", sizes[name])
+        for name in ("ffn", "expert", "shared")
+        if sizes.get(name)
+    ]
+    errors = [
+        f"{option}={size}; does not divide {what}={number}"
+        for option, size, what, number in rules
+        if size < 1 or number % size
+    ]
+    if errors:
+        raise ValueError("; ".join(errors))

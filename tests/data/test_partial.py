@@ -1,0 +1,65 @@
+"""A directory appears whole or not at all, and what was done is not done again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megarlhf.data.partial import PartialDirectory
+
+
+def interrupted(target: Path, steps: list[str], identity: dict[str, int]) -> None:
+    """Begin and be interrupted after these steps."""
+    with pytest.raises(KeyboardInterrupt), PartialDirectory(target, identity) as partial:
+        for step in steps:
+            (partial.path / step).write_text(step)
+            partial.note(step, {"bytes": len(step)})
+        raise KeyboardInterrupt
+
+
+def test_it_goes_on_after_the_steps_noted(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    interrupted(target, ["a", "b"], {"of": 1})
+    assert not target.exists()
+    with PartialDirectory(target, {"of": 1}) as partial:
+        assert partial.done == {"a": {"bytes": 1}, "b": {"bytes": 1}}
+        assert (partial.path / "a").read_text() == "a"
+    assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_another_identity_begins_anew(tmp_path: Path) -> None:
+    interrupted(tmp_path / "target", ["a"], {"of": 1})
+    with PartialDirectory(tmp_path / "target", {"of": 2}) as partial:
+        assert partial.done == {}
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+def test_a_note_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
+    interrupted(tmp_path / "target", ["a", "b"], {"of": 1})
+    journal = tmp_path / "target.partial" / "progress.jsonl"
+    journal.write_text(journal.read_text()[:-4])
+    with PartialDirectory(tmp_path / "target", {"of": 1}) as partial:
+        assert list(partial.done) == ["a"]
+        partial.note("c", 3)
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert lines == [{"of": 1}, ["a", {"bytes": 1}], ["c", 3]]
+
+
+def test_a_value_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wrong"), PartialDirectory(tmp_path / "target", {}):
+        raise ValueError("wrong")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    with PartialDirectory(tmp_path / "target", {}), pytest.raises(ValueError, match="another process is writing"):
+        PartialDirectory(tmp_path / "target", {})
+
+
+def test_an_older_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").write_text("")
+    with PartialDirectory(tmp_path / "target", {}) as partial:
+        (partial.path / "new").write_text("")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
