@@ -22,7 +22,8 @@ from megarlhf.engine.conversion import MANIFEST, ConvertOptions
 from megarlhf.engine.convert_to_hf import megatron_to_hf
 from megarlhf.engine.convert_to_megatron import hf_to_megatron
 from megarlhf.engine.export import export_hf
-from tests.distributed.cases import make_objective, make_rows
+from megarlhf.trainers.parity import parity_objective
+from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import VOCAB_SIZE, make_model
@@ -180,7 +181,7 @@ def train_and_save(
 
     with world(layout, rank, init_method):
         engine = build(layout, model_dir, head=head)
-        engine.train_step(make_rows(), make_objective("critic" if head == "value" else "sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_objective("critic" if head == "value" else "sft"), denominator=50.0)
         if rank == 0:
             (run / "checkpoints" / "iter_0000010").mkdir(parents=True)
             (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("10")
