@@ -105,9 +105,10 @@ def cut_model(
     objects: dict[str, Any] = {}
     names: ModelWeights | None = None
     world_size = tensor * pipeline * expert
+    options = ModelOptions(sequence_parallel=tensor > 1)  # it cuts no weight, and some models cannot be built without
     for rank in range(world_size):
         with fake_world(sizes, rank=rank, world_size=world_size) as ranks:
-            chunks, _ = build_model(arch, hf, ranks, ModelOptions(), head=head, seed=0)
+            chunks, _ = build_model(arch, hf, ranks, options, head=head, seed=0)
             weights = ModelWeights(chunks, arch, hf, ranks, head=head)
             names = names or weights
             exported = {id(bound.param): bound.weight for bound in weights.bound if bound.exported}

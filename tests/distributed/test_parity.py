@@ -23,10 +23,10 @@ TOKEN_TOLERANCE, LOSS_TOLERANCE, GRADIENT_TOLERANCE, STEP_TOLERANCE = 1e-5, 1e-6
 
 
 class Models:
-    """Models by kind, made once, with their one-process results."""
+    """Models by kind, made once, with their one-process results, and the rows of the matrix of differences."""
 
-    def __init__(self, ranks: RankPool, root: Path) -> None:
-        self._ranks, self._root = ranks, root
+    def __init__(self, ranks: RankPool, root: Path, matrix: list[str]) -> None:
+        self._ranks, self._root, self.matrix = ranks, root, matrix
         self._references: dict[tuple[str, str, bool], tuple[Path, dict[str, float]]] = {}
 
     def directory(self, kind: str) -> Path:
@@ -49,18 +49,18 @@ class Models:
 
 
 @pytest.fixture(scope="module")
-def models(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(ranks, tmp_path_factory.mktemp("parity"))
+def models(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, matrix: list[str]) -> Models:
+    return Models(ranks, tmp_path_factory.mktemp("parity"), matrix)
 
 
 def _differences(
     ranks: RankPool, models: Models, kind: str, name: str, layout: Layout, objective: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Largest differences, printed as a row of the matrix, and how large the numbers are."""
+    """Largest differences, also as a row of the matrix, and how large the numbers are."""
     source, scales = models.reference(kind, objective, bf16=layout.bf16)
     found = ranks.run(layout.world_size, compare_case, layout, models.directory(kind), objective, source)
     row = "  ".join(f"{quantity} {difference:.1e}" for quantity, difference in found[0].items())
-    print(f"{kind:9} {name:28} {objective:7}{' bf16' if layout.bf16 else ''} {row}")
+    models.matrix.append(f"{kind:11} {name:30} {objective:7}{' bf16' if layout.bf16 else ''} {row}")
     return found[0], scales
 
 

@@ -28,8 +28,11 @@ from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, buil
 from tests.distributed.pool import RankPool
 from tests.tiny_models import VOCAB_SIZE, make_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe")
-MOE_FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"),
+    *("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"),
+)
+MOE_FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3")
 PLAIN = ConvertOptions(threads=2)
 VERIFIED = ConvertOptions(threads=2, verify=True)
 
