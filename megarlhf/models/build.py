@@ -93,6 +93,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         attention_dropout=0.0,
         hidden_dropout=0.0,
         perform_initialization=False,
+        transformer_impl="transformer_engine" if on_gpu else "local",
         use_cpu_initialization=not on_gpu,
         persist_layer_norm=on_gpu,
         bias_dropout_fusion=on_gpu,

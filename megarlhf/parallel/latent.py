@@ -28,6 +28,11 @@ class SegmentLatentAttention(MLASelfAttention):
     rotary part of the keys, which all heads share, is not summed over the ranks.
     """
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """The layers as the spec names them; Megatron-Core 0.19 asks here, and would norm queries without a latent."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if config.q_lora_rank is not None:
