@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 
 from megarlhf.cli.local_ranks import MEETING, run_local_ranks
 from megarlhf.cli.run import report_errors
-from megarlhf.config.arguments import LayoutArguments, OptimizerArguments, ParityConfig
+from megarlhf.config.arguments import OptimizerArguments, ParityConfig
 from megarlhf.config.checks import check_parity, raise_if
 from megarlhf.config.command_line import parse, to_yaml
+from megarlhf.config.layouts import LayoutArguments
 from megarlhf.parallel.device import num_cores
 
 _DIRECTORY = "MEGARLHF_PARITY"  # environment variable: where the reference's results lie, once it has run

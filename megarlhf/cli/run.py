@@ -8,8 +8,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megarlhf.config.arguments import LayoutArguments, LoggingArguments
+from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.checks import raise_if
+from megarlhf.config.layouts import LayoutArguments
 from megarlhf.engine import checkpoint_files
 
 

@@ -14,9 +14,10 @@ from megarlhf.cli.run import (
     report_errors,
     resumed_step,
 )
-from megarlhf.config.arguments import LayoutArguments, PPOConfig
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.checks import check_ppo, raise_if
 from megarlhf.config.command_line import parse, to_dict, to_yaml
+from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data.prompts import PromptData, load_prompts
 from megarlhf.data.tokenizer import load_tokenizer, stop_token_ids
 from megarlhf.data.types import Prompt

@@ -134,7 +134,7 @@ class MegatronWorker:
 
         if self._file is None or str(self._file.path) != path:
             self._file = TensorFile.open(Path(path), writable=True)
-        self.engine.weights.write(self._file)
+        self.engine.write_weights(self._file)
         dist.barrier()
 
     def checksum(self) -> str:

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megarlhf.config.arguments import ClusterArguments, LayoutArguments, PPOConfig
+from megarlhf.config.arguments import ClusterArguments, PPOConfig
+from megarlhf.config.layouts import LayoutArguments
 
 Model = Mapping[str, Any]  # content of a config.json
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megarlhf.data.packing import pack_rows, plan_micro_batches, unpack
+from megarlhf.data.tensor_file import TensorFile
 from megarlhf.data.types import MicroBatch, TrainingRow
 from megarlhf.engine.objective import Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler
@@ -31,6 +32,7 @@ from megarlhf.models.weights import ModelWeights, source_dtype
 from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, device_kind, release_memory
 from megarlhf.parallel.groups import current_ranks
+from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 
 RowResults = dict[int, Tensor]  # index in the caller's rows -> [num_targets] float32 on the CPU
 
@@ -85,8 +87,8 @@ class MegatronEngine:
         source = HFWeights(pretrain)
         self.source_dtype = source_dtype(source)
         self.chunks, self.config = build_model(arch, self.hf, self.ranks, model, head=head, seed=seed)
-        self._weights = ModelWeights(self.chunks, arch, self.hf, self.ranks, head=head)
-        self._weights.load(source)
+        self.weights = ModelWeights(self.chunks, arch, self.hf, self.ranks, head=head)
+        self.weights.load(source)
         for chunk in self.chunks:
             chunk.to(current_device())
         self.config.finalize_model_grads_func = sum_gradients
@@ -148,24 +150,25 @@ class MegatronEngine:
         batches = [pack(indices, 1) for indices in mine]
         if interleaved:
             longest = max(len(batch.tokens) for batch in batches)
-            batches = [pack(indices, longest) for indices in mine]
+            batches = [
+                batch if len(batch.tokens) == longest else pack(indices, longest)
+                for batch, indices in zip(batches, mine, strict=True)
+            ]
         return [context_part(batch, ranks.cp_rank, ranks.cp_size) for batch in batches]
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters of every chunk, with unique names, as the last optimizer step left them."""
-        self.settle()
+        """Parameters of every chunk, with unique names."""
         for number, chunk in enumerate(self.chunks):
             for name, parameter in chunk.named_parameters():
                 yield f"{number}.{name}", parameter
 
-    @property
-    def weights(self) -> ModelWeights:
-        """The weights under their HF names, as the last optimizer step left them."""
+    def write_weights(self, file: TensorFile) -> None:
+        """Write this rank's part into a weight file that all ranks have open; all call it, and a barrier is theirs."""
         self.settle()
-        return self._weights
+        self.weights.write(file)
 
     def settle(self) -> None:
-        """Bring what the last optimizer step changed to every data-parallel rank, before weights are read.
+        """Bring what the last optimizer step changed to every data-parallel rank; all call it before weights are read.
 
         With overlap_param_gather the step leaves that to the next forward pass.
         """
@@ -259,31 +262,34 @@ class MegatronEngine:
     def _balance_loss_unit(self, batches: list[MicroBatch]) -> float | None:
         """Divisor that makes Megatron-Core's load-balancing loss a mean over the batch's tokens; None: no such loss.
 
-        Megatron-Core adds, on every rank, each micro-batch's loss times the tokens that the rank's router saw, and
-        counts on a later division of the whole gradient by tokens. Here only `grad_scale_func` divides, and the
-        objective's loss is multiplied beforehand by as much.
+        Megatron-Core adds, on every rank, each micro-batch's loss times its tokens, and counts on a later division of
+        the whole gradient by tokens. Here only `grad_scale_func` divides, and the objective's loss is multiplied
+        beforehand by as much.
         """
         if not self.config.num_moe_experts or not self.config.moe_aux_loss_coeff:
             return None
         tokens = torch.tensor(float(sum(len(batch.tokens) for batch in batches)), device=current_device())
         dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return float(tokens) / (self.ranks.tp_size * self.ranks.cp_size)
+        return float(tokens) / ranks_in_balance_loss(self.ranks.tp_size, self.ranks.cp_size)
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference model."""
+        self.settle()
         self._reference = {name: p.detach().clone() for name, p in self.named_parameters()}
 
     @contextlib.contextmanager
     def reference_weights(self) -> Iterator[None]:
         """Compute with the reference model inside the block: parameters point at its tensors, nothing is copied."""
         assert self._reference, "keep_reference() comes first"
-        kept = {name: p.data for name, p in self.named_parameters()}
+        self.settle()
+        parameters = dict(self.named_parameters())
+        kept = {name: p.data for name, p in parameters.items()}
         try:
-            for name, p in self.named_parameters():
+            for name, p in parameters.items():
                 p.data = self._reference[name]
             yield
         finally:
-            for name, p in self.named_parameters():
+            for name, p in parameters.items():
                 p.data = kept[name]
 
     def sleep(self) -> None:

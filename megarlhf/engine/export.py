@@ -26,7 +26,7 @@ def export_hf(engine: MegatronEngine, directory: Path) -> None:
         TensorFile.create(weights_file, specs, {"format": "pt"}).close()
     dist.barrier()
     file = TensorFile.open(weights_file, writable=True)
-    engine.weights.write(file)
+    engine.write_weights(file)
     file.flush()
     file.close()
     dist.barrier()

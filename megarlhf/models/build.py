@@ -22,6 +22,7 @@ from megarlhf.parallel.attention import SegmentAttention, SegmentNorm
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import Ranks
 from megarlhf.parallel.latent import SegmentLatentAttention
+from megarlhf.parallel.megatron_versions import FREES_UNSENT_OUTPUTS
 from megarlhf.parallel.rotary import use_segment_positions
 
 Head = Literal["lm", "value"]
@@ -107,7 +108,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         batch_p2p_comm=ranks.vpp_size == 1,
         overlap_p2p_comm=ranks.vpp_size > 1,
         moe_token_dispatcher_type="alltoall",  # demanded by variable_seq_lengths, for dense models too
-        deallocate_pipeline_outputs=on_gpu,  # on the CPU it corrupts gradients
+        deallocate_pipeline_outputs=on_gpu or not FREES_UNSENT_OUTPUTS,
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,

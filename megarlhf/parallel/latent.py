@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
+from megarlhf.parallel.megatron_versions import LatentLayersAsNamed
+
 
 class WholeLinear(torch.nn.Module):
     """A matrix that every tensor-parallel rank holds whole and applies to its own part of the sequence."""
@@ -21,17 +23,12 @@ class WholeLinear(torch.nn.Module):
         return F.linear(hidden, self.weight), None
 
 
-class SegmentLatentAttention(MLASelfAttention):
+class SegmentLatentAttention(LatentLayersAsNamed, MLASelfAttention):
     """Latent attention whose down projections are whole on every rank.
 
     Megatron-Core's own layers without TransformerEngine cut them over tensor parallelism, and then the gradient of the
     rotary part of the keys, which all heads share, is not summed over the ranks.
     """
-
-    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """The layers as the spec names them; Megatron-Core 0.19 asks here, and would norm queries without a latent."""
-        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
-        return {name: getattr(submodules, name) for name in names}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

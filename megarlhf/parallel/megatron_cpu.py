@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megarlhf.parallel.device import device_kind
+from megarlhf.parallel.megatron_versions import bind_router_product
 
 _RULES = {
     "type names": (re.compile(r"(['\"])torch\.cuda\.(Float|Half|BFloat16)Tensor\1"), r"\1torch.\2Tensor\1"),
@@ -222,12 +223,6 @@ def _mend_optimizer(distrib_optimizer: Any) -> None:
     optimizer_class.load_state_dict = load_with_own_steps
 
 
-def _mend_moe(moe_utils: Any) -> None:
-    """Without TransformerEngine a name that the router's product asks for is never bound."""
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
 def _mend_dispatcher(token_dispatcher: Any) -> None:
     """Split sizes for all-to-all become numpy only when they leave a GPU; here they are on the CPU already."""
 
@@ -271,7 +266,7 @@ def _mend_latent_attention(multi_latent_attention: Any) -> None:
 _MENDS = {
     "megatron.core.transformer.multi_latent_attention": _mend_latent_attention,
     "megatron.core.tensor_parallel.mappings": _mend_mappings,
-    "megatron.core.transformer.moe.moe_utils": _mend_moe,
+    "megatron.core.transformer.moe.moe_utils": bind_router_product,
     "megatron.core.transformer.moe.token_dispatcher": _mend_dispatcher,
     "megatron.core.tensor_parallel.random": _mend_random_state,
     "megatron.core.optimizer.distrib_optimizer": _mend_optimizer,

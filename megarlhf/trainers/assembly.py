@@ -1,6 +1,7 @@
 """From the configuration to a role's engine and objective, inside its worker process."""
 
-from megarlhf.config.arguments import LayoutArguments, ModelArguments, PPOConfig, SharedOptimizerArguments
+from megarlhf.config.arguments import ModelArguments, PPOConfig, SharedOptimizerArguments
+from megarlhf.config.layouts import LayoutArguments
 from megarlhf.engine.engine import MegatronEngine, PackingOptions
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions

@@ -110,6 +110,7 @@ def whole_gradients(engine: MegatronEngine) -> Iterator[None]:
 
 def hf_parts(engine: MegatronEngine, *, gradients: bool) -> Iterator[Part]:
     """This rank's gradients or weights under their HF names."""
+    engine.settle()
     weights = engine.weights
     shapes = weights.hf_shapes()
     for bound in weights.bound:

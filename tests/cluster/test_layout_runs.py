@@ -35,7 +35,9 @@ def test_a_policy_with_experts(assets: Path, tmp_path: Path, layout: str) -> Non
     flags = SMALL | write_inputs(tmp_path) | {"--pretrain": str(source), "--save": str(tmp_path / "run")}
     flags |= {"--train-iters": "2", "--actor_num_gpus_per_node": "2", "--expert-model-parallel-size": "2"}
     flags |= {"--moe-aux-loss-coeff": "0.01"}
-    if layout != "EP2":
+    if layout == "EP2":
+        flags |= {"--overlap-grad-reduce": None, "--overlap-param-gather": None, "--init_kl_coef": "0.01"}
+    else:
         flags |= {
             "--tensor-model-parallel-size": "2",
             "--sequence-parallel": None,

@@ -1,0 +1,74 @@
+"""How a model is cut: the options of a parallel layout, and those of the critic's own (see arguments.py)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutArguments:
+    """How the model and its work are split over ranks (Megatron-Core)."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices (TP). Divides the attention heads and the KV heads."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages the layers are split into (PP). Divides the number of layers."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Chunks of layers on each pipeline rank (VPP), computed in turns so that ranks idle less. Needs PP above 1.
+    None: one."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage. None: as many as every other stage."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage, which computes the logits as well. None: as many as every other stage."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (CP)."""
+    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
+    """How context-parallel ranks see each other's keys and values: they travel around a ring, or all are gathered."""
+    expert_model_parallel_size: int = 1
+    """Ranks the experts of a layer are dealt to (EP), out of the tensor-, context- and data-parallel ones."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices (ETP). None: as many as TP."""
+    sequence_parallel: bool = False
+    """Split the activations between matrices over the tensor-parallel ranks as well. Needs TP above 1."""
+    use_distributed_optimizer: bool = True
+    """Split optimizer state and fp32 master weights over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters from data-parallel ranks while the next forward pass already runs."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass to save memory: full is whole layers, selective attention only."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full granularity: uniform recomputes all layers in chunks, block only the first layers of each stage."""
+    recompute_num_layers: int | None = None
+    """With full granularity: layers in a chunk (uniform) or layers recomputed on each stage (block)."""
+    distributed_timeout_minutes: float = 10.0
+    """Minutes a collective waits for a missing rank before the run stops."""
+
+    @property
+    def virtual_stages(self) -> int:
+        """Chunks of layers on each pipeline rank."""
+        return self.num_virtual_stages_per_pipeline_rank or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticLayoutArguments:
+    """The critic's own layout (gae only). What is left out is as the actor's."""
+
+    critic_tensor_model_parallel_size: int | None = None
+    """Ranks that share each layer's matrices."""
+    critic_pipeline_model_parallel_size: int | None = None
+    """Pipeline stages. Where it is given, the actor's virtual and uneven stages do not count for the critic."""
+    critic_num_virtual_stages_per_pipeline_rank: int | None = None
+    """Chunks of layers on each pipeline rank."""
+    critic_decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage."""
+    critic_decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage."""
+    critic_context_parallel_size: int | None = None
+    """Ranks that share each sequence."""
+    critic_expert_model_parallel_size: int | None = None
+    """Ranks the experts of a layer are dealt to."""
+    critic_expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices."""
+    critic_sequence_parallel: bool | None = None
+    """Split activations over tensor-parallel ranks. None: as the actor, where the critic's TP is above 1."""
