@@ -5,8 +5,8 @@
 For SmolLM2 and a random Llama of 1.2 billion parameters, made on the spot: HF -> Megatron, Megatron -> HF, and `cp`
 with `sync` of the weight files, in turn, so that all see the same neighbours. Source files are dropped from the page
 cache before each. Conversion runs in a process of its own and is timed after its imports; it writes a manifest with
-SHA-256 and syncs what it writes. Target: ratio at most 2.5, memory at most one Megatron parameter with its HF tensors a
-thread plus 1 GiB over what the imports took.
+SHA-256 and syncs what it writes. Target: ratio at most 2.5, memory at most the largest Megatron parameter with its HF
+tensors plus 1 GiB over what the imports took, with any number of threads.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/weight_sync.py [--model-dir models/smollm2] [--rounds 12]
 
-A second process plays the trainer: it holds float32 weights, copies them into the shared file and computes the
-checksum. This process runs vLLM and updates from the file. Each round also copies the same bytes without any of it:
-the trainer's memory to another shared file, and from there to this process's memory. Each half is timed in the
+A second process is the trainer, one Megatron rank with float32 weights, which writes them into the shared file with
+their checksum. This process runs vLLM and updates from the file. Each round also copies the same bytes without any of
+it: the trainer's memory to another shared file, and from there to this process's memory. Each half is timed in the
 process that does it; the rounds alternate, so both see the same neighbours. Target: ratio at most 2.
 """
 
@@ -22,22 +22,24 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 from examples.smollm2 import write_smollm2  # noqa: E402
-from megarlhf.data.tensor_file import TensorFile, TensorSpec, adjacent_order  # noqa: E402
+from megarlhf.data.tensor_file import TensorFile, TensorSpec  # noqa: E402
 from megarlhf.rollout.engine import RolloutEngine, engine_environment  # noqa: E402
 
 
 def trainer(model_dir: Path, directory: Path, threads: int, pipe: Connection) -> None:
     """Answer "sync" by writing and checksumming the weights, "copy" by copying them; until None comes."""
+    from megarlhf.engine.engine import MegatronEngine, PackingOptions
+    from megarlhf.models.build import ModelOptions
+    from megarlhf.parallel.groups import ParallelSizes, initialize_groups
+
     torch.set_num_threads(threads)
-    weights = load_file(model_dir / "model.safetensors")
-    file = TensorFile.create(
-        directory / "weights.safetensors",
-        [TensorSpec(name, tuple(weights[name].shape), weights[name].dtype) for name in adjacent_order(weights)],
-    )
-    memory = torch.cat([t.flatten() for t in weights.values()])
+    initialize_groups(ParallelSizes(), rank=0, world_size=1, init_method=f"file://{directory}/meeting", seed=0)
+    packing = PackingOptions(max_tokens=512, share_prefix=False)
+    engine = MegatronEngine(model_dir, head="lm", model=ModelOptions(), packing=packing, optimizer=None)
+    file = TensorFile.create(directory / "weights.safetensors", engine.weights.tensor_specs(torch.float32))
+    memory = torch.cat([parameter.detach().flatten() for _, parameter in engine.named_parameters()])
     shared_file = TensorFile.create(directory / "copy.safetensors", [TensorSpec("all", (len(memory),), memory.dtype)])
     shared = shared_file.view("all")
     pipe.send(file.num_bytes)
@@ -45,7 +47,7 @@ def trainer(model_dir: Path, directory: Path, threads: int, pipe: Connection) ->
         start = time.perf_counter()
         checksum = ""
         if command == "sync":
-            checksum = file.checksum(file.write_all(weights))
+            checksum = engine.write_weights(file)
         else:
             shared.copy_(memory)
         pipe.send((time.perf_counter() - start, checksum))

@@ -4,7 +4,9 @@ megarlhf convert hf-to-megatron --load models/smollm2 --save models/smollm2-mega
 megarlhf convert megatron-to-hf --load runs/ppo@10 --save models/ppo-step-10 --role actor --dtype bf16
 """
 
+import ctypes
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ from megarlhf.config.command_line import parse
 if TYPE_CHECKING:
     from megarlhf.engine.conversion import ConvertOptions
 
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
 
 @dataclass(frozen=True, kw_only=True)
 class SharedArguments:
@@ -29,7 +33,8 @@ class SharedArguments:
     """Directory to make. It appears when it is complete; until then SAVE.partial holds what is done, and the same
     command goes on from there."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Dtype of the result. None: as stored, bit for bit."""
+    """Dtype of the result, but for a router's fixed bias, which stays as it is. None: as stored, bit for bit; for a
+    run's own checkpoint the dtype of its pretrain, as in its hf/."""
     verify: bool = False
     """Read the result back and compare it with the SHA-256 of every tensor before it takes its place."""
     overwrite: bool = False
@@ -37,7 +42,8 @@ class SharedArguments:
     allow_nan: bool = False
     """Convert weights that hold NaN."""
     num_threads: int | None = None
-    """Tensors worked on at once, which memory is proportional to. None: one for each core."""
+    """Tensors worked on at once, as long as they take no more memory than the largest and 384 MiB together. None: one
+    for each core."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +121,12 @@ def prepare_process() -> None:
     """Set what PyTorch reads when it is imported; afterwards it is too late, and no harm done.
 
     Conversion is the CPU's work: Megatron-Core's own layers say the shapes, and large pages halve the system's time.
+    Each arena of malloc keeps some of what its threads freed: with few, memory does not grow with the threads.
     """
     if "torch" not in sys.modules:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 4)
 
 
 def _run(prog: str, convert: Callable[[], int]) -> int:

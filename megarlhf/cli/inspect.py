@@ -6,11 +6,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
 from megarlhf.cli.run import report_errors
+
+if TYPE_CHECKING:
+    from megarlhf.models.torch_dist import TorchDistReader
 
 
 class _Row(NamedTuple):
@@ -28,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inspect(load: tyro.conf.Positional[str], /, *, role: str = "actor") -> int:
-    """Print architecture, iteration, and every tensor's shape, dtype, bytes and chunks.
+    """Print architecture, iteration, layout, and every tensor's shape, dtype, bytes and chunks.
 
     Args:
         load: a Hugging Face checkpoint; or DIR, DIR@iteration or a run's directory with a Megatron checkpoint.
@@ -90,7 +93,22 @@ def _megatron(load: str, role: str) -> tuple[str, list[_Row]]:
             _Row(key, entry.size, str(dtype).removeprefix("torch."), math.prod(entry.size) * dtype.itemsize, where)
         )
     title = f"{checkpoint.directory}: Megatron-Core checkpoint (torch_dist), {architecture}, iteration "
-    return f"{title}{checkpoint.iteration}, {reader.num_objects} objects besides tensors", rows
+    layout = _layout(checkpoint.directory, reader)
+    return f"{title}{checkpoint.iteration}, {reader.num_objects} objects besides tensors\nlayout: {layout}", rows
+
+
+def _layout(directory: Path, reader: "TorchDistReader") -> str:
+    """The parallel sizes that a checkpoint was cut for as its converter noted them, else what its chunks tell."""
+    from megarlhf.engine.conversion import MANIFEST
+
+    noted = json.loads((directory / MANIFEST).read_text()) if (directory / MANIFEST).is_file() else {}
+    if sizes := noted.get("layout"):
+        return ", ".join(f"{kind} parallel size {size}" for kind, size in sizes.items())
+    embedding = reader.tensors.get("embedding.word_embeddings.weight")
+    if embedding is None:
+        return "not noted"
+    parts = len({chunk.offsets[0] for chunk in embedding.chunks})
+    return f"not noted; the embedding's rows lie in {parts} parts, as for tensor parallel size {parts}"
 
 
 def _cut(shapes: Iterable[tuple[int, ...]]) -> str:

@@ -70,6 +70,20 @@ def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:
     return results
 
 
+def check_weights(*pretrains: str) -> None:
+    """Open each model once, headers alone.
+
+    Raises:
+        ValueError: an architecture that cannot be trained, or weight files that are not whole.
+    """
+    from megarlhf.models.hf_files import HFWeights, read_config
+    from megarlhf.models.registry import find_architecture
+
+    for pretrain in dict.fromkeys(pretrains):
+        find_architecture(read_config(pretrain))
+        HFWeights(pretrain)
+
+
 def open_run_directory(save: str, config_yaml: str) -> Path:
     """Make the run directory and write the resolved configuration into it."""
     directory = Path(save)

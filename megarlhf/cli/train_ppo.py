@@ -9,6 +9,7 @@ from pathlib import Path
 from megarlhf.cli.run import (
     StopSignal,
     all_or_errors,
+    check_weights,
     model_identity,
     open_run_directory,
     report_errors,
@@ -123,14 +124,6 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
     if dry_run:
         print(to_yaml(config) + "\n" + plan.table())
         return 0
-    from megarlhf.models.hf_files import HFWeights, read_config
-    from megarlhf.models.registry import find_architecture
-
-    def check_models() -> None:
-        for name in {config.model.pretrain, config.model.critic_pretrain or config.model.pretrain}:
-            find_architecture(read_config(name))
-            HFWeights(name)
-
     reward = RewardScorer(
         function_path=config.reward.reward_function,
         rule=config.reward.reward_rule,
@@ -147,7 +140,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
         [
             lambda: load_data(config),
             lambda: resumed_step(config.logging, identity),
-            check_models,
+            lambda: check_weights(config.model.pretrain, config.model.critic_pretrain or config.model.pretrain),
             reward.check,
         ]
     )

@@ -13,6 +13,7 @@ from megarlhf.cli.local_ranks import MEETING, run_local_ranks
 from megarlhf.cli.run import (
     StopSignal,
     all_or_errors,
+    check_weights,
     model_identity,
     open_run_directory,
     report_errors,
@@ -64,7 +65,9 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     identity = model_identity(config.model.pretrain, config.layout)
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
-    continued, data, *evaluation = all_or_errors([partial(resumed_step, config.logging, identity), *steps])
+    continued, _, data, *evaluation = all_or_errors(
+        [partial(resumed_step, config.logging, identity), partial(check_weights, config.model.pretrain), *steps]
+    )
     return data, evaluation[0] if evaluation else None, identity, continued
 
 

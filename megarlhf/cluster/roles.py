@@ -94,8 +94,7 @@ class SharedFileSync:
         if not self.path:
             first = self.actor.handles[0].create_weight_file.remote(self.dtype)
             self.path, self.num_bytes = self.actor.wait_for([first], "create_weight_file")[0]
-        self.actor.call("write_weights", self.path)
-        checksum = self.actor.wait_for([self.actor.handles[0].checksum.remote()], "checksum")[0]
+        checksum = self.actor.call("write_weights", self.path)[0]
         for engine, reply in enumerate(self.rollout.call("update_weights", self.path, version, checksum)):
             if (reply["version"], reply["checksum"]) != (version, checksum):
                 raise RuntimeError(

@@ -126,20 +126,13 @@ class MegatronWorker:
             named.unlink()
             file.close()
 
-    def write_weights(self, path: str) -> None:
-        """Write this rank's part into the weight file; returns once every rank has."""
-        import torch.distributed as dist
-
+    def write_weights(self, path: str) -> str:
+        """Write this rank's part into the weight file; returns the file's checksum once every rank has."""
         from megarlhf.data.tensor_file import TensorFile
 
         if self._file is None or str(self._file.path) != path:
             self._file = TensorFile.open(Path(path), writable=True)
-        self.engine.write_weights(self._file)
-        dist.barrier()
-
-    def checksum(self) -> str:
-        """Of the weight file as it stands."""
-        return str(self._file.checksum())
+        return str(self.engine.write_weights(self._file))
 
     def export(self, directory: str) -> None:
         """Write the model as a Hugging Face checkpoint; every rank takes part."""

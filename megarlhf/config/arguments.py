@@ -281,6 +281,8 @@ class PPOConfig:
             own = dict.fromkeys((*stages, "decoder_last_pipeline_num_layers")) | own
         if own.get("tensor_model_parallel_size") == 1:
             own = {"sequence_parallel": False} | own
+        if not own.keys().isdisjoint({"tensor_model_parallel_size", "expert_model_parallel_size"}):
+            own = {"expert_tensor_parallel_size": None} | own
         return replace(self.layout, **own)
 
 
@@ -359,7 +361,7 @@ class ParityArguments:
     share_prompt_prefix: bool = False
     """Compute each prompt once for its responses, in the layout under test. The reference never does."""
     tolerance: float = 1.0
-    """Multiple of the built-in tolerances, which hold for fp32 or, with bf16, for bfloat16."""
+    """Multiple of the built-in tolerances. With bf16 these grow by three times what one process in bf16 is off."""
 
 
 @dataclass(frozen=True, kw_only=True)

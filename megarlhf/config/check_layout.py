@@ -165,6 +165,12 @@ def _expert_errors(layout: LayoutArguments, owner: str, model: Model, prefix: st
     tp = layout.tensor_model_parallel_size
     name = f"{prefix}expert_tensor_parallel_size"
     errors += _divisor_errors(name, etp or tp, {"width of an expert": width}, f"{owner} (matrices are split over it)")
+    if ep == 1 and etp not in (None, tp):
+        errors.append(
+            f"{name}={etp} differs from {prefix}tensor_model_parallel_size={tp} with "
+            f"{prefix}expert_model_parallel_size=1 (Megatron-Core 0.16 then sums the experts' gradients over the "
+            "wrong ranks): leave it out, or deal the experts to more ranks"
+        )
     if tp > 1 and not layout.sequence_parallel:
         errors.append(
             f"{prefix}tensor_model_parallel_size={tp} needs sequence_parallel with the experts of {owner} "

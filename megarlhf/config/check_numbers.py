@@ -35,9 +35,10 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "actor_num_nodes actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node num_gpus_per_node "
         "vllm_num_engines vllm_tensor_parallel_size train_iters rollout_batch_size n_samples_per_prompt "
         "global_batch_size micro_batch_size max_tokens_per_micro_batch max_epochs max_len prompt_max_len "
-        "generate_max_len max_num_seqs num_groups longest max_samples kl_horizon "
+        "generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num",
     ),
+    ("at least 3", lambda v: v >= 3, "longest"),
     (
         "above 0",
         lambda v: v > 0,
@@ -102,11 +103,16 @@ def batch_errors(batch: BatchArguments, context_parallel_size: int) -> list[str]
             f"share_prompt_prefix=True needs global_batch_size={batch.global_batch_size} to be a multiple of "
             f"n_samples_per_prompt={batch.n_samples_per_prompt} (a prompt's samples stay together): change one of them"
         )
-    if batch.share_prompt_prefix and context_parallel_size > 1:
-        errors.append(
-            f"share_prompt_prefix=True does not work with context_parallel_size={context_parallel_size}: use 1"
-        )
+    if batch.share_prompt_prefix:
+        errors += shared_prefix_errors(context_parallel_size)
     return errors
+
+
+def shared_prefix_errors(context_parallel_size: int) -> list[str]:
+    """A prompt that its samples share lies on every rank whole."""
+    if context_parallel_size == 1:
+        return []
+    return [f"share_prompt_prefix=True does not work with context_parallel_size={context_parallel_size}: use 1"]
 
 
 def algorithm_errors(algorithm: AlgorithmArguments, n_samples_per_prompt: int, freezing_actor_steps: int) -> list[str]:

@@ -43,6 +43,7 @@ from megarlhf.config.check_numbers import (
     length_errors,
     limit_errors,
     sampling_errors,
+    shared_prefix_errors,
 )
 
 SUPPORTED_ARCHITECTURES = (
@@ -135,6 +136,13 @@ def check_parity(config: ParityConfig, supported_architectures: Sequence[str] = 
     errors += shared_errors(layout) + layout_errors(layout, models)
     world_size = parity.num_gpus_per_node
     errors += world_errors(f"num_gpus_per_node={world_size}", world_size, layout, 3 * parity.num_groups)
+    if parity.share_prompt_prefix:
+        errors += shared_prefix_errors(layout.context_parallel_size)
+    if config.model.moe_aux_loss_coeff:
+        errors.append(
+            f"moe_aux_loss_coeff={config.model.moe_aux_loss_coeff} cannot be compared (the load-balancing loss is a "
+            "mean of micro-batches, which layouts cut otherwise): leave it out"
+        )
     return errors
 
 

@@ -55,7 +55,8 @@ class CriticLayoutArguments:
     """The critic's own layout (gae only). What is left out is as the actor's."""
 
     critic_tensor_model_parallel_size: int | None = None
-    """Ranks that share each layer's matrices."""
+    """Ranks that share each layer's matrices. Where it or the experts' ranks are given, the actor's
+    expert_tensor_parallel_size does not count for the critic."""
     critic_pipeline_model_parallel_size: int | None = None
     """Pipeline stages. Where it is given, the actor's virtual and uneven stages do not count for the critic."""
     critic_num_virtual_stages_per_pipeline_rank: int | None = None

@@ -4,6 +4,7 @@
     <target>.partial/progress.jsonl   first line: what is being made; then one line for each step that is done
 
 A process killed at any moment leaves no target; the next one with the same identity goes on after the steps noted.
+Nothing is removed that was not made here: without a journal the directory is somebody else's.
 """
 
 import fcntl
@@ -18,17 +19,34 @@ from typing import Any, Self
 _JOURNAL = "progress.jsonl"
 
 
+def partial_path(target: Path) -> Path:
+    """Where a target is made."""
+    return target.with_name(target.name + ".partial")
+
+
+def check_partial(target: Path) -> None:
+    """Raises ValueError where the place to make `target` in is taken by something that was not made here."""
+    path = partial_path(target)
+    if not path.exists() or (path / _JOURNAL).is_file() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise ValueError(
+        f"save={target}; {path}, where it would be made, holds something else (no {_JOURNAL}): move that away, or give "
+        "another directory"
+    )
+
+
 class PartialDirectory:
     """The directory `path`, on its way to `target`, which a `with` block fills.
 
     Args:
         identity: JSON values that decide every byte; a partial directory with another identity is thrown away.
     Raises:
-        ValueError: another process is making the same target.
+        ValueError: another process is making the same target, or see check_partial.
     """
 
     def __init__(self, target: Path, identity: dict[str, Any]) -> None:
-        self.target, self.path = target, target.with_name(target.name + ".partial")
+        self.target, self.path = target, partial_path(target)
+        check_partial(target)
         self.path.mkdir(parents=True, exist_ok=True)
         self._journal = open(self.path / _JOURNAL, "a+", encoding="utf-8")
         try:
@@ -101,7 +119,7 @@ def sync(path: Path) -> None:
 
 def replace_directory(partial: Path, final: Path) -> None:
     """Rename a complete directory to its final name; an older one of that name is removed."""
-    old = final.with_name(final.name + ".old")
+    old = final.with_name(f".{final.name}.megarlhf-old")
     shutil.rmtree(old, ignore_errors=True)  # of a replacement that was interrupted here
     if final.exists():
         final.rename(old)

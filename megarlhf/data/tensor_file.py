@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,16 +76,26 @@ def run_side_by_side(function: Callable[[Item], Result], items: Iterable[Item], 
     if threads == 1:
         return [function(item) for item in items]
     default = torch.get_num_threads()
+    todo = list(enumerate(items))
+    results: dict[int, Result] = {}
+    left = iter(todo)  # shared: whichever thread is free takes the next
 
-    def start_thread() -> None:
+    def work() -> None:
         torch.get_num_threads()  # PyTorch sets a new thread's count at its first use, which must not come later
         set_num_threads(1)
+        try:
+            for index, item in left:
+                results[index] = function(item)
+        finally:
+            deque(left, maxlen=0)  # after a failure no thread starts another
 
     try:
-        with ThreadPoolExecutor(threads, initializer=start_thread) as pool:
-            return list(pool.map(function, items))
+        with ThreadPoolExecutor(threads) as pool:
+            for future in [pool.submit(work) for _ in range(threads)]:
+                future.result()
     finally:
         set_num_threads(default)  # for threads that start later
+    return [results[index] for index in range(len(todo))]
 
 
 @dataclass(frozen=True)
@@ -269,16 +280,17 @@ class TensorFile:
 
     def write(self, name: str, tensor: Tensor) -> bytes:
         """Copy a tensor of the same shape into the file, converting its dtype; returns its new digest."""
-        start, spec = self._places[name]
-        if tensor.shape != spec.shape:
-            raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)} where the file holds {spec.shape}")
-        self.view(name).copy_(tensor)
+        view = self.view(name)
+        if tensor.shape != view.shape:
+            given, held = tuple(tensor.shape), tuple(view.shape)
+            raise ValueError(f"tensor {name!r} has shape {given} where the file holds {held}")
+        if tensor.dtype == view.dtype and tensor.is_contiguous() and tensor.device.type == "cpu":
+            # What is about to be copied has the same bytes, and reading it brings it into the cache.
+            digest = xxhash.xxh3_64_digest(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+            view.copy_(tensor)
+            return digest
+        view.copy_(tensor)
         return self.digest(name)
-
-    def write_all(self, tensors: Mapping[str, Tensor], threads: int | None = None) -> dict[str, bytes]:
-        """`write` each tensor, in several threads (as many as PyTorch uses if None); returns their digests by name."""
-        digests = run_side_by_side(lambda item: self.write(*item), tensors.items(), threads or torch.get_num_threads())
-        return dict(zip(tensors, digests, strict=True))
 
     def checksum(self, digests: Mapping[str, bytes] | None = None) -> str:
         """32 hex digits over all data: XXH3-128 of the tensors' digests in file order.

@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlhf.data.partial import PartialDirectory
+from megarlhf.data.partial import PartialDirectory, check_partial, partial_path
 from megarlhf.data.tensor_file import run_side_by_side, tensor_places
 from megarlhf.engine.checkpoint_files import LATEST
 from megarlhf.models.cuts import GlobalWeight
@@ -26,6 +27,7 @@ MANIFEST = "conversion.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BUNDLE_BYTES = 64 * 2**20  # of one step that a rerun need not repeat
 _SPARE_BYTES = 64 * 2**20  # of the disk, for everything but tensors
+_SIDE_BYTES = 384 * 2**20  # of memory, for what is worked on beside the largest weight
 Digests = dict[str, dict[str, Any]]  # HF name -> sha256, shape, dtype and source
 
 
@@ -34,7 +36,7 @@ class ConvertOptions:
     """What applies to both directions."""
 
     threads: int
-    dtype: torch.dtype | None = None  # of the target; None keeps the source's
+    dtype: torch.dtype | None = None  # of the target; None keeps the source's, of a run's checkpoint its pretrain's
     allow_nan: bool = False
     verify: bool = False
     overwrite: bool = False
@@ -48,19 +50,47 @@ def byte_view(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-class Scratch(threading.local):
-    """Memory that a thread uses again and again: pages that the system hands out anew cost as much as copying them."""
+class Memory:
+    """What all threads together work in: as much as the largest piece of work takes, and 384 MiB.
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+    Buffers are lent again and again: pages that the system hands out anew cost as much as copying them.
+    """
 
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of arbitrary numbers, valid until this thread asks for the next."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if num_bytes > len(self._memory):
-            self._memory = torch.empty(0, dtype=torch.uint8)  # first: both together would be twice the memory
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._memory[:num_bytes].view(dtype).view(*shape)
+    def __init__(self, largest: int) -> None:
+        self._limit, self._lent = largest + _SIDE_BYTES, 0
+        self._spare: list[Tensor] = []  # given back, and together with what is lent within the limit
+        self._turn, self._returned = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def lend(self, num_bytes: int, *, besides: int = 0) -> Iterator[Tensor]:
+        """A buffer of arbitrary bytes. Who asks for more than is left waits, and whoever asks later waits behind.
+
+        Args:
+            besides: bytes that the work takes apart from the buffer.
+        """
+        with self._turn, self._returned:
+            self._returned.wait_for(lambda: not self._lent or self._lent + num_bytes + besides <= self._limit)
+            buffer = self._buffer(num_bytes, self._limit - self._lent - besides)
+            size = len(buffer) + besides
+            self._lent += size
+        try:
+            yield buffer[:num_bytes]
+        finally:
+            with self._returned:
+                self._lent -= size
+                self._spare.append(buffer)
+                self._returned.notify()
+
+    def _buffer(self, num_bytes: int, room: int) -> Tensor:
+        """The smallest spare buffer that is not much too large, or a new one; the largest go where room lacks."""
+        self._spare.sort(key=len)
+        sizes = [len(buffer) for buffer in self._spare]
+        fitting = next((i for i, size in enumerate(sizes) if num_bytes <= size <= min(2 * num_bytes, room)), None)
+        buffer = None if fitting is None else self._spare.pop(fitting)
+        room -= num_bytes if buffer is None else len(buffer)
+        while self._spare and sum(map(len, self._spare)) > room:
+            self._spare.pop()
+        return torch.empty(num_bytes, dtype=torch.uint8) if buffer is None else buffer
 
 
 class TensorFiles:
@@ -125,15 +155,15 @@ def digest(tensor: Tensor, source: str) -> dict[str, Any]:
     return {"sha256": sha256, "shape": list(tensor.shape), "dtype": dtype, "source": source}
 
 
-def converted(name: str, tensor: Tensor, options: ConvertOptions) -> Tensor:
+def converted(name: str, tensor: Tensor, dtype: torch.dtype, *, allow_nan: bool) -> Tensor:
     """The tensor in the target's dtype.
 
     Raises:
         ValueError: it holds NaN, or numbers that the dtype cannot hold.
     """
-    result = tensor if options.dtype is None else tensor.to(options.dtype)
+    result = tensor.to(dtype)
     # One NaN makes the sum NaN; a sum in another dtype than the tensor's would be slow and copy it.
-    if options.allow_nan or math.isfinite(float(result.sum())):
+    if allow_nan or math.isfinite(float(result.sum())):
         return result
     if tensor.isnan().any():
         raise ValueError(f"{name} holds NaN: a broken model; --allow-nan converts it all the same")
@@ -185,6 +215,7 @@ def check_target(load: Path, save: Path, *, overwrite: bool) -> None:
     """Raises ValueError where nothing may be written to `save`."""
     if load.resolve().is_relative_to(save.resolve()):
         raise ValueError(f"save={save}; it holds what load={load} reads: give another directory")
+    check_partial(save)
     if not save.exists():
         return
     if not overwrite:
@@ -196,8 +227,8 @@ def check_target(load: Path, save: Path, *, overwrite: bool) -> None:
 def check_space(save: Path, num_bytes: int) -> None:
     """Raises ValueError where the disk lacks room for the target; what an earlier try left there counts as room."""
     parent = next(path for path in save.absolute().parents if path.exists())
-    left = save.with_name(save.name + ".partial")
-    free = shutil.disk_usage(parent).free + sum(path.stat().st_blocks * 512 for path in left.rglob("*"))
+    left = partial_path(save).rglob("*")
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_blocks * 512 for path in left)
     if free < num_bytes + _SPARE_BYTES:
         raise ValueError(
             f"save={save}; {parent} has {free / 1e9:.2f} GB free where the target takes "

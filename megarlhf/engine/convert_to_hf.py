@@ -1,10 +1,12 @@
 """A Megatron-Core checkpoint as Hugging Face's, a few tensors at a time and bit for bit.
 
-SAVE/model.safetensors, or shards with an index    HF names and shapes, in the dtype they are stored in
+SAVE/model.safetensors, or shards with an index    HF names and shapes, in the dtype they are stored in; of a run's
+                                                   checkpoint in its pretrain's, as the run's own export
 SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_config/, a run's pretrain, or --hf-model
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +20,7 @@ from megarlhf.data.tensor_file import TensorFile, TensorSpec, tensor_places
 from megarlhf.engine.conversion import (
     ConvertOptions,
     Digests,
+    Memory,
     TensorFiles,
     bundles,
     check_space,
@@ -29,15 +32,15 @@ from megarlhf.engine.conversion import (
     run_steps,
     write_manifest,
 )
-from megarlhf.engine.megatron_files import find_checkpoint, hf_directory
+from megarlhf.engine.megatron_files import MegatronCheckpoint, find_checkpoint, hf_directory, run_pretrain
 from megarlhf.models.arch import ArchSpec, Split
 from megarlhf.models.build import Head
 from megarlhf.models.cuts import CutModel, GlobalWeight, Region, cut_model
-from megarlhf.models.hf_files import INDEX, HFConfig, copy_companions, exported_config, read_config
+from megarlhf.models.hf_files import INDEX, HFConfig, HFWeights, copy_companions, exported_config, read_config
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.shards import Shard, shards_of
 from megarlhf.models.torch_dist import METADATA, TorchDistReader
-from megarlhf.models.weights import attention_shape
+from megarlhf.models.weights import attention_shape, source_dtype
 
 _NUMBERED = re.compile(r"^decoder\.layers\.(\d+)\.")
 
@@ -53,10 +56,20 @@ def hf_tensors(weight: GlobalWeight, reader: TorchDistReader, hf: HFConfig) -> I
     """The HF tensors of one Megatron parameter, contiguous, read from a checkpoint."""
     param = reader.read(weight.key, weight.region.offset, weight.region.shape, weight.num_stacked)
     for shard in parts(weight, param, hf):
-        if shard.view.is_contiguous() and shard.view.dim() == param.dim():
-            yield shard.hf_name, shard.view
-        else:
-            yield shard.hf_name, shard.view.reshape(-1, *param.shape[1:])
+        yield shard.hf_name, hf_form(shard, param)
+
+
+def hf_form(shard: Shard, param: Tensor) -> Tensor:
+    """A whole HF tensor inside a parameter in its own shape, contiguous; a copy where it does not lie together."""
+    return shard.view.reshape(-1, *param.shape[1:]).contiguous()
+
+
+def reading_bytes(weight: GlobalWeight, reader: TorchDistReader) -> int:
+    """Memory that `hf_tensors` takes: the parameter, beside it first a chunk of several, then a copy of q, k or v."""
+    chunk = math.prod(reader.tensors[weight.key].chunks[0].sizes)  # the others are as large, or nearly so
+    copied = weight.num_elements if weight.weight.split is Split.QKV else 0
+    besides = max(copied, 0 if chunk == weight.num_elements else chunk)
+    return (weight.num_elements + besides) * reader.dtype(weight.key).itemsize
 
 
 def megatron_to_hf(
@@ -64,7 +77,8 @@ def megatron_to_hf(
 ) -> None:
     """Convert.
 
-    A checkpoint with a value head becomes a sequence classifier with one label.
+    A checkpoint with a value head becomes a sequence classifier with one label. Where options.dtype is None, a run's
+    checkpoint gets its pretrain's dtype, as export_hf writes it, and any other keeps what is stored.
 
     Args:
         load: see find_checkpoint.
@@ -82,10 +96,15 @@ def megatron_to_hf(
     output = reader.tensors.get("output_layer.weight")
     head: Head = "value" if output is not None and output.size[0] == 1 else "lm"
     weights = _locate(cut_model(arch, hf, head=head), reader)
-    dtypes = {weight.key: options.dtype or reader.dtype(weight.key) for weight in weights}
+    dtype = options.dtype or _run_dtype(checkpoint, role)
+    dtypes = {w.key: reader.dtype(w.key) if dtype is None or w.weight.buffer else dtype for w in weights}
 
     def num_bytes(weight: GlobalWeight) -> int:
         return weight.num_elements * dtypes[weight.key].itemsize
+
+    def needed(weight: GlobalWeight) -> int:
+        is_converted = dtypes[weight.key] != reader.dtype(weight.key)
+        return reading_bytes(weight, reader) + (num_bytes(weight) if is_converted else 0)
 
     check_target(checkpoint.directory, save, overwrite=options.overwrite)
     check_space(save, sum(map(num_bytes, weights)))
@@ -98,20 +117,28 @@ def megatron_to_hf(
     identity = {**about, "files": fingerprint([reader.directory / METADATA]), "layout": contents, "steps": list(steps)}
     with PartialDirectory(save, identity) as partial:
         files = TensorFiles([_prepare(partial.path / name, file) for name, file in layout.items()], writable=True)
+        memory = Memory(max(map(needed, weights)))
+
+        def write_weight(weight: GlobalWeight) -> Digests:  # by itself: no name may keep memory that was given back
+            digests: Digests = {}
+            for name, tensor in hf_tensors(weight, reader, hf):
+                result = converted(name, tensor, dtypes[weight.key], allow_nan=options.allow_nan)
+                digests[name] = digest(result, weight.key)
+                files.write(name, result)
+            return digests
 
         def write(_: str, bundle: list[GlobalWeight]) -> Digests:
             digests: Digests = {}
             for weight in bundle:
-                for name, tensor in hf_tensors(weight, reader, hf):
-                    result = converted(name, tensor, options)
-                    digests[name] = digest(result, weight.key)
-                    files.write(name, result)
+                with memory.lend(0, besides=needed(weight)):
+                    digests |= write_weight(weight)
             files.sync(list(digests))
             return digests
 
         def verify(_: str, bundle: list[GlobalWeight]) -> None:
-            names = (name for weight in bundle for name in weight.weight.hf)
-            compare(((name, files.read(name)) for name in names), manifest, f"save={save}")
+            for weight in bundle:
+                with memory.lend(0, besides=num_bytes(weight)):
+                    compare(((name, files.read(name)) for name in weight.weight.hf), manifest, f"save={save}")
 
         run_steps(steps, write, num_bytes, phase="convert", partial=partial, options=options)
         manifest = {name: entry for record in partial.done.values() for name, entry in record.items()}
@@ -120,6 +147,18 @@ def megatron_to_hf(
         if options.verify:
             run_steps(steps, verify, num_bytes, phase="verify", partial=None, options=options)
         files.close()
+
+
+def _run_dtype(checkpoint: MegatronCheckpoint, role: str) -> torch.dtype | None:
+    """The dtype that the run of a checkpoint exports in, its pretrain's; None where what is stored is kept."""
+    pretrain = run_pretrain(checkpoint, role)
+    if pretrain is None:
+        return None
+    try:
+        return source_dtype(HFWeights(pretrain))
+    except (OSError, ValueError) as error:
+        print(f"dtype: kept as stored, since the run's export dtype cannot be read: {error}")
+        return None
 
 
 def _locate(model: CutModel, reader: TorchDistReader) -> list[GlobalWeight]:

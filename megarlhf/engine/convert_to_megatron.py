@@ -7,13 +7,14 @@
 Any layout loads the result; the target sizes decide into which chunks and files the tensors are cut.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -25,7 +26,7 @@ from megarlhf.engine.conversion import (
     DTYPES,
     ConvertOptions,
     Digests,
-    Scratch,
+    Memory,
     TensorFiles,
     bundles,
     check_space,
@@ -37,7 +38,7 @@ from megarlhf.engine.conversion import (
     run_steps,
     write_manifest,
 )
-from megarlhf.engine.convert_to_hf import hf_tensors, parts
+from megarlhf.engine.convert_to_hf import hf_form, hf_tensors, parts, reading_bytes
 from megarlhf.engine.megatron_files import HF_CONFIG, RELEASE
 from megarlhf.models.arch import Split
 from megarlhf.models.build import Head
@@ -84,7 +85,9 @@ def hf_to_megatron(
     with PartialDirectory(save, identity) as partial:
         target = partial.path / RELEASE
         target.mkdir(exist_ok=True)
-        run_steps(steps, bind(work.write, target), work.num_bytes, phase="convert", partial=partial, options=options)
+        memory = Memory(max(work.num_bytes(weight) + work.copied_bytes(weight) for weight in model.weights))
+        write = bind(work.write, target, memory)
+        run_steps(steps, write, work.num_bytes, phase="convert", partial=partial, options=options)
         work.describe(target, [chunk for record in partial.done.values() for chunk in record["chunks"]])
         manifest = {name: entry for record in partial.done.values() for name, entry in record["digests"].items()}
         write_manifest(target, manifest, **about, left_out=sorted(set(source.names()) - manifest.keys()))
@@ -94,7 +97,9 @@ def hf_to_megatron(
         copy_companions(load, companions)
         (partial.path / LATEST).write_text(RELEASE)
         if options.verify:
-            check = bind(work.verify, TorchDistReader(target, f"save={save}"), manifest)
+            reader = TorchDistReader(target, f"save={save}")
+            memory = Memory(max(reading_bytes(weight, reader) for weight in model.weights))
+            check = bind(work.verify, reader, memory, manifest)
             run_steps(steps, check, work.num_bytes, phase="verify", partial=None, options=options)
 
 
@@ -106,53 +111,74 @@ class _Conversion:
     model: CutModel
     files: TensorFiles
     options: ConvertOptions
-    scratch: Scratch = field(default_factory=Scratch)
 
-    def dtype(self, weight: GlobalWeight) -> torch.dtype:
-        """The dtype of a weight in the target; a drawn one has the embedding's."""
+    def source_dtype(self, weight: GlobalWeight) -> torch.dtype:
+        """The dtype of a weight's HF tensors; a drawn one has the embedding's."""
         names = [name for name in weight.weight.hf if name in self.files.places] or ["model.embed_tokens.weight"]
         found = {self.files.dtype(name) for name in names}
         if len(found) > 1 or not found <= set(DTYPES.values()):
             kinds = sorted(str(dtype).removeprefix("torch.") for dtype in found)
             raise ValueError(f"tensors {names} have dtypes {kinds}; one of {', '.join(DTYPES)} for all")
-        return self.options.dtype or found.pop()
+        return found.pop()
+
+    def dtype(self, weight: GlobalWeight) -> torch.dtype:
+        """The dtype of a weight in the target; what Megatron-Core keeps as buffers is not converted."""
+        source = self.source_dtype(weight)
+        return source if weight.weight.buffer or self.options.dtype is None else self.options.dtype
 
     def num_bytes(self, weight: GlobalWeight) -> int:
         """Bytes of a weight in the target."""
         return weight.num_elements * self.dtype(weight).itemsize
 
-    def write(self, target: Path, name: str, bundle: list[GlobalWeight]) -> dict[str, Any]:
+    def copied_bytes(self, weight: GlobalWeight) -> int:
+        """Memory that a weight takes beside itself: HF tensors not read straight into it, then chunks cut out of it."""
+        source, dtype = self.source_dtype(weight), self.dtype(weight)
+        in_place = source == dtype and weight.weight.split is not Split.QKV
+        hf = 0 if in_place else source.itemsize + (0 if source == dtype else dtype.itemsize)
+        chunk = max(math.prod(chunk.shape) for chunk in weight.chunks) if len(weight.chunks) > 1 else 0
+        return max(hf * weight.num_elements, chunk * dtype.itemsize)
+
+    def write(self, target: Path, memory: Memory, name: str, bundle: list[GlobalWeight]) -> dict[str, Any]:
         """One file of the target; its chunks' places and its HF tensors' entries in the manifest."""
         digests: Digests = {}
         chunks = []
         file_name = f"__{name}.distcp"
         with open(target / file_name, "wb") as file:
             for weight in bundle:
-                param = self._parameter(weight, digests)
-                for offset, shape, chunk in _chunks(weight, param):
-                    chunks.append((weight.key, offset, shape, (file_name, *write_tensor(file, chunk))))
+                with memory.lend(self.num_bytes(weight), besides=self.copied_bytes(weight)) as buffer:
+                    places = self._write_chunks(file, weight, buffer, digests)
+                    del buffer  # no name may keep memory that was given back
+                chunks += [(weight.key, offset, shape, (file_name, *place)) for offset, shape, place in places]
             file.flush()
             os.fsync(file.fileno())
         return {"digests": digests, "chunks": chunks}
 
-    def _parameter(self, weight: GlobalWeight, digests: Digests) -> Tensor:
-        """The whole Megatron parameter; fills in its HF tensors' entries in the manifest."""
-        param = self.scratch.tensor(weight.shape, self.dtype(weight))
+    def _write_chunks(
+        self, file: BinaryIO, weight: GlobalWeight, buffer: Tensor, digests: Digests
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]]:
+        """Offset, shape and place in the file of each chunk of a parameter, which `buffer` holds meanwhile."""
+        param = buffer.view(self.dtype(weight)).view(*weight.shape)
+        self._fill(param, weight, digests)
+        return [(offset, shape, write_tensor(file, chunk)) for offset, shape, chunk in _chunks(weight, param)]
+
+    def _fill(self, param: Tensor, weight: GlobalWeight, digests: Digests) -> None:
+        """Put together the whole Megatron parameter, and its HF tensors' entries in the manifest."""
         if weight.weight.split is Split.VOCAB:
             param[self.hf.vocab_size :] = 0
         for shard in parts(weight, param, self.hf):
             name, source = shard.hf_name, f"drawn with seed {_SEED}"
             if name not in self.files.places:
                 tensor = drawn_value_weights(self.hf.hidden_size, _SEED).to(param.dtype)
-            elif shard.view.is_contiguous() and self.files.dtype(name) == param.dtype:
-                self.files.read_into(name, shard.view)
-                tensor, source = converted(name, shard.view, self.options), self.files.file_name(name)
             else:
-                tensor, source = converted(name, self.files.read(name), self.options), self.files.file_name(name)
+                in_place = shard.view.is_contiguous() and self.files.dtype(name) == param.dtype
+                tensor = hf_form(shard, param) if in_place else self.files.read(name)
+                if in_place:
+                    self.files.read_into(name, tensor)
+                tensor = converted(name, tensor, param.dtype, allow_nan=self.options.allow_nan)
+                source = self.files.file_name(name)
             digests[name] = digest(tensor, source)
-            if tensor is not shard.view:
+            if tensor.data_ptr() != shard.view.data_ptr():
                 shard.store(tensor)
-        return param
 
     def describe(self, target: Path, chunks: Sequence[Any]) -> None:
         """The files that tell Megatron-Core and Megatron-LM what the directory holds."""
@@ -164,10 +190,13 @@ class _Conversion:
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, target / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(target))
 
-    def verify(self, reader: TorchDistReader, manifest: Digests, _: str, bundle: list[GlobalWeight]) -> None:
+    def verify(
+        self, reader: TorchDistReader, memory: Memory, manifest: Digests, _: str, bundle: list[GlobalWeight]
+    ) -> None:
         """Read a step's weights back and compare them with the manifest."""
         for weight in bundle:
-            compare(hf_tensors(weight, reader, self.hf), manifest, reader.source)
+            with memory.lend(0, besides=reading_bytes(weight, reader)):
+                compare(hf_tensors(weight, reader, self.hf), manifest, reader.source)
 
 
 def _chunks(weight: GlobalWeight, param: Tensor) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:

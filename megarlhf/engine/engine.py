@@ -31,7 +31,7 @@ from megarlhf.models.router_statistics import RouterStatistics
 from megarlhf.models.weights import ModelWeights, source_dtype
 from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, device_kind, release_memory
-from megarlhf.parallel.groups import current_ranks
+from megarlhf.parallel.groups import current_ranks, gathered
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 
 RowResults = dict[int, Tensor]  # index in the caller's rows -> [num_targets] float32 on the CPU
@@ -162,10 +162,18 @@ class MegatronEngine:
             for name, parameter in chunk.named_parameters():
                 yield f"{number}.{name}", parameter
 
-    def write_weights(self, file: TensorFile) -> None:
-        """Write this rank's part into a weight file that all ranks have open; all call it, and a barrier is theirs."""
+    def write_weights(self, file: TensorFile) -> str:
+        """Write the weights into a file that all ranks have open; all call it, and it returns once all have written.
+
+        Returns:
+            The file's checksum, of which each rank computes a part.
+        """
         self.settle()
-        self.weights.write(file)
+        digests = gathered(self.weights.write(file))
+        rest = [name for name in file.names if name not in digests]  # what several ranks wrote
+        if rest:
+            digests |= gathered({name: file.digest(name) for name in rest[dist.get_rank() :: dist.get_world_size()]})
+        return file.checksum(digests)
 
     def settle(self) -> None:
         """Bring what the last optimizer step changed to every data-parallel rank; all call it before weights are read.

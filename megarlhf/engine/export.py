@@ -29,6 +29,7 @@ def export_hf(engine: MegatronEngine, directory: Path) -> None:
     engine.write_weights(file)
     file.flush()
     file.close()
+    weights_file.chmod(0o644)
     dist.barrier()
     if dist.get_rank() == 0:
         config = exported_config(engine.pretrain, engine.weights.arch.class_with_head(engine.head))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -60,15 +61,38 @@ def hf_directory(checkpoint: MegatronCheckpoint, hf_model: str | None, role: str
     """
     if hf_model is not None:
         return Path(hf_model)
+    found, is_pretrain = _companions(checkpoint, role)
+    if found is None:
+        raise ValueError(
+            f"{checkpoint.source}; neither {HF_CONFIG}/ nor a run's config.yaml says what model it is: give --hf-model"
+        )
+    if is_pretrain and not found.is_dir():
+        raise ValueError(f"{checkpoint.source}; its run's pretrain={found} is gone: give --hf-model")
+    return found
+
+
+def run_pretrain(checkpoint: MegatronCheckpoint, role: str) -> Path | None:
+    """The pretrain of the run that a checkpoint is of, whether it is still there or not; None for other checkpoints."""
+    found, is_pretrain = _companions(checkpoint, role)
+    return found if is_pretrain else None
+
+
+def _companions(checkpoint: MegatronCheckpoint, role: str) -> tuple[Path | None, bool]:
+    """The nearest hf_config/, or the pretrain of the nearest run and True."""
     for parent in (checkpoint.directory, *checkpoint.directory.absolute().parents[:3]):
         if (parent / HF_CONFIG).is_dir():
-            return parent / HF_CONFIG
-        if (parent / "config.yaml").is_file():
-            model = yaml.safe_load((parent / "config.yaml").read_text())["model"]
-            pretrain = (role == "critic" and model.get("critic_pretrain")) or model["pretrain"]
-            if Path(pretrain).is_dir():
-                return Path(pretrain)
-            raise ValueError(f"{checkpoint.source}; its run's pretrain={pretrain} is gone: give --hf-model")
-    raise ValueError(
-        f"{checkpoint.source}; neither {HF_CONFIG}/ nor a run's config.yaml says what model it is: give --hf-model"
-    )
+            return parent / HF_CONFIG, False
+        model = _run_model(parent / "config.yaml")
+        if model is not None:
+            return Path((role == "critic" and model.get("critic_pretrain")) or model["pretrain"]), True
+    return None, False
+
+
+def _run_model(path: Path) -> dict[str, Any] | None:
+    """The `model` part of a run's configuration; None where there is no such file or it is some other program's."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    model = config.get("model") if isinstance(config, dict) else None
+    return model if isinstance(model, dict) and isinstance(model.get("pretrain"), str) else None

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from megarlhf.parallel.attention import SegmentAttention, SegmentNorm
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import Ranks
 from megarlhf.parallel.latent import SegmentLatentAttention
-from megarlhf.parallel.megatron_versions import FREES_UNSENT_OUTPUTS
+from megarlhf.parallel.megatron_versions import FREES_UNSENT_OUTPUTS, class_and_submodules
 from megarlhf.parallel.rotary import use_segment_positions
 
 Head = Literal["lm", "value"]
@@ -166,11 +165,7 @@ def _use_segments(layer: ModuleSpec, config: TransformerConfig, additions: Addit
 
 def _add_to_layer(parts: Any, config: TransformerConfig, additions: Additions, *, norm: type) -> None:
     """Layers of ours, on every device."""
-    # a spec, or in later releases of Megatron-Core a partial, of a class and its submodules
-    bound = isinstance(parts.mlp, partial)
-    kind, mlp = (
-        (parts.mlp.func, parts.mlp.keywords["submodules"]) if bound else (parts.mlp.module, parts.mlp.submodules)
-    )
+    kind, mlp = class_and_submodules(parts.mlp)
     if additions.norms_after:
         attention = parts.self_attention.submodules
         attention.linear_proj = ModuleSpec(NormedLinear, params={"linear": attention.linear_proj, "norm": norm})

@@ -65,6 +65,9 @@ class HFWeights:
         absent = sorted(weight_map.keys() - self._files.keys())
         if absent:
             raise ValueError(f"{self.source}; {INDEX} lists tensors that its files do not hold: {absent}")
+        unlisted = sorted(self._files.keys() - weight_map.keys()) if weight_map else []
+        if unlisted:
+            raise ValueError(f"{self.source}; {INDEX} leaves out tensors that its files hold: {unlisted}")
 
     def names(self) -> list[str]:
         """Every tensor's name."""

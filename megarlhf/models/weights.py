@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
-from megarlhf.data.tensor_file import TensorFile, TensorSpec
+from megarlhf.data.tensor_file import TensorFile, TensorSpec, run_side_by_side
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
 from megarlhf.models.families import head_dim
@@ -129,7 +129,8 @@ class ModelWeights:
             ValueError: missing, unknown or wrongly shaped tensors, all of them named.
         """
         expected, present = set(self.hf_names()), set(source.names())
-        missing = expected - present - ({"score.weight"} if self.head == "value" else set())
+        has_score = any(name.endswith("ForSequenceClassification") for name in self.hf.architectures or [])
+        missing = expected - present - ({"score.weight"} if self.head == "value" and not has_score else set())
         spare = {"lm_head.weight"} if self.tied or self.head == "value" else set()
         spare |= {"score.weight"} if self.head == "lm" else set()
         unknown = {n for n in present - expected - spare if not n.endswith("rotary_emb.inv_freq")}
@@ -160,23 +161,37 @@ class ModelWeights:
         ]
 
     @torch.no_grad()
-    def write(self, file: TensorFile) -> None:
+    def write(self, file: TensorFile) -> dict[str, bytes]:
         """Write what this rank holds into a weight file that all ranks have open.
 
         Replicas share the work: of n ranks with the same weights each writes every n-th. The caller puts a barrier
         behind.
+
+        Returns:
+            Digests of the tensors that this rank wrote whole, by name.
         """
         ranks = self.ranks
         dense = [bound for bound in self.bound if bound.exported and not bound.weight.expert]
         experts = [bound for bound in self.bound if bound.exported and bound.weight.expert]
         mine = dense[ranks.replica_rank :: ranks.replica_size]
         mine += experts[ranks.expert_replica_rank :: ranks.expert_replica_size]
-        for bound in mine:
-            if bound.weight.split is Split.REPLICATED and ranks.tp_rank:
-                continue
-            for shard in self.shards(bound, bound.param.data):
-                if shard.view.numel():
-                    shard.emit(file.view(shard.hf_name))
+        shards = [
+            shard
+            for bound in mine
+            if bound.weight.split is not Split.REPLICATED or ranks.tp_rank == 0
+            for shard in self.shards(bound, bound.param.data)
+            if shard.view.numel()
+        ]
+
+        def write_shard(shard: Shard) -> bytes | None:
+            whole = file.view(shard.hf_name)
+            if shard.view.numel() == whole.numel() and shard.view.is_contiguous():
+                return file.write(shard.hf_name, shard.view.view(whole.shape))
+            shard.emit(whole)
+            return file.digest(shard.hf_name) if shard.view.numel() == whole.numel() else None
+
+        digests = run_side_by_side(write_shard, shards, torch.get_num_threads())
+        return {s.hf_name: digest for s, digest in zip(shards, digests, strict=True) if digest is not None}
 
     @torch.no_grad()
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -3,12 +3,15 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megarlhf.parallel import megatron_cpu
 from megarlhf.parallel.device import collective_backend, select_device
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,13 @@ def initialize_groups(
     )
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
+
+
+def gathered(mine: dict[str, Value]) -> dict[str, Value]:
+    """The dictionaries of all ranks in one. All call it, and none returns before all have."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def destroy_groups() -> None:

@@ -1,5 +1,6 @@
 """What differs between the two Megatron-Core versions that the tests run with, 0.16.1 and 0.19.2: all of it is here."""
 
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +27,13 @@ class LatentLayersAsNamed:
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
+
+
+def class_and_submodules(layer: Any) -> tuple[Any, Any]:
+    """Of a layer of a model's specification: a ModuleSpec in 0.16, for some layers a partial of the class in 0.19."""
+    if isinstance(layer, partial):
+        return layer.func, layer.keywords["submodules"]
+    return layer.module, layer.submodules
 
 
 def bind_router_product(moe_utils: Any) -> None:

@@ -29,7 +29,7 @@ from megarlhf.trainers.value import value_objective
 
 ObjectiveName = Literal["sft", "actor", "critic"]
 OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")
-QUANTITIES = ("forward", "training", "loss", "metrics", "gradients", "grad norm", "step", "after")
+QUANTITIES = ("forward", "training", "loss", "metrics", "gradients", "by tensor", "grad norm", "step", "after")
 
 Part = tuple[str, tuple[slice, ...], Tensor]  # HF name, this rank's part of it, float32 numbers
 Record = Callable[[str, Iterator[Part]], None]  # "gradients" or "step", and the parts
@@ -164,7 +164,9 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: list[Trai
 def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], directory: Path) -> dict[str, float]:
     """Largest difference to the reference of each of QUANTITIES, equal on every rank; the engine takes a step.
 
-    A result that is not a number counts as infinitely far off. Router metrics are left out: they count padding.
+    "by tensor" is a gradient's difference relative to the largest gradient of its tensor (at least a thousandth of the
+    model's largest: some gradients are nothing but rounding). The others are absolute. A result that is not a number
+    counts as infinitely far off. Router metrics are left out: they count padding.
     """
     worst = dict.fromkeys(QUANTITIES, 0.0)
 
@@ -174,8 +176,13 @@ def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow]
 
     def record(quantity: str, parts: Iterator[Part]) -> None:
         with TensorFile.open(directory / f"{quantity}.safetensors") as file:
+            least = 1e-3 * _largest(file)
             for hf_name, index, part in parts:
-                note(quantity, part.cpu() - file.view(hf_name)[index])
+                expected = file.view(hf_name)
+                difference = part.cpu() - expected[index]
+                note(quantity, difference)
+                if quantity == "gradients":
+                    note("by tensor", difference / max(float(expected.abs().max()), least))
 
     tokens = load_file(directory / "tokens.safetensors")
     forward = _forward(engine, rows)
@@ -199,6 +206,10 @@ def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow]
     return dict(zip(QUANTITIES, largest.tolist(), strict=True))
 
 
+def _largest(file: TensorFile) -> float:
+    return max(float(file.view(name).abs().max()) for name in file.names)
+
+
 def scales(directory: Path) -> dict[str, float]:
     """How large the reference's numbers are, to judge differences by.
 
@@ -206,7 +217,7 @@ def scales(directory: Path) -> dict[str, float]:
         "gradients": largest gradient; "grad norm"; "loss"; "moved": most that the step moves a log-prob or value.
     """
     with TensorFile.open(directory / "gradients.safetensors") as file:
-        gradient = max(float(file.view(name).abs().max()) for name in file.names)
+        gradient = _largest(file)
     tokens = load_file(directory / "tokens.safetensors")
     rows = [name.removeprefix("forward.") for name in tokens if name.startswith("forward.")]
     moved = max(float((tokens[f"after.{row}"] - tokens[f"forward.{row}"]).abs().max()) for row in rows)

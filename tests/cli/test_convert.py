@@ -178,6 +178,29 @@ def test_configuration_is_nowhere(megatron: Path, tmp_path: Path, capsys: pytest
     assert "--hf-model" in refused("megatron-to-hf", bare, tmp_path / "out", capsys)
 
 
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_place_to_make_the_target_in_is_taken(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "chapter-1.txt").write_text("words")
+    assert f"{tmp_path}/out.partial, where" in refused("hf-to-megatron", model, tmp_path / "out", capsys, *flags)
+    assert (tmp_path / "out.partial" / "chapter-1.txt").read_text() == "words"
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1", "model: {size: 3}", "model: llama", "- 1", "", "a: [", "model: {pretrain: null}"]
+)
+def test_a_configuration_of_some_other_program(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    bare = shutil.copytree(megatron / "release", tmp_path / "a" / "b" / "c" / "d")
+    (bare.parent / "config.yaml").write_text(text)
+    assert "nor a run's config.yaml" in refused("megatron-to-hf", bare, tmp_path / "out", capsys)
+    assert main(["inspect", str(bare)]) == 0
+    assert "torch_dist), unknown" in capsys.readouterr().out
+
+
 def test_target_exists(model: Path, megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists already" in refused("hf-to-megatron", model, megatron, capsys)
     (tmp_path / "thesis").mkdir()
@@ -216,6 +239,18 @@ def test_inspect(model: Path, megatron: Path, capsys: pytest.CaptureFixture[str]
     (line,) = [line.split() for line in said.splitlines() if "linear_fc1.weight" in line]
     assert line[1:] == ["4x192x64", "float32", "196.6", "kB", "8", "x", "[1x96x64]"]
     assert main(["inspect", "/nowhere"]) == 2
+
+
+def test_inspect_says_the_layout(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "4")
+    assert main(["convert", "hf-to-megatron", "--load", str(model), "--save", str(tmp_path / "cut"), *sizes]) == 0
+    assert main(["inspect", str(tmp_path / "cut")]) == 0
+    noted = "layout: tensor parallel size 2, pipeline parallel size 4, expert parallel size 1"
+    assert noted in capsys.readouterr().out.splitlines()
+    (tmp_path / "cut" / "release" / "conversion.json").unlink()
+    assert main(["inspect", str(tmp_path / "cut")]) == 0
+    seen = "layout: not noted; the embedding's rows lie in 2 parts, as for tensor parallel size 2"
+    assert seen in capsys.readouterr().out.splitlines()
 
 
 def test_unknown_direction(capsys: pytest.CaptureFixture[str]) -> None:

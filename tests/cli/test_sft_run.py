@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -43,9 +44,12 @@ def test_two_ranks_learn_evaluate_and_export(flags: Flags, tmp_path: Path) -> No
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_a_mistake_is_told_once_before_any_rank_starts(flags: Flags) -> None:
-    said = run("train_sft", flags | {"--train-iters": "1", "--max_len": "1"}, expect=2)
+def test_mistakes_are_told_once_before_any_rank_starts(flags: Flags, assets: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(assets / "model", tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    said = run("train_sft", flags | {"--train-iters": "1", "--max_len": "1", "--pretrain": str(cut)}, expect=2)
     assert said.count("error:") == 1 and "max_len=1" in said and "Traceback" not in said
+    assert said.count("not a whole safetensors file") == 1
 
 
 def test_sigterm_finishes_the_step_and_saves(flags: Flags, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megarlhf.config.arguments import PPOConfig, SFTConfig
+from megarlhf.config.arguments import ParityConfig, PPOConfig, SFTConfig
 from megarlhf.config.check_files import save_errors
-from megarlhf.config.checks import SUPPORTED_ARCHITECTURES, ConfigError, check_ppo, check_sft, raise_if
+from megarlhf.config.checks import SUPPORTED_ARCHITECTURES, ConfigError, check_parity, check_ppo, check_sft, raise_if
 from megarlhf.config.command_line import from_dict
 
 MODEL = {
@@ -115,7 +115,14 @@ EXPERTS = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
             {"expert_model_parallel_size": 4, "actor_num_gpus_per_node": 2},
             "no multiple of expert_model_parallel_size * expert_tensor_parallel_size",
         ),
-        ({"expert_tensor_parallel_size": 7, "actor_num_gpus_per_node": 7}, "does not divide width of an expert="),
+        (
+            {"expert_tensor_parallel_size": 7, "expert_model_parallel_size": 2, "actor_num_gpus_per_node": 14},
+            "does not divide width of an expert=",
+        ),
+        (
+            {"expert_tensor_parallel_size": 2, "actor_num_gpus_per_node": 2},
+            "expert_tensor_parallel_size=2 differs from tensor_model_parallel_size=1 with expert_model_parallel_size=1",
+        ),
     ],
 )
 def test_mistakes_about_experts(check: Check, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -142,6 +149,23 @@ def test_the_critic_has_its_own_layout_or_the_actors() -> None:
     critic = config.layout_of("critic")
     assert (critic.tensor_model_parallel_size, critic.sequence_parallel) == (1, False)
     assert (critic.pipeline_model_parallel_size, critic.virtual_stages) == (2, 2)
+    experts = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    config = from_dict(PPOConfig, base | experts | {"critic_expert_model_parallel_size": 1})
+    assert config.layout_of("critic").expert_tensor_parallel_size is None, "it belongs to the actor's experts"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"context_parallel_size": 2, "share_prompt_prefix": True}, "does not work with context_parallel_size=2"),
+        ({"moe_aux_loss_coeff": 0.1}, "moe_aux_loss_coeff=0.1 cannot be compared"),
+        ({"longest": 2}, "longest=2 must be at least 3"),
+    ],
+)
+def test_mistakes_of_a_comparison(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    base = {"pretrain": write_model(tmp_path / "model"), "num_gpus_per_node": 2}
+    assert check_parity(from_dict(ParityConfig, base)) == []
+    assert said in only(check_parity(from_dict(ParityConfig, base | changes)))
 
 
 # One change, and what the single resulting mistake must say: its key, and the numbers that matter.

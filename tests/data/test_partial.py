@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.data.partial import PartialDirectory
+from megarlhf.data.partial import PartialDirectory, check_partial, replace_directory
 
 
 def interrupted(target: Path, steps: list[str], identity: dict[str, int]) -> None:
@@ -63,3 +63,33 @@ def test_an_older_target_is_replaced(tmp_path: Path) -> None:
     with PartialDirectory(tmp_path / "target", {}) as partial:
         (partial.path / "new").write_text("")
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_the_user_called_old_stays(tmp_path: Path, older: bool) -> None:
+    (tmp_path / "target.old").mkdir()
+    (tmp_path / "target.old" / "thesis").write_text("words")
+    if older:
+        (tmp_path / "target").mkdir()
+    (tmp_path / "made").mkdir()
+    replace_directory(tmp_path / "made", tmp_path / "target")
+    assert (tmp_path / "target.old" / "thesis").read_text() == "words"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "target.old"]
+
+
+def test_a_replacement_that_was_interrupted_is_cleaned_up(tmp_path: Path) -> None:
+    for name in (".target.megarlhf-old", "target", "made"):
+        (tmp_path / name).mkdir()
+    replace_directory(tmp_path / "made", tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_partial_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    theirs = tmp_path / "target.partial"
+    theirs.mkdir()
+    check_partial(tmp_path / "target")
+    (theirs / "thesis").write_text("words")
+    for attempt in (lambda: check_partial(tmp_path / "target"), lambda: PartialDirectory(tmp_path / "target", {})):
+        with pytest.raises(ValueError, match=r"target\.partial, where it would be made, holds something else"):
+            attempt()
+    assert [path.name for path in theirs.iterdir()] == ["thesis"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megarlhf.engine.engine import MegatronEngine
@@ -57,9 +58,16 @@ def compare_case(
     objective: ObjectiveName,
     source: Path,
 ) -> dict[str, float]:
-    """Largest differences of this layout's results to those in `source`."""
+    """Largest differences of this layout's results to those in `source`, and of its reference model after the step."""
     with world(layout, rank, init_method):
-        return compare(build_for(objective, layout, model_dir), objective, make_rows(), source)
+        engine, rows = build_for(objective, layout, model_dir), make_rows()
+        engine.keep_reference()
+        differences = compare(engine, objective, rows, source)
+        with engine.reference_weights():
+            found = engine.values(rows) if engine.head == "value" else engine.log_probs(rows)
+        expected = load_file(source / "tokens.safetensors")
+        kept = [float((values - expected[f"forward.{row}"]).abs().max()) for row, values in found.items()]
+        return differences | {"reference": max(kept, default=0.0)}
 
 
 @dataclass

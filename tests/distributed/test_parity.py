@@ -61,7 +61,7 @@ def _differences(
     found = ranks.run(layout.world_size, compare_case, layout, models.directory(kind), objective, source)
     row = "  ".join(f"{quantity} {difference:.1e}" for quantity, difference in found[0].items())
     models.matrix.append(f"{kind:11} {name:30} {objective:7}{' bf16' if layout.bf16 else ''} {row}")
-    return found[0], scales
+    return found[0] | {"reference": max(differences["reference"] for differences in found)}, scales
 
 
 def _check(ranks: RankPool, models: Models, kind: str, name: str, layout: Layout, objective: str) -> None:
@@ -73,9 +73,11 @@ def _check(ranks: RankPool, models: Models, kind: str, name: str, layout: Layout
     assert differences["loss"] <= LOSS_TOLERANCE
     assert differences["metrics"] <= TOKEN_TOLERANCE
     assert differences["gradients"] <= GRADIENT_TOLERANCE
+    assert differences["by tensor"] <= 1e-4
     assert differences["grad norm"] <= 1e-5 * max(1.0, scales["grad norm"])
     assert differences["step"] <= STEP_TOLERANCE
     assert differences["after"] <= 10 * TOKEN_TOLERANCE
+    assert differences["reference"] <= TOKEN_TOLERANCE
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

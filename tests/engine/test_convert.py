@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from megarlhf.engine import conversion
 from megarlhf.engine.checkpoint import load_engine, save_engine
-from megarlhf.engine.conversion import MANIFEST, ConvertOptions
+from megarlhf.engine.conversion import MANIFEST, ConvertOptions, Memory
 from megarlhf.engine.convert_to_hf import megatron_to_hf
 from megarlhf.engine.convert_to_megatron import hf_to_megatron
 from megarlhf.engine.export import export_hf
@@ -33,6 +34,20 @@ FAMILIES = (
     *("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"),
 )
 MOE_FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3")
+SIZES: tuple[dict[str, int], ...] = (
+    {},
+    {"tensor": 2},
+    {"pipeline": 2},
+    {"pipeline": 4},
+    {"tensor": 2, "pipeline": 2},
+    {"tensor": 2, "pipeline": 4},
+)
+MOE_SIZES: tuple[dict[str, int], ...] = (
+    {"expert": 4},
+    {"tensor": 2, "expert": 2},
+    {"pipeline": 2, "expert": 2},
+    {"tensor": 2, "pipeline": 2, "expert": 2},
+)
 PLAIN = ConvertOptions(threads=2)
 VERIFIED = ConvertOptions(threads=2, verify=True)
 
@@ -68,10 +83,22 @@ def make_reward_model(directory: Path, family: str) -> Path:
     return directory / "reward"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip_is_bit_exact(tmp_path: Path, family: str) -> None:
+def layouts(families: tuple[str, ...]) -> list[Any]:
+    """Every family in every layout; the default run has one layout of each, and all of the first of either kind."""
+    found = []
+    for family in families:
+        all_sizes = SIZES + MOE_SIZES if family in MOE_FAMILIES else SIZES
+        usual = MOE_SIZES[-1] if family in MOE_FAMILIES else {"tensor": 2, "pipeline": 2}
+        for sizes in all_sizes:
+            fast = sizes == usual or family in ("llama", "qwen3-moe")
+            name = "-".join((family, *(f"{kind}{size}" for kind, size in sizes.items())))
+            found.append(pytest.param(family, sizes, id=name, marks=() if fast else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("family", "sizes"), layouts(FAMILIES))
+def test_round_trip_is_bit_exact(tmp_path: Path, family: str, sizes: dict[str, int]) -> None:
     source = make_model(tmp_path / "model", family=family, tied=family == "qwen2")
-    sizes = {"tensor": 2, "pipeline": 2, "expert": 2 if family in MOE_FAMILIES else 1}
     megatron = to_megatron(source, tmp_path / "megatron", VERIFIED, **sizes)
     result = to_hf(megatron, tmp_path / "hf", VERIFIED, max_shard_bytes=200_000)
     assert_equal(tensors(result), tensors(source))
@@ -83,10 +110,27 @@ def test_round_trip_is_bit_exact(tmp_path: Path, family: str) -> None:
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_reward_model_keeps_its_head(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "llama", "deepseek-v3"])
+def test_four_way_tensor_parallelism(tmp_path: Path, family: str) -> None:
+    source = make_model(tmp_path / "model", family=family, num_key_value_heads=4)
+    result = to_hf(to_megatron(source, tmp_path / "megatron", VERIFIED, tensor=4), tmp_path / "hf", VERIFIED)
+    assert_equal(tensors(result), tensors(source))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_one_key_value_head(tmp_path: Path, family: str) -> None:
+    """q, k and v then lie together in Megatron's parameter, in another shape than HF's."""
+    source = make_model(tmp_path / "model", family=family, num_key_value_heads=1)
+    megatron = to_megatron(source, tmp_path / "megatron", VERIFIED)
+    assert_equal(tensors(to_hf(megatron, tmp_path / "hf", VERIFIED)), tensors(source))
+    noted = json.loads((megatron / "release" / MANIFEST).read_text())["tensors"]
+    assert {k: v["shape"] for k, v in noted.items()} == {k: list(v.shape) for k, v in tensors(source).items()}
+
+
+@pytest.mark.parametrize(("family", "sizes"), layouts(FAMILIES))
+def test_reward_model_keeps_its_head(tmp_path: Path, family: str, sizes: dict[str, int]) -> None:
     source = make_reward_model(tmp_path, family)
-    megatron = to_megatron(source, tmp_path / "megatron", tensor=2)
+    megatron = to_megatron(source, tmp_path / "megatron", **sizes)
     result = to_hf(megatron, tmp_path / "hf", VERIFIED)
     assert_equal(tensors(result), tensors(source))
     model, loading = AutoModelForSequenceClassification.from_pretrained(result, output_loading_info=True)
@@ -105,10 +149,26 @@ def test_dtype_is_converted_on_the_way(tmp_path: Path, dtype: torch.dtype) -> No
     assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
 
 
-def test_a_critic_starts_from_a_language_model(tmp_path: Path, ranks: RankPool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_leaves_the_router_bias_alone(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As the engine does, which keeps it in float32."""
+    source = make_model(tmp_path / "model", family="deepseek-v3")
+    expected = {
+        name: tensor if name.endswith("e_score_correction_bias") else tensor.to(dtype)
+        for name, tensor in tensors(source).items()
+    }
+    assert {tensor.dtype for tensor in expected.values()} == {dtype, torch.float32}
+    there = to_megatron(source, tmp_path / "there", replace(VERIFIED, dtype=dtype))
+    assert_equal(tensors(to_hf(there, tmp_path / "a", VERIFIED)), expected)
+    back = to_hf(to_megatron(source, tmp_path / "kept"), tmp_path / "b", replace(VERIFIED, dtype=dtype))
+    assert_equal(tensors(back), expected)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 4}])
+def test_a_critic_starts_from_a_language_model(tmp_path: Path, ranks: RankPool, sizes: dict[str, int]) -> None:
     """With the head that the engine draws for the same seed."""
     source = make_model(tmp_path / "model")
-    megatron = to_megatron(source, tmp_path / "critic", head="value")
+    megatron = to_megatron(source, tmp_path / "critic", head="value", **sizes)
     assert json.loads((megatron / "release" / MANIFEST).read_text())["left_out"] == ["lm_head.weight"]
     result = tensors(to_hf(megatron, tmp_path / "hf", role="critic"))
     (engine,) = ranks.run(1, parameters_of, SINGLE, source, "value", None)
@@ -221,6 +281,36 @@ def test_a_run_checkpoint_gives_what_the_online_export_gives(
     assert_equal(tensors(to_hf(f"{run}@10", tmp_path / "c", role=role)), exported)
     config, expected = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "a", run / "hf"))
     assert config["architectures"] == expected["architectures"]
+
+
+def in_bf16(directory: Path) -> Path:
+    """The same model stored in bf16."""
+    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("family", ["qwen2", "deepseek-v3"])
+def test_a_run_trained_in_fp32_from_bf16(
+    ranks: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    """Both ways of export give the source's dtype, with the same bytes."""
+    source = in_bf16(make_model(tmp_path / "model", family=family))
+    run = tmp_path / "run"
+    ranks.run(1, train_and_save, SINGLE, source, "lm", run)
+    exported = tensors(run / "hf")
+    assert torch.bfloat16 in {tensor.dtype for tensor in exported.values()}
+    assert_equal(tensors(to_hf(run, tmp_path / "a", VERIFIED)), exported)
+    if family == "qwen2":
+        files = [directory / "model.safetensors" for directory in (tmp_path / "a", run / "hf")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    whole = tensors(to_hf(run, tmp_path / "b", replace(VERIFIED, dtype=torch.float32)))
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+    capsys.readouterr()
+    moved = source.rename(tmp_path / "moved")
+    assert_equal(tensors(to_hf(run, tmp_path / "c", hf_model=str(moved))), whole)
+    said = capsys.readouterr().out
+    assert said.startswith(f"dtype: kept as stored, since the run's export dtype cannot be read: pretrain={source}")
+    assert said.count("\n") == 1
 
 
 def rename_keys(checkpoint: Path, change: Callable[[str], str]) -> None:
@@ -355,3 +445,76 @@ def test_padding_of_the_vocabulary_stays_out(tmp_path: Path) -> None:
     metadata = pickle.loads((megatron / "release" / ".metadata").read_bytes())
     assert metadata.state_dict_metadata["embedding.word_embeddings.weight"].size == (128, 64)
     assert tensors(to_hf(megatron, tmp_path / "hf"))["model.embed_tokens.weight"].shape == (VOCAB_SIZE, 64)
+
+
+def test_memory_of_all_threads_together() -> None:
+    """At most the largest piece and 384 MiB, or one piece alone; all of it is given back."""
+    mib = 2**20
+    memory = Memory(1000 * mib)
+    held, most, guard = 0, 0, threading.Lock()
+
+    def work(size: int) -> None:
+        nonlocal held, most
+        for _ in range(5):
+            with memory.lend(size * mib // 2, besides=size * mib // 2) as buffer:
+                assert len(buffer) == size * mib // 2
+                with guard:
+                    held += size
+                    most = max(most, held)
+                with guard:
+                    held -= size
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in (1000, 800, 600, 500, 400, 300, 2000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert held == 0 and most <= 2000
+    assert sum(map(len, memory._spare)) <= 1384 * mib
+
+
+def test_memory_is_shared_up_to_its_limit() -> None:
+    memory = Memory(100)
+    memory._limit = 200
+    order: list[str] = []
+
+    def ask(name: str, size: int) -> threading.Thread:
+        def work() -> None:
+            with memory.lend(size):
+                order.append(name)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    with memory.lend(100), memory.lend(50, besides=50):
+        waiting = ask("large", 150)
+        while not memory._turn.locked():
+            continue
+        behind = ask("small", 100)
+        assert order == [], "nothing is left"
+    for thread in (waiting, behind):
+        thread.join(timeout=60)
+    assert order == ["large", "small"], "the small one does not overtake"
+
+
+def test_memory_is_used_again() -> None:
+    """By what is nearly as large; where room lacks, spare buffers go."""
+    memory = Memory(100)
+    memory._limit = 200
+    with memory.lend(100) as first:
+        place = first.data_ptr()
+    with memory.lend(60) as second:
+        assert second.data_ptr() == place and len(second) == 60
+    with memory.lend(40), memory.lend(40):
+        assert list(map(len, memory._spare)) == [100], "too large for 40"
+        with memory.lend(50, besides=70):
+            assert memory._spare == []
+
+
+def test_memory_is_given_back_after_an_error() -> None:
+    memory = Memory(100)
+    for _ in range(3):
+        with pytest.raises(KeyError), memory.lend(2**30):
+            raise KeyError

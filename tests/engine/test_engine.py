@@ -80,6 +80,8 @@ CHANGES = {
     "PP2-VPP2 to one": (LAYOUTS["PP2-VPP2"], SINGLE),
     "uneven to TP2-SP": (LAYOUTS["PP2-uneven"], LAYOUTS["TP2-SP"]),
     "CP2 to DP2": (Layout(context=2, distributed_optimizer=True), LAYOUTS["DP2-distopt"]),
+    "TP2 to DP2": (Layout(tensor=2, distributed_optimizer=True), LAYOUTS["DP2-distopt"]),
+    "DP2 to TP2-SP": (LAYOUTS["DP2-distopt"], Layout(tensor=2, sequence_parallel=True, distributed_optimizer=True)),
     "overlap to CP2": (LAYOUTS["DP2-distopt-overlap"], Layout(context=2, distributed_optimizer=True)),
 }
 
