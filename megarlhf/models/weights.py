@@ -190,7 +190,8 @@ class ModelWeights:
             shard.emit(whole)
             return file.digest(shard.hf_name) if shard.view.numel() == whole.numel() else None
 
-        digests = run_side_by_side(write_shard, shards, torch.get_num_threads())
+        on_cpu = all(shard.view.device.type == "cpu" for shard in shards)  # a GPU copies one after the other
+        digests = run_side_by_side(write_shard, shards, torch.get_num_threads() if on_cpu else 1)
         return {s.hf_name: digest for s, digest in zip(shards, digests, strict=True) if digest is not None}
 
     @torch.no_grad()
