@@ -42,8 +42,8 @@ class SharedArguments:
     allow_nan: bool = False
     """Convert weights that hold NaN."""
     num_threads: int | None = None
-    """Tensors worked on at once, as long as they take no more memory than the largest and 384 MiB together. None: one
-    for each core."""
+    """Tensors worked on at once, as long as they take no more memory than the largest and 384 MiB together. None: two
+    for each core, as each waits for the disk half of its time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +183,12 @@ def num_bytes_of(size: str) -> int:
 
 def _options(target: SharedArguments, bar: "_Bar", *, dry_run: bool) -> "ConvertOptions":
     from megarlhf.engine.conversion import DTYPES, ConvertOptions
-    from megarlhf.parallel.device import num_cores
 
     if target.num_threads is not None and target.num_threads < 1:
         raise ValueError(f"num_threads={target.num_threads}; at least 1")
+    threads = {} if target.num_threads is None else {"threads": target.num_threads}
     return ConvertOptions(
-        threads=target.num_threads or num_cores(),
+        **threads,
         dtype=DTYPES[target.dtype] if target.dtype else None,
         allow_nan=target.allow_nan,
         verify=target.verify,

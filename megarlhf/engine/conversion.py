@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megarlhf.data.partial import PartialDirectory, check_partial, partial_path
 from megarlhf.data.tensor_file import run_side_by_side, tensor_places
 from megarlhf.engine.checkpoint_files import LATEST
 from megarlhf.models.cuts import GlobalWeight
+from megarlhf.parallel.device import num_cores
 
 MANIFEST = "conversion.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +36,7 @@ Digests = dict[str, dict[str, Any]]  # HF name -> sha256, shape, dtype and sourc
 class ConvertOptions:
     """What applies to both directions."""
 
-    threads: int
+    threads: int = field(default_factory=lambda: 2 * num_cores())  # half of them wait for the disk
     dtype: torch.dtype | None = None  # of the target; None keeps the source's, of a run's checkpoint its pretrain's
     allow_nan: bool = False
     verify: bool = False
