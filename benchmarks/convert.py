@@ -65,14 +65,14 @@ def convert(direction: str, load: Path, save: Path) -> dict[str, float]:
     from megarlhf.cli.convert import prepare_process
 
     prepare_process()
-    from megarlhf.engine.conversion import ConvertOptions
+    from megarlhf.engine.conversion import ConvertOptions, default_threads
     from megarlhf.engine.convert_to_hf import megatron_to_hf
     from megarlhf.engine.convert_to_megatron import hf_to_megatron
     from megarlhf.parallel import megatron_cpu
 
     megatron_cpu.verify()  # imports the rest of Megatron-Core
     make_room(load, save)
-    options, before, start = ConvertOptions(), peak_bytes(), time.perf_counter()
+    options, before, start = ConvertOptions(threads=default_threads()), peak_bytes(), time.perf_counter()
     cpu_before = time.process_time()
     if direction == "to_megatron":
         hf_to_megatron(load, save, tensor=1, pipeline=1, expert=1, head=None, options=options)

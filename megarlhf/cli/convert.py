@@ -43,7 +43,7 @@ class SharedArguments:
     """Convert weights that hold NaN."""
     num_threads: int | None = None
     """Tensors worked on at once, as long as they take no more memory than the largest and 384 MiB together. None: two
-    for each core, as each waits for the disk half of its time."""
+    for each core, as each waits for the disk part of its time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +182,12 @@ def num_bytes_of(size: str) -> int:
 
 
 def _options(target: SharedArguments, bar: "_Bar", *, dry_run: bool) -> "ConvertOptions":
-    from megarlhf.engine.conversion import DTYPES, ConvertOptions
+    from megarlhf.engine.conversion import DTYPES, ConvertOptions, default_threads
 
     if target.num_threads is not None and target.num_threads < 1:
         raise ValueError(f"num_threads={target.num_threads}; at least 1")
-    threads = {} if target.num_threads is None else {"threads": target.num_threads}
     return ConvertOptions(
-        **threads,
+        threads=target.num_threads or default_threads(),
         dtype=DTYPES[target.dtype] if target.dtype else None,
         allow_nan=target.allow_nan,
         verify=target.verify,

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from megarlhf.cli.local_ranks import MEETING, run_local_ranks
-from megarlhf.cli.run import report_errors
+from megarlhf.cli.run import check_weights, report_errors
 from megarlhf.config.arguments import OptimizerArguments, ParityConfig
 from megarlhf.config.checks import check_parity, raise_if
 from megarlhf.config.command_line import parse, to_yaml
@@ -57,6 +57,7 @@ def _run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
         return 0
     if _DIRECTORY in os.environ:
         return _run_rank(config, Path(os.environ[_DIRECTORY]))
+    check_weights((config.model.pretrain, config.layout))
     with TemporaryDirectory(prefix="megarlhf-parity-") as directory:
         os.environ[_DIRECTORY] = directory
         phases = {"reference": 1, "bf16": 1, "layout": config.parity.num_gpus_per_node}

@@ -12,6 +12,7 @@ from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.checks import raise_if
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.engine import checkpoint_files
+from megarlhf.parallel.device import device_kind
 
 
 class StopSignal:
@@ -70,17 +71,27 @@ def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def check_weights(*pretrains: str) -> None:
-    """Open each model once, headers alone.
+def check_weights(*models: tuple[str, LayoutArguments]) -> None:
+    """Open each model, headers alone.
 
+    Args:
+        models: directory and the layout that it is to have.
     Raises:
-        ValueError: an architecture that cannot be trained, or weight files that are not whole.
+        ValueError: an architecture that cannot be trained on this device, or weight files that are not whole.
     """
     from megarlhf.models.hf_files import HFWeights, read_config
-    from megarlhf.models.registry import find_architecture
+    from megarlhf.models.registry import check_transformer_engine, find_architecture
 
-    for pretrain in dict.fromkeys(pretrains):
-        find_architecture(read_config(pretrain))
+    for pretrain, layout in models:
+        config = read_config(pretrain)
+        arch = find_architecture(config)
+        if device_kind() == "gpu":
+            check_transformer_engine(
+                arch,
+                config,
+                context_parallel_size=layout.context_parallel_size,
+                cp_comm_type=layout.cp_comm_type,
+            )
         HFWeights(pretrain)
 
 

@@ -140,7 +140,10 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
         [
             lambda: load_data(config),
             lambda: resumed_step(config.logging, identity),
-            lambda: check_weights(config.model.pretrain, config.model.critic_pretrain or config.model.pretrain),
+            lambda: check_weights(
+                (config.model.pretrain, config.layout),
+                (config.model.critic_pretrain or config.model.pretrain, config.layout_of("critic")),
+            ),
             reward.check,
         ]
     )

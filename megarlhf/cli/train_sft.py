@@ -66,7 +66,11 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
     continued, _, data, *evaluation = all_or_errors(
-        [partial(resumed_step, config.logging, identity), partial(check_weights, config.model.pretrain), *steps]
+        [
+            partial(resumed_step, config.logging, identity),
+            partial(check_weights, (config.model.pretrain, config.layout)),
+            *steps,
+        ]
     )
     return data, evaluation[0] if evaluation else None, identity, continued
 

@@ -284,13 +284,11 @@ class TensorFile:
         if tensor.shape != view.shape:
             given, held = tuple(tensor.shape), tuple(view.shape)
             raise ValueError(f"tensor {name!r} has shape {given} where the file holds {held}")
-        if tensor.dtype == view.dtype and tensor.is_contiguous() and tensor.device.type == "cpu":
-            # What is about to be copied has the same bytes, and reading it brings it into the cache.
-            digest = xxhash.xxh3_64_digest(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
-            view.copy_(tensor)
-            return digest
+        same_bytes = tensor.dtype == view.dtype and tensor.is_contiguous() and tensor.device.type == "cpu"
+        if same_bytes:  # digested first, which brings into the cache what is then copied
+            digest = xxhash.xxh3_64_digest(tensor.detach().view(-1).view(torch.uint8).numpy().data)
         view.copy_(tensor)
-        return self.digest(name)
+        return digest if same_bytes else self.digest(name)
 
     def checksum(self, digests: Mapping[str, bytes] | None = None) -> str:
         """32 hex digits over all data: XXH3-128 of the tensors' digests in file order.

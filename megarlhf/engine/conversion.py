@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,18 @@ Digests = dict[str, dict[str, Any]]  # HF name -> sha256, shape, dtype and sourc
 class ConvertOptions:
     """What applies to both directions."""
 
-    threads: int = field(default_factory=lambda: 2 * num_cores())  # half of them wait for the disk
+    threads: int
     dtype: torch.dtype | None = None  # of the target; None keeps the source's, of a run's checkpoint its pretrain's
     allow_nan: bool = False
     verify: bool = False
     overwrite: bool = False
     dry_run: bool = False
     progress: Callable[[str, int, int], None] = lambda phase, num_bytes, total: None  # bytes done since the last call
+
+
+def default_threads() -> int:
+    """Two for each core: each waits for the disk part of its time."""
+    return 2 * num_cores()
 
 
 def byte_view(tensor: Tensor) -> memoryview:

@@ -44,7 +44,7 @@ from megarlhf.models.arch import Split
 from megarlhf.models.build import Head
 from megarlhf.models.cuts import CutModel, GlobalWeight, cut_model
 from megarlhf.models.heads import drawn_value_weights
-from megarlhf.models.hf_files import HFConfig, HFWeights, copy_companions, read_config
+from megarlhf.models.hf_files import HFConfig, HFWeights, copy_companions, has_score_head, read_config
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.torch_dist import TorchDistReader, write_metadata, write_objects, write_tensor
 
@@ -66,10 +66,7 @@ def hf_to_megatron(
     hf = read_config(load, option="load")
     arch = find_architecture(hf)
     source = HFWeights(load, option="load")
-    has_score = any(name.endswith("ForSequenceClassification") for name in hf.architectures or [])
-    kind: Head = head or ("value" if has_score else "lm")
-    if has_score and kind == "value" and "score.weight" not in source.names():
-        raise ValueError(f"load={load}; a sequence classifier without its head: missing ['score.weight']")
+    kind: Head = head or ("value" if has_score_head(hf) else "lm")
     model = cut_model(arch, hf, head=kind, tensor=tensor, pipeline=pipeline, expert=expert)
     model.names.check_names(source)
     paths = [load / name for name in source.files]

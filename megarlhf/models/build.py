@@ -118,8 +118,6 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
 def _block_spec(config: TransformerConfig, additions: Additions, vp_stage: int | None) -> Any:
     """Megatron-Core's layers of this chunk, with what it lacks put in through their specs."""
     on_gpu = device_kind() == "gpu"
-    if on_gpu:
-        _check_transformer_engine(config, additions)
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=vp_stage
     )
@@ -130,22 +128,6 @@ def _block_spec(config: TransformerConfig, additions: Additions, vp_stage: int |
     if not on_gpu:
         block.layer_norm = SegmentNorm
     return block
-
-
-def _check_transformer_engine(config: TransformerConfig, additions: Additions) -> None:
-    """
-    Raises:
-        NotImplementedError: what TransformerEngine's attention cannot do.
-    """
-    if additions.attention_soft_cap is not None:
-        raise NotImplementedError(
-            f"attn_logit_softcapping={additions.attention_soft_cap}: TransformerEngine's attention has no soft cap"
-        )
-    if config.window_size and config.context_parallel_size > 1 and config.cp_comm_type == "p2p":
-        raise NotImplementedError(
-            f"cp_comm_type=p2p: TransformerEngine's ring has no sliding window, of which layers see "
-            f"{config.window_size[0] + 1} tokens: use all_gather"
-        )
 
 
 def _use_segments(layer: ModuleSpec, config: TransformerConfig, additions: Additions) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 HFConfig = PretrainedConfig
+_CLASSIFIER = "ForSequenceClassification"  # how a reward model's class ends
 INDEX = "model.safetensors.index.json"
 _COMPANIONS = (
     "tokenizer.json",
@@ -86,10 +87,15 @@ class HFWeights:
         return self._files[name].get_slice(name)[index if len(index) > 1 else index[0]]
 
 
+def has_score_head(config: HFConfig) -> bool:
+    """Whether it is a reward model, of which a value head starts."""
+    return any(name.endswith(_CLASSIFIER) for name in config.architectures or [])
+
+
 def exported_config(source: str | Path, hf_class: str) -> dict[str, Any]:
     """config.json of an exported model: the source's, naming the class that reads the weights."""
     config: dict[str, Any] = json.loads((Path(source) / "config.json").read_text())
-    if hf_class.endswith("ForSequenceClassification"):
+    if hf_class.endswith(_CLASSIFIER):
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return config | {"architectures": [hf_class]}
 

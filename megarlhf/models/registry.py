@@ -27,3 +27,24 @@ def find_architecture(config: HFConfig) -> ArchSpec:
     if errors:
         raise ValueError(f"architecture {name}: " + "; ".join(errors))
     return arch
+
+
+def check_transformer_engine(
+    arch: ArchSpec, config: HFConfig, *, context_parallel_size: int, cp_comm_type: str
+) -> None:
+    """For GPUs, which compute with TransformerEngine's attention.
+
+    Raises:
+        ValueError: what that attention cannot do.
+    """
+    errors = []
+    cap, window = arch.additions(config).attention_soft_cap, arch.derived_config(config).get("window_size")
+    if cap is not None:
+        errors.append(f"attn_logit_softcapping={cap}: TransformerEngine's attention has no soft cap, so not on GPUs")
+    if window and context_parallel_size > 1 and cp_comm_type == "p2p":
+        errors.append(
+            f"cp_comm_type=p2p: TransformerEngine's ring has no sliding window, of which layers see {window[0] + 1} "
+            "tokens: use all_gather"
+        )
+    if errors:
+        raise ValueError(f"architecture {arch.hf_class}: " + "; ".join(errors))

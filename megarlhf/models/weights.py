@@ -14,7 +14,7 @@ from megarlhf.data.tensor_file import TensorFile, TensorSpec, run_side_by_side
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
 from megarlhf.models.families import head_dim
-from megarlhf.models.hf_files import HFConfig, HFWeights, read_config
+from megarlhf.models.hf_files import HFConfig, HFWeights, has_score_head, read_config
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.shards import AttentionShape, Shard, shards_of
 from megarlhf.parallel.groups import Ranks
@@ -129,8 +129,8 @@ class ModelWeights:
             ValueError: missing, unknown or wrongly shaped tensors, all of them named.
         """
         expected, present = set(self.hf_names()), set(source.names())
-        has_score = any(name.endswith("ForSequenceClassification") for name in self.hf.architectures or [])
-        missing = expected - present - ({"score.weight"} if self.head == "value" and not has_score else set())
+        drawn = self.head == "value" and not has_score_head(self.hf)
+        missing = expected - present - ({"score.weight"} if drawn else set())
         spare = {"lm_head.weight"} if self.tied or self.head == "value" else set()
         spare |= {"score.weight"} if self.head == "lm" else set()
         unknown = {n for n in present - expected - spare if not n.endswith("rotary_emb.inv_freq")}

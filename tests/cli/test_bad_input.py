@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megarlhf.cli import run as run_module
 from megarlhf.cli import train_ppo
+from megarlhf.cli.run import check_weights
+from megarlhf.config.layouts import LayoutArguments
 from tests.cluster.runs import SMALL, write_inputs
+from tests.tiny_models import make_model
 
 Flags = dict[str, str | None]
 
@@ -145,3 +149,13 @@ def test_dry_run_prints_configuration_and_plan(flags: Flags, capsys: pytest.Capt
     ]
     assert [row[0] for row in rows if row[1] in "01"] == ["actor+reference"] * 2 + ["critic"] * 2 + ["rollout"]
     assert not Path(flags["--save"] or "").exists(), "a dry run writes nothing"
+
+
+def test_what_gpus_cannot_do_is_said_before_the_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir = make_model(tmp_path / "model", family="gemma2")
+    check_weights((str(model_dir), LayoutArguments()))
+    monkeypatch.setattr(run_module, "device_kind", lambda: "gpu")
+    with pytest.raises(ValueError, match="attn_logit_softcapping"):
+        check_weights((str(model_dir), LayoutArguments()))

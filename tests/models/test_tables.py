@@ -1,14 +1,13 @@
 """What an architecture's table refuses, by the name of the configuration's key."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import DeepseekV2Config, DeepseekV3Config, Gemma2Config, Gemma3TextConfig, PretrainedConfig
 
-from megarlhf.models import build as build_module
-from megarlhf.models.arch import Additions
-from megarlhf.models.registry import find_architecture
+from megarlhf.models.gemma import GEMMA2, GEMMA3
+from megarlhf.models.registry import check_transformer_engine, find_architecture
 from tests.distributed.layouts import LAYOUTS, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
@@ -62,16 +61,13 @@ def test_a_reward_model_is_found_by_its_own_class() -> None:
     assert find_architecture(config).hf_class == "Gemma3ForCausalLM"
 
 
-def test_what_transformer_engine_lacks_is_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "device_kind", lambda: "gpu")
-    with pytest.raises(NotImplementedError, match="attn_logit_softcapping=50.0"):
-        build_module._block_spec(None, Additions(attention_soft_cap=50.0), None)
-    config = TransformerConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=2, window_size=(511, 0), context_parallel_size=2
-    )
-    config.cp_comm_type = "p2p"
-    with pytest.raises(NotImplementedError, match="cp_comm_type=p2p.* 512 tokens"):
-        build_module._block_spec(config, Additions(), None)
+def test_what_transformer_engine_lacks_is_refused_on_gpus() -> None:
+    check = partial(check_transformer_engine, context_parallel_size=2)
+    check(GEMMA3, Gemma3TextConfig(sliding_window=512), cp_comm_type="all_gather")
+    with pytest.raises(ValueError, match="cp_comm_type=p2p.* 512 tokens"):
+        check(GEMMA3, Gemma3TextConfig(sliding_window=512), cp_comm_type="p2p")
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=50.0.*; cp_comm_type=p2p"):
+        check(GEMMA2, Gemma2Config(attn_logit_softcapping=50.0), cp_comm_type="p2p")
 
 
 def construct(rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path) -> str:
