@@ -2,10 +2,11 @@
 
     python benchmarks/weight_sync.py [--model-dir models/smollm2] [--rounds 12]
 
-A second process is the trainer, one Megatron rank with float32 weights, which writes them into the shared file with
-their checksum. This process runs vLLM and updates from the file. Each round also copies the same bytes without any of
-it: the trainer's memory to another shared file, and from there to this process's memory. Each half is timed in the
-process that does it; the rounds alternate, so both see the same neighbours. Target: ratio at most 2.
+A second process is the trainer, one Megatron rank with float32 weights, its optimizer and its buffers, which holds the
+weights in shared memory and computes their checksum. This process runs vLLM and updates from there. Each round also
+copies the same bytes without any of it: the trainer's memory to other shared memory, and from there to this process's
+memory. Each half is timed in the process that does it; the rounds alternate, so both see the same neighbours. Target:
+ratio at most 2.
 """
 
 import argparse
@@ -24,33 +25,45 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from examples.smollm2 import write_smollm2  # noqa: E402
-from megarlhf.data.tensor_file import TensorFile, TensorSpec  # noqa: E402
+from megarlhf.data.shared_tensors import (  # noqa: E402
+    SharedTensors,
+    checksum,
+    describe_block,
+    shared_copies,
+    whole_piece,
+)
 from megarlhf.rollout.engine import RolloutEngine, engine_environment  # noqa: E402
 
 
 def trainer(model_dir: Path, directory: Path, threads: int, pipe: Connection) -> None:
-    """Answer "sync" by writing and checksumming the weights, "copy" by copying them; until None comes."""
+    """Answer "sync" by sharing the present weights with their checksum, "copy" by copying them; until None comes."""
     from megarlhf.engine.engine import MegatronEngine, PackingOptions
+    from megarlhf.engine.optimizer import OptimizerOptions
+    from megarlhf.engine.sharing import SharedWeights
     from megarlhf.models.build import ModelOptions
     from megarlhf.parallel.groups import ParallelSizes, initialize_groups
 
     torch.set_num_threads(threads)
     initialize_groups(ParallelSizes(), rank=0, world_size=1, init_method=f"file://{directory}/meeting", seed=0)
-    packing = PackingOptions(max_tokens=512, share_prefix=False)
-    engine = MegatronEngine(model_dir, head="lm", model=ModelOptions(), packing=packing, optimizer=None)
-    file = TensorFile.create(directory / "weights.safetensors", engine.weights.tensor_specs(torch.float32))
+    engine = MegatronEngine(
+        model_dir,
+        head="lm",
+        model=ModelOptions(),
+        packing=PackingOptions(max_tokens=512, share_prefix=False),
+        optimizer=OptimizerOptions(learning_rate=1e-6, total_steps=1),
+    )
+    weights = SharedWeights(engine)
     memory = torch.cat([parameter.detach().flatten() for _, parameter in engine.named_parameters()])
-    shared_file = TensorFile.create(directory / "copy.safetensors", [TensorSpec("all", (len(memory),), memory.dtype)])
-    shared = shared_file.view("all")
-    pipe.send(file.num_bytes)
+    (copy,) = shared_copies([memory])
+    pipe.send((weights.blocks, describe_block(copy, [whole_piece("all", copy)])))
     while (command := pipe.recv()) is not None:
         start = time.perf_counter()
-        checksum = ""
+        sent = ""
         if command == "sync":
-            checksum = engine.write_weights(file)
+            sent = checksum(weights.refresh())
         else:
-            shared.copy_(memory)
-        pipe.send((time.perf_counter() - start, checksum))
+            copy.copy_(memory)
+        pipe.send((time.perf_counter() - start, sent))
 
 
 def measure(model_dir: Path, directory: Path, threads: int, rounds: int) -> tuple[int, dict[str, list[float]]]:
@@ -62,36 +75,38 @@ def measure(model_dir: Path, directory: Path, threads: int, rounds: int) -> tupl
     engine = RolloutEngine(
         model_dir, dtype="float32", seed=0, max_model_len=512, max_num_seqs=32, kv_cache_gib=0.5, threads=threads
     )
-    num_bytes = pipe.recv()
-    copy = TensorFile.open(directory / "copy.safetensors")
-    memory = copy.view("all").clone()
-    seconds: dict[str, list[float]] = {"write": [], "update": [], "copy in": [], "copy out": []}
+    blocks, copy = pipe.recv()
+    engine.connect_weights(blocks)
+    shared = SharedTensors([copy]).joined(["all"])
+    assert shared is not None
+    memory = shared.clone()
+    seconds: dict[str, list[float]] = {"share": [], "update": [], "copy in": [], "copy out": []}
     for version in range(rounds + 1):
         pipe.send("copy")
         copy_in, _ = pipe.recv()
         start = time.perf_counter()
-        memory.copy_(copy.view("all"))
+        memory.copy_(shared)
         copy_out = time.perf_counter() - start
         pipe.send("sync")
-        write, checksum = pipe.recv()
-        update = engine.update_weights(directory / "weights.safetensors", version, checksum)["seconds"]
+        share, sent = pipe.recv()
+        update = engine.update_weights(version, sent)["seconds"]
         if version:
-            for name, value in zip(seconds, (write, update, copy_in, copy_out), strict=True):
+            for name, value in zip(seconds, (share, update, copy_in, copy_out), strict=True):
                 seconds[name].append(value)
     pipe.send(None)
     process.join()
     engine.close()
-    return num_bytes, seconds
+    return memory.nbytes, seconds
 
 
 def report(num_bytes: int, seconds: dict[str, list[float]]) -> None:
     """Medians and minima, and the ratio of synchronisation to copy."""
-    print(f"{num_bytes / 1e6:.0f} MB, {len(seconds['write'])} rounds, milliseconds: median (minimum)")
+    print(f"{num_bytes / 1e6:.0f} MB, {len(seconds['share'])} rounds, milliseconds: median (minimum)")
     for name, values in seconds.items():
         print(f"  {name:10}{1e3 * statistics.median(values):7.1f} ({1e3 * min(values):.1f})")
-    sync = [a + b for a, b in zip(seconds["write"], seconds["update"], strict=True)]
+    sync = [a + b for a, b in zip(seconds["share"], seconds["update"], strict=True)]
     copy = [a + b for a, b in zip(seconds["copy in"], seconds["copy out"], strict=True)]
-    print(f"  {'sync':10}{1e3 * statistics.median(sync):7.1f} ({1e3 * min(sync):.1f})   write + update")
+    print(f"  {'sync':10}{1e3 * statistics.median(sync):7.1f} ({1e3 * min(sync):.1f})   share + update")
     print(f"  {'copy':10}{1e3 * statistics.median(copy):7.1f} ({1e3 * min(copy):.1f})   memory -> shared -> memory")
     print(f"  ratio {statistics.median(sync) / statistics.median(copy):.2f} ({min(sync) / min(copy):.2f}), target 2.00")
 

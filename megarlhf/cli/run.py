@@ -1,6 +1,7 @@
 """What the programs share: errors in one place, signals, the run directory."""
 
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -93,6 +94,21 @@ def check_weights(*models: tuple[str, LayoutArguments]) -> None:
                 cp_comm_type=layout.cp_comm_type,
             )
         HFWeights(pretrain)
+
+
+def check_shared_memory(pretrain: str, *, bf16: bool) -> None:
+    """There must be room for the model's weights; layouts with replicas may take more.
+
+    Raises:
+        ValueError: the weights alone do not fit.
+    """
+    from megarlhf.data import shared_tensors
+    from megarlhf.models.hf_files import HFWeights, read_config
+
+    weights, tied = HFWeights(pretrain), bool(read_config(pretrain).tie_word_embeddings)
+    names = [name for name in weights.names() if not (tied and name == "lm_head.weight")]
+    num_bytes = sum(math.prod(weights.shape(name)) for name in names) * (2 if bf16 else 4)
+    shared_tensors.check_shared_memory(num_bytes, shared_tensors.free_shared_memory())
 
 
 def open_run_directory(save: str, config_yaml: str) -> Path:

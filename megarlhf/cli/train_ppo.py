@@ -9,6 +9,7 @@ from pathlib import Path
 from megarlhf.cli.run import (
     StopSignal,
     all_or_errors,
+    check_shared_memory,
     check_weights,
     model_identity,
     open_run_directory,
@@ -118,6 +119,13 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
     return prompts, evaluation[0].prompts if evaluation else None, tuple(stop_token_ids(tokenizer, model.pretrain))
 
 
+def _check_models(config: PPOConfig) -> None:
+    """The weights of actor and critic, and where vLLM is to read the actor's."""
+    critic = config.model.critic_pretrain or config.model.pretrain
+    check_weights((config.model.pretrain, config.layout), (critic, config.layout_of("critic")))
+    check_shared_memory(config.model.pretrain, bf16=config.model.bf16)
+
+
 def _run(config: PPOConfig, *, dry_run: bool) -> int:
     raise_if(check_ppo(config))
     plan = make_plan(config)
@@ -140,10 +148,7 @@ def _run(config: PPOConfig, *, dry_run: bool) -> int:
         [
             lambda: load_data(config),
             lambda: resumed_step(config.logging, identity),
-            lambda: check_weights(
-                (config.model.pretrain, config.layout),
-                (config.model.critic_pretrain or config.model.pretrain, config.layout_of("critic")),
-            ),
+            lambda: _check_models(config),
             reward.check,
         ]
     )

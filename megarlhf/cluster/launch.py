@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.resource_manager import ResourceManager
-from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedFileSync, TrainingGroup
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync, TrainingGroup
 from megarlhf.cluster.serialization import register_tensors
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
@@ -74,8 +74,6 @@ def start(
         training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
         meeting = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
         _start_workers(groups, meeting, total_steps, config.cluster.start_timeout_seconds)
-        dtype = "bfloat16" if config.model.bf16 else "float32"
-        sync = SharedFileSync(groups["actor"], groups["rollout"], dtype=dtype)
         checkpoints = CheckpointGroup(
             Path(config.logging.save).absolute() / "checkpoints",
             training,
@@ -95,7 +93,7 @@ def start(
                 reward=reward,
                 actor=TrainingGroup(groups["actor"]),
                 critic=TrainingGroup(groups["critic"]) if "critic" in groups else None,
-                sync=sync,
+                sync=SharedMemorySync(groups["actor"], groups["rollout"]),
                 checkpoint=checkpoints,
             ),
             training=training,

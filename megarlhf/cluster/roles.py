@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from megarlhf.cluster.group import WorkerGroup
+from megarlhf.data.shared_tensors import checksum
 from megarlhf.data.types import Prompt, Sample, TrainingRow
 from megarlhf.engine import checkpoint_files
 from megarlhf.trainers.roles import UpdateResult
@@ -75,15 +76,12 @@ class RolloutGroup:
         return sorted(samples, key=lambda sample: (sample.group_id, sample.sample_id))
 
 
-class SharedFileSync:
-    """Weights cross in one file in shared memory: every actor rank writes its part, every engine reads the whole.
+class SharedMemorySync:
+    """Weights are read where the actor's ranks hold them: in shared memory, from the first sync on."""
 
-    The file exists from the first sync to the end of the actor's rank 0.
-    """
-
-    def __init__(self, actor: WorkerGroup, rollout: WorkerGroup, *, dtype: str) -> None:
-        self.actor, self.rollout, self.dtype = actor, rollout, dtype
-        self.path, self.num_bytes = "", 0
+    def __init__(self, actor: WorkerGroup, rollout: WorkerGroup) -> None:
+        self.actor, self.rollout = actor, rollout
+        self._num_bytes = 0
 
     def push(self, version: int) -> dict[str, float]:
         """See WeightSyncRole.
@@ -91,17 +89,18 @@ class SharedFileSync:
         Raises:
             RuntimeError: an engine reports another version or checksum than was sent.
         """
-        if not self.path:
-            first = self.actor.handles[0].create_weight_file.remote(self.dtype)
-            self.path, self.num_bytes = self.actor.wait_for([first], "create_weight_file")[0]
-        checksum = self.actor.call("write_weights", self.path)[0]
-        for engine, reply in enumerate(self.rollout.call("update_weights", self.path, version, checksum)):
-            if (reply["version"], reply["checksum"]) != (version, checksum):
+        if not self._num_bytes:
+            blocks = [block for part in self.actor.call("share_weights") for block in part]
+            self.rollout.call("connect_weights", blocks)
+            self._num_bytes = sum(block.num_bytes for block in blocks)
+        sent = checksum(digest for part in self.actor.call("refresh_shared_weights") for digest in part)
+        for engine, reply in enumerate(self.rollout.call("update_weights", version, sent)):
+            if (reply["version"], reply["checksum"]) != (version, sent):
                 raise RuntimeError(
                     f"rollout engine {engine} holds weights version {reply['version']} with checksum "
-                    f"{reply['checksum']}; version {version} with {checksum} was sent"
+                    f"{reply['checksum']}; version {version} with {sent} was sent"
                 )
-        return {"sync/version": float(version), "sync/bytes": float(self.num_bytes)}
+        return {"sync/version": float(version), "sync/bytes": float(self._num_bytes)}
 
 
 class CheckpointGroup:

@@ -2,8 +2,6 @@
 
 import faulthandler
 import os
-import secrets
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import Prompt, Sample, TrainingRow
-
-SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +54,6 @@ class MegatronWorker:
         register_tensors()
         torch.set_num_threads(spec.threads)
         self.spec = spec
-        self._file: Any = None
 
     def start(self, init_method: str, total_steps: int) -> None:
         """Join the role's groups and load the model."""
@@ -100,39 +96,16 @@ class MegatronWorker:
         """One optimizer step; a StepResult."""
         return self.engine.train_step(rows, self.objective, denominator=denominator)
 
-    def create_weight_file(self, dtype: str) -> tuple[str, int]:
-        """Rank 0 lays out the weight file in shared memory; returns its path and its data bytes.
+    def share_weights(self) -> list[Block]:
+        """Hold this rank's share of the weights in shared memory from now on; what lies where."""
+        from megarlhf.engine.sharing import SharedWeights
 
-        The file has no name but that of this process's descriptor: when the process ends, however it ends, the memory
-        is free.
-        """
-        import torch
+        self._shared_weights = SharedWeights(self.engine)
+        return self._shared_weights.blocks
 
-        from megarlhf.data.tensor_file import TensorFile
-
-        specs = self.engine.weights.tensor_specs(getattr(torch, dtype))
-        needed, free = sum(spec.num_bytes for spec in specs), shutil.disk_usage(SHARED_MEMORY).free
-        if needed > 0.99 * free:
-            raise RuntimeError(
-                f"weights of {needed / 2**30:.2f} GiB do not fit into {SHARED_MEMORY}, where {free / 2**30:.2f} GiB "
-                "are free: make it larger (in a container, --shm-size)"
-            )
-        named = Path(SHARED_MEMORY) / f"megarlhf-{secrets.token_hex(8)}"
-        file = TensorFile.create(named, specs)
-        try:
-            self._weights_descriptor = os.open(named, os.O_RDWR)
-            return f"/proc/{os.getpid()}/fd/{self._weights_descriptor}", file.num_bytes
-        finally:
-            named.unlink()
-            file.close()
-
-    def write_weights(self, path: str) -> str:
-        """Write this rank's part into the weight file; returns the file's checksum once every rank has."""
-        from megarlhf.data.tensor_file import TensorFile
-
-        if self._file is None or str(self._file.path) != path:
-            self._file = TensorFile.open(Path(path), writable=True)
-        return str(self.engine.write_weights(self._file))
+    def refresh_shared_weights(self) -> list[bytes]:
+        """After share_weights: the digests of this rank's blocks, which hold the present weights until it trains on."""
+        return self._shared_weights.refresh()
 
     def export(self, directory: str) -> None:
         """Write the model as a Hugging Face checkpoint; every rank takes part."""
@@ -204,9 +177,13 @@ class RolloutWorker:
             greedy=greedy,
         )
 
-    def update_weights(self, path: str, version: int, checksum: str) -> dict[str, Any]:
+    def connect_weights(self, blocks: Sequence[Block]) -> None:
+        """See RolloutEngine.connect_weights."""
+        self.engine.connect_weights(blocks)
+
+    def update_weights(self, version: int, checksum: str) -> dict[str, Any]:
         """See RolloutEngine.update_weights."""
-        return self.engine.update_weights(path, version, checksum)
+        return self.engine.update_weights(version, checksum)
 
     def sleep(self) -> None:
         """Give the device to other roles."""

@@ -1,11 +1,10 @@
 """A safetensors file of fixed layout that several processes map and write in place.
 
-The weight file of a run lies in shared memory: the trainer's ranks write their tensors into it, the inference
-engines read it. The same class writes the Hugging Face export, since any safetensors reader opens the file.
+The ranks of a run write a Hugging Face export together, each its own parts; any safetensors reader opens the file.
 
 Format: 8 bytes little-endian header length, JSON header, data without holes
 (https://github.com/huggingface/safetensors#format). Safetensors sorts tensors by dtype; here they keep the caller's
-order, so that tensors which another program fuses (q, k, v or gate, up) are adjacent.
+order.
 """
 
 import json
@@ -13,17 +12,14 @@ import math
 import mmap
 import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
-import xxhash
-from torch import Tensor, set_num_threads  # the function itself: vLLM's CPU worker replaces torch's by a no-op
+from torch import Tensor
 
 _DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -41,61 +37,8 @@ _DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
-# Linear layers that inference engines fuse into one, in the order of their rows.
-_FUSED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
 _ALIGNMENT_BYTES = 64  # of the data's start: a cache line, and enough for every vector load
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors limit
-
-
-def adjacent_order(names: Iterable[str]) -> list[str]:
-    """Hugging Face names reordered so that what inference engines fuse is adjacent: q, k, v and gate, up, biases apart.
-
-    Everything else keeps its order. A file in this order is read without vLLM's loader (rollout/weight_transfer.py).
-    """
-    groups: dict[str, list[tuple[int, str]]] = {}
-    for name in names:
-        parts = name.split(".")
-        fused = next((group for group in _FUSED if not set(group).isdisjoint(parts)), ())
-        place = next((i for i, part in enumerate(fused) if part in parts), 0)
-        key = ".".join(fused[0] if part in fused else part for part in parts)
-        groups.setdefault(key, []).append((place, name))
-    return [name for group in groups.values() for _, name in sorted(group)]
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def run_side_by_side(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
-    """The results of `function` in order, computed in threads whose own PyTorch operations use one core each.
-
-    Many operations of a millisecond run faster next to each other than one after the other on all cores: no barrier
-    within each, which costs a time slice wherever a core is busy with something else.
-    """
-    if threads == 1:
-        return [function(item) for item in items]
-    default = torch.get_num_threads()
-    todo = list(enumerate(items))
-    results: dict[int, Result] = {}
-    left = iter(todo)  # shared: whichever thread is free takes the next
-
-    def work() -> None:
-        torch.get_num_threads()  # PyTorch sets a new thread's count at its first use, which must not come later
-        set_num_threads(1)
-        try:
-            for index, item in left:
-                results[index] = function(item)
-        finally:
-            deque(left, maxlen=0)  # after a failure no thread starts another
-
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            for future in [pool.submit(work) for _ in range(threads)]:
-                future.result()
-    finally:
-        set_num_threads(default)  # for threads that start later
-    return [results[index] for index in range(len(todo))]
 
 
 @dataclass(frozen=True)
@@ -248,63 +191,13 @@ class TensorFile:
         """Tensor names in file order."""
         return [spec.name for spec in self.specs]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of tensor data, without the header."""
-        return self._data.numel()
-
     def view(self, name: str) -> Tensor:
         """The tensor itself, sharing memory with the file; KeyError for an unknown name."""
         start, spec = self._places[name]
         return self._data[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)
 
-    def fused_view(self, names: Sequence[str]) -> Tensor | None:
-        """One tensor over several that follow each other in the file, joined along dimension 0.
-
-        None where they are not adjacent in this order, or differ in dtype or in the other dimensions.
-        """
-        specs = [self._places[name] for name in names]
-        start, first = specs[0]
-        rows, end = 0, start
-        for place, spec in specs:
-            if place != end or spec.dtype != first.dtype or not spec.shape or spec.shape[1:] != first.shape[1:]:
-                return None
-            rows, end = rows + spec.shape[0], end + spec.num_bytes
-        return self._data[start:end].view(first.dtype).view(rows, *first.shape[1:])
-
-    def digest(self, name: str) -> bytes:
-        """XXH3-64 of one tensor's bytes, 8 bytes; cheapest right after the tensor was written, from the cache."""
-        start, spec = self._places[name]
-        start += self._data_start
-        return xxhash.xxh3_64_digest(memoryview(self._mapping)[start : start + spec.num_bytes])
-
-    def write(self, name: str, tensor: Tensor) -> bytes:
-        """Copy a tensor of the same shape into the file, converting its dtype; returns its new digest."""
-        view = self.view(name)
-        if tensor.shape != view.shape:
-            given, held = tuple(tensor.shape), tuple(view.shape)
-            raise ValueError(f"tensor {name!r} has shape {given} where the file holds {held}")
-        same_bytes = tensor.dtype == view.dtype and tensor.is_contiguous() and tensor.device.type == "cpu"
-        if same_bytes:  # digested first, which brings into the cache what is then copied
-            digest = xxhash.xxh3_64_digest(tensor.detach().view(-1).view(torch.uint8).numpy().data)
-        view.copy_(tensor)
-        return digest if same_bytes else self.digest(name)
-
-    def checksum(self, digests: Mapping[str, bytes] | None = None) -> str:
-        """32 hex digits over all data: XXH3-128 of the tensors' digests in file order.
-
-        It tells a complete write from a partial or mixed one; it does not withstand an attacker.
-
-        Args:
-            digests: `digest` of every tensor, where the writers already have them; computed here if None.
-        """
-        if digests is None:
-            computed = run_side_by_side(self.digest, self.names, torch.get_num_threads())
-            digests = dict(zip(self.names, computed, strict=True))
-        return xxhash.xxh3_128_hexdigest(b"".join(digests[name] for name in self.names))
-
     def flush(self) -> None:
-        """Write changed pages to the disk and wait (of no use to a file in shared memory)."""
+        """Write changed pages to the disk and wait."""
         self._mapping.flush()
         descriptor = os.open(self.path, os.O_RDONLY)
         try:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megarlhf.data.partial import PartialDirectory, check_partial, partial_path
-from megarlhf.data.tensor_file import run_side_by_side, tensor_places
+from megarlhf.data.side_by_side import run_side_by_side
+from megarlhf.data.tensor_file import tensor_places
 from megarlhf.engine.checkpoint_files import LATEST
 from megarlhf.models.cuts import GlobalWeight
 from megarlhf.parallel.device import num_cores

@@ -19,7 +19,6 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megarlhf.data.packing import pack_rows, plan_micro_batches, unpack
-from megarlhf.data.tensor_file import TensorFile
 from megarlhf.data.types import MicroBatch, TrainingRow
 from megarlhf.engine.objective import Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler
@@ -31,7 +30,7 @@ from megarlhf.models.router_statistics import RouterStatistics
 from megarlhf.models.weights import ModelWeights, source_dtype
 from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, device_kind, release_memory
-from megarlhf.parallel.groups import current_ranks, gathered
+from megarlhf.parallel.groups import current_ranks
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 
 RowResults = dict[int, Tensor]  # index in the caller's rows -> [num_targets] float32 on the CPU
@@ -162,18 +161,10 @@ class MegatronEngine:
             for name, parameter in chunk.named_parameters():
                 yield f"{number}.{name}", parameter
 
-    def write_weights(self, file: TensorFile) -> str:
-        """Write the weights into a file that all ranks have open; all call it, and it returns once all have written.
-
-        Returns:
-            The file's checksum, of which each rank computes a part.
-        """
-        self.settle()
-        digests = gathered(self.weights.write(file))
-        rest = [name for name in file.names if name not in digests]  # what several ranks wrote
-        if rest:
-            digests |= gathered({name: file.digest(name) for name in rest[dist.get_rank() :: dist.get_world_size()]})
-        return file.checksum(digests)
+    def parameter_pools(self) -> list[Tensor]:
+        """The tensors that parameters are views of, where the optimizer keeps them together."""
+        buffers = self._ddp_buffers()
+        return [buffer.param_data for buffer in buffers if buffer.param_data is not None]
 
     def settle(self) -> None:
         """Bring what the last optimizer step changed to every data-parallel rank; all call it before weights are read.
@@ -321,9 +312,13 @@ class MegatronEngine:
         self._reference = {name: tensor.to(device) for name, tensor in self._reference.items()}
 
     def _buffers(self, method: str) -> None:
-        for chunk in self.model:
-            for buffer in chunk.buffers if isinstance(chunk, DistributedDataParallel) else ():
-                getattr(buffer, method)(move_params=True, move_grads=True)
+        for buffer in self._ddp_buffers():
+            getattr(buffer, method)(move_params=True, move_grads=True)
+
+    def _ddp_buffers(self) -> list[Any]:
+        """Megatron-Core's buffers of parameters and gradients, experts' included."""
+        chunks = [chunk for chunk in self.model if isinstance(chunk, DistributedDataParallel)]
+        return [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def _one_or_list(functions: list[Any]) -> Any:

@@ -45,7 +45,7 @@ METRICS: dict[str, str] = {
     "rollout/logprob_diff_mean": "Mean |log-prob in training - log-prob in vLLM| of the same response tokens (nats)",
     "rollout/logprob_diff_max": "Largest such difference in the step (nats)",
     "sync/version": "Policy version that the inference engines hold after the step (count)",
-    "sync/bytes": "Weights moved to the inference engines (bytes)",
+    "sync/bytes": "Weights that each inference engine reads, as the trainer holds them (bytes)",
     "time/rollout_seconds": "Generating responses (seconds)",
     "time/reward_seconds": "Scoring responses (seconds)",
     "time/experience_seconds": "Log-probs, reference log-probs and values of the samples (seconds)",

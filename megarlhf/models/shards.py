@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megarlhf.data.shared_tensors import copy_part
 from megarlhf.models.arch import Split, WeightMap
 
 
@@ -33,8 +34,7 @@ class Shard:
 
     def emit(self, hf_tensor: Tensor) -> None:
         """Copy the Megatron numbers into this rank's part of a whole HF tensor."""
-        part = hf_tensor[self.index]
-        part.view(self.view.shape).copy_(self.view) if part.is_contiguous() else part.copy_(self.view)
+        copy_part(self.view, hf_tensor, self.index)
 
 
 def shards_of(

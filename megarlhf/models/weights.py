@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
-from megarlhf.data.tensor_file import TensorFile, TensorSpec, run_side_by_side
+from megarlhf.data.tensor_file import TensorFile, TensorSpec
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
 from megarlhf.models.families import head_dim
@@ -99,7 +100,7 @@ class ModelWeights:
         )
 
     def hf_names(self) -> list[str]:
-        """Every HF tensor of the whole model, in the order that keeps q, k, v and gate, up adjacent."""
+        """Every HF tensor of the whole model, in the table's order."""
         return [name for weight in self._maps for name in weight.hf]
 
     @torch.no_grad()
@@ -136,12 +137,13 @@ class ModelWeights:
         unknown = {n for n in present - expected - spare if not n.endswith("rotary_emb.inv_freq")}
         problems = [f"missing {sorted(missing)}"] if missing else []
         problems += [f"unknown {sorted(unknown)}"] if unknown else []
-        for name, shape in self.hf_shapes().items():
+        for name, shape in self.hf_shapes.items():
             if name in present and source.shape(name) != shape:
                 problems.append(f"{name} has shape {source.shape(name)}, the configuration says {shape}")
         if problems:
             raise ValueError(f"{source.source}; weights do not fit {self.arch.hf_class}: " + "; ".join(problems))
 
+    @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every HF tensor, from the configuration alone."""
         sizes = self.arch.dimensions(self.hf)
@@ -153,46 +155,32 @@ class ModelWeights:
 
     def tensor_specs(self, dtype: torch.dtype) -> list[TensorSpec]:
         """Layout of a whole HF weight file in one dtype; what Megatron-Core keeps as buffers stays in float32."""
-        shapes = self.hf_shapes()
+        shapes = self.hf_shapes
         return [
             TensorSpec(name, shapes[name], torch.float32 if weight.buffer else dtype)
             for weight in self._maps
             for name in weight.hf
         ]
 
-    @torch.no_grad()
-    def write(self, file: TensorFile) -> dict[str, bytes]:
-        """Write what this rank holds into a weight file that all ranks have open.
+    def handed_out(self) -> list[BoundWeight]:
+        """This rank's share of the weights: all ranks' shares together are the whole model, each number once.
 
-        Replicas share the work: of n ranks with the same weights each writes every n-th. The caller puts a barrier
-        behind.
-
-        Returns:
-            Digests of the tensors that this rank wrote whole, by name.
+        Replicas share the work: of n ranks with the same weights each has every n-th.
         """
         ranks = self.ranks
         dense = [bound for bound in self.bound if bound.exported and not bound.weight.expert]
         experts = [bound for bound in self.bound if bound.exported and bound.weight.expert]
         mine = dense[ranks.replica_rank :: ranks.replica_size]
         mine += experts[ranks.expert_replica_rank :: ranks.expert_replica_size]
-        shards = [
-            shard
-            for bound in mine
-            if bound.weight.split is not Split.REPLICATED or ranks.tp_rank == 0
-            for shard in self.shards(bound, bound.param.data)
-            if shard.view.numel()
-        ]
+        return [bound for bound in mine if bound.weight.split is not Split.REPLICATED or ranks.tp_rank == 0]
 
-        def write_shard(shard: Shard) -> bytes | None:
-            whole = file.view(shard.hf_name)
-            if shard.view.numel() == whole.numel() and shard.view.is_contiguous():
-                return file.write(shard.hf_name, shard.view.view(whole.shape))
-            shard.emit(whole)
-            return file.digest(shard.hf_name) if shard.view.numel() == whole.numel() else None
-
-        on_cpu = all(shard.view.device.type == "cpu" for shard in shards)  # a GPU copies one after the other
-        digests = run_side_by_side(write_shard, shards, torch.get_num_threads() if on_cpu else 1)
-        return {s.hf_name: digest for s, digest in zip(shards, digests, strict=True) if digest is not None}
+    @torch.no_grad()
+    def write(self, file: TensorFile) -> None:
+        """Write this rank's share into a weight file that all ranks have open. The caller puts a barrier behind."""
+        for bound in self.handed_out():
+            for shard in self.shards(bound, bound.param.data):
+                if shard.view.numel():
+                    shard.emit(file.view(shard.hf_name))
 
     @torch.no_grad()
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -206,7 +194,7 @@ class ModelWeights:
         dtype = next(bound.param.dtype for bound in self.bound if not bound.weight.buffer)
         device = self.bound[0].param.device
         by_hf = {bound.weight.hf: bound for bound in self.bound if bound.exported}
-        shapes = self.hf_shapes()
+        shapes = self.hf_shapes
         for weight in self._maps:
             bound = by_hf.get(weight.hf)
             shards = self.shards(bound, bound.param.data) if bound is not None else []

@@ -101,11 +101,11 @@ def initialize_groups(
     torch.manual_seed(seed)
 
 
-def gathered(mine: dict[str, Value]) -> dict[str, Value]:
-    """The dictionaries of all ranks in one. All call it, and none returns before all have."""
+def gathered(mine: Value) -> list[Value]:
+    """Every rank's object, by rank. All call it, and none returns before all have."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
-    return {name: value for part in parts for name, value in part.items()}
+    return parts
 
 
 def destroy_groups() -> None:

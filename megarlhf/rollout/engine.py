@@ -11,6 +11,7 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
+from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import Prompt, Sample
 from megarlhf.rollout.sampling import request_seed
 
@@ -44,7 +45,7 @@ def engine_environment(*, threads: int, tensor_parallel_size: int = 1) -> dict[s
 
 
 class RolloutEngine:
-    """A policy that answers prompts, and takes new weights from a file in shared memory.
+    """A policy that answers prompts, and takes new weights from the trainer's shared memory.
 
     The process should have been started with `engine_environment`; what is missing is set here, as far as it still
     takes effect.
@@ -123,7 +124,6 @@ class RolloutEngine:
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WeightStatus.__name__}",
             **cpu_only,
         )
-        self._llm.init_weight_transfer_engine({"init_info": {}})
 
     @staticmethod
     def _check_length(model_dir: Path, max_model_len: int) -> None:
@@ -217,26 +217,33 @@ class RolloutEngine:
             weight_version=self.weight_version,
         )
 
-    def update_weights(self, path: str | os.PathLike[str], version: int, checksum: str) -> dict[str, Any]:
-        """Take the weights of a file that is complete and does not change meanwhile.
+    def connect_weights(self, blocks: Sequence[Block]) -> None:
+        """Map the memory in which the trainer's ranks hold the weights, before the first update.
 
         Args:
-            path: safetensors file with Hugging Face names (data/tensor_file.py).
+            blocks: of every rank (data/shared_tensors.py), tensors with Hugging Face names.
+        Raises:
+            ValueError: parts that do not make up whole tensors. With tensor_parallel_size > 1 vLLM turns the workers'
+                errors into a RuntimeError with this message inside, here and below.
+        """
+        self._llm.init_weight_transfer_engine({"init_info": {"blocks": list(blocks)}})
+
+    def update_weights(self, version: int, checksum: str) -> dict[str, Any]:
+        """Take the weights as they are now in the trainer's memory, which must not change meanwhile.
+
+        Args:
             version: what `weight_version` of later samples will say.
-            checksum: TensorFile.checksum() of the file.
+            checksum: over the digests of all blocks, in the order of `connect_weights`.
         Returns:
             version and checksum as the workers report them, applied ("direct" or "loader", see weight_transfer.py),
             and the seconds it took.
         Raises:
-            ValueError: wrong checksum; the engine keeps its weights. With tensor_parallel_size > 1 vLLM turns the
-                workers' error into a RuntimeError with this message inside.
+            ValueError: wrong checksum; the engine keeps its weights.
         """
         start = time.perf_counter()
         try:
             self._llm.start_weight_update()
-            self._llm.update_weights(
-                {"update_info": {"path": os.fspath(path), "version": version, "checksum": checksum}}
-            )
+            self._llm.update_weights({"update_info": {"version": version, "checksum": checksum}})
             self._llm.finish_weight_update()
         finally:
             statuses = self._llm.collective_rpc("weight_status")

@@ -1,11 +1,12 @@
-"""vLLM weight-transfer backend that takes a policy's weights from one safetensors file in shared memory.
+"""vLLM weight-transfer backend that reads a policy's weights where the trainer's ranks hold them in shared memory.
 
-The trainer writes the file in place (data/tensor_file.py), then every inference engine on the host is told its path,
-version and checksum. Two ways lead from the file into a model, with equal results:
+The ranks say once what lies where (data/shared_tensors.py). For each update every inference engine on the host is told
+the version and the checksum, and reads while the ranks wait. Two ways lead into a model, with equal results:
 
 - direct, on a CPU without tensor parallelism: vLLM's CPU build keeps each linear weight as a private packed copy (a
-  oneDNN kernel). The new kernels are packed straight from views of the file while the checksum is computed from the
-  same cached bytes, and are put in place only once the checksum is right. It holds both sets for a moment.
+  oneDNN kernel). The new kernels are packed straight from the trainer's memory, or from a copy in the cache where the
+  trainer cuts or arranges a weight otherwise, while the checksum is computed from the same cached bytes. They are put
+  in place only once the checksum is right. It holds both sets for a moment.
 - loader, everywhere else: vLLM's own layerwise reload, which shards, converts and processes by itself.
 
 vLLM 0.32's reload leaves two things wrong on a CPU. The kernel of a tied output head is packed when the model is first
@@ -13,7 +14,6 @@ loaded and never again: `repack_output_heads` does it after every update. Expert
 and merely copied at a reload, unpacked, over the packed ones: `forget_expert_kernels` makes each load a first one.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -35,66 +35,86 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
-from megarlhf.data.tensor_file import TensorFile, run_side_by_side
+from megarlhf.data.shared_tensors import Block, SharedTensors, checksum
+from megarlhf.data.side_by_side import run_side_by_side
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.weight_transfer import WeightTransferConfig
 
-BACKEND = "megarlhf_shared_file"
+BACKEND = "megarlhf_shared_memory"
 MIXED_WEIGHTS = -1  # version of an engine whose update failed halfway
 
 
 @dataclass
-class SharedFileInit(WeightTransferInitInfo):
-    """Nothing needs to be agreed on beforehand."""
+class SharedMemoryInit(WeightTransferInitInfo):
+    """Where the trainer's ranks hold the weights."""
+
+    blocks: list[Block]
 
 
 @dataclass
-class SharedFileUpdate(WeightTransferUpdateInfo):
-    """Where one version of the weights lies."""
+class SharedMemoryUpdate(WeightTransferUpdateInfo):
+    """One version of the weights."""
 
-    path: str  # safetensors file with Hugging Face names
     version: int  # policy version, reported back
-    checksum: str  # TensorFile.checksum() after the last write
+    checksum: str  # over the blocks' digests, by the trainer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pack:
-    """One linear layer, whose kernel is packed from a view over the tensors that it fuses."""
+    """One linear layer, whose kernel is packed from the tensors that it fuses."""
 
     module: LinearBase
     names: list[str]
-    view: Tensor
+    shape: torch.Size  # of the layer's weight
+    dtype: torch.dtype
+    joined: Tensor | None  # view over the tensors; None where their numbers have to be put together
 
-    def packed_kernel(self) -> Any:
-        """What vLLM calls as `module.cpu_linear`, made of the view as it is now; the module is left alone."""
-        staging: Any = SimpleNamespace(weight=self.view)
+    def packed_kernel(self, tensors: SharedTensors) -> Any:
+        """What vLLM calls as `module.cpu_linear`, made of the tensors as they are now; the module is left alone."""
+        weight = self.joined
+        if weight is None:
+            weight, row = torch.empty(self.shape, dtype=self.dtype), 0
+            for name in self.names:
+                rows = tensors.shape(name)[0]
+                tensors.read(name, weight[row : row + rows])
+                row += rows
+        staging: Any = SimpleNamespace(weight=weight)
         self.module.quant_method.process_weights_after_loading(staging)
         return staging.cpu_linear
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Copy:
-    """One tensor of the file, which is copied into (a part of) a parameter."""
+    """One tensor, which is copied into (a part of) a parameter."""
 
     destination: Tensor
-    names: list[str]  # of the one tensor
-    view: Tensor
+    name: str
+
+    @property
+    def names(self) -> list[str]:
+        """As of a Pack."""
+        return [self.name]
 
 
 @dataclass(frozen=True)
 class DirectPlan:
-    """How every tensor of one file reaches every parameter of one model; valid as long as both exist."""
+    """How every shared tensor reaches every parameter of one model; valid as long as both exist."""
 
     packs: list[Pack]
     copies: list[Copy]
+
+    @property
+    def steps(self) -> list[Pack | Copy]:
+        """All of it, the largest first: the embedding is among the copies."""
+        return [*self.copies, *self.packs]
 
 
 def register() -> None:
     """Make the backend known to this process; also the `vllm.general_plugins` entry point, so it may run twice."""
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, SharedFileEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
 
 
 def repack_output_heads(model: nn.Module) -> None:
@@ -118,7 +138,7 @@ def forget_expert_kernels(model: nn.Module) -> None:
                 method.moe_kernel = None
 
 
-def _file_names(model: nn.Module, module_name: str, parameter_name: str) -> list[str]:
+def _fused_names(model: nn.Module, module_name: str, parameter_name: str) -> list[str]:
     """Hugging Face names of the tensors that vLLM fuses into this parameter, in order; one name if it fuses none."""
     prefix, _, leaf = module_name.rpartition(".")
     parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
@@ -129,69 +149,80 @@ def _is_tied(module: nn.Module, embeddings: Sequence[nn.Module]) -> bool:
     return isinstance(module, ParallelLMHead) and any(module.weight is other.weight for other in embeddings)
 
 
-def _plan_pack(module: nn.Module, parameter: Tensor, names: list[str], file: TensorFile) -> Pack | None:
-    """None unless the layer keeps nothing but a packed copy, of exactly the tensor that lies in the file."""
+def _plan_pack(module: nn.Module, parameter: Tensor, names: list[str], tensors: SharedTensors) -> Pack | None:
+    """None unless the layer keeps nothing but a packed copy, of exactly these tensors."""
     if type(module.quant_method) is not UnquantizedLinearMethod or parameter.numel() != 0:
         return None
-    view = file.fused_view(names)
     loaded = get_layerwise_info(module).restore_metadata[0]["weight"]  # the parameter as it was before packing
-    if view is None or view.shape != loaded.shape or view.dtype != loaded.dtype:
+    shapes = [tensors.shape(name) for name in names]
+    if (sum(shape[0] for shape in shapes), *shapes[0][1:]) != tuple(loaded.shape):
         return None
-    return Pack(module, names, view)
+    joined = tensors.joined(names)
+    same_dtype = joined is not None and joined.dtype == loaded.dtype
+    return Pack(
+        module=module, names=names, shape=loaded.shape, dtype=loaded.dtype, joined=joined if same_dtype else None
+    )
 
 
-def _plan_copies(module: nn.Module, parameter: Tensor, names: list[str], file: TensorFile) -> list[Copy] | None:
+def _plan_copies(module: nn.Module, parameter: Tensor, names: list[str], tensors: SharedTensors) -> list[Copy] | None:
     """The tensors' places along dimension 0 of the parameter; None where vLLM's loader would do more than copy."""
     loader = getattr(parameter, "weight_loader", default_weight_loader)
     if loader is not default_weight_loader and not isinstance(module, LinearBase | VocabParallelEmbedding):
         return None
     copies, row = [], 0
     for name in names:
-        view = file.view(name)
-        destination = parameter.data[row : row + view.shape[0]]
-        if destination.shape != view.shape:
+        shape = tensors.shape(name)
+        destination = parameter.data[row : row + shape[0]]
+        if destination.shape != shape:
             return None
-        copies.append(Copy(destination, [name], view))
-        row += view.shape[0]
+        copies.append(Copy(destination=destination, name=name))
+        row += shape[0]
     padded = isinstance(module, VocabParallelEmbedding)  # rows past the vocabulary are zero and stay so
     return copies if padded or row == parameter.shape[0] else None
 
 
-def plan_direct_update(model: nn.Module, file: TensorFile) -> DirectPlan | None:
-    """A plan that covers every parameter and every tensor exactly, or None where only vLLM's loader can do it.
-
-    Fused layers (q, k, v and gate, up) need their parts next to each other in the file.
-    """
+def plan_direct_update(model: nn.Module, tensors: SharedTensors) -> DirectPlan | None:
+    """A plan that covers every parameter and every tensor exactly, or None where only vLLM's loader can do it."""
     packs: list[Pack] = []
     copies: list[Copy] = []
-    unused = set(file.names)
+    unused = set(tensors.names)
     embeddings = [m for m in model.modules() if type(m) is VocabParallelEmbedding]
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if _is_tied(module, embeddings):
                 continue
-            names = _file_names(model, module_name, parameter_name)
+            names = _fused_names(model, module_name, parameter_name)
             if not unused.issuperset(names):
                 return None
             unused.difference_update(names)
             if isinstance(module, LinearBase) and parameter_name == "weight":
-                pack = _plan_pack(module, parameter, names, file)
+                pack = _plan_pack(module, parameter, names, tensors)
                 if pack is None:
                     return None
                 packs.append(pack)
             else:
-                placed = _plan_copies(module, parameter, names, file)
+                placed = _plan_copies(module, parameter, names, tensors)
                 if placed is None:
                     return None
                 copies += placed
     return None if unused else DirectPlan(packs, copies)
 
 
-class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
-    """Applies a whole file per update; `version` and `checksum` tell what the model holds, `applied` how it came in."""
+def _first_touched(steps: Sequence[Pack | Copy], tensors: SharedTensors) -> list[list[int]]:
+    """For each step the blocks that it reads and none before it does."""
+    left, touched = set(range(len(tensors.blocks))), []
+    for step in steps:
+        mine = left.intersection(tensors.blocks_of(step.names))
+        left -= mine
+        touched.append(sorted(mine))
+    return touched
 
-    init_info_cls = SharedFileInit
-    update_info_cls = SharedFileUpdate
+
+class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
+    """Takes all weights at each update; `version` and `checksum` tell what it holds, `applied` how that came in."""
+
+    init_info_cls = SharedMemoryInit
+    update_info_cls = SharedMemoryUpdate
     supports_draft_weight_update = False
 
     def __init__(
@@ -201,8 +232,7 @@ class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
         self.version = 0
         self.checksum = ""
         self.applied: Literal["", "direct", "loader"] = ""
-        self._opened: tuple[str, int, int] | None = None
-        self._file: TensorFile | None = None
+        self._tensors: SharedTensors | None = None
         self._plan: DirectPlan | None = None
         self._direct_allowed = (
             current_platform.is_cpu()
@@ -210,8 +240,11 @@ class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
             and vllm_config.parallel_config.tensor_parallel_size == 1
         )
 
-    def init_transfer_engine(self, init_info: SharedFileInit) -> None:
-        """Nothing to set up: the first update opens the file."""
+    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
+        """Map the trainer's memory, once: mapping anew would fault in every page again."""
+        tensors = SharedTensors(init_info.blocks)
+        self._plan = plan_direct_update(self.model, tensors) if self._direct_allowed else None
+        self._tensors = tensors
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: each update is complete in itself."""
@@ -219,82 +252,78 @@ class SharedFileEngine(WeightTransferEngine[SharedFileInit, SharedFileUpdate]):
     def finish_weight_update(self) -> None:
         """Nothing is pending after an update."""
 
-    def receive_weights(self, update_info: SharedFileUpdate) -> None:
-        """Replace the model's weights by those of the file.
+    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
+        """Replace the model's weights by the trainer's.
 
         Raises:
-            ValueError: the file's bytes do not match the checksum; the model keeps its weights.
-            RuntimeError: the file lacks weights of the model, which is left with a mixture.
+            ValueError: the memory does not match the checksum; the model keeps its weights.
+            RuntimeError: weights of the model are not among them, and it is left with a mixture; or the engine was
+                never told where the weights are.
         """
-        file = self._open(update_info.path)
+        if self._tensors is None:
+            raise RuntimeError("weights cannot be updated before init_weight_transfer_engine has said where they are")
         if self._plan is not None:
-            self._apply_directly(file, self._plan, update_info)
+            self._apply_directly(self._tensors, self._plan, update_info)
         else:
-            self._apply_with_loader(file, update_info)
+            self._apply_with_loader(self._tensors, update_info)
         self.version, self.checksum = update_info.version, update_info.checksum
         self.applied = "loader" if self._plan is None else "direct"
 
     def shutdown(self) -> None:
-        """Unmap the file."""
-        self._plan = self._file = self._opened = None
+        """Unmap the memory."""
+        self._plan = self._tensors = None
 
-    def _open(self, path: str) -> TensorFile:
-        """The mapped file; mapped once, since mapping anew would fault in every page again."""
-        status = os.stat(path)
-        identity = (path, status.st_dev, status.st_ino)  # a new file may have an old one's path
-        if self._file is None or self._opened != identity:
-            self._file, self._opened = TensorFile.open(path), identity
-            self._plan = plan_direct_update(self.model, self._file) if self._direct_allowed else None
-        return self._file
-
-    def _verify(self, found: str, update_info: SharedFileUpdate) -> None:
+    def _verify(self, digests: Sequence[bytes], update_info: SharedMemoryUpdate) -> None:
+        found = checksum(digests)
         if found != update_info.checksum:
             raise ValueError(
                 f"checksum={update_info.checksum} of weight version {update_info.version} does not match {found}, "
-                f"computed from {update_info.path}: the file was incomplete, or changed since the trainer's checksum"
+                "computed from the shared memory: the weights changed since the trainer's checksum"
             )
 
-    def _apply_with_loader(self, file: TensorFile, update_info: SharedFileUpdate) -> None:
+    def _apply_with_loader(self, tensors: SharedTensors, update_info: SharedMemoryUpdate) -> None:
         """vLLM's layerwise reload."""
-        self._verify(file.checksum(), update_info)
+        every = range(len(tensors.blocks))
+        self._verify(run_side_by_side(tensors.digest, every, torch.get_num_threads()), update_info)
         self.version = MIXED_WEIGHTS
         expected = {name for name, _ in self.model.named_parameters()}
         load_weights: Any = self.model.load_weights
         forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
         try:
-            loaded = load_weights((name, file.view(name)) for name in file.names)
+            loaded = load_weights((name, tensors.read(name)) for name in tensors.names)
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
         if missing := sorted(expected - loaded):
-            raise RuntimeError(f"{update_info.path} lacks weights of the model: {', '.join(missing[:8])}")
+            raise RuntimeError(f"the shared memory lacks weights of the model: {', '.join(missing[:8])}")
         repack_output_heads(self.model)
 
-    def _apply_directly(self, file: TensorFile, plan: DirectPlan, update_info: SharedFileUpdate) -> None:
+    def _apply_directly(self, tensors: SharedTensors, plan: DirectPlan, update_info: SharedMemoryUpdate) -> None:
         """Pack new kernels while the checksum is computed, then put them in place."""
-        digests: dict[str, bytes] = {}
+        digests: dict[int, bytes] = {}
 
-        def digest_and_pack(step: Copy | Pack) -> Any:
+        def digest_and_pack(work: tuple[Pack | Copy, list[int]]) -> Any:
+            step, blocks = work
             # The digest brings a layer's bytes into the cache, from which they are packed.
-            digests.update({name: file.digest(name) for name in step.names})
-            return step.packed_kernel() if isinstance(step, Pack) else None
+            digests.update({number: tensors.digest(number) for number in blocks})
+            return step.packed_kernel(tensors) if isinstance(step, Pack) else None
 
-        steps: list[Copy | Pack] = [*plan.copies, *plan.packs]
-        kernels = run_side_by_side(digest_and_pack, steps, torch.get_num_threads())
-        self._verify(file.checksum(digests), update_info)
+        work = zip(plan.steps, _first_touched(plan.steps, tensors), strict=True)
+        kernels = run_side_by_side(digest_and_pack, work, torch.get_num_threads())
+        self._verify([digests[number] for number in range(len(tensors.blocks))], update_info)
         self.version = MIXED_WEIGHTS
         for pack, kernel in zip(plan.packs, kernels[len(plan.copies) :], strict=True):
             pack.module.cpu_linear = kernel
         del kernels
         for copy in plan.copies:
-            copy.destination.copy_(copy.view)
+            tensors.read(copy.name, copy.destination)
         repack_output_heads(self.model)
 
 
 class WeightStatus:
     """Mixed into vLLM's worker class (`worker_extension_cls`), for collective_rpc by name."""
 
-    weight_transfer_engine: SharedFileEngine
+    weight_transfer_engine: SharedMemoryEngine
 
     def weight_status(self) -> dict[str, Any]:
         """Version and checksum of this worker's weights and how they came; version -1: an update failed halfway."""

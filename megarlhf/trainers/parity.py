@@ -112,7 +112,7 @@ def hf_parts(engine: MegatronEngine, *, gradients: bool) -> Iterator[Part]:
     """This rank's gradients or weights under their HF names."""
     engine.settle()
     weights = engine.weights
-    shapes = weights.hf_shapes()
+    shapes = weights.hf_shapes
     for bound in weights.bound:
         if bound.exported and not (gradients and bound.weight.buffer):
             data = bound.param.main_grad if gradients else bound.param.data

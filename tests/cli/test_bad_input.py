@@ -9,8 +9,9 @@ import pytest
 
 from megarlhf.cli import run as run_module
 from megarlhf.cli import train_ppo
-from megarlhf.cli.run import check_weights
+from megarlhf.cli.run import check_shared_memory, check_weights
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.data import shared_tensors
 from tests.cluster.runs import SMALL, write_inputs
 from tests.tiny_models import make_model
 
@@ -105,6 +106,15 @@ def test_truncated_weights(flags: Flags, assets: Path, tmp_path: Path, capsys: p
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert f"pretrain={cut}" in fail(flags | {"--pretrain": str(cut)}, capsys)
+
+
+def test_too_little_shared_memory(
+    flags: Flags, assets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_bytes = (assets / "model" / "model.safetensors").stat().st_size  # float32 already
+    monkeypatch.setattr(shared_tensors, "free_shared_memory", lambda: num_bytes * 3 // 4)
+    assert "do not fit into /dev/shm" in fail(flags, capsys)
+    check_shared_memory(str(assets / "model"), bf16=True)  # half as large
 
 
 @pytest.mark.parametrize(

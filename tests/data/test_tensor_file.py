@@ -5,16 +5,14 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megarlhf.data.tensor_file import TensorFile, TensorSpec, adjacent_order, run_side_by_side
+from megarlhf.data.tensor_file import TensorFile, TensorSpec
 
 SPECS = [
     TensorSpec("b.q", (3, 5), torch.float32),
@@ -53,7 +51,6 @@ def test_layout_keeps_order_and_alignment(path: Path) -> None:
     file = TensorFile.open(path)
     assert file.names == [s.name for s in SPECS] and list(file.specs) == SPECS
     assert file.metadata == {"format": "pt"}
-    assert file.num_bytes == 15 * 4 + 10 * 4 + 4 + 14 + 0 + 3
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     assert (8 + length) % 64 == 0 and json.loads(raw[8 : 8 + length])["a.k"]["data_offsets"] == [60, 100]
@@ -69,47 +66,14 @@ def test_opens_files_of_safetensors(tmp_path: Path) -> None:
 
 def test_another_process_writes_in_place(path: Path) -> None:
     reader = TensorFile.open(path)
-    view, before = reader.view("b.q"), reader.checksum()
+    view = reader.view("b.q")
     code = "from megarlhf.data.tensor_file import TensorFile as T; "
     code += f"T.open({str(path)!r}, writable=True).view('b.q').fill_(7)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-    assert bool((view == 7).all()) and reader.checksum() != before
+    assert bool((view == 7).all())
     reader.close()
     path.unlink()
     assert bool((view == 7).all())
-
-
-def test_checksum_is_the_documented_hash_and_sees_one_bit(path: Path) -> None:
-    file = TensorFile.open(path, writable=True)
-    data = path.read_bytes()[-file.num_bytes :]
-    sizes = [60, 40, 4, 14, 0, 3]
-    parts = [data[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
-    oracle = xxhash.xxh3_128_hexdigest(b"".join(map(xxhash.xxh3_64_digest, parts)))
-    assert file.checksum() == file.checksum({name: file.digest(name) for name in file.names}) == oracle
-    file.view("mask")[-1] ^= True
-    changed = file.checksum()
-    assert changed != oracle
-    file.flush()
-    assert TensorFile.open(path).checksum() == changed
-
-
-def test_write_converts_and_returns_the_digest(path: Path) -> None:
-    file = TensorFile.open(path, writable=True)
-    digest = file.write("half", torch.arange(7.0))
-    assert digest == xxhash.xxh3_64_digest(torch.arange(7.0).bfloat16().view(torch.uint8).numpy().tobytes())
-    assert file.view("half").tolist() == [0, 1, 2, 3, 4, 5, 6]
-    with pytest.raises(ValueError, match=r"\(2, 5\)"):
-        file.write("a.k", torch.zeros(5, 2))
-
-
-def test_fused_view_needs_neighbours(path: Path) -> None:
-    file = TensorFile.open(path)
-    fused = file.fused_view(["b.q", "a.k"])
-    assert fused is not None and torch.equal(fused, torch.cat([values()["b.q"], values()["a.k"]]))
-    assert fused.data_ptr() == file.view("b.q").data_ptr()
-    assert file.fused_view(["a.k", "b.q"]) is None  # other order
-    assert file.fused_view(["b.q", "half"]) is None  # not adjacent
-    assert file.fused_view(["a.k", "scalar"]) is None  # adjacent, other shape
 
 
 def test_create_refuses(tmp_path: Path, path: Path) -> None:
@@ -138,50 +102,3 @@ def test_open_refuses_damage(path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             TensorFile.open(path)
-
-
-def test_adjacent_order_joins_the_parts_of_fused_layers() -> None:
-    names = ["emb", "0.k_proj.bias", "0.k_proj.weight", "0.o_proj.weight", "0.q_proj.bias", "0.q_proj.weight"]
-    names += ["0.up_proj.weight", "0.v_proj.bias", "0.v_proj.weight", "1.k_proj.weight", "0.gate_proj.weight"]
-    ordered = adjacent_order(names)
-    assert ordered == [
-        "emb",
-        *("0.q_proj.bias", "0.k_proj.bias", "0.v_proj.bias"),
-        *("0.q_proj.weight", "0.k_proj.weight", "0.v_proj.weight"),
-        "0.o_proj.weight",
-        *("0.gate_proj.weight", "0.up_proj.weight"),
-        "1.k_proj.weight",
-    ]
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_run_side_by_side_keeps_order_and_thread_counts(threads: int) -> None:
-    before = torch.get_num_threads()
-    seen = run_side_by_side(lambda i: (i, torch.get_num_threads()), range(20), threads)
-    assert seen == [(i, before if threads == 1 else 1) for i in range(20)]
-    assert torch.get_num_threads() == before
-    with pytest.raises(ZeroDivisionError):
-        run_side_by_side(lambda i: 1 // i, range(2), threads)
-
-
-def test_write_gives_the_digests_of_the_checksum(path: Path) -> None:
-    file = TensorFile.open(path, writable=True)
-    changed = {name: torch.ones_like(value) for name, value in values().items()}
-    changed["b.q"] = changed["b.q"].t().contiguous().t()
-    digests = {name: file.write(name, value) for name, value in changed.items()}
-    assert file.checksum(digests) == TensorFile.open(path).checksum()
-    assert all(torch.equal(file.view(name), value) for name, value in changed.items())
-
-
-def test_run_side_by_side_starts_nothing_after_a_failure() -> None:
-    started = []
-
-    def fail_first(index: int) -> None:
-        started.append(index)
-        if index == 0:
-            raise RuntimeError("first")
-        time.sleep(0.05)
-
-    with pytest.raises(RuntimeError, match="first"):
-        run_side_by_side(fail_first, range(40), 2)
-    assert len(started) < 5

@@ -4,10 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megarlhf.data.shared_tensors import SharedTensors, checksum
 from megarlhf.engine.engine import MegatronEngine
+from megarlhf.engine.sharing import SharedWeights
+from megarlhf.parallel.groups import gathered
 from megarlhf.trainers.parity import (
     ObjectiveName,
     compare,
@@ -111,4 +115,16 @@ def assemble(results: list[Parts]) -> dict[str, Tensor]:
         stops[name] = [max(a, b) for a, b in zip(present, stops.get(name, present), strict=True)]
     for name, index, part in (entry for rank in results for entry in rank):
         whole.setdefault(name, torch.full(stops[name], torch.nan))[index] = part
+    return whole
+
+
+def read_shared(shared: SharedWeights) -> dict[str, Tensor]:
+    """Every HF tensor as any process reads it from all ranks' memory; all ranks call it."""
+    digests, blocks = gathered(shared.refresh()), gathered(shared.blocks)
+    tensors = SharedTensors([block for part in blocks for block in part])
+    assert all(block.pieces for block in tensors.blocks)  # nothing that is padding alone
+    found = checksum(tensors.digest(number) for number in range(len(tensors.blocks)))
+    assert found == checksum(digest for part in digests for digest in part)
+    whole = {name: tensors.read(name) for name in tensors.names}
+    dist.barrier()
     return whole

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from megarlhf.data.tensor_file import TensorFile
+from megarlhf.engine.sharing import SharedWeights
+from tests.distributed.cases import read_shared
 from tests.distributed.layouts import LATENT_LAYOUTS, LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
@@ -25,8 +27,8 @@ ALL_LAYOUTS = DENSE | MOE | LATENT
 
 def round_trip(
     rank: int, world_size: int, init_method: str, layout: Layout, source: Path, target: Path
-) -> dict[str, bytes]:
-    """Load, write a weight file from every rank, and stream the same weights."""
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Load, write a weight file from every rank, stream the same weights, and read them from the ranks' memory."""
     import torch.distributed as dist
 
     with world(layout, rank, init_method):
@@ -34,9 +36,9 @@ def round_trip(
         if rank == 0:
             TensorFile.create(target, engine.weights.tensor_specs(torch.float32)).close()
         dist.barrier()
-        file = TensorFile.open(target, writable=True)
-        assert engine.write_weights(file) == file.checksum()
-        return {name: tensor.numpy().tobytes() for name, tensor in engine.weights.iter_hf_weights()}
+        engine.weights.write(TensorFile.open(target, writable=True))
+        stream = {name: tensor.numpy().tobytes() for name, tensor in engine.weights.iter_hf_weights()}
+        return stream, {name: tensor.numpy().tobytes() for name, tensor in read_shared(SharedWeights(engine)).items()}
 
 
 @pytest.mark.parametrize(("family", "tied", "name"), CASES)
@@ -44,10 +46,10 @@ def test_round_trip_is_bit_exact(ranks: RankPool, tmp_path: Path, family: str, t
     layout = ALL_LAYOUTS[name]
     source = make_model(tmp_path / "model", family=family, tied=tied)
     target = tmp_path / "out.safetensors"
-    streams = ranks.run(layout.world_size, round_trip, layout, source, target)
+    found = ranks.run(layout.world_size, round_trip, layout, source, target)
     expected, written = load_file(source / "model.safetensors"), load_file(target)
-    assert set(written) == set(expected)
+    assert all(set(names) == set(expected) for names in (written, *(shared for _, shared in found)))
     for tensor_name, tensor in expected.items():
         assert torch.equal(written[tensor_name], tensor), tensor_name
-        for stream in streams:
-            assert stream[tensor_name] == tensor.numpy().tobytes(), tensor_name
+        for stream, shared in found:
+            assert stream[tensor_name] == shared[tensor_name] == tensor.numpy().tobytes(), tensor_name

@@ -1,4 +1,4 @@
-"""Tiny model directories with tokenizers, weight files, and log-probs by Transformers."""
+"""Tiny model directories with tokenizers, weights in shared memory, and log-probs by Transformers."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from megarlhf.data.tensor_file import TensorFile, TensorSpec, adjacent_order
+from megarlhf.data.shared_tensors import Block, Piece, checksum, describe_block, digest, shared_copies
 from megarlhf.data.types import Prompt, Sample
 from tests.tiny_models import VOCAB_SIZE, make_model
 
@@ -32,17 +32,66 @@ def perturbed(model_dir: Path, seed: int) -> PreTrainedModel:
     return model
 
 
-def write_weights(
-    path: Path, model: PreTrainedModel, *, adjacent: bool = True, dtype: torch.dtype = torch.float32
-) -> str:
-    """Put a model's weights into a new file, the parts of fused layers together if `adjacent`; returns the checksum."""
+class SharedModel:
+    """A model's weights in this process's shared memory.
+
+    Arranged as one trainer rank has them, what vLLM fuses in one block; `cut`: each matrix as halves of its columns
+    in two blocks.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, cut: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        self.cut = cut
+        self._tensors: list[torch.Tensor] = []
+        self.blocks: list[Block] = []
+        for fused in _fused_weights(model):
+            halves = 2 if cut and all(tensor.dim() == 2 for tensor in fused.values()) else 1
+            for half in range(halves):
+                parts = {name: tensor.chunk(halves, dim=-1)[half] for name, tensor in fused.items()}
+                (block,) = shared_copies([torch.cat(list(parts.values())).to(dtype).contiguous()])
+                self._tensors.append(block)
+                self.blocks.append(describe_block(block, _pieces(fused, parts, half)))
+
+    def checksum(self) -> str:
+        """What the trainer would send."""
+        return checksum(map(digest, self._tensors))
+
+    def write(self, model: PreTrainedModel) -> None:
+        """Another model's weights into the same memory, as training changes them."""
+        for mine, other in zip(self._tensors, SharedModel(model, cut=self.cut)._tensors, strict=True):
+            mine.copy_(other)
+
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _fused_weights(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    """A checkpoint's tensors, those that vLLM fuses together and in its order."""
     with TemporaryDirectory() as scratch:  # a checkpoint has the experts one by one, and no tied head
         model.save_pretrained(scratch)
         tensors = load_file(Path(scratch) / "model.safetensors")
-    names = adjacent_order(tensors) if adjacent else sorted(tensors)
-    specs = [TensorSpec(name, tuple(tensors[name].shape), dtype) for name in names]
-    file = TensorFile.create(path, specs)
-    return file.checksum({name: file.write(name, tensors[name]) for name in names})
+    groups: dict[str, list[str]] = {}
+    for name in tensors:
+        parts = name.split(".")
+        fused = next((group for group in _FUSED if "experts" not in name and not set(group).isdisjoint(parts)), ())
+        groups.setdefault(".".join(fused[0] if part in fused else part for part in parts), []).append(name)
+    order = [part for group in _FUSED for part in group]
+
+    def place(name: str) -> int:
+        return next((i for i, part in enumerate(order) if part in name.split(".")), 0)
+
+    return [{name: tensors[name] for name in sorted(names, key=place)} for names in groups.values()]
+
+
+def _pieces(fused: dict[str, torch.Tensor], parts: dict[str, torch.Tensor], half: int) -> list[Piece]:
+    pieces, offset = [], 0
+    for name, part in parts.items():
+        *rows, columns = part.shape
+        index = (*(slice(0, length) for length in rows), slice(half * columns, (half + 1) * columns))
+        whole, size = tuple(fused[name].shape), tuple(part.shape)
+        stride = torch.empty(size).stride()
+        pieces.append(Piece(name=name, shape=whole, index=index, offset=offset, size=size, stride=stride))
+        offset += part.numel()
+    return pieces
 
 
 def transformers_log_probs(model: PreTrainedModel, sample: Sample, temperature: float) -> torch.Tensor:

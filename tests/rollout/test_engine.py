@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megarlhf.data.tensor_file import TensorFile
 from megarlhf.data.types import Sample
+from megarlhf.rollout import weight_transfer
 from megarlhf.rollout.engine import RolloutEngine, engine_environment
-from tests.rollout.models import make_engine_model, make_prompts, perturbed, transformers_log_probs, write_weights
+from tests.rollout.models import SharedModel, make_engine_model, make_prompts, perturbed, transformers_log_probs
 
 PROMPTS = make_prompts([5, 40, 70])
 OPTIONS: dict[str, Any] = {
@@ -142,72 +142,88 @@ def test_environment_shares_threads_over_ranks() -> None:
         engine_environment(threads=1, tensor_parallel_size=2)
 
 
-@pytest.mark.parametrize("adjacent", [True, False], ids=["direct", "loader"])
-def test_update_brings_new_weights(engine: RolloutEngine, model_dir: Path, tmp_path: Path, adjacent: bool) -> None:
+@pytest.fixture(params=["direct", "cut", "loader"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How weights come in: packed from views, from parts in several blocks, or by vLLM's loader."""
+    if request.param == "loader":
+        monkeypatch.setattr(weight_transfer, "plan_direct_update", lambda model, tensors: None)
+    return str(request.param)
+
+
+def update(engine: RolloutEngine, shared: SharedModel, version: int) -> dict[str, Any]:
+    return engine.update_weights(version, shared.checksum())
+
+
+def test_update_brings_new_weights(engine: RolloutEngine, model_dir: Path, way: str) -> None:
     model = perturbed(model_dir, seed=1)
-    path = tmp_path / "weights.safetensors"
-    checksum = write_weights(path, model, adjacent=adjacent)
-    reported = engine.update_weights(path, 5, checksum)
-    assert (reported["version"], reported["checksum"]) == (5, checksum) and reported["seconds"] > 0
-    assert reported["applied"] == ("direct" if adjacent else "loader")
+    shared = SharedModel(model, cut=way == "cut")
+    engine.connect_weights(shared.blocks)
+    reported = update(engine, shared, 5)
+    assert (reported["version"], reported["checksum"]) == (5, shared.checksum()) and reported["seconds"] > 0
+    assert reported["applied"] == ("loader" if way == "loader" else "direct")
     samples = engine.generate(PROMPTS, **OPTIONS)
     assert worst_difference(model, samples) < 1e-4
     assert {s.weight_version for s in samples} == {5}
 
-    # Written in place, in the same mapping, as the trainer does at every later step.
-    model, file = perturbed(model_dir, seed=2), TensorFile.open(path, writable=True)
-    digests = {name: file.write(name, tensor.detach()) for name, tensor in model.named_parameters()}
-    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) > 1e-2  # nothing in the engine aliases the file
-    engine.update_weights(path, 6, file.checksum(digests))
+    # Changed in place, as the trainer does at every later step: nothing in the engine looks into its memory.
+    model = perturbed(model_dir, seed=2)
+    shared.write(model)
+    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) > 1e-2
+    update(engine, shared, 6)
     assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
 
 
-@pytest.mark.parametrize("adjacent", [True, False], ids=["direct", "loader"])
 def test_without_repacking_the_tied_head_stays_stale(
-    engine: RolloutEngine, model_dir: Path, tmp_path: Path, adjacent: bool, monkeypatch: pytest.MonkeyPatch
+    engine: RolloutEngine, model_dir: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trap that `repack_output_heads` is for: everything is new but the head."""
-    from megarlhf.rollout import weight_transfer
-
-    model = perturbed(model_dir, seed=30 + adjacent)
-    path = tmp_path / "weights.safetensors"
-    checksum = write_weights(path, model, adjacent=adjacent)
+    model = perturbed(model_dir, seed=30 + ["direct", "cut", "loader"].index(way))
+    shared = SharedModel(model, cut=way == "cut")
+    engine.connect_weights(shared.blocks)
     with monkeypatch.context() as patch:
         patch.setattr(weight_transfer, "repack_output_heads", lambda model: None)
-        engine.update_weights(path, 7, checksum)
+        update(engine, shared, 7)
     assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) > 1e-2
-    engine.update_weights(path, 8, checksum)
+    update(engine, shared, 8)
     assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
 
 
-@pytest.mark.parametrize("adjacent", [True, False], ids=["direct", "loader"])
-def test_wrong_checksum_changes_nothing(engine: RolloutEngine, model_dir: Path, tmp_path: Path, adjacent: bool) -> None:
+def test_wrong_checksum_changes_nothing(engine: RolloutEngine, model_dir: Path, way: str) -> None:
     model = perturbed(model_dir, seed=4)
-    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
-    engine.update_weights(good, 9, write_weights(good, model, adjacent=adjacent))
-    checksum = write_weights(bad, perturbed(model_dir, seed=5), adjacent=adjacent)
-    TensorFile.open(bad, writable=True).view("model.norm.weight")[0] += 1
-    with pytest.raises(ValueError, match=f"checksum={checksum} of weight version 10 does not match"):
-        engine.update_weights(bad, 10, checksum)
+    shared = SharedModel(model, cut=way == "cut")
+    engine.connect_weights(shared.blocks)
+    update(engine, shared, 9)
+    sent = shared.checksum()
+    shared.write(perturbed(model_dir, seed=5))
+    with pytest.raises(ValueError, match=f"checksum={sent} of weight version 10 does not match"):
+        engine.update_weights(10, sent)
     samples = engine.generate(PROMPTS, **OPTIONS)
     assert {s.weight_version for s in samples} == {9}
     assert worst_difference(model, samples) < 1e-4
 
 
-def test_file_without_a_weight_is_refused_and_a_whole_one_repairs(
-    engine: RolloutEngine, model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_missing_weight_is_refused_and_whole_weights_repair(engine: RolloutEngine, model_dir: Path) -> None:
     model = perturbed(model_dir, seed=6)
-    partial, whole = tmp_path / "partial.safetensors", tmp_path / "whole.safetensors"
     norm, model.model.norm = model.model.norm, None
-    checksum = write_weights(partial, model)
+    partial = SharedModel(model)
     model.model.norm = norm
+    engine.connect_weights(partial.blocks)
     with pytest.raises(RuntimeError, match=r"lacks weights of the model: model\.norm\.weight"):
-        engine.update_weights(partial, 11, checksum)
+        update(engine, partial, 11)
     with pytest.raises(RuntimeError, match="failed halfway"):
         engine.generate(PROMPTS, **OPTIONS)
-    engine.update_weights(whole, 12, write_weights(whole, model))
+    whole = SharedModel(model)
+    engine.connect_weights(whole.blocks)
+    update(engine, whole, 12)
     assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
+
+
+def test_an_engine_that_knows_no_memory_says_so(engine: RolloutEngine) -> None:
+    version = engine.weight_version
+    engine._llm.collective_rpc("shutdown_weight_transfer_engine")
+    with pytest.raises(RuntimeError, match="before init_weight_transfer_engine has said where they are"):
+        engine.update_weights(version + 1, "0" * 32)
+    assert engine.weight_version == version
 
 
 def test_sleep_and_wake_leave_a_cpu_engine_as_it_is(engine: RolloutEngine) -> None:

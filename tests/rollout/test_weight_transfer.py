@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megarlhf.data.types import Sample
+from megarlhf.rollout import weight_transfer
 from megarlhf.rollout.engine import RolloutEngine
-from tests.rollout.models import make_engine_model, make_prompts, perturbed, transformers_log_probs, write_weights
+from tests.rollout.models import SharedModel, make_engine_model, make_prompts, perturbed, transformers_log_probs
 
 pytestmark = pytest.mark.slow
 PROMPTS = make_prompts([5, 40, 70])
@@ -61,21 +62,26 @@ def assert_parity(samples: list[Sample], model: torch.nn.Module) -> None:
         ("gemma3", True),
     ],
 )
-def test_direct_and_loader_agree_with_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+def test_direct_and_loader_agree_with_transformers(
+    tmp_path: Path, family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model_dir = make_engine_model(tmp_path / "model", family=family, tied=tied)
     model = perturbed(model_dir, seed=1)
     engine = start(model_dir)
     try:
         results = []
-        for version, adjacent in enumerate([True, False, True], start=1):
-            path = tmp_path / f"{version}.safetensors"
-            engine.update_weights(path, version, write_weights(path, perturbed(model_dir, seed=9), adjacent=adjacent))
-            path.unlink()
-            checksum = write_weights(path, model, adjacent=adjacent)  # a new file under the old path
-            reported = engine.update_weights(path, version, checksum)
-            assert reported["applied"] == ("direct" if adjacent else "loader")
+        for way in ("direct", "cut", "loader", "direct"):
+            with monkeypatch.context() as patch:
+                if way == "loader":
+                    patch.setattr(weight_transfer, "plan_direct_update", lambda model, tensors: None)
+                shared = SharedModel(perturbed(model_dir, seed=9), cut=way == "cut")
+                engine.connect_weights(shared.blocks)
+            engine.update_weights(1, shared.checksum())
+            shared.write(model)
+            reported = engine.update_weights(2, shared.checksum())
+            assert reported["applied"] == ("loader" if way == "loader" else "direct")
             results.append([(s.response_ids, s.rollout_log_probs) for s in generate(engine)])
-        assert results[0] == results[1] == results[2]
+        assert all(result == results[0] for result in results)
         assert_parity(generate(engine), model)
     finally:
         engine.close()
@@ -84,38 +90,37 @@ def test_direct_and_loader_agree_with_transformers(tmp_path: Path, family: str, 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe"])
 def test_experts_are_packed_again(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap that `forget_expert_kernels` is for: without it experts compute with unpacked weights."""
-    from megarlhf.rollout import weight_transfer
-
     model_dir = make_engine_model(tmp_path / "model", family=family, tied=False)
     model = perturbed(model_dir, seed=1)
-    path = tmp_path / "weights.safetensors"
-    checksum = write_weights(path, model)
+    shared = SharedModel(model)
     engine = start(model_dir)
+    engine.connect_weights(shared.blocks)
     try:
         if family == "mixtral":  # the others' experts are padded for the CPU, so that vLLM fails aloud
             with monkeypatch.context() as patch:
                 patch.setattr(weight_transfer, "forget_expert_kernels", lambda model: None)
-                engine.update_weights(path, 1, checksum)
+                engine.update_weights(1, shared.checksum())
             sample = generate(engine)[0]
             wrong = torch.tensor(sample.rollout_log_probs) - transformers_log_probs(model, sample, 1.0)
             assert float(wrong.abs().max()) > 1e-2
         for version in (2, 3):
-            engine.update_weights(path, version, checksum)
+            engine.update_weights(version, shared.checksum())
             assert_parity(generate(engine), model)
     finally:
         engine.close()
 
 
-def test_bfloat16_engine_takes_float32_and_bfloat16_files(tmp_path: Path) -> None:
+def test_bfloat16_engine_takes_float32_and_bfloat16_weights(tmp_path: Path) -> None:
     model_dir = make_engine_model(tmp_path / "model")
     model = perturbed(model_dir, seed=1)
     engine = start(model_dir, dtype="bfloat16")
     try:
         before = [(s.response_ids, s.rollout_log_probs) for s in generate(engine)]
         results = []
-        for version, dtype in enumerate([torch.float32, torch.bfloat16], start=1):  # by the loader, directly
-            path = tmp_path / f"{version}.safetensors"
-            engine.update_weights(path, version, write_weights(path, model, dtype=dtype))
+        for version, dtype in enumerate([torch.float32, torch.bfloat16], start=1):
+            shared = SharedModel(model, dtype=dtype)
+            engine.connect_weights(shared.blocks)
+            assert engine.update_weights(version, shared.checksum())["applied"] == "direct"
             results.append([(s.response_ids, s.rollout_log_probs) for s in generate(engine)])
         assert results[0] == results[1] != before
     finally:
@@ -129,13 +134,13 @@ def test_two_tensor_parallel_ranks(tmp_path: Path, tied: bool) -> None:
     try:
         for version in (1, 2):
             model = perturbed(model_dir, seed=version)
-            path = tmp_path / f"{version}.safetensors"
-            checksum = write_weights(path, model)
-            reported = engine.update_weights(path, version, checksum)
-            assert (reported["version"], reported["checksum"]) == (version, checksum)
+            shared = SharedModel(model, cut=version == 2)
+            engine.connect_weights(shared.blocks)
+            reported = engine.update_weights(version, shared.checksum())
+            assert (reported["version"], reported["checksum"]) == (version, shared.checksum())
             assert_parity(generate(engine), model)
         with pytest.raises(RuntimeError, match="does not match"):
-            engine.update_weights(path, 3, "0" * 32)
+            engine.update_weights(3, "0" * 32)
         assert {s.weight_version for s in generate(engine)} == {2}
         assert len(engine.info()["weight_status"]) == 2
     finally:

@@ -1,0 +1,252 @@
+"""Tensors of one process that other processes on the host read where they lie.
+
+The trainer's ranks hold blocks of shared memory, in whatever arrangement they compute with, and say which numbers of a
+block are which part of which named tensor. A reader maps the same memory and looks at whole tensors, or puts them
+together. Who reads when is the caller's affair; digests of the bytes tell whether both saw the same.
+"""
+
+import math
+import mmap
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+import xxhash
+from torch import Tensor
+
+SHARED_MEMORY = "/dev/shm"  # the file system whose size limits what a host can share
+
+_ALIGNMENT_BYTES = 64  # of each block that is moved: a cache line, and enough for every vector load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a named tensor, and where its numbers are in a block."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    index: tuple[slice, ...]  # of the part in the whole tensor: a start and a stop for each dimension
+    offset: int  # of the part's first number in the block
+    size: tuple[int, ...]  # of the part as it lies in the block, which may take more dimensions than the tensor has
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Contiguous numbers in the shared memory of one process."""
+
+    path: str  # of the memory: /proc/<process>/fd/<descriptor>, there for as long as the process is
+    start: int  # bytes
+    length: int  # numbers
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the block."""
+        return self.length * self.dtype.itemsize
+
+
+def copy_part(source: Tensor, whole: Tensor, index: tuple[slice, ...]) -> None:
+    """Copy the numbers of a part, which `source` may hold in more dimensions, into their place in the whole tensor."""
+    part = whole[index]
+    (part.view(source.shape) if part.is_contiguous() else part).copy_(source)
+
+
+def whole_piece(name: str, tensor: Tensor) -> Piece:
+    """A tensor that is a block to itself."""
+    shape = tuple(tensor.shape)
+    index = tuple(slice(0, length) for length in shape)
+    return Piece(name=name, shape=shape, index=index, offset=0, size=shape, stride=tensor.stride())
+
+
+def digest(tensor: Tensor) -> bytes:
+    """XXH3-64 of a contiguous CPU tensor's bytes: 8 bytes."""
+    return xxhash.xxh3_64_digest(tensor.detach().view(-1).view(torch.uint8).numpy().data)
+
+
+def checksum(digests: Iterable[bytes]) -> str:
+    """32 hex digits over blocks: XXH3-128 of their digests in order.
+
+    It tells a complete version from a partial or mixed one; it does not withstand an attacker.
+    """
+    return xxhash.xxh3_128_hexdigest(b"".join(digests))
+
+
+def check_shared_memory(num_bytes: int, free_bytes: int) -> None:
+    """Compare what is to be shared with `free_shared_memory` at a time.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if num_bytes > 0.99 * free_bytes:
+        raise ValueError(
+            f"weights of {num_bytes / 2**30:.2f} GiB do not fit into {SHARED_MEMORY}, where {free_bytes / 2**30:.2f} "
+            "GiB are free (vLLM reads them there): make it larger (in a container, --shm-size)"
+        )
+
+
+def free_shared_memory() -> int:
+    """Bytes that processes of this host can still share."""
+    return shutil.disk_usage(SHARED_MEMORY).free
+
+
+def bytes_to_move(tensors: Sequence[Tensor], pools: Sequence[Tensor]) -> int:
+    """Shared memory that `move_to_shared_memory` would take, in bytes."""
+    pooled = {pool.untyped_storage().data_ptr() for pool in pools}
+    outside = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in pooled]
+    storages = [pool.untyped_storage() for pool in pools if not _is_shared(pool)]
+    return sum(storage.nbytes() for storage in storages) + _region_bytes([t for t in outside if not _is_shared(t)])
+
+
+def move_to_shared_memory(tensors: Sequence[Tensor], pools: Sequence[Tensor]) -> None:
+    """Bring CPU tensors' numbers into shared memory; the tensors are used as before, and others can read them.
+
+    Addresses change: what holds one (a NumPy array, an operation under way) must not be used afterwards.
+
+    Args:
+        pools: larger tensors that some of `tensors` are views of. Their storages are moved whole, and every view moves
+            along. Every other tensor must have its memory to itself: its `data` is set to a place in a new region.
+    """
+    for pool in pools:
+        pool.untyped_storage().share_memory_()
+    outside = [tensor for tensor in tensors if not _is_shared(tensor)]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in outside), "views of a missing pool"
+    for tensor, place in zip(outside, shared_copies(outside), strict=True):
+        tensor.data = place
+
+
+def shared_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors of any device, in one new region of shared memory."""
+    if not tensors:
+        return []
+    region = torch.empty(_region_bytes(tensors), dtype=torch.uint8)
+    region.untyped_storage().share_memory_()
+    copies, start = [], 0
+    for tensor in tensors:
+        place = region[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies.append(place.copy_(tensor.detach()))
+        start += _region_bytes([tensor])
+    return copies
+
+
+def describe_block(tensor: Tensor, pieces: Sequence[Piece]) -> Block:
+    """A contiguous tensor that lies in shared memory, as other processes find it."""
+    assert tensor.is_contiguous() and _is_shared(tensor)
+    descriptor, _ = tensor.untyped_storage()._share_fd_cpu_()  # the storage's own; it stays open as long as that lives
+    return Block(
+        path=f"/proc/{os.getpid()}/fd/{descriptor}",
+        start=int(tensor.storage_offset()) * tensor.dtype.itemsize,
+        length=tensor.numel(),
+        dtype=tensor.dtype,
+        pieces=tuple(pieces),
+    )
+
+
+class SharedTensors:
+    """Named tensors over blocks of other processes.
+
+    The memory is mapped for reading: writing into a view ends the process with SIGSEGV.
+
+    Raises:
+        ValueError: pieces that do not make up whole tensors.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = list(blocks)
+        regions = {path: _map(path) for path in dict.fromkeys(block.path for block in blocks)}
+        self._memory = [
+            regions[block.path][block.start : block.start + block.num_bytes].view(block.dtype) for block in blocks
+        ]
+        self._pieces: dict[str, list[tuple[int, Piece]]] = {}  # with the number of their block
+        for number, block in enumerate(blocks):
+            for piece in block.pieces:
+                self._pieces.setdefault(piece.name, []).append((number, piece))
+        for name, parts in self._pieces.items():
+            alike = {(piece.shape, blocks[number].dtype) for number, piece in parts} == {
+                (self.shape(name), self.dtype(name))
+            }
+            if not (alike and _cover([piece for _, piece in parts], self.shape(name))):
+                raise ValueError(f"the shared parts of {name!r} do not make up a tensor of shape {self.shape(name)}")
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names in the order of the blocks."""
+        return list(self._pieces)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor; KeyError for an unknown name."""
+        return self._pieces[name][0][1].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor's numbers."""
+        return self.blocks[self._pieces[name][0][0]].dtype
+
+    def blocks_of(self, names: Iterable[str]) -> list[int]:
+        """Numbers of the blocks in which these tensors lie."""
+        return list(dict.fromkeys(number for name in names for number, _ in self._pieces[name]))
+
+    def digest(self, number: int) -> bytes:
+        """`digest` of a block as it is now."""
+        return digest(self._memory[number])
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A copy of a whole tensor, in `out` if given, which may be of another dtype."""
+        if out is None:
+            out = torch.empty(self.shape(name), dtype=self.dtype(name))
+        for number, piece in self._pieces[name]:
+            copy_part(self._view(number, piece), out, piece.index)
+        return out
+
+    def joined(self, names: Sequence[str]) -> Tensor | None:
+        """One view over tensors that follow each other in one block, joined along dimension 0.
+
+        None where they do not, or are cut, or differ in the other dimensions.
+        """
+        held = [entry for name in names for entry in self._pieces[name]]
+        number, first = held[0]
+        end = first.offset
+        for block, piece in held:
+            in_order = (block, piece.offset) == (number, end) and self._view(block, piece).is_contiguous()
+            if not in_order or len(held) != len(names) or piece.shape[1:] != first.shape[1:]:
+                return None
+            end += math.prod(piece.shape)
+        return self._memory[number][first.offset : end].view(-1, *first.shape[1:])
+
+    def _view(self, number: int, piece: Piece) -> Tensor:
+        memory = self._memory[number]
+        return memory.as_strided(piece.size, piece.stride, memory.storage_offset() + piece.offset)
+
+
+def _cover(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bool:
+    """Whether pieces are a tensor, each number once."""
+    lengths = [math.prod(part.stop - part.start for part in piece.index) for piece in pieces]
+    inside = all(0 <= part.start <= part.stop <= n for p in pieces for part, n in zip(p.index, shape, strict=True))
+    apart = all(
+        any(a.stop <= b.start or b.stop <= a.start for a, b in zip(one.index, other.index, strict=True))
+        for one, other in combinations(pieces, 2)
+    )
+    same_sizes = lengths == [math.prod(piece.size) for piece in pieces]
+    return inside and apart and same_sizes and sum(lengths) == math.prod(shape)
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().is_shared()
+
+
+def _region_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of a region for these, each aligned."""
+    return sum(-(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for tensor in tensors)
+
+
+def _map(path: str) -> Tensor:
+    """The bytes of a region."""
+    with open(path, "rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    with warnings.catch_warnings():  # the mapping is read-only and so is the tensor, as documented
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapping, dtype=torch.uint8)

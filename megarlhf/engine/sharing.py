@@ -1,0 +1,90 @@
+"""A rank's weights in shared memory, where inference engines on the host read them."""
+
+import torch
+from torch import Tensor
+
+from megarlhf.data.shared_tensors import (
+    Block,
+    Piece,
+    bytes_to_move,
+    check_shared_memory,
+    describe_block,
+    digest,
+    free_shared_memory,
+    move_to_shared_memory,
+    shared_copies,
+)
+from megarlhf.data.side_by_side import run_side_by_side
+from megarlhf.engine.engine import MegatronEngine
+from megarlhf.models.weights import BoundWeight, ModelWeights
+from megarlhf.parallel.groups import gathered
+
+
+class SharedWeights:
+    """What this rank hands out of the weights, for readers in other processes (data/shared_tensors.py).
+
+    On a CPU the parameters themselves move into shared memory: there is nothing to write before a reader comes, but it
+    must be done before training goes on. A GPU's have a copy there, which `refresh` renews.
+
+    All ranks make it together.
+
+    Raises:
+        ValueError: shared memory is too small for all of them.
+    """
+
+    def __init__(self, engine: MegatronEngine) -> None:
+        self._engine = engine
+        engine.settle()  # nothing may be on its way into memory that is about to move
+        pieces = [(bound, _pieces(engine.weights, bound)) for bound in engine.weights.handed_out()]
+        pieces = [(bound, held) for bound, held in pieces if held]  # not what is padding alone
+        self._bound = [bound for bound, _ in pieces]
+        data = [bound.param for bound in self._bound]
+        self._on_cpu = all(tensor.device.type == "cpu" for tensor in data)
+        pools = engine.parameter_pools() if self._on_cpu else []
+        needed = bytes_to_move(data, pools) if self._on_cpu else sum(tensor.nbytes for tensor in data)
+        asked = gathered((needed, free_shared_memory()))  # all look before any takes some
+        check_shared_memory(sum(mine for mine, _ in asked), min(free for _, free in asked))
+        if self._on_cpu:
+            move_to_shared_memory(data, pools)
+        self._shared: list[Tensor] = [t.data for t in data] if self._on_cpu else shared_copies(data)
+        self.blocks: list[Block] = [
+            describe_block(shared, held) for shared, (_, held) in zip(self._shared, pieces, strict=True)
+        ]
+
+    @torch.no_grad()
+    def refresh(self) -> list[bytes]:
+        """Make the blocks hold the weights as they are now; all ranks call it.
+
+        Returns:
+            The blocks' digests.
+        """
+        self._engine.settle()
+
+        def renew(number: int) -> bytes:
+            data, shared = self._bound[number].param.data, self._shared[number]
+            if data.data_ptr() != shared.data_ptr():
+                shared.copy_(data)
+            return digest(shared)
+
+        threads = torch.get_num_threads() if self._on_cpu else 1  # a GPU copies one after the other
+        return run_side_by_side(renew, range(len(self._bound)), threads)
+
+
+def _pieces(weights: ModelWeights, bound: BoundWeight) -> list[Piece]:
+    """Which parts of which Hugging Face tensors a parameter holds."""
+    data = bound.param.data
+    return [
+        Piece(
+            name=shard.hf_name,
+            shape=weights.hf_shapes[shard.hf_name],
+            index=tuple(
+                slice(*part.indices(length)[:2])
+                for part, length in zip(shard.index, weights.hf_shapes[shard.hf_name], strict=True)
+            ),
+            offset=int(shard.view.storage_offset() - data.storage_offset()),
+            size=tuple(shard.view.shape),
+            stride=shard.view.stride(),
+        )
+        for shard in weights.shards(bound, data)
+        if shard.view.numel()
+    ]

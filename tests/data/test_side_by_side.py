@@ -1,0 +1,32 @@
+"""run_side_by_side: order, thread counts, and what happens after a failure."""
+
+import time
+
+import pytest
+import torch
+
+from megarlhf.data.side_by_side import run_side_by_side
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_run_side_by_side_keeps_order_and_thread_counts(threads: int) -> None:
+    before = torch.get_num_threads()
+    seen = run_side_by_side(lambda i: (i, torch.get_num_threads()), range(20), threads)
+    assert seen == [(i, before if threads == 1 else 1) for i in range(20)]
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError):
+        run_side_by_side(lambda i: 1 // i, range(2), threads)
+
+
+def test_run_side_by_side_starts_nothing_after_a_failure() -> None:
+    started = []
+
+    def fail_first(index: int) -> None:
+        started.append(index)
+        if index == 0:
+            raise RuntimeError("first")
+        time.sleep(0.05)
+
+    with pytest.raises(RuntimeError, match="first"):
+        run_side_by_side(fail_first, range(40), 2)
+    assert len(started) < 5
