@@ -64,9 +64,14 @@ def whole_piece(name: str, tensor: Tensor) -> Piece:
     return Piece(name=name, shape=shape, index=index, offset=0, size=shape, stride=tensor.stride())
 
 
-def digest(tensor: Tensor) -> bytes:
-    """XXH3-64 of a contiguous CPU tensor's bytes: 8 bytes."""
-    return xxhash.xxh3_64_digest(tensor.detach().view(-1).view(torch.uint8).numpy().data)
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def digest(memory: memoryview) -> bytes:
+    """XXH3-64, 8 bytes."""
+    return xxhash.xxh3_64_digest(memory)
 
 
 def checksum(digests: Iterable[bytes]) -> str:
@@ -162,6 +167,7 @@ class SharedTensors:
         self._memory = [
             regions[block.path][block.start : block.start + block.num_bytes].view(block.dtype) for block in blocks
         ]
+        self._bytes = [bytes_of(memory) for memory in self._memory]
         self._pieces: dict[str, list[tuple[int, Piece]]] = {}  # with the number of their block
         for number, block in enumerate(blocks):
             for piece in block.pieces:
@@ -192,7 +198,7 @@ class SharedTensors:
 
     def digest(self, number: int) -> bytes:
         """`digest` of a block as it is now."""
-        return digest(self._memory[number])
+        return digest(self._bytes[number])
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A copy of a whole tensor, in `out` if given, which may be of another dtype."""

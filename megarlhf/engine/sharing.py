@@ -6,6 +6,7 @@ from torch import Tensor
 from megarlhf.data.shared_tensors import (
     Block,
     Piece,
+    bytes_of,
     bytes_to_move,
     check_shared_memory,
     describe_block,
@@ -47,6 +48,7 @@ class SharedWeights:
         if self._on_cpu:
             move_to_shared_memory(data, pools)
         self._shared: list[Tensor] = [t.data for t in data] if self._on_cpu else shared_copies(data)
+        self._bytes = [bytes_of(shared) for shared in self._shared]
         self.blocks: list[Block] = [
             describe_block(shared, held) for shared, (_, held) in zip(self._shared, pieces, strict=True)
         ]
@@ -64,7 +66,7 @@ class SharedWeights:
             data, shared = self._bound[number].param.data, self._shared[number]
             if data.data_ptr() != shared.data_ptr():
                 shared.copy_(data)
-            return digest(shared)
+            return digest(self._bytes[number])
 
         threads = torch.get_num_threads() if self._on_cpu else 1  # a GPU copies one after the other
         return run_side_by_side(renew, range(len(self._bound)), threads)

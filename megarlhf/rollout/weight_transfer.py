@@ -92,23 +92,24 @@ class Copy:
     destination: Tensor
     name: str
 
-    @property
-    def names(self) -> list[str]:
-        """As of a Pack."""
-        return [self.name]
-
 
 @dataclass(frozen=True)
 class DirectPlan:
     """How every shared tensor reaches every parameter of one model; valid as long as both exist."""
 
-    packs: list[Pack]
     copies: list[Copy]
+    packs: list[Pack]
+    blocks: list[list[int]]  # for each copy, then each pack: those that it reads and none before it does
 
-    @property
-    def steps(self) -> list[Pack | Copy]:
-        """All of it, the largest first: the embedding is among the copies."""
-        return [*self.copies, *self.packs]
+    @classmethod
+    def of(cls, copies: list[Copy], packs: list[Pack], tensors: SharedTensors) -> "DirectPlan":
+        """With the blocks dealt out."""
+        left, blocks = set(range(len(tensors.blocks))), []
+        for names in [*([copy.name] for copy in copies), *(pack.names for pack in packs)]:
+            mine = left.intersection(tensors.blocks_of(names))
+            left -= mine
+            blocks.append(sorted(mine))
+        return cls(copies, packs, blocks)
 
 
 def register() -> None:
@@ -205,17 +206,7 @@ def plan_direct_update(model: nn.Module, tensors: SharedTensors) -> DirectPlan |
                 if placed is None:
                     return None
                 copies += placed
-    return None if unused else DirectPlan(packs, copies)
-
-
-def _first_touched(steps: Sequence[Pack | Copy], tensors: SharedTensors) -> list[list[int]]:
-    """For each step the blocks that it reads and none before it does."""
-    left, touched = set(range(len(tensors.blocks))), []
-    for step in steps:
-        mine = left.intersection(tensors.blocks_of(step.names))
-        left -= mine
-        touched.append(sorted(mine))
-    return touched
+    return None if unused else DirectPlan.of(copies, packs, tensors)
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
@@ -302,14 +293,14 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         """Pack new kernels while the checksum is computed, then put them in place."""
         digests: dict[int, bytes] = {}
 
-        def digest_and_pack(work: tuple[Pack | Copy, list[int]]) -> Any:
+        def digest_and_pack(work: tuple[Copy | Pack, list[int]]) -> Any:
             step, blocks = work
             # The digest brings a layer's bytes into the cache, from which they are packed.
             digests.update({number: tensors.digest(number) for number in blocks})
             return step.packed_kernel(tensors) if isinstance(step, Pack) else None
 
-        work = zip(plan.steps, _first_touched(plan.steps, tensors), strict=True)
-        kernels = run_side_by_side(digest_and_pack, work, torch.get_num_threads())
+        steps: list[Copy | Pack] = [*plan.copies, *plan.packs]  # the largest is among the copies: the embedding
+        kernels = run_side_by_side(digest_and_pack, zip(steps, plan.blocks, strict=True), torch.get_num_threads())
         self._verify([digests[number] for number in range(len(tensors.blocks))], update_info)
         self.version = MIXED_WEIGHTS
         for pack, kernel in zip(plan.packs, kernels[len(plan.copies) :], strict=True):

@@ -13,6 +13,7 @@ from megarlhf.data.shared_tensors import (
     Block,
     Piece,
     SharedTensors,
+    bytes_of,
     bytes_to_move,
     checksum,
     copy_part,
@@ -145,7 +146,7 @@ def test_checksum_is_the_documented_hash_and_sees_one_bit() -> None:
         return checksum(tensors.digest(number) for number in range(3))
 
     parts = [xxhash.xxh3_64_digest(value.view(torch.uint8).numpy().tobytes()) for value in values]
-    assert found() == checksum(map(digest, copies)) == xxhash.xxh3_128_hexdigest(b"".join(parts))
+    assert found() == checksum(digest(bytes_of(copy)) for copy in copies) == xxhash.xxh3_128_hexdigest(b"".join(parts))
     copies[2][1] = True
     assert found() != xxhash.xxh3_128_hexdigest(b"".join(parts))
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from megarlhf.data.shared_tensors import Block, Piece, checksum, describe_block, digest, shared_copies
+from megarlhf.data.shared_tensors import Block, Piece, bytes_of, checksum, describe_block, digest, shared_copies
 from megarlhf.data.types import Prompt, Sample
 from tests.tiny_models import VOCAB_SIZE, make_model
 
@@ -53,7 +53,7 @@ class SharedModel:
 
     def checksum(self) -> str:
         """What the trainer would send."""
-        return checksum(map(digest, self._tensors))
+        return checksum(digest(bytes_of(tensor)) for tensor in self._tensors)
 
     def write(self, model: PreTrainedModel) -> None:
         """Another model's weights into the same memory, as training changes them."""
