@@ -10,7 +10,6 @@ ratio at most 2.
 """
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import sys
@@ -23,15 +22,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch.multiprocessing as multiprocessing  # noqa: E402
 
 from examples.smollm2 import write_smollm2  # noqa: E402
-from megarlhf.data.shared_tensors import (  # noqa: E402
-    SharedTensors,
-    checksum,
-    describe_block,
-    shared_copies,
-    whole_piece,
-)
+from megarlhf.data.shared_tensors import checksum  # noqa: E402
 from megarlhf.rollout.engine import RolloutEngine, engine_environment  # noqa: E402
 
 
@@ -54,8 +48,8 @@ def trainer(model_dir: Path, directory: Path, threads: int, pipe: Connection) ->
     )
     weights = SharedWeights(engine)
     memory = torch.cat([parameter.detach().flatten() for _, parameter in engine.named_parameters()])
-    (copy,) = shared_copies([memory])
-    pipe.send((weights.blocks, describe_block(copy, [whole_piece("all", copy)])))
+    copy = memory.clone().share_memory_()
+    pipe.send((weights.blocks, copy))
     while (command := pipe.recv()) is not None:
         start = time.perf_counter()
         sent = ""
@@ -77,15 +71,13 @@ def measure(model_dir: Path, directory: Path, threads: int, rounds: int) -> tupl
     )
     blocks, copy = pipe.recv()
     engine.connect_weights(blocks)
-    shared = SharedTensors([copy]).joined(["all"])
-    assert shared is not None
-    memory = shared.clone()
+    memory = copy.clone()
     seconds: dict[str, list[float]] = {"share": [], "update": [], "copy in": [], "copy out": []}
     for version in range(rounds + 1):
         pipe.send("copy")
         copy_in, _ = pipe.recv()
         start = time.perf_counter()
-        memory.copy_(shared)
+        memory.copy_(copy)
         copy_out = time.perf_counter() - start
         pipe.send("sync")
         share, sent = pipe.recv()

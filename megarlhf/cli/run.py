@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.checks import raise_if
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.engine import checkpoint_files
 from megarlhf.parallel.device import device_kind
+
+if TYPE_CHECKING:
+    from megarlhf.models.hf_files import HFWeights
 
 
 class StopSignal:
@@ -72,17 +75,20 @@ def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def check_weights(*models: tuple[str, LayoutArguments]) -> None:
+def check_weights(*models: tuple[str, LayoutArguments]) -> list["HFWeights"]:
     """Open each model, headers alone.
 
     Args:
         models: directory and the layout that it is to have.
+    Returns:
+        The opened models, in order.
     Raises:
         ValueError: an architecture that cannot be trained on this device, or weight files that are not whole.
     """
     from megarlhf.models.hf_files import HFWeights, read_config
     from megarlhf.models.registry import check_transformer_engine, find_architecture
 
+    opened = []
     for pretrain, layout in models:
         config = read_config(pretrain)
         arch = find_architecture(config)
@@ -93,19 +99,20 @@ def check_weights(*models: tuple[str, LayoutArguments]) -> None:
                 context_parallel_size=layout.context_parallel_size,
                 cp_comm_type=layout.cp_comm_type,
             )
-        HFWeights(pretrain)
+        opened.append(HFWeights(pretrain))
+    return opened
 
 
-def check_shared_memory(pretrain: str, *, bf16: bool) -> None:
+def check_shared_memory(weights: "HFWeights", *, bf16: bool) -> None:
     """There must be room for the model's weights; layouts with replicas may take more.
 
     Raises:
         ValueError: the weights alone do not fit.
     """
     from megarlhf.data import shared_tensors
-    from megarlhf.models.hf_files import HFWeights, read_config
+    from megarlhf.models.hf_files import read_config
 
-    weights, tied = HFWeights(pretrain), bool(read_config(pretrain).tie_word_embeddings)
+    tied = bool(read_config(weights.directory).tie_word_embeddings)
     names = [name for name in weights.names() if not (tied and name == "lm_head.weight")]
     num_bytes = sum(math.prod(weights.shape(name)) for name in names) * (2 if bf16 else 4)
     shared_tensors.check_shared_memory(num_bytes, shared_tensors.free_shared_memory())

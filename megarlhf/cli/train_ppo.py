@@ -122,8 +122,8 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
 def _check_models(config: PPOConfig) -> None:
     """The weights of actor and critic, and where vLLM is to read the actor's."""
     critic = config.model.critic_pretrain or config.model.pretrain
-    check_weights((config.model.pretrain, config.layout), (critic, config.layout_of("critic")))
-    check_shared_memory(config.model.pretrain, bf16=config.model.bf16)
+    actor, _ = check_weights((config.model.pretrain, config.layout), (critic, config.layout_of("critic")))
+    check_shared_memory(actor, bf16=config.model.bf16)
 
 
 def _run(config: PPOConfig, *, dry_run: bool) -> int:

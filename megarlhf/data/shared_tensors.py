@@ -57,13 +57,6 @@ def copy_part(source: Tensor, whole: Tensor, index: tuple[slice, ...]) -> None:
     (part.view(source.shape) if part.is_contiguous() else part).copy_(source)
 
 
-def whole_piece(name: str, tensor: Tensor) -> Piece:
-    """A tensor that is a block to itself."""
-    shape = tuple(tensor.shape)
-    index = tuple(slice(0, length) for length in shape)
-    return Piece(name=name, shape=shape, index=index, offset=0, size=shape, stride=tensor.stride())
-
-
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return tensor.detach().view(-1).view(torch.uint8).numpy().data

@@ -18,6 +18,7 @@ from megarlhf.data.shared_tensors import (
 from megarlhf.data.side_by_side import run_side_by_side
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.models.weights import BoundWeight, ModelWeights
+from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import gathered
 
 
@@ -40,7 +41,7 @@ class SharedWeights:
         pieces = [(bound, held) for bound, held in pieces if held]  # not what is padding alone
         self._bound = [bound for bound, _ in pieces]
         data = [bound.param for bound in self._bound]
-        self._on_cpu = all(tensor.device.type == "cpu" for tensor in data)
+        self._on_cpu = device_kind() == "cpu"
         pools = engine.parameter_pools() if self._on_cpu else []
         needed = bytes_to_move(data, pools) if self._on_cpu else sum(tensor.nbytes for tensor in data)
         asked = gathered((needed, free_shared_memory()))  # all look before any takes some

@@ -21,7 +21,6 @@ from megarlhf.data.shared_tensors import (
     digest,
     move_to_shared_memory,
     shared_copies,
-    whole_piece,
 )
 
 
@@ -30,6 +29,13 @@ def piece(name: str, shape: tuple[int, ...], rows: slice, view: Tensor) -> Piece
     index = (rows, *(slice(0, length) for length in shape[1:]))
     offset, size, stride = int(view.storage_offset()), tuple(view.shape), view.stride()
     return Piece(name=name, shape=shape, index=index, offset=offset, size=size, stride=stride)
+
+
+def whole_piece(name: str, tensor: Tensor) -> Piece:
+    """A tensor that is a block to itself."""
+    shape = tuple(tensor.shape)
+    index = tuple(slice(0, length) for length in shape)
+    return Piece(name=name, shape=shape, index=index, offset=0, size=shape, stride=tensor.stride())
 
 
 def interleaved() -> tuple[Tensor, list[Piece]]:

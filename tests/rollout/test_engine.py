@@ -193,8 +193,12 @@ def test_wrong_checksum_changes_nothing(engine: RolloutEngine, model_dir: Path, 
     shared = SharedModel(model, cut=way == "cut")
     engine.connect_weights(shared.blocks)
     update(engine, shared, 9)
+    other = perturbed(model_dir, seed=5)
+    shared.write(other)
     sent = shared.checksum()
-    shared.write(perturbed(model_dir, seed=5))
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1  # one number is enough
+    shared.write(other)
     with pytest.raises(ValueError, match=f"checksum={sent} of weight version 10 does not match"):
         engine.update_weights(10, sent)
     samples = engine.generate(PROMPTS, **OPTIONS)
