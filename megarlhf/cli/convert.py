@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from megarlhf.cli.errors import report_errors
 from megarlhf.config.command_line import parse
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     directions = {"hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf}
     if not arguments or arguments[0].replace("_", "-") not in directions:
         known = bool(arguments) and arguments[0] in ("-h", "--help")
-        print(f"usage: megarlhf convert {'|'.join(directions)} [flags]; --help lists the flags", file=sys.stderr)
+        usage = f"usage: megarlhf convert {'|'.join(directions)} [flags]; --help lists the flags"
+        print(usage, file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
     direction = arguments[0].replace("_", "-")
     return directions[direction](arguments[1:], f"megarlhf convert {direction}")
@@ -131,12 +133,16 @@ def prepare_process() -> None:
 
 def _run(prog: str, convert: Callable[[], int]) -> int:
     prepare_process()
-    from megarlhf.cli.run import report_errors
-
     return report_errors(prog, convert)
 
 
+def _check(target: SharedArguments) -> None:
+    if target.num_threads is not None and target.num_threads < 1:
+        raise ValueError(f"num_threads={target.num_threads}; at least 1")
+
+
 def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:
+    _check(config.target)
     from megarlhf.engine.convert_to_megatron import hf_to_megatron as convert
 
     source = config.source
@@ -154,6 +160,7 @@ def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:
 
 
 def _to_hf(config: MegatronToHF, *, dry_run: bool) -> int:
+    _check(config.target)
     max_shard_bytes = num_bytes_of(config.source.max_shard_size)
     from megarlhf.engine.convert_to_hf import megatron_to_hf as convert
 
@@ -184,8 +191,6 @@ def num_bytes_of(size: str) -> int:
 def _options(target: SharedArguments, bar: "_Bar", *, dry_run: bool) -> "ConvertOptions":
     from megarlhf.engine.conversion import DTYPES, ConvertOptions, default_threads
 
-    if target.num_threads is not None and target.num_threads < 1:
-        raise ValueError(f"num_threads={target.num_threads}; at least 1")
     return ConvertOptions(
         threads=target.num_threads or default_threads(),
         dtype=DTYPES[target.dtype] if target.dtype else None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
-from megarlhf.cli.run import report_errors
+from megarlhf.cli.errors import report_errors
 
 if TYPE_CHECKING:
     from megarlhf.models.torch_dist import TorchDistReader

@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         lines = "\n".join(f"  {name:7} {text}" for name, text in _COMMANDS.items())
         known = command in ("-h", "--help")
-        print(
-            f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags.", file=sys.stderr
-        )
+        usage = f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags."
+        print(usage, file=sys.stdout if known else sys.stderr)
         if not known:
             print(f"megarlhf: error: no command {command!r}", file=sys.stderr)
         return 0 if known else 2

@@ -1,16 +1,13 @@
-"""What the programs share: errors in one place, signals, the run directory."""
+"""What the programs share: signals, the models' files, the run directory."""
 
-import logging
 import math
 import signal
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megarlhf.config.arguments import LoggingArguments
-from megarlhf.config.checks import raise_if
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.engine import checkpoint_files
 from megarlhf.parallel.device import device_kind
@@ -38,41 +35,6 @@ class StopSignal:
     def __call__(self) -> bool:
         """Whether a signal has come."""
         return self.received
-
-
-def report_errors(program: str, run: Callable[[], int]) -> int:
-    """Run a program; what the user can mend is printed as sentences.
-
-    Status 2 says that something given cannot be used (ValueError), 1 that the run failed, 130 that it was interrupted.
-    """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        return run()
-    except ValueError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, FloatingPointError, OSError) as error:
-        print(f"{program}: stopped: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-
-
-def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What each step returns; every step is tried, so that all mistakes are reported together.
-
-    Raises:
-        ConfigError: one line for each step that raised a ValueError.
-    """
-    results, errors = [], []
-    for step in steps:
-        try:
-            results.append(step())
-        except ValueError as error:
-            errors.append(str(error))
-    raise_if(errors)
-    return results
 
 
 def check_weights(*models: tuple[str, LayoutArguments]) -> list["HFWeights"]:

@@ -1,32 +1,12 @@
 """Supervised fine-tuning: `megarlhf sft`, `python -m megarlhf.cli.train_sft`, or the latter under torchrun."""
 
-import math
-import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from collections.abc import Sequence
 
-from megarlhf.cli.local_ranks import MEETING, run_local_ranks
-from megarlhf.cli.run import (
-    StopSignal,
-    all_or_errors,
-    check_weights,
-    model_identity,
-    open_run_directory,
-    report_errors,
-    resumed_step,
-)
+from megarlhf.cli.errors import report_errors
 from megarlhf.config.arguments import SFTConfig
 from megarlhf.config.checks import check_sft, raise_if
-from megarlhf.config.command_line import parse, to_dict, to_yaml
-from megarlhf.data.sft import SFTData, load_sft_rows
-from megarlhf.data.tokenizer import load_tokenizer
-from megarlhf.metrics.report import write_report
-from megarlhf.metrics.sinks import Sinks
-from megarlhf.parallel.device import num_cores
+from megarlhf.config.command_line import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,130 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
     raise_if(check_sft(config))
-    world = config.sft_cluster.num_gpus_per_node
-    if dry_run:
-        print(to_yaml(config) + f"\n{world} local rank(s), {_threads(world)} CPU thread(s) each")
-        return 0
-    if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
-        meeting = os.environ.get(MEETING, "env://")
-        return _run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), meeting)
-    if world == 1:
-        with TemporaryDirectory(prefix="megarlhf-") as directory:
-            return _run_rank(config, 0, 1, f"file://{Path(directory) / 'ranks'}")
-    _load_inputs(config)  # every rank does it again, but a mistake is told once, before any starts
-    return run_local_ranks("megarlhf.cli.train_sft", arguments, world_size=world, threads=_threads(world))
+    from megarlhf.cli.run_sft import run  # PyTorch and its like take seconds: mistakes are told before
 
-
-def _threads(world: int) -> int:
-    return max(1, num_cores() // world)
-
-
-def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, Any], int | None]:
-    """Training and evaluation rows, what a checkpoint must agree with, and the step to continue from.
-
-    Raises:
-        ConfigError: what is wrong with each of them.
-    """
-    identity = model_identity(config.model.pretrain, config.layout)
-    paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
-    steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
-    continued, _, data, *evaluation = all_or_errors(
-        [
-            partial(resumed_step, config.logging, identity),
-            partial(check_weights, (config.model.pretrain, config.layout)),
-            *steps,
-        ]
-    )
-    return data, evaluation[0] if evaluation else None, identity, continued
-
-
-def _load(config: SFTConfig, path: str) -> SFTData:
-    data, model = config.data, config.model
-    tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
-    return load_sft_rows(
-        path,
-        tokenizer,
-        input_key=data.input_key,
-        output_key=data.output_key,
-        apply_chat_template=data.apply_chat_template,
-        input_template=data.input_template,
-        max_len=config.batch.max_len,
-        pretrain_mode=data.pretrain_mode,
-        max_samples=data.max_samples,
-    )
-
-
-def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -> int:
-    data, evaluation, identity, continued = _load_inputs(config)
-    batch, layout = config.batch, config.layout
-    total = batch.train_iters or max(1, math.floor(len(data.rows) * batch.max_epochs / batch.global_batch_size))
-
-    from megarlhf.engine.engine import MegatronEngine, PackingOptions
-    from megarlhf.engine.export import export_hf
-    from megarlhf.parallel.groups import destroy_groups, initialize_groups
-    from megarlhf.trainers import supervised
-    from megarlhf.trainers.assembly import model_options, optimizer_options, parallel_sizes
-    from megarlhf.trainers.sft import sft_objective
-
-    stop = StopSignal()
-    initialize_groups(
-        parallel_sizes(layout),
-        rank=rank,
-        world_size=world_size,
-        init_method=init_method,
-        seed=config.model.seed,
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-        timeout_minutes=layout.distributed_timeout_minutes,
-    )
-    engine = MegatronEngine(
-        config.model.pretrain,
-        head="lm",
-        model=model_options(layout, config.model),
-        packing=PackingOptions(
-            max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len, share_prefix=False
-        ),
-        optimizer=optimizer_options(config.optimizer, layout, config.optimizer.learning_rate, total),
-        seed=config.model.seed,
-    )
-    directory, first = Path(config.logging.save), 0
-    if config.logging.load is not None:
-        first = supervised.load(engine, config.logging, identity=identity)
-    sinks = None
-    if rank == 0:
-        open_run_directory(config.logging.save, to_yaml(config))
-        sinks = Sinks(
-            directory,
-            total_steps=total,
-            log_interval=config.logging.log_interval,
-            use_tensorboard=config.logging.use_tensorboard,
-            use_wandb=config.logging.use_wandb,
-            project=config.logging.wandb_project,
-            run_name=config.logging.wandb_run_name,
-            config=to_dict(config),
-            resumed_step=continued,
-        )
-    try:
-        supervised.train(
-            config,
-            engine,
-            sft_objective(),
-            data.rows,
-            evaluation.rows if evaluation is not None else None,
-            sinks,
-            stop,
-            first_step=first,
-            total_steps=total,
-            identity=identity,
-        )
-        export_hf(engine, directory / "hf")
-    finally:
-        if sinks is not None:
-            sinks.close()
-        destroy_groups()
-    if rank == 0:
-        page, picture = write_report(directory, f"megarlhf sft: {directory.name}")
-        print(f"{data.num_dropped} rows dropped\nmodel: {directory / 'hf'}\nreport: {page} and {picture}")
-    return 0
+    return run(config, arguments, dry_run=dry_run)
 
 
 if __name__ == "__main__":

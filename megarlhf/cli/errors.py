@@ -1,0 +1,43 @@
+"""How a program ends: what the user can mend is printed as sentences, all of it together."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megarlhf.config.checks import raise_if
+
+
+def report_errors(program: str, run: Callable[[], int]) -> int:
+    """Run a program; what the user can mend is printed as sentences.
+
+    Status 2 says that something given cannot be used (ValueError), 1 that the run failed, 130 that it was interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return run()
+    except ValueError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, FloatingPointError, OSError) as error:
+        print(f"{program}: stopped: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each step returns; every step is tried, so that all mistakes are reported together.
+
+    Raises:
+        ConfigError: one line for each step that raised a ValueError.
+    """
+    results, errors = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except ValueError as error:
+            errors.append(str(error))
+    raise_if(errors)
+    return results

@@ -1,0 +1,131 @@
+"""The run of parity.py, whose configuration is checked already: the reference's rank, then the layout's, compared."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from megarlhf.cli.local_ranks import MEETING, run_local_ranks
+from megarlhf.cli.run import check_weights
+from megarlhf.config.arguments import OptimizerArguments, ParityConfig
+from megarlhf.config.command_line import to_yaml
+from megarlhf.config.layouts import LayoutArguments
+from megarlhf.engine.engine import MegatronEngine, PackingOptions
+from megarlhf.parallel.device import num_cores
+from megarlhf.parallel.groups import destroy_groups, initialize_groups
+from megarlhf.trainers import parity
+from megarlhf.trainers.assembly import model_options, optimizer_options, parallel_sizes
+
+_DIRECTORY = "MEGARLHF_PARITY"  # environment variable: where the results of the runs lie
+_PHASE = "MEGARLHF_PARITY_PHASE"  # environment variable: "reference", "bf16" (one process) or "layout"
+_NOISE = "bf16.json"  # file in an objective's folder there: how far one process in bfloat16 is off
+_LEARNING_RATE = 1e-4
+_ADAM_EPS = 1e-3  # large: with the usual one Adam makes a whole learning rate of a gradient that is only rounding
+# Tokens: nats, or units of value. Loss and gradient norm: relative, if the reference's is above 1. Gradients: relative
+# to the model's largest; by tensor: to the tensor's. Step: in weights.
+_TOLERANCES = {
+    "forward": 2e-4,
+    "training": 2e-4,
+    "loss": 1e-5,
+    "metrics": 2e-4,
+    "gradients": 1e-4,
+    "by tensor": 2e-3,
+    "grad norm": 1e-4,
+    "step": 0.1 * _LEARNING_RATE,
+    "after": 2e-3,
+}
+_MEANS = {"loss", "metrics"}
+_BF16_FACTOR = 3.0  # how many times one process's distance in bfloat16 a layout's may be
+
+
+def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
+    """Start the ranks with the same arguments, or compute as one of them; returns the exit status."""
+    if dry_run:
+        print(to_yaml(config))
+        return 0
+    if _DIRECTORY in os.environ:
+        return _run_rank(config, Path(os.environ[_DIRECTORY]))
+    check_weights((config.model.pretrain, config.layout))
+    with TemporaryDirectory(prefix="megarlhf-parity-") as directory:
+        os.environ[_DIRECTORY] = directory
+        phases = {"reference": 1, "bf16": 1, "layout": config.parity.num_gpus_per_node}
+        if not config.model.bf16:
+            del phases["bf16"]
+        for os.environ[_PHASE], world_size in phases.items():
+            threads = max(1, num_cores() // world_size)
+            status = run_local_ranks("megarlhf.cli.parity", arguments, world_size=world_size, threads=threads)
+            if status:
+                return status
+    return 0
+
+
+def _run_rank(config: ParityConfig, directory: Path) -> int:
+    """One rank of the reference, of one process in bfloat16, or of the layout."""
+    rank, options = int(os.environ["RANK"]), config.parity
+    phase = os.environ[_PHASE]
+    layout = config.layout if phase == "layout" else LayoutArguments(use_distributed_optimizer=False)
+    model = replace(config.model, bf16=config.model.bf16 and phase != "reference")
+    passed = True
+    for name in options.objectives:
+        initialize_groups(
+            parallel_sizes(layout),
+            rank=rank,
+            world_size=int(os.environ["WORLD_SIZE"]),
+            init_method=f"{os.environ[MEETING]}-{name}",
+            seed=config.model.seed,
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            timeout_minutes=layout.distributed_timeout_minutes,
+        )
+        engine = MegatronEngine(
+            config.model.pretrain,
+            head="value" if name == "critic" else "lm",
+            model=model_options(layout, model),
+            packing=PackingOptions(
+                max_tokens=options.max_tokens_per_micro_batch,
+                share_prefix=options.share_prompt_prefix and phase == "layout",
+            ),
+            optimizer=optimizer_options(
+                OptimizerArguments(lr_warmup_ratio=0.0, lr_decay_style="constant", adam_eps=_ADAM_EPS),
+                layout,
+                _LEARNING_RATE,
+                10,
+            ),
+            temperature=0.7,
+            seed=config.model.seed,
+        )
+        rows = parity.parity_rows(
+            engine.hf.vocab_size, groups=options.num_groups, longest=options.longest, seed=config.model.seed
+        )
+        if phase == "reference":
+            parity.write_reference(engine, name, rows, directory / name)
+        else:
+            differences = parity.compare(engine, name, rows, directory / name)
+            if phase == "bf16":
+                (directory / name / _NOISE).write_text(json.dumps(differences))
+            elif rank == 0:
+                passed &= _report(config, name, differences, directory / name)
+        destroy_groups()
+        del engine
+    return 0 if passed else 1
+
+
+def _report(config: ParityConfig, name: str, differences: dict[str, float], reference: Path) -> bool:
+    """Print one objective's differences beside what is allowed; returns whether all are within."""
+    scales = parity.scales(reference)
+    noise = json.loads((reference / _NOISE).read_text()) if config.model.bf16 else {}
+    for mean in _MEANS & noise.keys():  # its errors may cancel in one process and not in the layout
+        noise[mean] = max(noise[mean], 0.1 * noise["training"])
+    units = {"loss": max(1.0, abs(scales["loss"])), "grad norm": max(1.0, scales["grad norm"])}
+    units["gradients"] = scales["gradients"]
+    print(
+        f"\n{name}: largest gradient {scales['gradients']:.2g}, the step moves results by up to {scales['moved']:.2g}"
+    )
+    within = True
+    for quantity, difference in differences.items():
+        allowed = _TOLERANCES[quantity] * units.get(quantity, 1.0) + _BF16_FACTOR * noise.get(quantity, 0.0)
+        allowed *= config.parity.tolerance
+        verdict = "ok" if difference <= allowed else "PAST ITS TOLERANCE"
+        within &= difference <= allowed
+        print(f"  {quantity:10} {difference:8.1e}  (at most {allowed:.1e})  {verdict}", flush=True)
+    return within

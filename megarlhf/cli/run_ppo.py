@@ -1,0 +1,188 @@
+"""The run of train_ppo.py, whose configuration is checked already: plan, load, start the cluster, train, export."""
+
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+
+from megarlhf.cli.errors import all_or_errors
+from megarlhf.cli.run import (
+    StopSignal,
+    check_shared_memory,
+    check_weights,
+    model_identity,
+    open_run_directory,
+    resumed_step,
+)
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.command_line import to_dict, to_yaml
+from megarlhf.config.layouts import LayoutArguments
+from megarlhf.data.prompts import PromptData, load_prompts
+from megarlhf.data.tokenizer import load_tokenizer, stop_token_ids
+from megarlhf.data.types import Prompt
+from megarlhf.metrics.report import write_report
+from megarlhf.metrics.sinks import Sinks
+from megarlhf.metrics.timers import Timers
+from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
+from megarlhf.planner.placement import ModelSizes, PlacementPlan, plan_placement
+from megarlhf.reward.scorer import RewardScorer
+from megarlhf.trainers import rl
+from megarlhf.trainers.state import LoopState
+
+
+def resolve(config: PPOConfig) -> PPOConfig:
+    """Fill in what was left open: prompts are shared where several samples of one are trained together on a CPU."""
+    batch = config.batch
+    if batch.share_prompt_prefix is not None:
+        return config
+    share = (
+        batch.n_samples_per_prompt > 1
+        and batch.global_batch_size % batch.n_samples_per_prompt == 0
+        and max(config.layout_of(role).context_parallel_size for role in ("actor", "critic")) == 1
+        and device_kind() == "cpu"
+    )
+    return dataclasses.replace(config, batch=dataclasses.replace(batch, share_prompt_prefix=share))
+
+
+def make_plan(config: PPOConfig) -> PlacementPlan:
+    """Where every process of the run goes.
+
+    Raises:
+        ValueError: more processes than devices.
+    """
+    cluster = config.cluster
+    actor = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
+    critic = None
+    if config.algorithm.advantage_estimator == "gae":
+        critic_nodes = cluster.critic_num_nodes or cluster.actor_num_nodes
+        critic = critic_nodes * (cluster.critic_num_gpus_per_node or cluster.actor_num_gpus_per_node)
+    return plan_placement(
+        actor_world_size=actor,
+        critic_world_size=critic,
+        nodes=cluster.actor_num_nodes,
+        gpus_per_node=num_local_gpus() or cluster.actor_num_gpus_per_node,
+        num_engines=cluster.vllm_num_engines,
+        engine_tp=cluster.vllm_tensor_parallel_size,
+        colocate=cluster.colocate_all_models,
+        devices=device_kind(),
+        cores_per_node=num_cores(),
+        actor_model=_sizes(config.layout_of("actor")),
+        critic_model=_sizes(config.layout_of("critic")),
+    )
+
+
+def _sizes(layout: LayoutArguments) -> ModelSizes:
+    return ModelSizes(
+        tensor=layout.tensor_model_parallel_size,
+        context=layout.context_parallel_size,
+        pipeline=layout.pipeline_model_parallel_size,
+    )
+
+
+def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple[int, ...]]:
+    """Training prompts, evaluation prompts and the tokens that end a response.
+
+    Raises:
+        ConfigError: what is wrong with either file.
+    """
+    data, model = config.data, config.model
+    tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
+
+    def load(path: str) -> PromptData:
+        loaded = load_prompts(
+            path,
+            tokenizer,
+            input_key=data.input_key,
+            label_key=data.label_key,
+            apply_chat_template=data.apply_chat_template,
+            input_template=data.input_template,
+            prompt_max_len=config.rollout.prompt_max_len,
+            max_samples=data.max_samples,
+        )
+        if loaded.num_dropped:
+            total = loaded.num_dropped + len(loaded.prompts)
+            longer = f"are longer than prompt_max_len={config.rollout.prompt_max_len} tokens"
+            print(f"{loaded.num_dropped} of {total} prompts of {path} {longer} and are left out", file=sys.stderr)
+        return loaded
+
+    paths = [data.prompt_data, *([data.eval_data] if data.eval_data else [])]
+    prompts, *evaluation = all_or_errors([partial(load, path) for path in paths])
+    return prompts, evaluation[0].prompts if evaluation else None, tuple(stop_token_ids(tokenizer, model.pretrain))
+
+
+def _check_models(config: PPOConfig) -> None:
+    """The weights of actor and critic, and where vLLM is to read the actor's."""
+    critic = config.model.critic_pretrain or config.model.pretrain
+    actor, _ = check_weights((config.model.pretrain, config.layout), (critic, config.layout_of("critic")))
+    check_shared_memory(actor, bf16=config.model.bf16)
+
+
+def run(config: PPOConfig, *, dry_run: bool) -> int:
+    """Plan and run; returns the exit status."""
+    config = resolve(config)
+    plan = make_plan(config)
+    if dry_run:
+        print(to_yaml(config) + "\n" + plan.table())
+        return 0
+    reward = RewardScorer(
+        function_path=config.reward.reward_function,
+        rule=config.reward.reward_rule,
+        rule_pattern=config.reward.reward_format,
+        timeout_seconds=config.reward.reward_timeout_seconds,
+    )
+    identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
+        "advantage_estimator": config.algorithm.advantage_estimator,
+        "seed": config.model.seed,
+        "rollout_batch_size": config.batch.rollout_batch_size,  # with the seed and the step: the place in the data
+        "n_samples_per_prompt": config.batch.n_samples_per_prompt,
+    }
+    (prompts, eval_prompts, stop_tokens), continued, *_ = all_or_errors(
+        [
+            lambda: load_data(config),
+            lambda: resumed_step(config.logging, identity),
+            lambda: _check_models(config),
+            reward.check,
+        ]
+    )
+    batch = config.batch
+    from megarlhf.cluster import launch  # Ray: nothing above needs it
+
+    directory = open_run_directory(config.logging.save, to_yaml(config))
+    stop, timers = StopSignal(), Timers()
+    print(plan.table())
+    sinks = Sinks(
+        directory,
+        total_steps=batch.train_iters,
+        log_interval=config.logging.log_interval,
+        use_tensorboard=config.logging.use_tensorboard,
+        use_wandb=config.logging.use_wandb,
+        project=config.logging.wandb_project,
+        run_name=config.logging.wandb_run_name,
+        config=to_dict(config),
+        resumed_step=continued,
+    )
+    try:
+        sinks.phase("start")
+        with launch.start(
+            config,
+            plan,
+            reward=reward,
+            stop_token_ids=stop_tokens,
+            share_prompt_prefix=bool(batch.share_prompt_prefix),
+            total_steps=batch.train_iters * batch.updates_per_step,
+            identity=identity,
+            timers=timers,
+        ) as cluster:
+            stop.listen()  # starting Ray takes SIGTERM
+            state = LoopState.fresh(config.algorithm)
+            if config.logging.load is not None:
+                state.restore(cluster.checkpoints.load(Path(config.logging.load) / "checkpoints"))
+            rl.train(config, cluster.roles, prompts, eval_prompts, state, sinks, timers, stop)
+            sinks.phase("export")
+            cluster.export(directory / "hf")
+    finally:
+        sinks.close()
+        reward.close()
+    page, picture = write_report(directory, f"megarlhf ppo: {directory.name}")
+    print(f"model: {directory / 'hf'}\nreport: {page} and {picture}")
+    return 0
