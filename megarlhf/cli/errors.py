@@ -20,7 +20,8 @@ def report_errors(program: str, run: Callable[[], int]) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, FloatingPointError, OSError) as error:
-        print(f"{program}: stopped: {type(error).__name__}: {error}", file=sys.stderr)
+        said = [str(error), *getattr(error, "__notes__", [])]
+        print(f"{program}: stopped: {type(error).__name__}: " + "\n".join(said), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

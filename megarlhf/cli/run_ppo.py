@@ -133,8 +133,6 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
-        "rollout_batch_size": config.batch.rollout_batch_size,  # with the seed and the step: the place in the data
-        "n_samples_per_prompt": config.batch.n_samples_per_prompt,
     }
     (prompts, eval_prompts, stop_tokens), continued, *_ = all_or_errors(
         [
@@ -169,7 +167,6 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
             reward=reward,
             stop_token_ids=stop_tokens,
             share_prompt_prefix=bool(batch.share_prompt_prefix),
-            total_steps=batch.train_iters * batch.updates_per_step,
             identity=identity,
             timers=timers,
         ) as cluster:

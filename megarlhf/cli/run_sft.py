@@ -52,7 +52,7 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     Raises:
         ConfigError: what is wrong with each of them.
     """
-    identity = model_identity(config.model.pretrain, config.layout)
+    identity = model_identity(config.model.pretrain, config.layout) | {"seed": config.model.seed}
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
     continued, _, data, *evaluation = all_or_errors(
@@ -113,9 +113,9 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
         optimizer=optimizer_options(config.optimizer, layout, config.optimizer.learning_rate, total),
         seed=config.model.seed,
     )
-    directory, first = Path(config.logging.save), 0
+    directory, progress = Path(config.logging.save), supervised.Progress()
     if config.logging.load is not None:
-        first = supervised.load(engine, config.logging, identity=identity)
+        progress = supervised.load(engine, config.logging, identity=identity)
     sinks = None
     if rank == 0:
         open_run_directory(config.logging.save, to_yaml(config))
@@ -139,7 +139,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
             evaluation.rows if evaluation is not None else None,
             sinks,
             stop,
-            first_step=first,
+            progress=progress,
             total_steps=total,
             identity=identity,
         )

@@ -9,13 +9,15 @@ from typing import Any
 import ray
 
 from megarlhf.cluster.workers import WorkerSpec
+from megarlhf.engine.objective import NonFiniteError
+from megarlhf.trainers.roles import RoleFailedError
 
 _LAST_LINES = 15
 _DEATH_SECONDS = 5.0  # after one rank's error, for Ray to notice that it was another's death
 
 
-class WorkerFailedError(RuntimeError):
-    """A worker died, raised, or did not answer in time."""
+class WorkerFailedError(RoleFailedError):
+    """A worker process died, raised, or did not answer in time."""
 
 
 class WorkerGroup:
@@ -45,6 +47,7 @@ class WorkerGroup:
 
         Raises:
             WorkerFailedError: the first failure, at once, whatever other ranks still wait for; or the limit is past.
+            NonFiniteError: every rank of the role found a loss or gradient that is not finite.
         """
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + limit
@@ -53,9 +56,7 @@ class WorkerGroup:
             done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
                 ranks = [refs.index(ref) for ref in pending]
-                raise WorkerFailedError(
-                    f"{self.role} ranks {ranks} did not finish {what} within {limit:g} s" + self._last_words(ranks[0])
-                )
+                raise self._failure(f"ranks {ranks} did not finish {what} within {limit:g} s", ranks[0])
             try:
                 results[done[0]] = self._result(done[0], refs.index(done[0]), what)
             except WorkerFailedError:
@@ -77,16 +78,17 @@ class WorkerGroup:
         try:
             return ray.get(ref)
         except ray.exceptions.RayActorError as error:
-            raise WorkerFailedError(
-                f"{self.role} rank {rank} died during {what}: {error}" + self._last_words(rank)
-            ) from None
+            raise self._failure(f"rank {rank} died during {what}: {error}", rank) from None
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            raise WorkerFailedError(
-                f"{self.role} rank {rank} failed in {what}: {type(cause).__name__}: {cause}" + self._last_words(rank)
-            ) from error
+            if isinstance(cause, NonFiniteError):
+                raise NonFiniteError(f"{self.role}: {cause}") from error
+            raise self._failure(f"rank {rank} failed in {what}: {type(cause).__name__}: {cause}", rank) from error
         except ray.exceptions.RayError as error:
-            raise WorkerFailedError(f"{self.role} rank {rank}: {what}: {error}" + self._last_words(rank)) from error
+            raise self._failure(f"rank {rank}: {what}: {error}", rank) from error
+
+    def _failure(self, said: str, rank: int) -> WorkerFailedError:
+        return WorkerFailedError(f"{self.role} {said}" + self._last_words(rank), trains=self.role != "rollout")
 
     def _last_words(self, rank: int) -> str:
         path = Path(self.specs[rank].log_file)

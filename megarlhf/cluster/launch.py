@@ -49,14 +49,12 @@ def start(
     reward: RewardRole,
     stop_token_ids: tuple[int, ...],
     share_prompt_prefix: bool,
-    total_steps: int,
     identity: dict[str, Any],
     timers: Timers,
 ) -> Iterator[Cluster]:
     """Everything running inside the block; all of it ended after, also when the block raises.
 
     Args:
-        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
         identity: what a checkpoint must agree with to be loaded.
     Raises:
         WorkerFailedError: a worker did not come up.
@@ -73,7 +71,7 @@ def start(
                 groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
         training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
         meeting = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
-        _start_workers(groups, meeting, total_steps, config.cluster.start_timeout_seconds)
+        _start_workers(groups, meeting, config.cluster.start_timeout_seconds)
         checkpoints = CheckpointGroup(
             Path(config.logging.save).absolute() / "checkpoints",
             training,
@@ -174,11 +172,11 @@ def _spec(
     )
 
 
-def _start_workers(groups: dict[Role, Any], meeting: str, total_steps: int, timeout_seconds: float) -> None:
+def _start_workers(groups: dict[Role, Any], meeting: str, timeout_seconds: float) -> None:
     """All roles load side by side; the ranks of a role meet in a file in the directory `meeting`, not at a port."""
     started = []
     for role, group in groups.items():
-        arguments = () if role == "rollout" else (f"file://{meeting}/{role}", total_steps)
+        arguments = () if role == "rollout" else (f"file://{meeting}/{role}",)
         started.append((group, group.submit("start", *arguments)))
     for group, refs in started:
         group.wait_for(refs, "start", timeout_seconds=timeout_seconds)

@@ -44,6 +44,15 @@ class ResourceManager:
             self._give_devices(training=True, rollout=True)
             yield
 
+    @contextmanager
+    def rescue(self) -> Iterator[None]:
+        """The run is failing: the engines, which may not answer, are ended; the training roles have the devices."""
+        with self._timers("save"):
+            self._rollout.kill()
+            self._awake[self._rollout.role] = False
+            self._give_devices(training=True, rollout=False)
+            yield
+
     def _give_devices(self, *, training: bool, rollout: bool) -> None:
         if not self._colocated:
             return

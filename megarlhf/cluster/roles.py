@@ -111,17 +111,23 @@ class CheckpointGroup:
     ) -> None:
         self.root, self.roles, self.keep, self.identity = root, roles, keep, identity
         self.with_optimizer = with_optimizer  # of what is loaded
+        self.last_saved: int | None = None
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
         """See CheckpointRole."""
-        partial = checkpoint_files.begin(self.root, step)
-        for name, workers in self.roles.items():
-            workers.call("save", str(partial / name))
-            if not (partial / name).is_dir():
-                raise RuntimeError(
-                    f"the {name} saved nothing to {partial / name}: save must be a place all nodes share"
-                )
-        checkpoint_files.commit(self.root, step, run_state | {"identity": self.identity}, keep=self.keep)
+        try:
+            partial = checkpoint_files.begin(self.root, step)
+            for name, workers in self.roles.items():
+                workers.call("save", str(partial / name))
+                if not (partial / name).is_dir():
+                    raise RuntimeError(
+                        f"the {name} saved nothing to {partial / name}: save must be a place all nodes share"
+                    )
+            checkpoint_files.commit(self.root, step, run_state | {"identity": self.identity}, keep=self.keep)
+        except Exception:
+            checkpoint_files.abandon(self.root, step)
+            raise
+        self.last_saved = step
 
     def load(self, root: Path) -> dict[str, Any]:
         """Bring every role to the latest checkpoint under `root`; returns the loop's state.

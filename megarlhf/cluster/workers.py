@@ -55,7 +55,7 @@ class MegatronWorker:
         torch.set_num_threads(spec.threads)
         self.spec = spec
 
-    def start(self, init_method: str, total_steps: int) -> None:
+    def start(self, init_method: str) -> None:
         """Join the role's groups and load the model."""
         from megarlhf.parallel.device import freeze_garbage_collector
         from megarlhf.parallel.groups import initialize_groups
@@ -71,9 +71,7 @@ class MegatronWorker:
             local_rank=spec.local_rank,
             timeout_minutes=layout.distributed_timeout_minutes,
         )
-        self.engine = build_engine(
-            spec.config, spec.role, total_steps=total_steps, share_prompt_prefix=spec.share_prompt_prefix
-        )
+        self.engine = build_engine(spec.config, spec.role, share_prompt_prefix=spec.share_prompt_prefix)
         if spec.role == "actor" and spec.config.algorithm.init_kl_coef > 0:
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)

@@ -158,6 +158,8 @@ class AlgorithmArguments:
     """Shift and scale advantages to mean 0 and std 1 over all response tokens of a step."""
     loss_aggregation: Literal["token", "sequence"] = "token"
     """Average of the policy loss: over all tokens of a batch, or over each response first and then over responses."""
+    critic_loss_aggregation: Literal["token", "sequence"] = "token"
+    """The same of the critic's loss (gae only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +221,11 @@ class RewardArguments:
     """Built-in rule: math compares the final answer with the label, exact_match the whole text, format a pattern."""
     reward_format: str | None = None
     """Regular expression that a response must match for reward_rule=format."""
+    min_result_fraction: float = 0.5
+    """Least part of a step's samples that must have a usable result. Below it the step is not trained. Above it a step
+    with fewer results makes fewer optimizer steps, in proportion."""
+    max_untrained_steps: int = 3
+    """Steps in a row that may go untrained for that reason; then the run saves and stops."""
     reward_timeout_seconds: float = 30.0
     """Seconds for one call of the reward code with all responses of a step. Past it they are scored one by one, each
     within the same limit; a response that is not is left out of training."""

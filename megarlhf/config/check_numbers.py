@@ -20,6 +20,7 @@ from megarlhf.config.check_layout import one_of, size
 
 Models = Mapping[str, Mapping[str, Any]]  # option that names a checkpoint -> its config.json
 
+KL_STEP_LIMIT = 0.2  # algos/kl.py's MAX_RELATIVE_ERROR, without importing torch
 GROUP_ESTIMATORS = ("reinforce_baseline", "rloo", "group_norm", "dr_grpo")
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -36,7 +37,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "vllm_num_engines vllm_tensor_parallel_size train_iters rollout_batch_size n_samples_per_prompt "
         "global_batch_size micro_batch_size max_tokens_per_micro_batch max_epochs max_len prompt_max_len "
         "generate_max_len max_num_seqs num_groups max_samples kl_horizon "
-        "save_interval eval_interval log_interval max_ckpt_num",
+        "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps",
     ),
     ("at least 3", lambda v: v >= 3, "longest"),
     (
@@ -51,7 +52,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef "
         "moe_aux_loss_coeff",
     ),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, "gamma lambd lr_warmup_ratio min_lr_ratio"),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, "gamma lambd lr_warmup_ratio min_lr_ratio min_result_fraction"),
     ("from 0 to below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
     ("above 0 and below 1", lambda v: 0 < v < 1, "eps_clip eps_clip_high"),
     ("above 0 and at most 1", lambda v: 0 < v <= 1, "vllm_gpu_memory_utilization"),
@@ -115,11 +116,11 @@ def shared_prefix_errors(context_parallel_size: int) -> list[str]:
     return [f"share_prompt_prefix=True does not work with context_parallel_size={context_parallel_size}: use 1"]
 
 
-def algorithm_errors(algorithm: AlgorithmArguments, n_samples_per_prompt: int, freezing_actor_steps: int) -> list[str]:
+def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freezing_actor_steps: int) -> list[str]:
     """Options of the objective that contradict each other or would be without effect."""
     estimator = algorithm.advantage_estimator
-    errors = _kl_errors(algorithm)
-    if estimator in GROUP_ESTIMATORS and n_samples_per_prompt == 1:
+    errors = _kl_errors(algorithm, batch.rollout_batch_size * batch.n_samples_per_prompt)
+    if estimator in GROUP_ESTIMATORS and batch.n_samples_per_prompt == 1:
         errors.append(
             f"n_samples_per_prompt=1 with advantage_estimator={estimator} (it compares the samples of one prompt, "
             "a single one teaches nothing): use 2 or more"
@@ -129,14 +130,34 @@ def algorithm_errors(algorithm: AlgorithmArguments, n_samples_per_prompt: int, f
             f"freezing_actor_steps={freezing_actor_steps} with advantage_estimator={estimator} (without a critic those "
             "steps would train nothing): leave it out"
         )
+    elif freezing_actor_steps >= batch.train_iters:
+        errors.append(
+            f"freezing_actor_steps={freezing_actor_steps} leaves none of train_iters={batch.train_iters} steps to "
+            "train the actor: use fewer"
+        )
+    if estimator == "dr_grpo" and algorithm.loss_aggregation != "token":
+        errors.append(
+            f"loss_aggregation={algorithm.loss_aggregation} is ignored with advantage_estimator=dr_grpo (its "
+            "denominator is generate_max_len): leave it out"
+        )
+    if estimator != "gae" and algorithm.critic_loss_aggregation != "token":
+        errors.append(
+            f"critic_loss_aggregation={algorithm.critic_loss_aggregation} is ignored with "
+            f"advantage_estimator={estimator} (only gae trains a critic): leave it out"
+        )
     low, high = algorithm.reward_clip_range
     if not low < high:
         errors.append(f"reward_clip_range={low} {high} must be the lowest reward and then a higher one")
     return errors
 
 
-def _kl_errors(algorithm: AlgorithmArguments) -> list[str]:
+def _kl_errors(algorithm: AlgorithmArguments, samples_per_step: int) -> list[str]:
     errors = []
+    if algorithm.kl_target is not None and samples_per_step * KL_STEP_LIMIT >= algorithm.kl_horizon >= 1:
+        errors.append(
+            f"kl_horizon={algorithm.kl_horizon} with {samples_per_step} samples a step (one step could take the KL "
+            f"coefficient to 0): set kl_horizon above {samples_per_step * KL_STEP_LIMIT:g}"
+        )
     if algorithm.init_kl_coef == 0 and algorithm.kl_target is not None:
         errors.append(
             f"kl_target={algorithm.kl_target} needs init_kl_coef above 0 (the adaptive weight is a multiple of it): "

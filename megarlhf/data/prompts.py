@@ -79,34 +79,47 @@ def load_prompts(
 
 
 class PromptSampler:
-    """Endless, stateless order of prompts: the batch of a step depends on (seed, step) alone.
+    """Endless, stateless order of rows: a batch depends on the seed and on how many rows were drawn before it.
 
     Epoch e is the permutation drawn from seed + e; batches cut the endless line of epochs, so one batch may hold the
-    end of an epoch and the start of the next, and a batch larger than the data holds prompts more than once.
-    Continuing a run needs its step number and nothing else.
+    end of an epoch and the start of the next, and a batch larger than the data holds rows more than once. Continuing
+    a run needs its step and the rows consumed so far, and nothing else: the batch size may change.
     """
 
-    def __init__(self, num_prompts: int, batch_size: int, seed: int) -> None:
-        """Raises ValueError when there are no prompts or the batch is empty."""
-        if num_prompts < 1 or batch_size < 1:
-            raise ValueError(f"rollout_batch_size={batch_size} of {num_prompts} prompts; both are at least 1")
-        self.num_prompts = num_prompts
+    def __init__(self, num_rows: int, batch_size: int, seed: int, *, first_step: int = 0, consumed: int = 0) -> None:
+        """Draw from here on.
+
+        Args:
+            num_rows: of the data.
+            first_step: steps done before.
+            consumed: rows that they drew.
+        Raises:
+            ValueError: there are no rows or the batch is empty.
+        """
+        if num_rows < 1 or batch_size < 1:
+            raise ValueError(f"a batch of {batch_size} out of {num_rows} rows; both are at least 1")
+        self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
+        self._offset = consumed - first_step * batch_size
 
     def batch(self, step: int) -> list[int]:
-        """Places in the prompt list, `batch_size` of them, for a step counted from 0."""
-        start, stop = step * self.batch_size, (step + 1) * self.batch_size
-        first, last = start // self.num_prompts, (stop - 1) // self.num_prompts
+        """Places in the list of rows, `batch_size` of them, for a step counted from 0."""
+        start, stop = self.consumed(step), self.consumed(step + 1)
+        first, last = start // self.num_rows, (stop - 1) // self.num_rows
         line = [index for epoch in range(first, last + 1) for index in self._permutation(epoch)]
-        offset = first * self.num_prompts
+        offset = first * self.num_rows
         return line[start - offset : stop - offset]
+
+    def consumed(self, step: int) -> int:
+        """Rows drawn before a step."""
+        return self._offset + step * self.batch_size
 
     def epoch(self, step: int) -> float:
         """Passes over the data made before a step."""
-        return step * self.batch_size / self.num_prompts
+        return self.consumed(step) / self.num_rows
 
     def _permutation(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        order: list[int] = torch.randperm(self.num_prompts, generator=generator).tolist()
+        order: list[int] = torch.randperm(self.num_rows, generator=generator).tolist()
         return order

@@ -38,6 +38,11 @@ def begin(root: Path, step: int) -> Path:
     return partial
 
 
+def abandon(root: Path, step: int) -> None:
+    """Remove what a save that failed has written: on a full disk the room is needed."""
+    shutil.rmtree(partial_directory(root, step), ignore_errors=True)
+
+
 def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Path:
     """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest of its past beyond `keep`.
 

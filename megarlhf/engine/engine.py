@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megarlhf.data.packing import pack_rows, plan_micro_batches, unpack
 from megarlhf.data.types import MicroBatch, TrainingRow
-from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
 from megarlhf.models.build import Head, ModelOptions, build_model
@@ -34,10 +34,6 @@ from megarlhf.parallel.groups import current_ranks
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 
 RowResults = dict[int, Tensor]  # index in the caller's rows -> [num_targets] float32 on the CPU
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient that is NaN or infinite; the weights are left as they were before the step where possible."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,10 @@ from torch import Tensor
 from megarlhf.data.types import MicroBatch
 
 
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient that is NaN or infinite; weights and optimizer are as they were before the step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenOutputs:
     """What the last pipeline stage computes for each packed position; None where the head has no such output."""

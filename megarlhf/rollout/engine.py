@@ -155,11 +155,11 @@ class RolloutEngine:
 
         Args:
             prompts: at least one token each.
-            group_ids: the samples' group_id, one per prompt.
+            group_ids: the samples' group_id, one per prompt: its place in the step's batch over all engines.
             max_tokens: longest response, the stop token included.
             temperature: above 0; ignored when greedy.
             stop_token_ids: a response ends with the first of these tokens; no others stop it.
-            run_seed, step: with the prompt's index and the sample's number they seed each response.
+            run_seed, step: with the group and the sample's number they seed each response.
             greedy: the likeliest token each time.
             top_p, top_k: of the sampled distribution; 1.0 and -1 leave it whole.
         Returns:
@@ -187,13 +187,13 @@ class RolloutEngine:
                 top_p=1.0 if greedy else top_p,
                 top_k=-1 if greedy else top_k,
                 max_tokens=max_tokens,
-                seed=request_seed(run_seed, step, prompt.index, sample_id),
+                seed=request_seed(run_seed, step, group_id, sample_id),
                 stop_token_ids=list(stop_token_ids),
                 ignore_eos=True,  # else vLLM adds the model configuration's end token to them
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
             )
-            for prompt, _, sample_id in requests
+            for _, group_id, sample_id in requests
         ]
         inputs = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _, _ in requests]
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)

@@ -11,7 +11,7 @@ from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.value import value_objective
 
 
-def build_engine(config: PPOConfig, role: str, *, total_steps: int, share_prompt_prefix: bool) -> MegatronEngine:
+def build_engine(config: PPOConfig, role: str, *, share_prompt_prefix: bool) -> MegatronEngine:
     """The actor's or the critic's engine in a process whose groups are set up."""
     critic, layout = role == "critic", config.layout_of(role)
     batch, rollout = config.batch, config.rollout
@@ -25,10 +25,16 @@ def build_engine(config: PPOConfig, role: str, *, total_steps: int, share_prompt
             max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest,
             share_prefix=share_prompt_prefix,
         ),
-        optimizer=optimizer_options(config.optimizer, layout, rate, total_steps),
+        optimizer=optimizer_options(config.optimizer, layout, rate, optimizer_steps(config, role)),
         temperature=rollout.temperature,
         seed=config.model.seed,
     )
+
+
+def optimizer_steps(config: PPOConfig, role: str) -> int:
+    """Optimizer steps of the whole run, for the role's learning-rate schedule; frozen steps make none."""
+    frozen = max(0, config.optimizer.freezing_actor_steps) if role == "actor" else 0
+    return (config.batch.train_iters - frozen) * config.batch.updates_per_step
 
 
 def build_objective(config: PPOConfig, role: str) -> Objective:

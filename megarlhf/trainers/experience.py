@@ -1,7 +1,7 @@
 """From scored samples to what the updates need: log-probs, values, KL, advantages, weighted rows."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from megarlhf.algos.advantages import compute_advantages
 from megarlhf.algos.kl import kl_estimate
-from megarlhf.algos.losses import token_weights
-from megarlhf.config.arguments import AlgorithmArguments, PPOConfig
+from megarlhf.algos.losses import Aggregation, token_weights
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
 from megarlhf.data.types import Sample, TrainingRow
-from megarlhf.trainers.roles import ActorRole, CriticRole
+from megarlhf.trainers.roles import ActorRole, CriticRole, UpdateResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,17 @@ class Experience:
     returns: list[Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """Results of a step's optimizer steps, and which samples each took."""
+
+    actor: list[UpdateResult] = field(default_factory=list)
+    critic: list[UpdateResult] = field(default_factory=list)
+    indices: list[list[int]] = field(default_factory=list)
+
+
 class NoSamplesError(RuntimeError):
-    """A step is left without a sample to train on."""
+    """The reward gives too few results to go on."""
 
 
 def needs_old_log_probs(config: PPOConfig) -> bool:
@@ -43,23 +52,19 @@ def needs_old_log_probs(config: PPOConfig) -> bool:
 
 
 def with_result(samples: Sequence[Sample], *, estimator: str) -> list[Sample]:
-    """Samples that can be trained on: those with a reward and, for group estimators, with a second one in their group.
-
-    Raises:
-        NoSamplesError: none is left.
-    """
+    """Samples to train on: those with a reward and, for group estimators, with a second one in their group."""
     scored = [sample for sample in samples if sample.reward is not None]
     if estimator in GROUP_ESTIMATORS:
         counts: dict[int, int] = {}
         for sample in scored:
             counts[sample.group_id] = counts.get(sample.group_id, 0) + 1
         scored = [sample for sample in scored if counts[sample.group_id] > 1]
-    if not scored:
-        raise NoSamplesError(
-            f"none of {len(samples)} samples has a reward that can be trained on: the reward gave no result for them "
-            "(its errors are in the log)"
-        )
     return scored
+
+
+def enough_results(usable: int, generated: int, least_fraction: float) -> bool:
+    """Whether a step is trained: with at least this fraction of its samples, and at least one."""
+    return usable > 0 and usable >= least_fraction * generated
 
 
 def to_rows(samples: Sequence[Sample]) -> list[TrainingRow]:
@@ -126,13 +131,13 @@ def make_experience(
 
 
 def mini_batches(experience: Experience, config: PPOConfig, *, step: int) -> Iterator[list[int]]:
-    """Sample indices of each optimizer step: max_epochs shuffles, each dealt into as many parts.
+    """Sample indices of each optimizer step: max_epochs shuffles, each dealt into equal parts.
 
-    There are as many parts however many samples had a reward, so the learning-rate schedule holds, unless fewer samples
-    (or prompts) are left than parts. The samples of one prompt stay together where a part holds whole groups.
+    A part has about global_batch_size samples: where samples are left without a reward there are fewer parts, in
+    proportion. The samples of one prompt stay together where a part holds whole groups.
     """
     batch = config.batch
-    parts = batch.updates_per_step // batch.max_epochs
+    parts = max(1, round(len(experience.samples) / batch.global_batch_size))
     whole_groups = batch.global_batch_size % batch.n_samples_per_prompt == 0
     units: dict[int, list[int]] = {}
     for index, sample in enumerate(experience.samples):
@@ -150,19 +155,21 @@ def mini_batches(experience: Experience, config: PPOConfig, *, step: int) -> Ite
 
 
 def training_rows(
-    experience: Experience, indices: Sequence[int], algorithm: AlgorithmArguments, *, max_length: int, critic: bool
+    experience: Experience, indices: Sequence[int], config: PPOConfig, *, critic: bool
 ) -> tuple[list[TrainingRow], float]:
     """Rows of one optimizer step with the fields of the actor's or the critic's loss, and their denominator.
 
-    Args:
-        max_length: longest response that may be generated; Dr. GRPO's denominator.
+    Dr. GRPO's denominator is the longest response that may be generated.
     """
+    algorithm = config.algorithm
     samples = [experience.samples[i] for i in indices]
-    aggregation = "constant" if algorithm.advantage_estimator == "dr_grpo" else algorithm.loss_aggregation
+    aggregation: Aggregation = algorithm.critic_loss_aggregation if critic else algorithm.loss_aggregation
+    if algorithm.advantage_estimator == "dr_grpo":
+        aggregation = "constant"
     weights, denominator = token_weights(
         [len(s.response_ids) for s in samples],
         aggregation=aggregation,
-        max_length=max_length if aggregation == "constant" else None,
+        max_length=config.rollout.generate_max_len if aggregation == "constant" else None,
     )
     columns: dict[str, list[Tensor] | None]
     if critic:

@@ -1,29 +1,29 @@
 """The RL loop: PPO, REINFORCE(++), RLOO and GRPO alike, one line a phase."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.prompts import PromptData, PromptSampler
 from megarlhf.data.types import Prompt, Sample
+from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import summary
-from megarlhf.trainers.experience import Experience, make_experience, mini_batches, training_rows, with_result
-from megarlhf.trainers.roles import Roles, UpdateResult
-from megarlhf.trainers.state import LoopState
+from megarlhf.trainers.experience import (
+    NoSamplesError,
+    Updates,
+    enough_results,
+    make_experience,
+    mini_batches,
+    training_rows,
+    with_result,
+)
+from megarlhf.trainers.last_good import saved_on_failure
+from megarlhf.trainers.roles import Roles
+from megarlhf.trainers.state import LoopState, RewardMoments
 
 CORRECT_REWARD = 1.0  # a greedy response counts as correct from this reward on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Updates:
-    """Results of a step's optimizer steps, and which samples each took."""
-
-    actor: list[UpdateResult]
-    critic: list[UpdateResult]
-    indices: list[list[int]]
 
 
 def train(
@@ -38,60 +38,51 @@ def train(
 ) -> None:
     """Run from `state` to train_iters; evaluate before the first step, every eval_interval and at the end.
 
-    When should_stop() turns true the step in progress is finished, saved, and the loop returns.
+    When should_stop() turns true the step in progress is finished, saved, and the loop returns. What ends the run
+    otherwise leaves a checkpoint of the last finished step, as far as its weights are still known.
     """
     batch, logging = config.batch, config.logging
-    sampler = PromptSampler(len(prompts.prompts), batch.rollout_batch_size, config.model.seed)
-    with roles.phases.sync():
-        roles.sync.push(state.step)  # the engines start from the pretrained weights
-    if state.step == 0:
-        metrics = evaluate(roles, eval_prompts, timers)
-        sinks.log(0, metrics | {"data/prompts_dropped": float(prompts.num_dropped)} | timers.pop())
-    while state.step < batch.train_iters:
-        step, started = state.step + 1, time.perf_counter()
-        chosen = [prompts.prompts[i] for i in sampler.batch(step - 1)]
-        sinks.phase("rollout")
-        with roles.phases.rollout():
-            generated = of_version(roles.rollout.generate(chosen, step=step), state.step)
-        sinks.phase("reward")
-        with timers("reward"):
-            scored = roles.reward.score(generated)
-        samples = with_result(scored, estimator=config.algorithm.advantage_estimator)
-        if config.algorithm.normalize_reward:
-            state.reward_moments.add([sample.reward for sample in samples if sample.reward is not None])
-        sinks.phase("train")
-        with roles.phases.train():
-            with timers("experience"):
-                experience = make_experience(
-                    samples,
-                    roles.actor,
-                    roles.critic,
-                    config,
-                    kl_coef=state.kl_controller.coef,
-                    reward_scale=state.reward_moments.scale() if config.algorithm.normalize_reward else (0.0, 1.0),
-                )
-            updates = update(roles, experience, config, step=step)
-        sinks.phase("sync")
+    sampler = PromptSampler(
+        len(prompts.prompts),
+        batch.rollout_batch_size,
+        config.model.seed,
+        first_step=state.step,
+        consumed=state.consumed_prompts,
+    )
+    dropped = {"data/prompts_dropped": float(prompts.num_dropped)}
+    with saved_on_failure(roles, state):
         with roles.phases.sync():
-            synced = roles.sync.push(step)
-        metrics = summary.step_metrics(scored, experience, updates.actor, updates.critic, updates.indices)
-        metrics["kl/coef"] = state.kl_controller.coef
-        state.kl_controller.update(metrics.get("kl/mean", 0.0), len(samples))
-        state.step = step
-        last = step == batch.train_iters or should_stop()
-        if last or (logging.eval_interval and step % logging.eval_interval == 0):
-            metrics |= evaluate(roles, eval_prompts, timers)
-        metrics |= synced | {"data/epoch": sampler.epoch(step), "data/prompts_dropped": float(prompts.num_dropped)}
-        metrics |= summary.speed(generated, seconds=time.perf_counter() - started) | timers.pop()
-        sinks.log(step, metrics)
-        summary.check_log_prob_difference(metrics, config.rollout.logprob_diff_budget)
-        # Logged first: a run killed in between continues from the checkpoint before, and logs this step again.
-        if last or (logging.save_interval and step % logging.save_interval == 0):
-            sinks.phase("save")
-            with roles.phases.train(), timers("save"):
-                roles.checkpoint.save(step, state.to_json())
-        if last:
-            return
+            roles.sync.push(state.step)  # the engines start from the pretrained weights
+        if state.step == 0:
+            sinks.log(0, evaluate(roles, eval_prompts, timers) | dropped | timers.pop())
+        while state.step < batch.train_iters:
+            step, started = state.step + 1, time.perf_counter()
+            chosen = [prompts.prompts[i] for i in sampler.batch(step - 1)]
+            sinks.phase("rollout")
+            with roles.phases.rollout():
+                generated = of_version(roles.rollout.generate(chosen, step=step), state.step)
+            sinks.phase("reward")
+            with timers("reward"):
+                scored = roles.reward.score(generated)
+            sinks.phase("train")
+            with roles.phases.train():
+                metrics = train_step(config, roles, scored, state, timers, consumed=sampler.consumed(step))
+            sinks.phase("sync")
+            with roles.phases.sync():
+                metrics |= roles.sync.push(step)
+            metrics |= summary.speed(generated, seconds=time.perf_counter() - started)
+            last = step == batch.train_iters or should_stop()
+            if last or (logging.eval_interval and step % logging.eval_interval == 0):
+                metrics |= evaluate(roles, eval_prompts, timers)
+            sinks.log(step, metrics | {"data/epoch": sampler.epoch(step)} | dropped | timers.pop())
+            check_rewards(state, scored, config)
+            # Logged first: a run killed in between continues from the checkpoint before, and logs this step again.
+            if last or (logging.save_interval and step % logging.save_interval == 0):
+                sinks.phase("save")
+                with roles.phases.train(), timers("save"):
+                    roles.checkpoint.save(step, state.to_json())
+            if last:
+                return
 
 
 def of_version(samples: list[Sample], version: int) -> list[Sample]:
@@ -106,19 +97,70 @@ def of_version(samples: list[Sample], version: int) -> list[Sample]:
     return samples
 
 
-def update(roles: Roles, experience: Experience, config: PPOConfig, *, step: int) -> Updates:
-    """Critic and actor optimizer steps over the mini-batches; the actor rests for the first freezing_actor_steps."""
-    actor, critic, chosen = [], [], []
-    longest = config.rollout.generate_max_len
-    for indices in mini_batches(experience, config, step=step):
-        chosen.append(indices)
-        if roles.critic is not None:
-            rows, total = training_rows(experience, indices, config.algorithm, max_length=longest, critic=True)
-            critic.append(roles.critic.update(rows, denominator=total))
-        if step > config.optimizer.freezing_actor_steps:
-            rows, total = training_rows(experience, indices, config.algorithm, max_length=longest, critic=False)
-            actor.append(roles.actor.update(rows, denominator=total))
-    return Updates(actor=actor, critic=critic, indices=chosen)
+def train_step(
+    config: PPOConfig, roles: Roles, scored: Sequence[Sample], state: LoopState, timers: Timers, *, consumed: int
+) -> dict[str, float]:
+    """Experience and optimizer steps on the samples with a result, if they are enough; finishes the step in `state`.
+
+    Args:
+        consumed: prompts drawn up to this step and with it.
+    Returns:
+        Metrics of the samples and of their training.
+    """
+    samples = with_result(scored, estimator=config.algorithm.advantage_estimator)
+    metrics = summary.sample_metrics(scored, samples)
+    if not enough_results(len(samples), len(scored), config.reward.min_result_fraction):
+        state.finish_step(consumed_prompts=consumed, trained=False)
+        return metrics | {"reward/untrained_steps": float(state.untrained_steps)}
+    moments = RewardMoments()
+    if config.algorithm.normalize_reward:
+        moments = state.reward_moments.merged([sample.reward for sample in samples if sample.reward is not None])
+    budget, coef, updates = config.rollout.logprob_diff_budget, state.kl_controller.coef, Updates()
+    with timers("experience"):
+        experience = make_experience(
+            samples, roles.actor, roles.critic, config, kl_coef=coef, reward_scale=moments.scale()
+        )
+    if experience.log_probs is not None:
+        metrics |= summary.check_log_prob_difference(samples, experience.log_probs, budget)
+    state.updating = True
+    try:
+        for indices in mini_batches(experience, config, step=state.step + 1):
+            updates.indices.append(indices)
+            if roles.critic is not None:
+                rows, total = training_rows(experience, indices, config, critic=True)
+                updates.critic.append(roles.critic.update(rows, denominator=total))
+            if state.step >= config.optimizer.freezing_actor_steps:
+                rows, total = training_rows(experience, indices, config, critic=False)
+                updates.actor.append(roles.actor.update(rows, denominator=total))
+    except NonFiniteError:  # it left the weights as they were before its optimizer step
+        state.updating = False
+        if updates.actor or updates.critic:
+            state.finish_step(consumed_prompts=consumed, trained=True)
+        raise
+    state.reward_moments = moments
+    state.finish_step(consumed_prompts=consumed, trained=True)
+    metrics |= summary.training_metrics(experience, updates) | {"kl/coef": coef}
+    state.kl_controller.update(metrics.get("kl/mean", 0.0), len(samples))
+    if experience.log_probs is None and updates.actor:
+        first = [samples[i] for i in updates.indices[0]]
+        metrics |= summary.check_log_prob_difference(first, updates.actor[0].outputs, budget)
+    return metrics | {"reward/untrained_steps": float(state.untrained_steps)}
+
+
+def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig) -> None:
+    """End a run whose reward does not work.
+
+    Raises:
+        NoSamplesError: max_untrained_steps steps in a row were not trained.
+    """
+    limit = config.reward.max_untrained_steps
+    if state.untrained_in_a_row >= limit:
+        missing = sum(sample.reward is None for sample in scored)
+        raise NoSamplesError(
+            f"{limit} steps in a row had too few rewards to train on (max_untrained_steps={limit}, "
+            f"min_result_fraction={config.reward.min_result_fraction}); in step {state.step} the reward gave no result "
+            f"for {missing} of {len(scored)} samples: see its errors in the log"
+        )
 
 
 def evaluate(roles: Roles, prompts: list[Prompt] | None, timers: Timers) -> dict[str, float]:

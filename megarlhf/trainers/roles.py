@@ -21,11 +21,23 @@ class UpdateResult:
     outputs: list[Tensor]  # per row, in the caller's order: log-probs or values before the step
 
 
+class RoleFailedError(RuntimeError):
+    """A role's process died, raised, or did not answer in time.
+
+    Attributes:
+        trains: whether the role holds weights that are trained; they are lost.
+    """
+
+    def __init__(self, message: str, *, trains: bool) -> None:
+        super().__init__(message)
+        self.trains = trains
+
+
 class RolloutRole(Protocol):
     """The inference engines."""
 
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
-        """n_samples_per_prompt samples of each prompt; seeds depend on (run seed, step, prompt, sample) alone."""
+        """n_samples_per_prompt samples of each prompt; seeds depend on (run seed, step, place, sample) alone."""
 
     def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """One most likely response of each prompt."""
@@ -80,9 +92,18 @@ class Phases(Protocol):
     def sync(self) -> AbstractContextManager[None]:
         """Both are awake, to move weights."""
 
+    def rescue(self) -> AbstractContextManager[None]:
+        """The run is failing: the inference engines are ended, and the training roles have the devices."""
+
 
 class CheckpointRole(Protocol):
-    """Saves the training roles."""
+    """Saves the training roles.
+
+    Attributes:
+        last_saved: step of the last complete checkpoint that this process has written; None before.
+    """
+
+    last_saved: int | None
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
         """A complete checkpoint of every role, or none."""

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megarlhf.algos.kl import AdaptiveKLController, FixedKLController, KLController
 from megarlhf.config.arguments import AlgorithmArguments
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardMoments:
     """Running mean and variance of outcome rewards (Welford; Chan's merge of batches), for --normalize_reward."""
 
@@ -17,13 +17,12 @@ class RewardMoments:
     mean: float = 0.0
     squares: float = 0.0  # sum of squared differences from the mean
 
-    def add(self, rewards: Sequence[float]) -> None:
-        """Take in a batch."""
+    def merged(self, rewards: Sequence[float]) -> "RewardMoments":
+        """These moments with a batch taken in."""
         n, mean = len(rewards), sum(rewards) / len(rewards)
         delta, total = mean - self.mean, self.count + n
-        self.squares += sum((r - mean) ** 2 for r in rewards) + delta**2 * self.count * n / total
-        self.mean += delta * n / total
-        self.count = total
+        squares = self.squares + sum((r - mean) ** 2 for r in rewards) + delta**2 * self.count * n / total
+        return RewardMoments(count=total, mean=self.mean + delta * n / total, squares=squares)
 
     def scale(self) -> tuple[float, float]:
         """(shift, divisor) that standardise a reward; the divisor is 1 while all rewards were equal."""
@@ -33,14 +32,18 @@ class RewardMoments:
 
 @dataclass
 class LoopState:
-    """Everything besides weights and optimizers that shapes the next step.
+    """Everything besides weights and optimizers that shapes the next step; changed when a step is finished, at once.
 
-    Prompt order and sampling seeds are functions of (seed, step), so the step stands for both.
+    Prompt order and sampling seeds are functions of (seed, consumed prompts, step).
     """
 
     step: int  # last finished step; also the policy version
     kl_controller: KLController
     reward_moments: RewardMoments = field(default_factory=RewardMoments)
+    consumed_prompts: int = 0  # drawn so far
+    untrained_steps: int = 0  # so far, for want of rewards
+    untrained_in_a_row: int = 0  # the last steps among them
+    updating: bool = False  # optimizer steps are under way: the weights are of no step; not saved
 
     @staticmethod
     def fresh(algorithm: AlgorithmArguments) -> "LoopState":
@@ -50,13 +53,23 @@ class LoopState:
         controller = AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target, algorithm.kl_horizon)
         return LoopState(step=0, kl_controller=controller)
 
+    def finish_step(self, *, consumed_prompts: int, trained: bool) -> None:
+        """Count a step whose last optimizer step is made, or that is not trained."""
+        self.step += 1
+        self.updating = False
+        self.consumed_prompts = consumed_prompts
+        self.untrained_steps += not trained
+        self.untrained_in_a_row = 0 if trained else self.untrained_in_a_row + 1
+
     def to_json(self) -> dict[str, Any]:
         """For run_state.json."""
-        moments = self.reward_moments
         return {
             "step": self.step,
             "kl_controller": self.kl_controller.state_dict(),
-            "reward_moments": {"count": moments.count, "mean": moments.mean, "squares": moments.squares},
+            "reward_moments": asdict(self.reward_moments),
+            "consumed_prompts": self.consumed_prompts,
+            "untrained_steps": self.untrained_steps,
+            "untrained_in_a_row": self.untrained_in_a_row,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -64,3 +77,6 @@ class LoopState:
         self.step = int(state["step"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.reward_moments = RewardMoments(**state["reward_moments"])
+        self.consumed_prompts = int(state["consumed_prompts"])
+        self.untrained_steps = int(state["untrained_steps"])
+        self.untrained_in_a_row = int(state["untrained_in_a_row"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megarlhf.algos.losses import explained_variance
 from megarlhf.data.types import Sample
-from megarlhf.trainers.experience import Experience
+from megarlhf.trainers.experience import Experience, Updates
 from megarlhf.trainers.roles import UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -20,35 +20,37 @@ class LogProbDifferenceError(RuntimeError):
     """Trainer and inference engine disagree so much that they cannot hold the same weights."""
 
 
-def step_metrics(
-    scored: Sequence[Sample],
-    experience: Experience,
-    actor: Sequence[UpdateResult],
-    critic: Sequence[UpdateResult],
-    indices: Sequence[Sequence[int]],
-) -> dict[str, float]:
-    """Reward, KL, losses, lengths and the log-prob difference of one step.
+def sample_metrics(scored: Sequence[Sample], usable: Sequence[Sample]) -> dict[str, float]:
+    """Rewards and lengths of one step.
 
     Args:
         scored: every sample, those without a result too.
-        indices: samples of each optimizer step, in the order of `actor` and `critic`.
+        usable: those with a result that can be trained on; no reward is reported without any.
     """
-    rewards = [sample.reward for sample in experience.samples if sample.reward is not None]
+    rewards = torch.tensor([sample.reward for sample in usable if sample.reward is not None], dtype=torch.float64)
     lengths = [len(sample.response_ids) for sample in scored]
-    metrics = {
-        "reward/mean": statistics.fmean(rewards),
-        "reward/std": statistics.pstdev(rewards),
+    moments = {}
+    if len(rewards):
+        moments = {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std(correction=0))}
+    return moments | {
         "reward/no_result_count": float(sum(sample.reward is None for sample in scored)),
         "rollout/response_length_mean": statistics.fmean(lengths),
         "rollout/response_length_max": float(max(lengths)),
         "rollout/prompt_length_mean": statistics.fmean(len(sample.prompt.token_ids) for sample in scored),
         "rollout/truncated_frac": sum(sample.finish_reason == "length" for sample in scored) / len(scored),
     }
+
+
+def training_metrics(experience: Experience, updates: Updates) -> dict[str, float]:
+    """Advantages, KL and losses of one step that was trained."""
     advantages, returns = torch.cat(experience.advantages), torch.cat(experience.returns)
-    metrics["advantage/mean"] = float(advantages.mean())
-    metrics["advantage/std"] = float(advantages.std(unbiased=False))
-    metrics["return/mean"] = float(returns.mean())
-    metrics |= _role_metrics("policy", actor) | _role_metrics("critic", critic)
+    metrics = {
+        "advantage/mean": float(advantages.mean()),
+        "advantage/std": float(advantages.std(unbiased=False)),
+        "return/mean": float(returns.mean()),
+        **_role_metrics("policy", updates.actor),
+        **_role_metrics("critic", updates.critic),
+    }
     kl_in_loss = metrics.pop("policy/kl", None)
     if experience.kl is not None:
         metrics["kl/mean"] = float(torch.cat(experience.kl).mean())
@@ -58,7 +60,7 @@ def step_metrics(
         variance = explained_variance(torch.cat(experience.values), returns)
         if variance == variance:  # undefined (NaN) while all returns are equal
             metrics["critic/explained_variance"] = variance
-    return metrics | _log_prob_difference(experience, actor, indices)
+    return metrics
 
 
 def _role_metrics(phase: str, results: Sequence[UpdateResult]) -> dict[str, float]:
@@ -72,43 +74,27 @@ def _role_metrics(phase: str, results: Sequence[UpdateResult]) -> dict[str, floa
     return metrics
 
 
-def _log_prob_difference(
-    experience: Experience, actor: Sequence[UpdateResult], indices: Sequence[Sequence[int]]
-) -> dict[str, float]:
-    """|trainer - inference engine| of the same tokens under the same weights.
+def check_log_prob_difference(samples: Sequence[Sample], trainer: Sequence[Tensor], budget: float) -> dict[str, float]:
+    """|trainer - inference engine| of the same tokens under the same weights; past the budget it warns.
 
-    From the pass before the updates where there was one, else from the forward pass of the first update.
+    Args:
+        trainer: log-probs of each sample's response as the trainer computes them.
+        budget: nats.
+    Raises:
+        LogProbDifferenceError: the largest is past STOP_FACTOR budgets.
     """
-    trainer: Sequence[Tensor]
-    if experience.log_probs is not None:
-        samples, trainer = experience.samples, experience.log_probs
-    elif actor:
-        samples, trainer = [experience.samples[i] for i in indices[0]], actor[0].outputs
-    else:
-        return {}
     pairs = zip(trainer, samples, strict=True)
     differences = torch.cat([(own - torch.tensor(s.rollout_log_probs)).abs() for own, s in pairs])
-    return {
-        "rollout/logprob_diff_mean": float(differences.mean()),
-        "rollout/logprob_diff_max": float(differences.max()),
-    }
-
-
-def check_log_prob_difference(metrics: dict[str, float], budget: float) -> None:
-    """Warn when the largest difference is past the budget.
-
-    Raises:
-        LogProbDifferenceError: it is past STOP_FACTOR budgets.
-    """
-    largest = metrics.get("rollout/logprob_diff_max", 0.0)
+    largest = float(differences.max())
     sentence = (
         f"rollout/logprob_diff_max={largest:.3g} is past logprob_diff_budget={budget}: the inference engine does not "
         "compute with the trainer's weights, or in another precision"
     )
-    if largest > STOP_FACTOR * budget:
+    if not largest <= STOP_FACTOR * budget:  # NaN too
         raise LogProbDifferenceError(f"{sentence}; it is past {STOP_FACTOR:g} budgets, so the run stops")
     if largest > budget:
         logger.warning("%s", sentence)
+    return {"rollout/logprob_diff_mean": float(differences.mean()), "rollout/logprob_diff_max": largest}
 
 
 def speed(samples: Sequence[Sample], *, seconds: float) -> dict[str, float]:

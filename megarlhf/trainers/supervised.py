@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ from megarlhf.data.prompts import PromptSampler
 from megarlhf.data.types import TrainingRow
 from megarlhf.engine import checkpoint, checkpoint_files
 from megarlhf.engine.engine import MegatronEngine
-from megarlhf.engine.objective import Objective
+from megarlhf.engine.objective import NonFiniteError, Objective
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import current_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run continues."""
+
+    step: int = 0  # last finished step
+    consumed: int = 0  # rows drawn so far
 
 
 def train(
@@ -28,50 +37,82 @@ def train(
     sinks: Sinks | None,
     should_stop: Callable[[], bool],
     *,
-    first_step: int,
+    progress: Progress,
     total_steps: int,
     identity: dict[str, Any],
 ) -> None:
-    """Optimizer steps first_step + 1 .. total_steps over shuffled epochs of `rows`.
+    """Optimizer steps progress.step + 1 .. total_steps over shuffled epochs of `rows`.
 
     Args:
         sinks: on rank 0; None elsewhere.
         should_stop: looked at on rank 0 after each step; a true answer saves and ends the run on every rank.
         identity: what a checkpoint must agree with to be loaded.
+    Raises:
+        NonFiniteError: a loss or gradient that is not finite; the step before it is saved.
+        RuntimeError: rank 0 could not log a step (there it is the cause that is raised); the step is saved.
     """
-    sampler = PromptSampler(len(rows), config.batch.global_batch_size, config.model.seed)
     timers, logging = Timers(), config.logging
-    root = Path(logging.save) / "checkpoints"
-    for step in range(first_step + 1, total_steps + 1):
+    sampler = PromptSampler(
+        len(rows),
+        config.batch.global_batch_size,
+        config.model.seed,
+        first_step=progress.step,
+        consumed=progress.consumed,
+    )
+    saved = progress.step
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if step != saved:
+            with timers("save"):
+                save_checkpoint(engine, logging, Progress(step=step, consumed=sampler.consumed(step)), identity)
+            saved = step
+
+    for step in range(progress.step + 1, total_steps + 1):
         started = time.perf_counter()
         if sinks is not None:
             sinks.phase("train")
         batch = [rows[i] for i in sampler.batch(step - 1)]
-        with timers("train"):
-            result = engine.train_step(batch, objective, denominator=float(sum(row.num_targets for row in batch)))
-        stopping = _agree(should_stop())
-        last = step == total_steps or stopping
+        try:
+            with timers("train"):
+                result = engine.train_step(batch, objective, denominator=float(sum(row.num_targets for row in batch)))
+        except NonFiniteError:  # on every rank, and the weights are still those of the step before
+            save(step - 1)
+            raise
+        seconds = time.perf_counter() - started
         metrics = {
             "sft/loss": result.loss,
             "sft/grad_norm": result.grad_norm,
             "sft/learning_rate": result.learning_rate,
             "data/epoch": sampler.epoch(step),
             **{f"sft/{name}": value for name, value in result.metrics.items()},
+            "time/step_seconds": seconds,
+            "perf/tokens_per_second": sum(len(row.input_ids) for row in batch) / seconds,
+            "perf/samples_per_second": len(batch) / seconds,
         }
+        stopping = _agree(should_stop())
+        last = step == total_steps or stopping
         if eval_rows and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
             with timers("eval"):
                 metrics["sft/eval_loss"] = mean_loss(engine, eval_rows)
-        seconds = time.perf_counter() - started
-        metrics["time/step_seconds"] = seconds
-        metrics["perf/tokens_per_second"] = sum(len(row.input_ids) for row in batch) / seconds
-        metrics["perf/samples_per_second"] = len(batch) / seconds
-        if sinks is not None:
-            sinks.log(step, metrics | timers.pop())
-        if last or (logging.save_interval and step % logging.save_interval == 0):
-            with timers("save"):
-                save(engine, root, step, keep=logging.max_ckpt_num, identity=identity)
+        problem = _log(sinks, step, metrics | timers.pop())
+        failed = _agree(problem is not None)
+        if last or failed or (logging.save_interval and step % logging.save_interval == 0):
+            save(step)
+        if failed:
+            raise problem or RuntimeError(f"rank 0 could not log step {step}")
         if stopping:
             return
+
+
+def _log(sinks: Sinks | None, step: int, metrics: dict[str, float]) -> Exception | None:
+    """Log a step; the error, of which the other ranks must hear before the next collective, is returned."""
+    try:
+        if sinks is not None:
+            sinks.log(step, metrics)
+    except Exception as error:
+        return error
+    return None
 
 
 def mean_loss(engine: MegatronEngine, rows: Sequence[TrainingRow]) -> float:
@@ -82,24 +123,32 @@ def mean_loss(engine: MegatronEngine, rows: Sequence[TrainingRow]) -> float:
     return float(summed) / sum(row.num_targets for row in rows)
 
 
-def save(engine: MegatronEngine, root: Path, step: int, *, keep: int, identity: dict[str, Any]) -> None:
+def save_checkpoint(
+    engine: MegatronEngine, logging: LoggingArguments, progress: Progress, identity: dict[str, Any]
+) -> None:
     """One complete checkpoint; every rank calls it."""
+    root, step = Path(logging.save) / "checkpoints", progress.step
     if dist.get_rank() == 0:
         checkpoint_files.begin(root, step)
     dist.barrier()
-    checkpoint.save_engine(engine, checkpoint_files.partial_directory(root, step) / "actor")
-    if dist.get_rank() == 0:
-        checkpoint_files.commit(root, step, {"step": step, "identity": identity}, keep=keep)
+    try:
+        checkpoint.save_engine(engine, checkpoint_files.partial_directory(root, step) / "actor")
+        if dist.get_rank() == 0:
+            state = {"step": step, "consumed": progress.consumed, "identity": identity}
+            checkpoint_files.commit(root, step, state, keep=logging.max_ckpt_num)
+    except OSError:
+        checkpoint_files.abandon(root, step)
+        raise
     dist.barrier()
 
 
-def load(engine: MegatronEngine, logging: LoggingArguments, *, identity: dict[str, Any]) -> int:
-    """Bring the engine to the latest checkpoint of the run that `logging.load` names; returns its step."""
+def load(engine: MegatronEngine, logging: LoggingArguments, *, identity: dict[str, Any]) -> Progress:
+    """Bring the engine to the latest checkpoint of the run that `logging.load` names; returns where it was."""
     with_optimizer = not logging.no_load_optim
-    step, directory, state = checkpoint_files.latest(Path(str(logging.load)) / "checkpoints")
+    _, directory, state = checkpoint_files.latest(Path(str(logging.load)) / "checkpoints")
     checkpoint_files.check_identity(state.get("identity", {}), identity, directory, with_optimizer=with_optimizer)
     checkpoint.load_engine(engine, directory / "actor", with_optimizer=with_optimizer)
-    return step
+    return Progress(step=int(state["step"]), consumed=int(state["consumed"]))
 
 
 def _agree(flag: bool) -> bool:

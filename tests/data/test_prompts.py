@@ -102,9 +102,22 @@ def test_each_epoch_draws_each_prompt_once(num_prompts: int, batch_size: int, se
     assert sampler.epoch(num_steps) == len(line) / num_prompts
 
 
+@given(st.integers(1, 12), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 5))
+def test_a_run_that_continues_with_another_batch_size_goes_on_where_it_was(
+    num_rows: int, sizes: list[int], seed: int
+) -> None:
+    line, step, consumed = [], 3, 0
+    for size in sizes:  # each start makes two steps
+        sampler = PromptSampler(num_rows, size, seed, first_step=step, consumed=consumed)
+        line += sampler.batch(step) + sampler.batch(step + 1)
+        step, consumed = step + 2, sampler.consumed(step + 2)
+        assert consumed == len(line) and sampler.epoch(step) == len(line) / num_rows
+    assert line == PromptSampler(num_rows, len(line), seed).batch(0)
+
+
 def test_order_depends_on_seed_and_epoch() -> None:
     first = PromptSampler(50, 50, 0)
     assert first.batch(0) != first.batch(1)
     assert first.batch(0) != PromptSampler(50, 50, 7).batch(0)
-    with pytest.raises(ValueError, match="rollout_batch_size=0"):
+    with pytest.raises(ValueError, match="a batch of 0 out of 5 rows"):
         PromptSampler(5, 0, 0)

@@ -83,8 +83,10 @@ def test_seeds_decide_the_tokens(engine: RolloutEngine) -> None:
     assert len(set(first[:4])) == 4
     assert not set(first) & set(tokens(step=4))
     assert not set(first) & set(tokens(run_seed=43))
-    alone = engine.generate(PROMPTS[1:2], **OPTIONS | {"group_ids": [0]})
+    alone = engine.generate(PROMPTS[1:2], **OPTIONS | {"group_ids": [1]})
     assert [s.response_ids for s in alone] == first[4:8]
+    twice = engine.generate([PROMPTS[1]] * 2, **OPTIONS | {"group_ids": [1, 5]})
+    assert len({s.response_ids for s in twice}) == 8  # a prompt that a batch holds twice is answered twice
 
 
 def test_stop_token_ends_a_response_and_is_kept(engine: RolloutEngine, model_dir: Path) -> None:

@@ -17,6 +17,7 @@ from megarlhf.config.arguments import (
     OptimizerArguments,
     PPOConfig,
     PromptDataArguments,
+    RewardArguments,
     RolloutArguments,
 )
 from megarlhf.data.types import Prompt, Sample, TrainingRow
@@ -29,6 +30,7 @@ def make_config(
     batch: dict[str, Any] | None = None,
     algorithm: dict[str, Any] | None = None,
     logging: dict[str, Any] | None = None,
+    reward: dict[str, Any] | None = None,
     freezing_actor_steps: int = -1,
 ) -> PPOConfig:
     """A small configuration; nothing in it is read from disk."""
@@ -40,6 +42,7 @@ def make_config(
         algorithm=AlgorithmArguments(**(algorithm or {})),
         rollout=RolloutArguments(prompt_max_len=8, generate_max_len=8),
         data=PromptDataArguments(prompt_data="prompts.jsonl"),
+        reward=RewardArguments(**(reward or {})),
         logging=LoggingArguments(save=str(save), **(logging or {})),
     )
 
@@ -57,6 +60,7 @@ class PlainRoles:
         self.updates: list[tuple[str, list[TrainingRow], float]] = []
         self.saved: dict[int, dict[str, Any]] = {}
         self.phase, self.version = "none", -1
+        self.last_saved: int | None = None
         self._without_result, self._difference = set(without_result), difference
 
     def roles(self, *, critic: bool) -> Roles:
@@ -84,6 +88,10 @@ class PlainRoles:
 
     def sync(self) -> Any:
         return self._enter("sync")
+
+    def rescue(self) -> Any:
+        self.events.append("rescue")
+        return self._enter("train")
 
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
         assert self.phase == "rollout"
@@ -124,11 +132,15 @@ class PlainRoles:
     def save(self, step: int, run_state: dict[str, Any]) -> None:
         assert self.phase == "train", "weights are on the device in this phase alone"
         self.events.append(f"save {step}")
+        self.last_saved = step
         self.saved[step] = run_state
 
     def forward(self, rows: Sequence[TrainingRow], shift: float) -> list[Tensor]:
         assert self.phase == "train"
         return [torch.full((row.num_targets,), -1.0 + shift) for row in rows]
+
+    def before_update(self, name: str) -> None:
+        """For subclasses that fail there."""
 
     def difference(self) -> float:
         return self._difference
@@ -150,6 +162,7 @@ class _Training:
         return self._parent.forward(rows, 1.25)
 
     def update(self, rows: Sequence[TrainingRow], *, denominator: float) -> UpdateResult:
+        self._parent.before_update(self._name)
         self._parent.events.append(f"update {self._name}")
         self._parent.updates.append((self._name, list(rows), denominator))
         outputs = self._parent.forward(rows, self._parent.difference())

@@ -11,7 +11,6 @@ from megarlhf.engine.engine import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import rl
-from megarlhf.trainers.experience import NoSamplesError
 from megarlhf.trainers.state import LoopState
 from megarlhf.trainers.summary import LogProbDifferenceError
 from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
@@ -105,12 +104,6 @@ def test_samples_without_result_are_left_out_and_counted(tmp_path: Path) -> None
     run(tmp_path / "group", plain, batch={"train_iters": 1}, algorithm={"advantage_estimator": "rloo"})
     trained = [row.group_id for role, rows, _ in plain.updates if role == "actor" for row in rows]
     assert sorted(trained) == [2, 2, 3, 3]  # groups 0 and 1 lost the comparison
-
-
-def test_no_result_at_all_stops_the_run(tmp_path: Path) -> None:
-    plain = PlainRoles(without_result=[(g, s) for g in range(4) for s in range(2)])
-    with pytest.raises(NoSamplesError, match="none of 8 samples"):
-        run(tmp_path, plain)
 
 
 def test_stop_signal_saves_and_leaves_after_the_step(tmp_path: Path) -> None:
