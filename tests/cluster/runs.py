@@ -9,9 +9,11 @@ from pathlib import Path
 
 REWARD = """
 def reward_func(queries, prompts, labels):
-    # The share of even token characters: dense, cheap, and a function of the response alone.
+    # The share of even characters after an even prompt, of odd ones after an odd prompt: dense, cheap, and a function of
+    # prompt and response, so that a mix-up changes it.
+    wanted = ["02468" if p[0] in "02468" else "13579" for p in prompts]
     responses = [q[len(p):] for q, p in zip(queries, prompts)]
-    return [sum(c in "02468" for c in r) / max(1, len(r)) for r in responses]
+    return [sum(c in w for c in r) / max(1, len(r)) for r, w in zip(responses, wanted)]
 """
 
 

@@ -1,0 +1,191 @@
+"""The supervised loop in real ranks: a run that goes on is the run that never stopped; failures leave a checkpoint."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megarlhf.config.arguments import (
+    LoggingArguments,
+    ModelArguments,
+    SFTConfig,
+    SFTDataArguments,
+    SupervisedBatchArguments,
+)
+from megarlhf.data.types import TrainingRow
+from megarlhf.engine.engine import MegatronEngine, PackingOptions
+from megarlhf.engine.objective import NonFiniteError, Objective
+from megarlhf.engine.optimizer import OptimizerOptions
+from megarlhf.metrics.sinks import Sinks
+from megarlhf.models.build import ModelOptions
+from megarlhf.trainers import supervised
+from megarlhf.trainers.sft import sft_objective
+from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, world
+from tests.distributed.pool import RankPool
+from tests.tiny_models import VOCAB_SIZE, make_model
+
+TOTAL = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a run of TOTAL steps."""
+
+    save: Path
+    load: Path | None = None
+    batch_size: int = 4
+    stop_after: int = TOTAL  # a signal comes in this step
+    fails: str | None = None  # "loss" or "log", in step 3
+    save_interval: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a rank has after it."""
+
+    tensors: dict[str, torch.Tensor]  # weights, moments and step counts of the optimizer
+    schedule: dict[str, Any]
+    drawn: list[list[int]]  # rows of each step, by group_id
+    error: str
+
+
+def make_rows(count: int = 11) -> list[TrainingRow]:
+    """Ragged rows; 11 of them, so that epochs end inside a batch of 4."""
+    generator = torch.Generator().manual_seed(8)
+
+    def row(index: int) -> TrainingRow:
+        ids = torch.randint(3, VOCAB_SIZE, (4 + index % 5,), generator=generator).tolist()
+        return TrainingRow(input_ids=tuple(ids), prompt_length=1 + index % 2, group_id=index)
+
+    return [row(index) for index in range(count)]
+
+
+def run(rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, start: Start) -> Outcome:
+    """The loop from the start to TOTAL steps or the failure."""
+    config = SFTConfig(
+        model=ModelArguments(pretrain=str(model_dir), seed=9),
+        batch=SupervisedBatchArguments(global_batch_size=start.batch_size),
+        data=SFTDataArguments(dataset="unused"),
+        logging=LoggingArguments(
+            save=str(start.save), load=start.load and str(start.load), save_interval=start.save_interval
+        ),
+    )
+    identity = {"seed": 9}
+    with world(layout, rank, init_method):
+        options = OptimizerOptions(
+            learning_rate=1e-2,
+            total_steps=TOTAL,
+            lr_warmup_ratio=0.4,
+            weight_decay=0.1,
+            use_distributed_optimizer=layout.distributed_optimizer,
+        )
+        packing = PackingOptions(max_tokens=32, share_prefix=False)
+        engine = MegatronEngine(model_dir, head="lm", model=ModelOptions(), packing=packing, optimizer=options)
+        progress = supervised.Progress()
+        if start.load is not None:
+            progress = supervised.load(engine, config.logging, identity=identity)
+        drawn: list[list[int]] = []
+        inner = engine.train_step
+
+        def step_of() -> int:
+            return progress.step + len(drawn)
+
+        def train_step(batch: list[TrainingRow], objective: Objective, *, denominator: float) -> Any:
+            drawn.append([row.group_id for row in batch])
+            if start.fails == "loss" and step_of() == 3:
+                raise NonFiniteError("loss=nan")
+            return inner(batch, objective, denominator=denominator)
+
+        engine.train_step = train_step  # type: ignore[method-assign]
+        sinks = None
+        if rank == 0:
+            sinks = Sinks(start.save, total_steps=TOTAL, resumed_step=progress.step or None)
+            if start.fails == "log":
+                log = sinks.log
+                sinks.log = lambda step, metrics: log(step, metrics) if step < 3 else 1 / 0  # type: ignore[assignment]
+        error = ""
+        try:
+            supervised.train(
+                config,
+                engine,
+                sft_objective(),
+                make_rows(),
+                None,
+                sinks,
+                lambda: step_of() == start.stop_after,
+                progress=progress,
+                total_steps=TOTAL,
+                identity=identity,
+            )
+        except (NonFiniteError, RuntimeError, ZeroDivisionError) as failure:
+            error = type(failure).__name__
+        if sinks is not None:
+            sinks.close()
+        dist.barrier()
+        tensors = {name: p.detach().clone() for name, p in engine.named_parameters()}
+        for number, state in enumerate(engine.optimizer.optimizer.state.values()):
+            tensors |= {f"{number}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
+        return Outcome(tensors=tensors, schedule=engine.scheduler.state_dict(), drawn=drawn, error=error)
+
+
+def rows_of(save: Path) -> list[dict[str, float]]:
+    """Logged rows without what depends on the clock."""
+    rows = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k.startswith(("sft/", "data/", "step"))} for row in rows]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", family="llama")
+
+
+@pytest.mark.parametrize("name", ["one", "DP2-distopt"])
+def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_run_that_never_stopped(
+    ranks: RankPool, model_dir: Path, tmp_path: Path, name: str
+) -> None:
+    layout = {"one": SINGLE, **LAYOUTS}[name]
+    size = layout.world_size
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    straight = ranks.run(size, run, layout, model_dir, Start(save=whole))
+    ranks.run(size, run, layout, model_dir, Start(save=broken, stop_after=3))
+    resumed = ranks.run(size, run, layout, model_dir, Start(save=broken, load=broken))
+    for expected, found in zip(straight, resumed, strict=True):
+        assert found.drawn == expected.drawn[3:]
+        assert found.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in found.tensors)
+        assert found.schedule == expected.schedule and found.schedule["num_steps"] == TOTAL
+    assert rows_of(broken) == rows_of(whole)
+    drawn = [row for batch in straight[0].drawn for row in batch]
+    assert sorted(drawn[:11]) == list(range(11))  # an epoch, which ends inside step 3
+    assert [row["data/epoch"] for row in rows_of(whole)] == pytest.approx([4 * n / 11 for n in range(1, 6)])
+    # Oracle for the schedule: two steps of warm-up, then a cosine from 1e-2 to a tenth of it.
+    cosine = [1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * (n - 2) / 3)) for n in (3, 4, 5)]
+    assert [row["sft/learning_rate"] for row in rows_of(broken)] == pytest.approx([5e-3, 1e-2, *cosine])
+    moved = [rows_of(whole)[n]["sft/loss"] for n in range(TOTAL)]
+    assert len(set(moved)) == TOTAL  # each step changes the model
+
+
+def test_another_batch_size_goes_on_with_the_next_row(ranks: RankPool, model_dir: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    (first,) = ranks.run(1, run, SINGLE, model_dir, Start(save=save, stop_after=2))
+    (rest,) = ranks.run(1, run, SINGLE, model_dir, Start(save=save, load=save, batch_size=3))
+    assert sorted(row for batch in [*first.drawn, rest.drawn[0]] for row in batch) == list(range(11))
+    assert [row["data/epoch"] for row in rows_of(save)] == pytest.approx([n / 11 for n in (4, 8, 11, 14, 17)])
+
+
+@pytest.mark.parametrize(("fails", "saved", "errors"), [("loss", 2, "NonFiniteError"), ("log", 3, "ZeroDivisionError")])
+def test_a_failure_saves_the_last_good_state_first(
+    ranks: RankPool, model_dir: Path, tmp_path: Path, fails: str, saved: int, errors: str
+) -> None:
+    save = tmp_path / "run"
+    first, second = ranks.run(2, run, LAYOUTS["DP2-distopt"], model_dir, Start(save=save, fails=fails))
+    assert first.error == errors
+    assert second.error == ("RuntimeError" if fails == "log" else errors)  # every rank leaves the loop
+    pointer = save / "checkpoints" / "latest_checkpointed_iteration.txt"
+    state = json.loads((save / "checkpoints" / f"iter_{saved:07d}" / "run_state.json").read_text())
+    assert int(pointer.read_text()) == saved == state["step"] and state["consumed"] == 4 * saved
