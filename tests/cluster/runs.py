@@ -9,7 +9,7 @@ from pathlib import Path
 
 REWARD = """
 def reward_func(queries, prompts, labels):
-    # The share of even characters after an even prompt, of odd ones after an odd prompt: dense, cheap, and a function of
+    # The share of even characters after an even prompt, of odd ones after an odd one: dense, cheap, a function of
     # prompt and response, so that a mix-up changes it.
     wanted = ["02468" if p[0] in "02468" else "13579" for p in prompts]
     responses = [q[len(p):] for q, p in zip(queries, prompts)]
