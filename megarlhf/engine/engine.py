@@ -5,6 +5,7 @@ computes alike, packs it, runs Megatron-Core's schedule and gives back per-row r
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,6 +113,7 @@ class MegatronEngine:
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.model)
         ]
+        weakref.finalize(self, _empty_wrappers, self.model).atexit = False
         if options.overlap_grad_reduce:
             self.config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.model])
         self._gathers_late = options.overlap_param_gather
@@ -320,3 +322,13 @@ class MegatronEngine:
 def _one_or_list(functions: list[Any]) -> Any:
     """Megatron-Core's convention for what each chunk has: alone where there is one chunk."""
     return functions[0] if len(functions) == 1 else functions
+
+
+def _empty_wrappers(chunks: list[Any]) -> None:
+    """Part each wrapped chunk from its hooks on gradients, which hold it and are held by it.
+
+    The model's memory and its groups' threads then end with the engine. The garbage collector would find them late,
+    since it looks at old objects rarely, or never, since a worker freezes them.
+    """
+    for chunk in chunks:
+        chunk.__dict__.clear()

@@ -16,11 +16,10 @@ class RouterStatistics:
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], num_layers: int) -> None:
-        self._routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
         self._num_layers = num_layers
         self._totals: Tensor | None = None  # [layers, 2 experts + 2]: choices, probabilities, log-probs, tokens
-        for router in self._routers:
-            router.register_forward_hook(self._add)
+        for router in (m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)):
+            router.register_forward_hook(self._add)  # a router holds the statistics, which hold no router: no cycle
 
     def start(self) -> None:
         """Forget what was counted."""

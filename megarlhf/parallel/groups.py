@@ -1,6 +1,9 @@
 """Process groups of one role: torch.distributed and Megatron-Core's parallel state, set up once per process."""
 
+import gc
+import logging
 import os
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,6 +15,8 @@ from megarlhf.parallel import megatron_cpu
 from megarlhf.parallel.device import collective_backend, select_device
 
 Value = TypeVar("Value")
+_logger = logging.getLogger(__name__)
+_left: list[weakref.ref[dist.ProcessGroup]] = []  # groups of worlds that this process has left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,7 @@ def initialize_groups(
         timeout_minutes: a collective that waits longer fails on every rank.
     """
     sizes.data(world_size)
+    _collect_left_groups()
     megatron_cpu.verify()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -109,12 +115,40 @@ def gathered(mine: Value) -> list[Value]:
 
 
 def destroy_groups() -> None:
-    """Leave every group, so that the process may set up another world."""
+    """Leave every group, so that the process may set up another world.
+
+    A gloo group has threads and sockets as long as anything refers to it: they end with the last model that was built
+    in this world, so drop it too.
+    """
     from megatron.core import parallel_state
 
+    if dist.is_initialized():
+        _left.extend(weakref.ref(group) for group in dist.distributed_c10d._world.pg_map)
     parallel_state.destroy_model_parallel()
+    _forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """Drop the groups that Megatron-Core remembers and destroy_model_parallel() does not drop."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe import moe_utils
+
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+
+
+def _collect_left_groups() -> None:
+    """End the groups of earlier worlds that only garbage refers to: the collector looks at what is old rarely."""
+    if any(group() is not None for group in _left):
+        gc.unfreeze()  # the models of a world that was left are garbage, frozen or not
+        gc.collect()
+    _left[:] = [group for group in _left if group() is not None]
+    if _left:
+        _logger.warning("%d process groups of worlds that were left are still in use by their engines", len(_left))
 
 
 @dataclass(frozen=True, kw_only=True)
