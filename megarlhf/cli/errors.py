@@ -2,16 +2,34 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megarlhf.config.checks import raise_if
 
 
+class RunError(RuntimeError):
+    """What stopped a run that had started, whatever kind of error a worker or a library calls it."""
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """For a run whose settings have been checked: from here on a ValueError does not speak of the configuration."""
+    try:
+        yield
+    except ValueError as error:
+        failure = RunError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", []):
+            failure.add_note(note)
+        raise failure from error
+
+
 def report_errors(program: str, run: Callable[[], int]) -> int:
     """Run a program; what the user can mend is printed as sentences.
 
-    Status 2 says that something given cannot be used (ValueError), 1 that the run failed, 130 that it was interrupted.
+    Status 2 says that something given cannot be used (ValueError outside `running`), 1 that the run failed, 130 that it
+    was interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:

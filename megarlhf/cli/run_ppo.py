@@ -2,10 +2,12 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from megarlhf.cli.errors import all_or_errors
+from megarlhf.cli.errors import all_or_errors, running
 from megarlhf.cli.run import (
     StopSignal,
     check_shared_memory,
@@ -18,7 +20,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data.prompts import PromptData, load_prompts
-from megarlhf.data.tokenizer import load_tokenizer, stop_token_ids
+from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_token_ids
 from megarlhf.data.types import Prompt
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import Sinks
@@ -42,6 +44,23 @@ def resolve(config: PPOConfig) -> PPOConfig:
         and device_kind() == "cpu"
     )
     return dataclasses.replace(config, batch=dataclasses.replace(batch, share_prompt_prefix=share))
+
+
+def resolve_special_tokens(config: PPOConfig, labels: Sequence[Any]) -> PPOConfig:
+    """Decide, where that was left open, whether rewards read special tokens: where a label holds one."""
+    if config.reward.reward_skip_special_tokens is not None:
+        return config
+    found = special_token_in(
+        labels, load_tokenizer(config.model.tokenizer or config.model.pretrain, chat_template=None)
+    )
+    if found is not None:
+        print(
+            f"labels hold special tokens, such as {found}: rewards read those of the responses too "
+            "(--reward_skip_special_tokens leaves them out)",
+            file=sys.stderr,
+        )
+    reward = dataclasses.replace(config.reward, reward_skip_special_tokens=found is None)
+    return dataclasses.replace(config, reward=reward)
 
 
 def make_plan(config: PPOConfig) -> PlacementPlan:
@@ -121,15 +140,18 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     """Plan and run; returns the exit status."""
     config = resolve(config)
     plan = make_plan(config)
-    if dry_run:
-        print(to_yaml(config) + "\n" + plan.table())
-        return 0
     reward = RewardScorer(
         function_path=config.reward.reward_function,
         rule=config.reward.reward_rule,
         rule_pattern=config.reward.reward_format,
         timeout_seconds=config.reward.reward_timeout_seconds,
+        passed_variables=config.reward.reward_env,
     )
+    if dry_run:
+        reward.check()
+        reward.close()
+        print(to_yaml(config) + "\n" + plan.table())
+        return 0
     identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
@@ -142,6 +164,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
             reward.check,
         ]
     )
+    config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     batch = config.batch
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
@@ -161,7 +184,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     )
     try:
         sinks.phase("start")
-        with launch.start(
+        with running(), launch.start(
             config,
             plan,
             reward=reward,

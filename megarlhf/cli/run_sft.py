@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megarlhf.cli.errors import all_or_errors
+from megarlhf.cli.errors import all_or_errors, running
 from megarlhf.cli.local_ranks import MEETING, run_local_ranks
 from megarlhf.cli.run import (
     StopSignal,
@@ -131,19 +131,20 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
             resumed_step=continued,
         )
     try:
-        supervised.train(
-            config,
-            engine,
-            sft_objective(),
-            data.rows,
-            evaluation.rows if evaluation is not None else None,
-            sinks,
-            stop,
-            progress=progress,
-            total_steps=total,
-            identity=identity,
-        )
-        export_hf(engine, directory / "hf")
+        with running():
+            supervised.train(
+                config,
+                engine,
+                sft_objective(),
+                data.rows,
+                evaluation.rows if evaluation is not None else None,
+                sinks,
+                stop,
+                progress=progress,
+                total_steps=total,
+                identity=identity,
+            )
+            export_hf(engine, directory / "hf")
     finally:
         if sinks is not None:
             sinks.close()

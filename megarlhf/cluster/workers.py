@@ -156,6 +156,7 @@ class RolloutWorker:
             kv_cache_gib=options.vllm_kv_cache_gib,
             threads=self.spec.threads,
             tokenizer_dir=config.model.tokenizer,
+            skip_special_tokens=config.reward.reward_skip_special_tokens is not False,
         )
 
     def generate(

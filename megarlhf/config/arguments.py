@@ -216,9 +216,11 @@ class RewardArguments:
     """Who scores the responses: exactly one of reward_function and reward_rule."""
 
     reward_function: str | None = None
-    """Python file that defines reward_func(queries, prompts, labels) and returns one number per query."""
+    """Python file that defines reward_func(queries, prompts, labels) and returns one number per query. Labels are as in
+    the data: text, numbers, lists, ..."""
     reward_rule: Literal["math", "exact_match", "format"] | None = None
-    """Built-in rule: math compares the final answer with the label, exact_match the whole text, format a pattern."""
+    """Built-in rule: math compares the final answer, in the last \\boxed{} if there is one, with the label, exact_match
+    the whole text, format a pattern. Of a label that is a list any element is right."""
     reward_format: str | None = None
     """Regular expression that a response must match for reward_rule=format."""
     min_result_fraction: float = 0.5
@@ -228,7 +230,15 @@ class RewardArguments:
     """Steps in a row that may go untrained for that reason; then the run saves and stops."""
     reward_timeout_seconds: float = 30.0
     """Seconds for one call of the reward code with all responses of a step. Past it they are scored one by one, each
-    within the same limit; a response that is not is left out of training."""
+    within the same limit, all together within ten times the limit or 0.1 seconds a response, whichever is more; a
+    response that is not scored by then is left out of training."""
+    reward_env: tuple[str, ...] = ()
+    """Names of environment variables that the reward code sees, such as the key of a service that it calls, besides
+    those that programs need (PATH, HOME, LANG, PYTHONPATH, HF_HOME, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, ...)."""
+    reward_skip_special_tokens: bool | None = None
+    """Leave special tokens out of the responses that rewards read. With --no_reward_skip_special_tokens they are in,
+    the end-of-turn token too, as in OpenRLHF's queries; rules look at what stands before that. None: they are in where
+    a label holds one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,6 +220,11 @@ def _reward_errors(reward: RewardArguments) -> list[str]:
         errors.append("reward_format=None with reward_rule=format (it is the pattern to match): set reward_format")
     if rule != "format" and pattern is not None:
         errors.append(f"reward_format={pattern!r} is ignored with reward_rule={rule}: set reward_rule=format")
+    errors += [
+        f"reward_env={name} is not a variable of this environment (reward code is to see it): set it, and give its name"
+        for name in reward.reward_env
+        if name not in os.environ
+    ]
     try:
         re.compile(pattern or "")
     except re.error as error:

@@ -39,7 +39,9 @@ class Option(NamedTuple):
     @property
     def num_values(self) -> int:
         """Values that its flag takes."""
-        return len(get_args(self.annotation)) if get_origin(self.annotation) is tuple else 1
+        if get_origin(self.annotation) is not tuple:
+            return 1
+        return sys.maxsize if Ellipsis in get_args(self.annotation) else len(get_args(self.annotation))
 
 
 def options_of(config_class: type[ConfigT]) -> dict[str, Option]:
@@ -261,8 +263,12 @@ def _converted(value: Any, annotation: Any) -> Any:
     for kind in get_args(annotation) if NoneType in get_args(annotation) else (annotation,):
         if get_origin(kind) is Literal and value in get_args(kind):
             return value
-        if get_origin(kind) is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(kind)):
-            return tuple(_converted(part, part_kind) for part, part_kind in zip(value, get_args(kind), strict=True))
+        if get_origin(kind) is tuple and isinstance(value, list | tuple):
+            kinds = get_args(kind)
+            if kinds[-1] is Ellipsis:
+                kinds = kinds[:1] * len(value)
+            if len(value) == len(kinds):
+                return tuple(_converted(part, part_kind) for part, part_kind in zip(value, kinds, strict=True))
         if kind in (bool, str, NoneType) and isinstance(value, kind):
             return value
         if kind in (int, float) and isinstance(value, int | kind) and not isinstance(value, bool):

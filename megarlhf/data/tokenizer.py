@@ -1,7 +1,10 @@
 """The model's tokenizer, and the tokens at which generation stops."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -58,3 +61,10 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str) -> list[i
     if not stops:
         raise ValueError(f"tokenizer={tokenizer.name_or_path} has no EOS and {path} names none: no response would end")
     return sorted(stops)
+
+
+def special_token_in(labels: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token of the tokenizer that is in the text of a label, None where there is none."""
+    tokens = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = re.search("|".join(tokens), "\n".join(str(label) for label in labels)) if tokens else None
+    return None if found is None else found[0]

@@ -30,10 +30,11 @@ class Sample:
     sample_id: int  # 0 .. n_samples_per_prompt - 1 inside the group
     response_ids: tuple[int, ...]  # generated tokens, the stop token included
     rollout_log_probs: tuple[float, ...]  # log p of each response token as the inference engine computed it
-    response_text: str  # decoded response without special tokens
+    response_text: str  # decoded response; special tokens are in it with reward_skip_special_tokens=False
     finish_reason: FinishReason  # "stop": a stop token came; "length": cut at the limit
     weight_version: int  # policy version that generated it
     reward: float | None = None  # outcome reward; None: no result (never a silent 0)
+    stop_text: str = ""  # the stop token at the end of response_text, where special tokens are in it
 
 
 @dataclass(frozen=True, kw_only=True)

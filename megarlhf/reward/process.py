@@ -7,24 +7,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-_SECRET_MARKS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+# What programs need to find themselves, their files and their cores; none of it is a secret. LC_* pass too.
+PASSED_VARIABLES = (
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR"),
+    *("PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
+    *("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
+)
+_MAX_ANSWER_BYTES = 1 << 26  # of one call; a hundred thousand samples with reasons have less
 
 
 class WorkerLostError(Exception):
-    """The worker hung or ended during a request; it is gone, and the message completes a sentence on the request."""
+    """The worker hung, ended or answered garbage; it is gone, and the message completes a sentence on the request."""
 
 
 class RewardProcess:
     """One `megarlhf.reward.worker` at a time, in its own process group, talked to in lines of JSON over pipes."""
 
-    def __init__(self) -> None:
-        """Nothing runs before `start`."""
+    def __init__(self, passed_variables: Sequence[str] = ()) -> None:
+        """Nothing runs before `start`.
+
+        Args:
+            passed_variables: environment variables that the worker gets besides PASSED_VARIABLES and LC_*.
+        """
+        self._passed_variables = passed_variables
         self._popen: subprocess.Popen[bytes] | None = None
+        self._num_requests = 0
 
     @property
     def is_running(self) -> bool:
@@ -42,7 +54,7 @@ class RewardProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env=worker_environment(os.environ),
+            env=worker_environment(os.environ, self._passed_variables),
             start_new_session=True,
         )
         assert self._popen.stdin is not None and self._popen.stdout is not None
@@ -53,23 +65,27 @@ class RewardProcess:
         """Send one line and wait for the line that answers it.
 
         Raises:
-            WorkerLostError: no answer in time, or the worker ended; in both cases its whole process group is killed.
+            WorkerLostError: no answer in time, one that is none, or the worker ended; all that it started is killed.
         """
         assert self._popen is not None, "request before start"
-        line = json.dumps(message).encode() + b"\n"
+        self._num_requests += 1
+        line = json.dumps({**message, "id": self._num_requests}).encode() + b"\n"
         try:
-            reply: dict[str, Any] = json.loads(_exchange(self._popen, line, timeout_seconds))
+            reply = json.loads(_exchange(self._popen, line, timeout_seconds))
+            if not isinstance(reply, dict) or reply.pop("id", None) != self._num_requests:
+                raise ValueError("not the answer to this call")
         except TimeoutError:
             self.kill()
             raise WorkerLostError(f"took longer than its limit of {timeout_seconds:g} seconds") from None
         except (BrokenPipeError, EOFError):
-            code = self.kill()
-            how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-            raise WorkerLostError(f"ended its process ({how})") from None
+            raise WorkerLostError(f"ended its process ({_describe_end(self.kill())})") from None
+        except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
+            self.kill()
+            raise WorkerLostError(f"wrote into the pipe of its process's answers ({error})") from None
         return reply
 
     def kill(self) -> int:
-        """End the worker, if there is one, and every process of its group.
+        """End the worker, if there is one, and every process of its group; in a PID namespace every process in that.
 
         Returns:
             The worker's own exit status where it had ended before, or minus the number of the signal that ended it.
@@ -84,13 +100,22 @@ class RewardProcess:
         return popen.wait()
 
 
-def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment of the worker: ours without the variables whose names look like secrets, and with this package."""
+def worker_environment(environment: Mapping[str, str], passed_variables: Sequence[str]) -> dict[str, str]:
+    """Environment of the worker: of ours what it needs and what the user names, and where this package is."""
     kept = {
-        name: value for name, value in environment.items() if not any(mark in name.upper() for mark in _SECRET_MARKS)
+        name: value
+        for name, value in environment.items()
+        if name in PASSED_VARIABLES or name in passed_variables or name.startswith("LC_")
     }
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), kept.get("PYTHONPATH")]))
     return kept
+
+
+def _describe_end(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    named = {number.value: number.name for number in signal.Signals}
+    return named.get(-code, f"signal {-code}")
 
 
 def _exchange(popen: subprocess.Popen[bytes], line: bytes, timeout_seconds: float) -> bytes:
@@ -101,8 +126,10 @@ def _exchange(popen: subprocess.Popen[bytes], line: bytes, timeout_seconds: floa
     poll.register(to_worker, select.POLLOUT)
     poll.register(from_worker, select.POLLIN)
     deadline = time.monotonic() + timeout_seconds
-    unsent, answer = memoryview(line), b""
-    while not answer.endswith(b"\n"):
+    unsent, answer = memoryview(line), bytearray()
+    while unsent or not answer.endswith(b"\n"):
+        if len(answer) > _MAX_ANSWER_BYTES:
+            raise ValueError(f"more than {_MAX_ANSWER_BYTES} bytes without an end of line")
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
@@ -116,4 +143,4 @@ def _exchange(popen: subprocess.Popen[bytes], line: bytes, timeout_seconds: floa
                 if not chunk:
                     raise EOFError
                 answer += chunk
-    return answer
+    return bytes(answer)

@@ -1,47 +1,51 @@
 """The process that runs reward code: `python -m megarlhf.reward.worker`, one JSON object a line in and out.
 
-The first line says what to load: {"function_path", "rule", "rule_pattern"}; the answer is {"ready": true}. Each later
-line is a call {"queries", "prompts", "responses", "labels"}, all lists of one length; the answer is {"rewards",
-"reasons"} of that length, where a reward is null and has a reason if there is no result. Instead of either answer
-{"error": reason} says that the code could not be loaded or that the whole call failed.
+The first line says what to load: {"function_path", "rule", "rule_pattern"}; the answer is {"ready": true, "separation",
+"separation_reason"} (separation.py). Each later line is a call {"queries", "prompts", "responses", "stop_texts",
+"labels"}, all lists of one length; the answer is {"rewards", "reasons"} of that length, where a reward is null and has
+a reason if there is no result. Instead of either answer {"error": reason} says that the code could not be loaded or
+that the whole call failed. Every line has an "id", and its answer the same.
 """
 
-import importlib.util
 import json
-import math
 import os
 import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TextIO
 
-# Rewards of a call, None where there is no result, and a reason for each None.
-Scores = tuple[list[float | None], list[str | None]]
-ScoreCall = Callable[[dict[str, list[Any]]], Scores]
+from megarlhf.reward.separation import separate
+from megarlhf.reward.user_function import Scores, load_function
 
 
 def main() -> None:
     """Serve calls until the input ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    separation = separate()
+    if separation.kind != "namespaces":  # which end with the process that guards them
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     requests, replies = _take_pipes()
+    settings = json.loads(requests.readline())
+    number = settings.pop("id")
     try:
-        score = _load(**json.loads(requests.readline()))
+        score = _load(**settings)
     except (Exception, SystemExit) as error:
-        _send(replies, {"error": _describe(error)})
+        _send(replies, {"id": number, "error": _describe(error)})
         return
-    _send(replies, {"ready": True})
+    ready = {"ready": True, "separation": separation.kind, "separation_reason": separation.reason}
+    _send(replies, {"id": number} | ready)
     for line in requests:
+        call = json.loads(line)
+        number = call.pop("id")
         try:
-            rewards, reasons = score(json.loads(line))
+            rewards, reasons = score(call)
         except (Exception, SystemExit) as error:
-            _send(replies, {"error": f"the reward raised {_describe(error)}"})
+            _send(replies, {"id": number, "error": f"the reward raised {_describe(error)}"})
         else:
-            _send(replies, {"rewards": rewards, "reasons": reasons})
+            _send(replies, {"id": number, "rewards": rewards, "reasons": reasons})
 
 
 def _take_pipes() -> tuple[TextIO, TextIO]:
@@ -71,16 +75,19 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def _load(*, function_path: str | None, rule: str | None, rule_pattern: str | None) -> ScoreCall:
-    return _load_rule(rule, rule_pattern) if function_path is None else _load_function(function_path)
+def _load(
+    *, function_path: str | None, rule: str | None, rule_pattern: str | None
+) -> Callable[[dict[str, list[Any]]], Scores]:
+    return _load_rule(rule, rule_pattern) if function_path is None else load_function(function_path)
 
 
-def _load_rule(rule: str | None, pattern: str | None) -> ScoreCall:
+def _load_rule(rule: str | None, pattern: str | None) -> Callable[[dict[str, list[Any]]], Scores]:
     from megarlhf.reward import rules  # math-verify takes a second to import, which a reward function need not wait for
 
     def score(call: dict[str, list[Any]]) -> Scores:
         rewards: list[float | None] = []
-        for response, label in zip(call["responses"], call["labels"], strict=True):
+        for *texts, stop_text in zip(call["responses"], call["labels"], call["stop_texts"], strict=True):
+            response, label = (_without(stop_text, text) for text in texts)  # it is no part of an answer
             if rule == "math":
                 rewards.append(rules.math_reward(response, label))
             elif rule == "exact_match":
@@ -97,53 +104,11 @@ def _load_rule(rule: str | None, pattern: str | None) -> ScoreCall:
     return score
 
 
-def _load_function(path: str) -> ScoreCall:
-    """The `reward_func` of a Python file, which may import its neighbours."""
-    sys.path.insert(0, str(Path(path).resolve().parent))
-    spec = importlib.util.spec_from_file_location("megarlhf_user_reward", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    function = getattr(module, "reward_func", None)
-    if not callable(function):
-        raise AttributeError("the file defines no function reward_func(queries, prompts, labels)")
-
-    def score(call: dict[str, list[Any]]) -> Scores:
-        # By place and not by name: users name the parameters as they like.
-        returned = function(call["queries"], call["prompts"], call["labels"])
-        return _read_rewards(returned, len(call["queries"]))
-
-    return score
-
-
-def _read_rewards(returned: object, count: int) -> Scores:
-    """Rewards from what a reward function returned: a list, tuple, array or tensor, or a dict with one as "rewards".
-
-    Anything else, or another length, leaves the whole call without result: nothing says whose reward is whose.
-    """
-    values = returned.get("rewards") if isinstance(returned, Mapping) else returned
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
-        return [None] * count, [f"reward_func returned {returned!r:.100}, not a list of {count} rewards"] * count
-    if len(values) != count:
-        return [None] * count, [f"reward_func returned {len(values)} rewards for {count} samples"] * count
-    rewards = [_as_number(value) for value in values]
-    reasons = [
-        f"reward_func returned {value!r:.100}, not a finite number" if reward is None else None
-        for reward, value in zip(rewards, values, strict=True)
-    ]
-    return rewards, reasons
-
-
-def _as_number(value: object) -> float | None:
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]  # a scalar tensor
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+def _without(ending: str, value: Any) -> Any:
+    """A text, or every text of a list, without an ending."""
+    if isinstance(value, list):
+        return [_without(ending, element) for element in value]
+    return value.removesuffix(ending) if isinstance(value, str) else value
 
 
 if __name__ == "__main__":

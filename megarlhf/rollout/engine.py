@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import Prompt, Sample
+from megarlhf.rollout.decoding import response_texts
 from megarlhf.rollout.sampling import request_seed
 
 _CPU_BLOCK_TOKENS = 32  # the prefix cache shares whole blocks: vLLM's 128 on a CPU is longer than most prompts
@@ -65,6 +66,7 @@ class RolloutEngine:
         kv_cache_gib: float = 1.0,
         threads: int | None = None,
         tokenizer_dir: str | os.PathLike[str] | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         """Load the model.
 
@@ -80,6 +82,7 @@ class RolloutEngine:
             kv_cache_gib: KV cache on a CPU, in GiB a rank.
             threads: CPU threads of the whole engine; all cores that the process may use if None.
             tokenizer_dir: where the tokenizer lies, `model_dir` if None.
+            skip_special_tokens: leave special tokens out of the text of responses.
         Raises:
             ValueError: the model knows fewer positions than max_model_len.
         """
@@ -101,6 +104,7 @@ class RolloutEngine:
         self.tensor_parallel_size = tensor_parallel_size
         self.weight_version = 0
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
+        self._skip_special_tokens = skip_special_tokens
         self._can_sleep: bool = current_platform.is_sleep_mode_available()
         cpu_only: dict[str, Any] = {}
         if current_platform.is_cpu():
@@ -204,6 +208,12 @@ class RolloutEngine:
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a response with finish_reason={completion.finish_reason!r}")
         tokens = tuple(completion.token_ids)
+        text, stop_text = response_texts(
+            self._tokenizer,
+            tokens,
+            stopped=completion.finish_reason == "stop",
+            skip_special_tokens=self._skip_special_tokens,
+        )
         return Sample(
             prompt=prompt,
             group_id=group_id,
@@ -212,7 +222,8 @@ class RolloutEngine:
             rollout_log_probs=tuple(
                 float(place[token].logprob) for place, token in zip(completion.logprobs, tokens, strict=True)
             ),
-            response_text=str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)),
+            response_text=text,
+            stop_text=stop_text,
             finish_reason=completion.finish_reason,
             weight_version=self.weight_version,
         )

@@ -5,13 +5,13 @@ Each test starts Python processes, about 0.1 s each.
 
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megarlhf.data.types import Prompt, Sample
@@ -27,12 +27,19 @@ def make_scorer(tmp_path: Path) -> Iterator[MakeScorer]:
     """Scorer for the text of a reward file, closed at the end."""
     made = []
 
-    def make(text: str, timeout_seconds: float = 20.0) -> RewardScorer:
+    def make(text: str, timeout_seconds: float = 20.0, passed_variables: Sequence[str] = ()) -> RewardScorer:
         path = tmp_path / "my_reward.py"
         path.write_text(text)
         made.append(
-            RewardScorer(function_path=str(path), rule=None, rule_pattern=None, timeout_seconds=timeout_seconds)
+            RewardScorer(
+                function_path=str(path),
+                rule=None,
+                rule_pattern=None,
+                timeout_seconds=timeout_seconds,
+                passed_variables=passed_variables,
+            )
         )
+        made[-1].check()
         return made[-1]
 
     yield make
@@ -144,14 +151,12 @@ def test_dead_process_costs_its_sample_and_is_replaced(make_scorer: MakeScorer) 
 
 
 def test_process_that_dies_between_calls_is_replaced(make_scorer: MakeScorer) -> None:
-    scorer = make_scorer("import os\ndef reward_func(q, p, l): return [os.getpid()] * len(q)")
-    (pid,) = rewards(scorer, "a")
-    assert pid is not None
-    os.kill(int(pid), signal.SIGKILL)
-    os.waitid(os.P_PID, int(pid), os.WEXITED | os.WNOWAIT)
-    (other,) = rewards(scorer, "a")
-    assert other is not None
-    assert other != pid
+    scorer = make_scorer("calls = []\ndef reward_func(q, p, l): calls.append(1); return [len(calls)] * len(q)")
+    assert rewards(scorer, "a") + rewards(scorer, "a") == [1.0, 2.0]
+    (outermost,) = psutil.Process().children()
+    (outermost.children(recursive=True) or [outermost])[-1].kill()  # the last one started runs the reward code
+    os.waitid(os.P_PID, outermost.pid, os.WEXITED | os.WNOWAIT)
+    assert rewards(scorer, "a") == [1.0]
     assert scorer.last_failures == []
 
 
@@ -204,47 +209,39 @@ def test_large_batches_and_odd_text_pass_the_pipes(make_scorer: MakeScorer) -> N
     assert rewards(scorer, "x" * 1_000_000, odd) == [1_000_000.0, float(len(odd))]
 
 
-def test_environment_has_no_secrets_and_no_core_dumps(make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MY_API_KEY", "hf_token", "AWS_SECRET", "DB_PASSWORD", "HARMLESS"):
-        monkeypatch.setenv(name, "seen")
-    scorer = make_scorer(
-        "import os, resource\n"
-        "def reward_func(queries, prompts, labels):\n"
-        "    names = [n for n, v in os.environ.items() if v == 'seen']\n"
-        "    return [names == ['HARMLESS'], resource.getrlimit(resource.RLIMIT_CORE)[0], os.getpgrp() == os.getpid()]"
-    )
-    assert rewards(scorer, "a", "b", "c") == [1.0, 0.0, 1.0]
-
-
 def test_close_ends_the_process_and_its_children(make_scorer: MakeScorer) -> None:
     scorer = make_scorer(
-        "import os, subprocess\n"
+        "import subprocess\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
-        "def reward_func(queries, prompts, labels): return [os.getpid(), child.pid]"
+        "def reward_func(queries, prompts, labels): return [2.0] * len(queries)"
     )
-    pids = [int(pid) for pid in rewards(scorer, "a", "b") if pid is not None]
-    ends = [os.pidfd_open(pid) for pid in pids]
+    processes = psutil.Process().children(recursive=True)
+    assert "sleep" in [process.name() for process in processes]
+    ends = [os.pidfd_open(process.pid) for process in processes]
     scorer.close()
     scorer.close()
     for end in ends:
         assert select.select([end], [], [], 10.0)[0], "a process descriptor becomes readable when the process ends"
         os.close(end)
-    assert [type(reward) for reward in rewards(scorer, "a", "b")] == [float, float]
+    assert rewards(scorer, "a", "b") == [2.0, 2.0]
 
 
 def test_hung_worker_ends_when_its_trainer_is_killed(tmp_path: Path) -> None:
     """Waits up to 1 s, the worker's interval of looking for its parent."""
-    (tmp_path / "hang.py").write_text("import os, time\ndef reward_func(q, p, l): print(os.getpid()); time.sleep(60)")
+    (tmp_path / "hang.py").write_text("import time\ndef reward_func(q, p, l): print('called'); time.sleep(60)")
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(tmp_path / "hang.py")], cwd=ROOT, stderr=subprocess.PIPE
     )
     assert trainer.stderr is not None
-    end = os.pidfd_open(int(trainer.stderr.readline()))
+    while trainer.stderr.readline() != b"called\n":
+        pass
+    ends = [os.pidfd_open(process.pid) for process in psutil.Process(trainer.pid).children(recursive=True)]
     trainer.kill()
-    assert select.select([end], [], [], 10.0)[0], "a process descriptor becomes readable when the process ends"
+    for end in ends:
+        assert select.select([end], [], [], 10.0)[0], "a process descriptor becomes readable when the process ends"
+        os.close(end)
     trainer.wait()
     trainer.stderr.close()
-    os.close(end)
 
 
 def test_neighbouring_modules_can_be_imported(make_scorer: MakeScorer, tmp_path: Path) -> None:
