@@ -1,6 +1,5 @@
 """`megarlhf inspect DIR`: what a checkpoint holds, from its headers alone."""
 
-import json
 import math
 import sys
 from collections import Counter
@@ -58,8 +57,11 @@ def _bytes(number: float) -> str:
     return f"{number:.4g} GB"
 
 
-def _architecture(config: Path) -> str:
-    return ", ".join(json.loads(config.read_text()).get("architectures") or ["unknown"])
+def _architecture(config: Path, source: str) -> str:
+    from megarlhf.data.json_files import read_json_object
+
+    named = read_json_object(config, source).get("architectures") or "unknown"
+    return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
 
 
 def _hf(directory: Path) -> tuple[str, list[_Row]]:
@@ -72,17 +74,17 @@ def _hf(directory: Path) -> tuple[str, list[_Row]]:
         for name in source.files
         for _, spec in tensor_places(directory / name).values()
     ]
-    return f"{directory}: Hugging Face checkpoint, {_architecture(directory / 'config.json')}", rows
+    return f"{directory}: Hugging Face checkpoint, {_architecture(directory / 'config.json', source.source)}", rows
 
 
 def _megatron(load: str, role: str) -> tuple[str, list[_Row]]:
-    from megarlhf.engine.megatron_files import find_checkpoint, hf_directory
+    from megarlhf.engine.megatron_files import find_checkpoint, hf_files
     from megarlhf.models.torch_dist import TorchDistReader
 
     checkpoint = find_checkpoint(load, role)
     reader = TorchDistReader(checkpoint.directory, checkpoint.source)
     try:
-        architecture = _architecture(hf_directory(checkpoint, None, role) / "config.json")
+        architecture = _architecture(hf_files(checkpoint, None, role).directory / "config.json", checkpoint.source)
     except ValueError:  # it can be looked at all the same
         architecture = "unknown"
     rows = []
@@ -99,10 +101,11 @@ def _megatron(load: str, role: str) -> tuple[str, list[_Row]]:
 
 def _layout(directory: Path, reader: "TorchDistReader") -> str:
     """The parallel sizes that a checkpoint was cut for as its converter noted them, else what its chunks tell."""
+    from megarlhf.data.json_files import read_json_object
     from megarlhf.engine.conversion import MANIFEST
 
-    noted = json.loads((directory / MANIFEST).read_text()) if (directory / MANIFEST).is_file() else {}
-    if sizes := noted.get("layout"):
+    noted = read_json_object(directory / MANIFEST, reader.source) if (directory / MANIFEST).is_file() else {}
+    if isinstance(sizes := noted.get("layout"), dict):
         return ", ".join(f"{kind} parallel size {size}" for kind, size in sizes.items())
     embedding = reader.tensors.get("embedding.word_embeddings.weight")
     if embedding is None:

@@ -13,7 +13,7 @@ from megarlhf.engine import checkpoint_files
 from megarlhf.parallel.device import device_kind
 
 if TYPE_CHECKING:
-    from megarlhf.models.hf_files import HFWeights
+    from megarlhf.models.hf_files import HFConfig
 
 
 class StopSignal:
@@ -37,23 +37,34 @@ class StopSignal:
         return self.received
 
 
-def check_weights(*models: tuple[str, LayoutArguments]) -> list["HFWeights"]:
-    """Open each model, headers alone.
+def check_weights(
+    model: tuple[str, LayoutArguments], *, critic: tuple[str, LayoutArguments] | None = None, generates: bool = False
+) -> "HFConfig":
+    """Open the models that are trained: configurations, and the headers of their weights.
 
     Args:
-        models: directory and the layout that it is to have.
+        model, critic: directory and the layout that it is to have.
+        generates: vLLM loads the model too.
     Returns:
-        The opened models, in order.
+        The model's configuration, with what its weights say of the output layer.
     Raises:
-        ValueError: an architecture that cannot be trained on this device, or weight files that are not whole.
+        ValueError: an architecture that cannot be trained on this device, weight files that are not whole, or tensors
+            that do not fit the configuration.
     """
-    from megarlhf.models.hf_files import HFWeights, read_config
-    from megarlhf.models.registry import check_transformer_engine, find_architecture
+    from megarlhf.models.hf_files import read_checkpoint
+    from megarlhf.models.names import check_names, stored_dtypes
+    from megarlhf.models.registry import (
+        check_computing,
+        check_engine_head,
+        check_transformer_engine,
+        find_architecture,
+    )
 
     opened = []
-    for pretrain, layout in models:
-        config = read_config(pretrain)
+    for (pretrain, layout), head in [(model, "lm")] + ([(critic, "value")] if critic is not None else []):
+        config, source = read_checkpoint(pretrain)
         arch = find_architecture(config)
+        check_computing(arch, config)
         if device_kind() == "gpu":
             check_transformer_engine(
                 arch,
@@ -61,22 +72,28 @@ def check_weights(*models: tuple[str, LayoutArguments]) -> list["HFWeights"]:
                 context_parallel_size=layout.context_parallel_size,
                 cp_comm_type=layout.cp_comm_type,
             )
-        opened.append(HFWeights(pretrain))
-    return opened
+        check_names(arch, config, source, head)
+        stored_dtypes(arch, config, source, head)
+        if generates and head == "lm":
+            check_engine_head(arch, config, source)
+        opened.append(config)
+    return opened[0]
 
 
-def check_shared_memory(weights: "HFWeights", *, bf16: bool) -> None:
+def check_shared_memory(config: "HFConfig", *, bf16: bool) -> None:
     """There must be room for the model's weights; layouts with replicas may take more.
 
+    Args:
+        config: as read_checkpoint gives it.
     Raises:
         ValueError: the weights alone do not fit.
     """
     from megarlhf.data import shared_tensors
-    from megarlhf.models.hf_files import read_config
+    from megarlhf.models.names import model_shapes
+    from megarlhf.models.registry import find_architecture
 
-    tied = bool(read_config(weights.directory).tie_word_embeddings)
-    names = [name for name in weights.names() if not (tied and name == "lm_head.weight")]
-    num_bytes = sum(math.prod(weights.shape(name)) for name in names) * (2 if bf16 else 4)
+    shapes = model_shapes(find_architecture(config), config, "lm")
+    num_bytes = sum(map(math.prod, shapes.values())) * (2 if bf16 else 4)
     shared_tensors.check_shared_memory(num_bytes, shared_tensors.free_shared_memory())
 
 

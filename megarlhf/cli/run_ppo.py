@@ -131,9 +131,12 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
 
 def _check_models(config: PPOConfig) -> None:
     """The weights of actor and critic, and where vLLM is to read the actor's."""
-    critic = config.model.critic_pretrain or config.model.pretrain
-    actor, _ = check_weights((config.model.pretrain, config.layout), (critic, config.layout_of("critic")))
-    check_shared_memory(actor, bf16=config.model.bf16)
+    critic = (config.model.critic_pretrain or config.model.pretrain, config.layout_of("critic"))
+    has_critic = config.algorithm.advantage_estimator == "gae"
+    model = check_weights(
+        (config.model.pretrain, config.layout), critic=critic if has_critic else None, generates=True
+    )
+    check_shared_memory(model, bf16=config.model.bf16)
 
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:

@@ -90,10 +90,10 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
     from megarlhf.engine.export import export_hf
     from megarlhf.parallel.groups import destroy_groups, initialize_groups
     from megarlhf.trainers import supervised
-    from megarlhf.trainers.assembly import model_options, optimizer_options, parallel_sizes
+    from megarlhf.trainers.assembly import chat_template, model_options, optimizer_options, parallel_sizes
     from megarlhf.trainers.sft import sft_objective
 
-    stop = StopSignal()
+    stop, template = StopSignal(), chat_template(config)
     initialize_groups(
         parallel_sizes(layout),
         rank=rank,
@@ -144,7 +144,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
                 total_steps=total,
                 identity=identity,
             )
-            export_hf(engine, directory / "hf")
+            export_hf(engine, directory / "hf", tokenizer=config.model.tokenizer, chat_template=template)
     finally:
         if sinks is not None:
             sinks.close()

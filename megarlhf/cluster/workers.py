@@ -59,7 +59,7 @@ class MegatronWorker:
         """Join the role's groups and load the model."""
         from megarlhf.parallel.device import freeze_garbage_collector
         from megarlhf.parallel.groups import initialize_groups
-        from megarlhf.trainers.assembly import build_engine, build_objective, parallel_sizes
+        from megarlhf.trainers.assembly import build_engine, build_objective, chat_template, parallel_sizes
 
         spec, layout = self.spec, self.spec.config.layout_of(self.spec.role)
         initialize_groups(
@@ -75,6 +75,7 @@ class MegatronWorker:
         if spec.role == "actor" and spec.config.algorithm.init_kl_coef > 0:
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)
+        self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
 
     def log_probs(self, rows: Sequence[TrainingRow]) -> dict[int, Any]:
@@ -109,7 +110,12 @@ class MegatronWorker:
         """Write the model as a Hugging Face checkpoint; every rank takes part."""
         from megarlhf.engine.export import export_hf
 
-        export_hf(self.engine, Path(directory))
+        export_hf(
+            self.engine,
+            Path(directory),
+            tokenizer=self.spec.config.model.tokenizer,
+            chat_template=self._chat_template,
+        )
 
     def save(self, directory: str) -> None:
         """Write this role's checkpoint."""

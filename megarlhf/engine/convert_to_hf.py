@@ -2,10 +2,10 @@
 
 SAVE/model.safetensors, or shards with an index    HF names and shapes, in the dtype they are stored in; of a run's
                                                    checkpoint in its pretrain's, as the run's own export
-SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_config/, a run's pretrain, or --hf-model
+SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_config/, what a run was trained with, or
+                                                   --hf-model
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megarlhf.data.partial import PartialDirectory
 from megarlhf.data.tensor_file import TensorFile, TensorSpec, tensor_places
+from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.conversion import (
     ConvertOptions,
     Digests,
@@ -32,15 +33,17 @@ from megarlhf.engine.conversion import (
     run_steps,
     write_manifest,
 )
-from megarlhf.engine.megatron_files import MegatronCheckpoint, find_checkpoint, hf_directory, run_pretrain
-from megarlhf.models.arch import ArchSpec, Split
+from megarlhf.engine.megatron_files import HFFiles, MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
+from megarlhf.models.arch import Split
 from megarlhf.models.build import Head
+from megarlhf.models.companions import exported_config, write_companions, write_json
 from megarlhf.models.cuts import CutModel, GlobalWeight, Region, cut_model
-from megarlhf.models.hf_files import INDEX, HFConfig, HFWeights, copy_companions, exported_config, read_config
+from megarlhf.models.hf_files import INDEX, HFConfig, read_checkpoint, read_config
+from megarlhf.models.names import check_names, main_dtype, stored_dtypes
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.shards import Shard, shards_of
 from megarlhf.models.torch_dist import METADATA, TorchDistReader
-from megarlhf.models.weights import attention_shape, source_dtype
+from megarlhf.models.weights import attention_shape
 
 _NUMBERED = re.compile(r"^decoder\.layers\.(\d+)\.")
 
@@ -78,7 +81,7 @@ def megatron_to_hf(
     """Convert.
 
     A checkpoint with a value head becomes a sequence classifier with one label. Where options.dtype is None, a run's
-    checkpoint gets its pretrain's dtype, as export_hf writes it, and any other keeps what is stored.
+    checkpoint gets its pretrain's dtypes, as export_hf writes it, and any other keeps what is stored.
 
     Args:
         load: see find_checkpoint.
@@ -89,28 +92,31 @@ def megatron_to_hf(
             NaN, which are found on the way.
     """
     checkpoint = find_checkpoint(load, role)
-    companions = hf_directory(checkpoint, hf_model, role)
-    hf = read_config(companions, option="hf_model")
+    files_of = hf_files(checkpoint, hf_model, role)
+    template = _chat_template(files_of)
+    hf = read_config(files_of.directory, option="hf_model")
     arch = find_architecture(hf)
     reader = TorchDistReader(checkpoint.directory, checkpoint.source)
     output = reader.tensors.get("output_layer.weight")
     head: Head = "value" if output is not None and output.size[0] == 1 else "lm"
-    weights = _locate(cut_model(arch, hf, head=head), reader)
-    dtype = options.dtype or _run_dtype(checkpoint, role)
-    dtypes = {w.key: reader.dtype(w.key) if dtype is None or w.weight.buffer else dtype for w in weights}
+    if head == "lm" and output is not None:
+        hf.tie_word_embeddings = False  # whatever the configuration says, as in read_checkpoint
+    model = cut_model(arch, hf, head=head)
+    weights, shapes = _locate(model, reader), model.names.hf_shapes
+    dtypes = _dtypes(weights, reader, options.dtype, {} if options.dtype else _run_dtypes(checkpoint, role, head))
 
     def num_bytes(weight: GlobalWeight) -> int:
-        return weight.num_elements * dtypes[weight.key].itemsize
+        return sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in weight.weight.hf)
 
     def needed(weight: GlobalWeight) -> int:
-        is_converted = dtypes[weight.key] != reader.dtype(weight.key)
+        is_converted = any(dtypes[name] != reader.dtype(weight.key) for name in weight.weight.hf)
         return reading_bytes(weight, reader) + (num_bytes(weight) if is_converted else 0)
 
     check_target(checkpoint.directory, save, overwrite=options.overwrite)
     check_space(save, sum(map(num_bytes, weights)))
     if options.dry_run:
         return
-    layout = _weight_files(_specs(arch, hf, weights, dtypes), max_shard_bytes)
+    layout = _weight_files([TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()], max_shard_bytes)
     about = {"source": str(checkpoint.directory), "architecture": arch.hf_class, "head": head}
     steps = bundles(weights, num_bytes)
     contents = {name: [repr(spec) for spec in file] for name, file in layout.items()}
@@ -122,7 +128,7 @@ def megatron_to_hf(
         def write_weight(weight: GlobalWeight) -> Digests:  # by itself: no name may keep memory that was given back
             digests: Digests = {}
             for name, tensor in hf_tensors(weight, reader, hf):
-                result = converted(name, tensor, dtypes[weight.key], allow_nan=options.allow_nan)
+                result = converted(name, tensor, dtypes[name], allow_nan=options.allow_nan)
                 digests[name] = digest(result, weight.key)
                 files.write(name, result)
             return digests
@@ -143,22 +149,51 @@ def megatron_to_hf(
         run_steps(steps, write, num_bytes, phase="convert", partial=partial, options=options)
         manifest = {name: entry for record in partial.done.values() for name, entry in record.items()}
         write_manifest(partial.path, manifest, **about, iteration=checkpoint.iteration)
-        _write_companions(partial.path, companions, arch.class_with_head(head), layout)
+        config = exported_config(files_of.directory, hf, arch.class_with_head(head), main_dtype(shapes, dtypes))
+        write_json(partial.path / "config.json", config)
+        write_companions(partial.path, files_of.directory, tokenizer=files_of.tokenizer, chat_template=template)
+        _write_index(partial.path, layout)
         if options.verify:
             run_steps(steps, verify, num_bytes, phase="verify", partial=None, options=options)
         files.close()
 
 
-def _run_dtype(checkpoint: MegatronCheckpoint, role: str) -> torch.dtype | None:
-    """The dtype that the run of a checkpoint exports in, its pretrain's; None where what is stored is kept."""
+def _chat_template(files: HFFiles) -> str | None:
+    """The text that replaced a run's chat template."""
+    if files.chat_template is None:
+        return None
+    return str(load_tokenizer(str(files.tokenizer), chat_template=files.chat_template).chat_template)
+
+
+def _run_dtypes(checkpoint: MegatronCheckpoint, role: str, head: Head) -> dict[str, torch.dtype]:
+    """The dtypes that the run of a checkpoint exports in, its pretrain's; empty where what is stored is kept."""
     pretrain = run_pretrain(checkpoint, role)
     if pretrain is None:
-        return None
+        return {}
     try:
-        return source_dtype(HFWeights(pretrain))
-    except (OSError, ValueError) as error:
+        hf, source = read_checkpoint(pretrain)
+        arch = find_architecture(hf)
+        check_names(arch, hf, source, head)
+        return stored_dtypes(arch, hf, source, head)
+    except ValueError as error:
         print(f"dtype: kept as stored, since the run's export dtype cannot be read: {error}")
-        return None
+        return {}
+
+
+def _dtypes(
+    weights: Sequence[GlobalWeight],
+    reader: TorchDistReader,
+    wanted: torch.dtype | None,
+    of_run: Mapping[str, torch.dtype],
+) -> dict[str, torch.dtype]:
+    """The dtype of every HF tensor in the target; what Megatron-Core keeps as buffers is not converted."""
+    found = {}
+    for weight in weights:
+        stored = reader.dtype(weight.key)
+        for name in weight.weight.hf:
+            found[name] = stored if weight.weight.buffer or wanted is None else wanted
+            found[name] = of_run.get(name, found[name])
+    return found
 
 
 def _locate(model: CutModel, reader: TorchDistReader) -> list[GlobalWeight]:
@@ -223,18 +258,6 @@ def _forms(weight: GlobalWeight, num_layers: int) -> Iterator[GlobalWeight]:
             yield from (replace(weight, key=short), numbered)
 
 
-def _specs(
-    arch: ArchSpec, hf: HFConfig, weights: Sequence[GlobalWeight], dtypes: Mapping[str, torch.dtype]
-) -> list[TensorSpec]:
-    """The HF tensors of the target, in order."""
-    sizes = arch.dimensions(hf)
-    return [
-        TensorSpec(name, tuple(sizes[dimension] for dimension in shape), dtypes[weight.key])
-        for weight in weights
-        for name, shape in zip(weight.weight.hf, weight.weight.shapes, strict=True)
-    ]
-
-
 def _weight_files(specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
     """Tensors by file: as many as fit, in order, and wider types first, as the format has them aligned."""
     found: list[list[TensorSpec]] = [[]]
@@ -267,14 +290,8 @@ def _prepare(path: Path, specs: list[TensorSpec]) -> Path:
     return path
 
 
-def _write_companions(target: Path, source: Path, hf_class: str, layout: dict[str, list[TensorSpec]]) -> None:
-    config = exported_config(source, hf_class)
-    specs = [spec for file in layout.values() for spec in file]
-    largest = max(specs, key=lambda spec: spec.num_bytes)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(largest.dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_companions(source, target)
+def _write_index(target: Path, layout: dict[str, list[TensorSpec]]) -> None:
     if len(layout) > 1:
         weight_map = {spec.name: name for name, file in layout.items() for spec in file}
-        total = {"total_size": sum(spec.num_bytes for spec in specs)}
-        (target / INDEX).write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n")
+        total = {"total_size": sum(spec.num_bytes for file in layout.values() for spec in file)}
+        write_json(target / INDEX, {"metadata": total, "weight_map": weight_map})

@@ -9,7 +9,6 @@ Any layout loads the result; the target sizes decide into which chunks and files
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial as bind
@@ -42,9 +41,11 @@ from megarlhf.engine.convert_to_hf import hf_form, hf_tensors, parts, reading_by
 from megarlhf.engine.megatron_files import HF_CONFIG, RELEASE
 from megarlhf.models.arch import Split
 from megarlhf.models.build import Head
+from megarlhf.models.companions import copy_companions, tied_config, write_json
 from megarlhf.models.cuts import CutModel, GlobalWeight, cut_model
 from megarlhf.models.heads import drawn_value_weights
-from megarlhf.models.hf_files import HFConfig, HFWeights, copy_companions, has_score_head, read_config
+from megarlhf.models.hf_files import EMBEDDING, HFConfig, has_score_head, read_checkpoint
+from megarlhf.models.names import check_names
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.torch_dist import TorchDistReader, write_metadata, write_objects, write_tensor
 
@@ -63,12 +64,11 @@ def hf_to_megatron(
         ValueError: a source, layout or target that cannot be converted; nothing has been written then, but for tensors
             with NaN, which are found on the way.
     """
-    hf = read_config(load, option="load")
+    hf, source = read_checkpoint(load, option="load")
     arch = find_architecture(hf)
-    source = HFWeights(load, option="load")
     kind: Head = head or ("value" if has_score_head(hf) else "lm")
+    check_names(arch, hf, source, kind)
     model = cut_model(arch, hf, head=kind, tensor=tensor, pipeline=pipeline, expert=expert)
-    model.names.check_names(source)
     paths = [load / name for name in source.files]
     work = _Conversion(hf=hf, model=model, files=TensorFiles(paths), options=options)
     check_target(load, save, overwrite=options.overwrite)
@@ -90,7 +90,7 @@ def hf_to_megatron(
         write_manifest(target, manifest, **about, left_out=sorted(set(source.names()) - manifest.keys()))
         companions = partial.path / HF_CONFIG
         companions.mkdir(exist_ok=True)
-        shutil.copyfile(load / "config.json", companions / "config.json")
+        write_json(companions / "config.json", tied_config(load, hf))
         copy_companions(load, companions)
         (partial.path / LATEST).write_text(RELEASE)
         if options.verify:
@@ -111,7 +111,7 @@ class _Conversion:
 
     def source_dtype(self, weight: GlobalWeight) -> torch.dtype:
         """The dtype of a weight's HF tensors; a drawn one has the embedding's."""
-        names = [name for name in weight.weight.hf if name in self.files.places] or ["model.embed_tokens.weight"]
+        names = [name for name in weight.weight.hf if name in self.files.places] or [EMBEDDING]
         found = {self.files.dtype(name) for name in names}
         if len(found) > 1 or not found <= set(DTYPES.values()):
             kinds = sorted(str(dtype).removeprefix("torch.") for dtype in found)

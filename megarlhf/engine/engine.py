@@ -25,10 +25,11 @@ from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
 from megarlhf.models.build import Head, ModelOptions, build_model
-from megarlhf.models.hf_files import HFWeights, read_config
-from megarlhf.models.registry import find_architecture
+from megarlhf.models.hf_files import read_checkpoint
+from megarlhf.models.names import check_names, stored_dtypes
+from megarlhf.models.registry import check_computing, find_architecture
 from megarlhf.models.router_statistics import RouterStatistics
-from megarlhf.models.weights import ModelWeights, source_dtype
+from megarlhf.models.weights import ModelWeights
 from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, device_kind, release_memory
 from megarlhf.parallel.groups import current_ranks
@@ -78,10 +79,11 @@ class MegatronEngine:
     ) -> None:
         self.pretrain, self.head, self.packing = Path(pretrain), head, packing
         self.ranks = current_ranks()
-        self.hf = read_config(pretrain)
+        self.hf, source = read_checkpoint(pretrain)
         arch = find_architecture(self.hf)
-        source = HFWeights(pretrain)
-        self.source_dtype = source_dtype(source)
+        check_computing(arch, self.hf)
+        check_names(arch, self.hf, source, head)
+        self.source_dtypes = stored_dtypes(arch, self.hf, source, head)
         self.chunks, self.config = build_model(arch, self.hf, self.ranks, model, head=head, seed=seed)
         self.weights = ModelWeights(self.chunks, arch, self.hf, self.ranks, head=head)
         self.weights.load(source)

@@ -1,6 +1,6 @@
 """The trained model as a Hugging Face checkpoint: what --save leaves in hf/."""
 
-import json
+import shutil
 from pathlib import Path
 
 import torch.distributed as dist
@@ -8,21 +8,28 @@ import torch.distributed as dist
 from megarlhf.data.partial import replace_directory
 from megarlhf.data.tensor_file import TensorFile
 from megarlhf.engine.engine import MegatronEngine
-from megarlhf.models.hf_files import copy_companions, exported_config
+from megarlhf.models.companions import exported_config, write_companions, write_json
+from megarlhf.models.names import main_dtype
 from megarlhf.parallel.device import release_memory
 
 
-def export_hf(engine: MegatronEngine, directory: Path) -> None:
-    """Write config, tokenizer and model.safetensors in the source's dtype; every rank writes its own part in place.
+def export_hf(
+    engine: MegatronEngine, directory: Path, *, tokenizer: str | None = None, chat_template: str | None = None
+) -> None:
+    """Write config, tokenizer and model.safetensors in the source's dtypes; every rank writes its own part in place.
 
     Goes to `<directory>.partial` first and is renamed when whole; an earlier export there is replaced.
+
+    Args:
+        tokenizer: directory of the tokenizer that the model was trained with; None for its pretrain.
+        chat_template: text that replaced the tokenizer's chat template in training; None where its own was used.
     """
     partial = directory.with_name(directory.name + ".partial")
     weights_file = partial / "model.safetensors"
     if dist.get_rank() == 0:
-        partial.mkdir(parents=True, exist_ok=True)
-        weights_file.unlink(missing_ok=True)
-        specs = engine.weights.tensor_specs(engine.source_dtype)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        specs = engine.weights.tensor_specs(engine.source_dtypes)
         TensorFile.create(weights_file, specs, {"format": "pt"}).close()
     dist.barrier()
     file = TensorFile.open(weights_file, writable=True)
@@ -33,9 +40,11 @@ def export_hf(engine: MegatronEngine, directory: Path) -> None:
     weights_file.chmod(0o644)
     dist.barrier()
     if dist.get_rank() == 0:
-        config = exported_config(engine.pretrain, engine.weights.arch.class_with_head(engine.head))
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_companions(engine.pretrain, partial)
+        hf_class = engine.weights.arch.class_with_head(engine.head)
+        dtype = main_dtype(engine.weights.hf_shapes, engine.source_dtypes)
+        write_json(partial / "config.json", exported_config(engine.pretrain, engine.hf, hf_class, dtype))
+        tokenizer_dir = None if tokenizer is None else Path(tokenizer)
+        write_companions(partial, engine.pretrain, tokenizer=tokenizer_dir, chat_template=chat_template)
         replace_directory(partial, directory)
     dist.barrier()
     release_memory()

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,6 +19,16 @@ class MegatronCheckpoint:
     directory: Path  # with .metadata
     iteration: str  # a number, "release", or the directory's name where nothing says
     source: str  # option and value that it was found by, for messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFFiles:
+    """Where a checkpoint's model has its Hugging Face files."""
+
+    directory: Path  # with config.json
+    tokenizer: Path | None = None  # directory of the tokenizer where it is said apart
+    chat_template: str | None = None  # --tokenizer_chat_template of the run
+    of_run: bool = False  # a run's configuration says it
 
 
 def find_checkpoint(load: str, role: str) -> MegatronCheckpoint:
@@ -53,46 +62,56 @@ def find_checkpoint(load: str, role: str) -> MegatronCheckpoint:
     return MegatronCheckpoint(directory=directory, iteration=iteration or path.name, source=source)
 
 
-def hf_directory(checkpoint: MegatronCheckpoint, hf_model: str | None, role: str) -> Path:
-    """Where the configuration and tokenizer of a checkpoint's model are: hf_model, hf_config/, or the run's pretrain.
+def hf_files(checkpoint: MegatronCheckpoint, hf_model: str | None, role: str) -> HFFiles:
+    """What goes with a checkpoint's weights: of hf_model, of hf_config/, or what the run was trained with.
 
     Raises:
         ValueError: nowhere.
     """
     if hf_model is not None:
-        return Path(hf_model)
-    found, is_pretrain = _companions(checkpoint, role)
+        return HFFiles(directory=Path(hf_model))
+    found = _companions(checkpoint, role)
     if found is None:
         raise ValueError(
             f"{checkpoint.source}; neither {HF_CONFIG}/ nor a run's config.yaml says what model it is: give --hf-model"
         )
-    if is_pretrain and not found.is_dir():
-        raise ValueError(f"{checkpoint.source}; its run's pretrain={found} is gone: give --hf-model")
+    for name, path in {"pretrain": found.directory, "tokenizer": found.tokenizer}.items():
+        if path is not None and not path.is_dir():
+            raise ValueError(f"{checkpoint.source}; its run's {name}={path} is gone: give --hf-model")
     return found
 
 
 def run_pretrain(checkpoint: MegatronCheckpoint, role: str) -> Path | None:
     """The pretrain of the run that a checkpoint is of, whether it is still there or not; None for other checkpoints."""
-    found, is_pretrain = _companions(checkpoint, role)
-    return found if is_pretrain else None
+    found = _companions(checkpoint, role)
+    return found.directory if found is not None and found.of_run else None
 
 
-def _companions(checkpoint: MegatronCheckpoint, role: str) -> tuple[Path | None, bool]:
-    """The nearest hf_config/, or the pretrain of the nearest run and True."""
+def _companions(checkpoint: MegatronCheckpoint, role: str) -> HFFiles | None:
+    """The nearest hf_config/, or what the nearest run was trained with."""
     for parent in (checkpoint.directory, *checkpoint.directory.absolute().parents[:3]):
         if (parent / HF_CONFIG).is_dir():
-            return parent / HF_CONFIG, False
-        model = _run_model(parent / "config.yaml")
-        if model is not None:
-            return Path((role == "critic" and model.get("critic_pretrain")) or model["pretrain"]), True
-    return None, False
+            return HFFiles(directory=parent / HF_CONFIG)
+        found = _run_files(parent / "config.yaml", role)
+        if found is not None:
+            return found
+    return None
 
 
-def _run_model(path: Path) -> dict[str, Any] | None:
-    """The `model` part of a run's configuration; None where there is no such file or it is some other program's."""
+def _run_files(path: Path, role: str) -> HFFiles | None:
+    """What a run's configuration names; None where there is no such file or it is some other program's."""
     try:
         config = yaml.safe_load(path.read_text())
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    model = config.get("model") if isinstance(config, dict) else None
-    return model if isinstance(model, dict) and isinstance(model.get("pretrain"), str) else None
+    parts = config if isinstance(config, dict) else {}
+    model, data = (part if isinstance(part, dict) else {} for part in (parts.get("model"), parts.get("data")))
+    pretrain, template = model.get("pretrain"), data.get("tokenizer_chat_template")
+    if not isinstance(pretrain, str):
+        return None
+    return HFFiles(
+        directory=Path((role == "critic" and model.get("critic_pretrain")) or pretrain),
+        tokenizer=Path(model.get("tokenizer") or pretrain),
+        chat_template=template if isinstance(template, str) else None,
+        of_run=True,
+    )

@@ -7,7 +7,7 @@ weight sync and the converters all read the same table, so the two directions ca
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from megarlhf.models.hf_files import HFConfig
 
@@ -78,12 +78,14 @@ class ArchSpec:
     dense_weights: tuple[WeightMap, ...]  # feed-forward part of a dense layer
     moe_weights: tuple[WeightMap, ...] = ()  # feed-forward part of a layer with experts
     model_weights: tuple[WeightMap, ...]  # embedding, final norm, output
-    check: Callable[[HFConfig], list[str]]  # what Megatron-Core or this table cannot express of a given configuration
+    check: Callable[[HFConfig], list[str]]  # what a model computes that Megatron-Core or this table cannot express
     dimensions: Callable[[HFConfig], dict[str, int]]  # sizes that `WeightMap.shapes` names
+    check_weights: Callable[[HFConfig], list[str]] = lambda _: []  # what weights mean that the table cannot express
     moe_layers: Callable[[HFConfig], list[bool]] | None = None  # per layer: has experts; None: no layer has
     derived_config: Callable[[HFConfig], dict[str, Any]] = lambda _: {}  # TransformerConfig fields worked out
     additions: Callable[[HFConfig], Additions] = lambda _: Additions()
     reward_class: str | None = None  # where it is not named after `hf_class`
+    engine_head: Literal["any", "embedding", "own"] = "any"  # output layer of vLLM's model of this family
 
     @property
     def sequence_classification_class(self) -> str:

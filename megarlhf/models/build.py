@@ -17,6 +17,7 @@ from megarlhf.models.families import head_dim, rope_parameters
 from megarlhf.models.heads import ValueHead
 from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.layers import FixedBiasRouter, NormedLinear, TwoRopeAttention, add_around
+from megarlhf.models.names import is_tied
 from megarlhf.parallel.attention import SegmentAttention, SegmentNorm
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import Ranks
@@ -194,7 +195,7 @@ def _build_chunk(
         pre_process=is_first,
         post_process=is_last,
         parallel_output=True,
-        share_embeddings_and_output_weights=hf.tie_word_embeddings and head == "lm",
+        share_embeddings_and_output_weights=is_tied(hf, head),
         position_embedding_type="rope",
         rotary_base=rope.get("rope_theta", 10000.0),
         rope_scaling=rope.get("rope_type") == "llama3",

@@ -16,6 +16,7 @@ from megarlhf.models.families import (
     INPUT_NORM,
     LAYER,
     MODEL_WEIGHTS,
+    check_biases,
     dense_dimensions,
     gate_up,
     norm,
@@ -128,17 +129,20 @@ def _check(config: HFConfig) -> list[str]:
     errors = []
     if config.hidden_act != "silu":
         errors.append(f"hidden_act={config.hidden_act}; this table maps silu only")
-    if config.attention_bias or getattr(config, "mlp_bias", False):
-        errors.append("attention_bias or mlp_bias is True; this table has no weights for it")
     if config.rms_norm_eps != 1e-6:
         errors.append(
             f"rms_norm_eps={config.rms_norm_eps}; latents have 1e-6 in their norms, Megatron-Core one for all"
         )
+    return errors + _check_rope(rope_parameters(config))
+
+
+def _check_weights(config: HFConfig) -> list[str]:
+    errors = check_biases(config)
     if not config.n_shared_experts:
         errors.append(f"n_shared_experts={config.n_shared_experts}; this table maps 1 or more")
-    if getattr(config, "quantization_config", None) is not None:
-        errors.append("quantization_config is set; store the weights as bfloat16 and remove it")
-    return errors + _check_rope(rope_parameters(config))
+    if not getattr(config, "rope_interleave", True):
+        errors.append("rope_interleave=False; Megatron-Core's latent attention turns neighbouring channels")
+    return errors
 
 
 def _check_rope(rope: dict[str, Any]) -> list[str]:
@@ -176,8 +180,6 @@ def _check_v3(config: HFConfig) -> list[str]:
             f"norm_topk_prob={config.norm_topk_prob} with num_experts_per_tok={per_token}; Megatron-Core normalises "
             "sigmoid scores, always and only of 2 or more experts"
         )
-    if not config.rope_interleave:
-        errors.append("rope_interleave=False; Megatron-Core's latent attention turns neighbouring channels")
     return _check(config) + errors
 
 
@@ -202,9 +204,11 @@ DEEPSEEK_V2 = ArchSpec(
     moe_weights=(MOE_NORM, router("mlp.gate.weight"), *EXPERTS, *_SHARED_EXPERTS),
     model_weights=MODEL_WEIGHTS,
     check=_check_v2,
+    check_weights=_check_weights,
     dimensions=_dimensions,
     moe_layers=_moe_layers,
     derived_config=_config,
+    engine_head="own",
 )
 DEEPSEEK_V3 = replace(
     DEEPSEEK_V2,

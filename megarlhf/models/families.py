@@ -120,14 +120,17 @@ def dense_dimensions(config: HFConfig) -> dict[str, int]:
     }
 
 
+def check_biases(config: HFConfig) -> list[str]:
+    """Weights that no table here has."""
+    flags = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
+    return [f"{name}=True; this table has no weights for it" for name in flags]
+
+
 def check_llama(config: HFConfig) -> list[str]:
-    """What this family's tables and Megatron-Core cannot express."""
+    """What a model of this family computes that Megatron-Core cannot."""
     errors = []
     if config.hidden_act != "silu":
         errors.append(f"hidden_act={config.hidden_act}; this table maps silu only")
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False):
-            errors.append(f"{name}=True; this table has no weights for it")
     scaling = config.rope_parameters or {}
     kind = scaling.get("rope_type", "default")
     if kind not in ("default", "llama3"):
@@ -153,6 +156,7 @@ LLAMA = ArchSpec(
     dense_weights=DENSE,
     model_weights=MODEL_WEIGHTS,
     check=check_llama,
+    check_weights=check_biases,
     dimensions=dense_dimensions,
 )
 MISTRAL = replace(LLAMA, hf_class="MistralForCausalLM")

@@ -18,6 +18,7 @@ from megarlhf.models.families import (
     MODEL_WEIGHTS,
     QK_NORM,
     QKV,
+    check_biases,
     dense_dimensions,
     gate_up,
     norm,
@@ -66,8 +67,6 @@ def _check(config: HFConfig) -> list[str]:
     errors = []
     if config.hidden_activation != "gelu_pytorch_tanh":
         errors.append(f"hidden_activation={config.hidden_activation}; this table maps gelu_pytorch_tanh only")
-    if config.attention_bias:
-        errors.append("attention_bias=True; this table has no weights for it")
     if config.use_bidirectional_attention:
         errors.append("use_bidirectional_attention=True; a token would see the ones that follow it")
     unknown = set(config.layer_types) - {"sliding_attention", "full_attention"}
@@ -90,9 +89,11 @@ GEMMA2 = ArchSpec(
     dense_weights=_DENSE,
     model_weights=MODEL_WEIGHTS,
     check=_check,
+    check_weights=check_biases,
     dimensions=dense_dimensions,
     derived_config=_config,
     additions=_additions,
+    engine_head="embedding",
 )
 
 
@@ -109,4 +110,5 @@ GEMMA3 = replace(
     config_constants=_CONSTANTS | {"qk_layernorm": True},
     layer_weights=(INPUT_NORM, QKV, *QK_NORM, *_ATTENTION_OUTPUT),
     check=_check_gemma3,
+    engine_head="any",
 )

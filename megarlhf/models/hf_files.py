@@ -1,41 +1,55 @@
-"""Hugging Face checkpoint directories: configuration, safetensors shards and the files that go along."""
+"""Hugging Face checkpoint directories: configuration and safetensors shards."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from megarlhf.data.json_files import one_line, read_json_object
+
 HFConfig = PretrainedConfig
-_CLASSIFIER = "ForSequenceClassification"  # how a reward model's class ends
+CLASSIFIER = "ForSequenceClassification"  # how a reward model's class ends
 INDEX = "model.safetensors.index.json"
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_SLICE_BYTES = 16 * 2**20  # of a tensor that is compared with another
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
 )
 
 
 def read_config(directory: str | Path, *, option: str = "pretrain") -> HFConfig:
-    """The model's configuration; never runs code from the directory.
+    """The model's configuration as its config.json has it; never runs code from the directory.
 
     Args:
         option: what gave the directory, for messages.
     Raises:
-        ValueError: no readable config.json there.
+        ValueError: no config.json there, or one that Transformers refuses or whose sizes are no sizes.
     """
+    source = f"{option}={directory}"
     if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"{option}={directory}; it has no config.json: give a local Hugging Face checkpoint directory")
-    return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        raise ValueError(f"{source}; it has no config.json: give a local Hugging Face checkpoint directory")
+    content = read_json_object(Path(directory) / "config.json", source)
+    named = content.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{source}; config.json has architectures={named!r}: it is a list of class names")
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # its fields are checked by code of many kinds, which raises errors of many kinds
+        raise ValueError(f"{source}; Transformers refuses config.json ({one_line(error)}): repair it") from error
+    sizes = {name: getattr(config, name, 1) for name in _SIZES}
+    wrong = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
+    if wrong:
+        raise ValueError(f"{source}; config.json has {', '.join(wrong)}: sizes are integers from 1 on")
+    return config
 
 
 class HFWeights:
@@ -49,9 +63,7 @@ class HFWeights:
 
     def __init__(self, directory: str | Path, *, option: str = "pretrain") -> None:
         self.directory, self.source = Path(directory), f"{option}={directory}"
-        index, weight_map = self.directory / INDEX, dict[str, str]()
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = self._read_index()
         self.files = sorted(set(weight_map.values())) or ["model.safetensors"]
         missing = [name for name in self.files if not (self.directory / name).is_file()]
         if missing:
@@ -60,15 +72,24 @@ class HFWeights:
         for name in self.files:
             try:
                 handle = safe_open(str(self.directory / name), framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{self.source}; {name} is not a whole safetensors file: {error}") from error
             self._files.update(dict.fromkeys(handle.keys(), handle))
         absent = sorted(weight_map.keys() - self._files.keys())
         if absent:
-            raise ValueError(f"{self.source}; {INDEX} lists tensors that its files do not hold: {absent}")
+            raise ValueError(f"{self.source}; {INDEX} lists tensors that its files do not hold: {shortened(absent)}")
         unlisted = sorted(self._files.keys() - weight_map.keys()) if weight_map else []
         if unlisted:
-            raise ValueError(f"{self.source}; {INDEX} leaves out tensors that its files hold: {unlisted}")
+            raise ValueError(f"{self.source}; {INDEX} leaves out tensors that its files hold: {shortened(unlisted)}")
+
+    def _read_index(self) -> dict[str, str]:
+        """File of each tensor; empty where there is no index."""
+        if not (self.directory / INDEX).is_file():
+            return {}
+        weight_map = read_json_object(self.directory / INDEX, self.source).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{self.source}; {INDEX} has no weight_map from tensors to file names: repair it")
+        return weight_map
 
     def names(self) -> list[str]:
         """Every tensor's name."""
@@ -86,22 +107,44 @@ class HFWeights:
         """The part of a tensor that `index` selects; reads those bytes only."""
         return self._files[name].get_slice(name)[index if len(index) > 1 else index[0]]
 
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; reads both once, some rows at a time."""
+        shape = self.shape(name)
+        if shape != self.shape(other) or not shape:
+            return False
+        row = max(1, self.read(name, (slice(0, 1),)).nbytes)
+        step = max(1, _SLICE_BYTES // row)
+        rows = (slice(start, start + step) for start in range(0, shape[0], step))
+        return all(_same_numbers(self.read(name, (part,)), self.read(other, (part,))) for part in rows)
+
+
+def _same_numbers(first: Tensor, second: Tensor) -> bool:
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return torch.equal(first.to(dtype), second.to(dtype))
+
+
+def read_checkpoint(directory: str | Path, *, option: str = "pretrain") -> tuple[HFConfig, HFWeights]:
+    """Configuration and opened weights; `tie_word_embeddings` says what the weights say.
+
+    A checkpoint whose config.json ties the output layer to the embedding may store another `lm_head.weight`. Then it is
+    not tied, as in Transformers (PreTrainedModel.tie_weights) and vLLM (maybe_retie_word_embeddings). Everything here
+    that asks whether a model is tied asks the configuration that this function returns.
+
+    Raises:
+        ValueError: see read_config and HFWeights.
+    """
+    config, weights = read_config(directory, option=option), HFWeights(directory, option=option)
+    if config.tie_word_embeddings and {EMBEDDING, LM_HEAD} <= set(weights.names()):
+        config.tie_word_embeddings = weights.equal(EMBEDDING, LM_HEAD)
+    return config, weights
+
 
 def has_score_head(config: HFConfig) -> bool:
     """Whether it is a reward model, of which a value head starts."""
-    return any(name.endswith(_CLASSIFIER) for name in config.architectures or [])
+    return any(name.endswith(CLASSIFIER) for name in config.architectures or [])
 
 
-def exported_config(source: str | Path, hf_class: str) -> dict[str, Any]:
-    """config.json of an exported model: the source's, naming the class that reads the weights."""
-    config: dict[str, Any] = json.loads((Path(source) / "config.json").read_text())
-    if hf_class.endswith(_CLASSIFIER):
-        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return config | {"architectures": [hf_class]}
-
-
-def copy_companions(source: str | Path, target: str | Path) -> None:
-    """Copy tokenizer, chat template and generation configuration beside exported weights."""
-    for name in _COMPANIONS:
-        if (Path(source) / name).is_file():
-            shutil.copy2(Path(source) / name, Path(target) / name)
+def shortened(names: list[str]) -> str:
+    """A list of names as text, the first eight of them."""
+    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{names[:8]}{rest}"

@@ -12,6 +12,7 @@ from megarlhf.models.families import (
     LLAMA,
     QWEN2,
     QWEN3,
+    check_biases,
     check_llama,
     dense_dimensions,
     gate_up,
@@ -111,6 +112,11 @@ def _check_mixtral(config: HFConfig) -> list[str]:
     return check_llama(config) + errors
 
 
+def _check_qwen2_moe(config: HFConfig) -> list[str]:
+    biases = [] if config.qkv_bias else ["qkv_bias=False; this table has biases of q, k and v"]
+    return check_biases(config) + biases
+
+
 MIXTRAL = replace(
     LLAMA,
     hf_class="MixtralForCausalLM",
@@ -137,6 +143,7 @@ QWEN2_MOE = replace(
     hf_class="Qwen2MoeForCausalLM",
     dense_weights=DENSE,
     moe_weights=(MOE_NORM, router("mlp.gate.weight"), *EXPERTS, *_SHARED_EXPERT),
+    check_weights=_check_qwen2_moe,
     dimensions=_qwen_dimensions,
     moe_layers=_qwen_layers,
     derived_config=_qwen_config,

@@ -1,10 +1,15 @@
 """The supported architectures, by their Hugging Face class."""
 
+from collections.abc import Callable
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from megarlhf.data.json_files import one_line
 from megarlhf.models.arch import ArchSpec
 from megarlhf.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megarlhf.models.families import LLAMA, MISTRAL, QWEN2, QWEN3
 from megarlhf.models.gemma import GEMMA2, GEMMA3
-from megarlhf.models.hf_files import HFConfig
+from megarlhf.models.hf_files import LM_HEAD, HFConfig, HFWeights
 from megarlhf.models.mixtures import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
 _DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3)
@@ -14,19 +19,79 @@ _REWARD_CLASSES = {arch.sequence_classification_class: arch for arch in ARCHITEC
 
 
 def find_architecture(config: HFConfig) -> ArchSpec:
-    """The table for a configuration.
+    """The table for a configuration: enough to read, convert and write weights.
 
     Raises:
-        ValueError: an architecture without a table (the supported ones are listed), or a feature the table lacks.
+        ValueError: an architecture without a table (the supported ones are listed), another one than Transformers takes
+            for the same configuration, or weights that the table lacks.
     """
     name = (config.architectures or ["none"])[0]
     arch = ARCHITECTURES.get(name) or _REWARD_CLASSES.get(name)
     if arch is None:
         raise ValueError(f"architecture {name} has no table; supported: {', '.join(ARCHITECTURES)}")
-    errors = arch.check(config)
-    if errors:
-        raise ValueError(f"architecture {name}: " + "; ".join(errors))
+    taken = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    errors = []
+    if taken != arch.hf_class:
+        errors.append(f"model_type={config.model_type}, of which Transformers makes {taken}: one of the two is wrong")
+    if getattr(config, "quantization_config", None) is not None:
+        errors.append("quantization_config is set; store the weights as bfloat16 and remove it")
+    _refuse(config, errors or _judged(arch, config, _weight_errors))
     return arch
+
+
+def check_computing(arch: ArchSpec, config: HFConfig) -> None:
+    """What training asks of a configuration besides find_architecture, and converting and inspecting do not.
+
+    Raises:
+        ValueError: something that the model computes and Megatron-Core or the table cannot express.
+    """
+    _refuse(config, _judged(arch, config, _computing_errors))
+
+
+def _refuse(config: HFConfig, errors: list[str]) -> None:
+    if errors:
+        raise ValueError(f"architecture {config.architectures[0]}: " + "; ".join(errors))
+
+
+def _judged(arch: ArchSpec, config: HFConfig, judge: Callable[[ArchSpec, HFConfig], list[str]]) -> list[str]:
+    """A table's functions see only the configuration, so an error in them is of its values."""
+    try:
+        return judge(arch, config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return [f"config.json has values that cannot be worked with ({one_line(error)})"]
+
+
+def _weight_errors(arch: ArchSpec, config: HFConfig) -> list[str]:
+    errors = arch.check_weights(config)
+    sizes = arch.dimensions(config)
+    wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 0]
+    if wrong:
+        errors.append(f"config.json makes sizes of {', '.join(wrong)}")
+    if arch.moe_layers is not None:
+        arch.moe_layers(config)
+    return errors
+
+
+def _computing_errors(arch: ArchSpec, config: HFConfig) -> list[str]:
+    errors = arch.check(config)
+    if not errors:
+        arch.derived_config(config)
+        arch.additions(config)
+    return errors
+
+
+def check_engine_head(arch: ArchSpec, config: HFConfig, source: HFWeights) -> None:
+    """For generation: vLLM's models of some families have one kind of output layer only.
+
+    Raises:
+        ValueError: the checkpoint has the other kind.
+    """
+    stored, place = LM_HEAD in source.names(), f"{source.source}; {arch.hf_class}"
+    if arch.engine_head == "embedding" and stored:
+        cure = "remove it" if config.tie_word_embeddings else "this model cannot generate there"
+        raise ValueError(f"{place} stores {LM_HEAD}; vLLM's model has no place for it, it takes the embedding: {cure}")
+    if arch.engine_head == "own" and not stored:
+        raise ValueError(f"{place} stores no {LM_HEAD}, which vLLM's model needs beside the embedding: store it")
 
 
 def check_transformer_engine(

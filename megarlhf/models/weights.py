@@ -1,7 +1,7 @@
 """HF weights into a rank's Megatron parameters, and out again."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,12 +15,10 @@ from megarlhf.data.tensor_file import TensorFile, TensorSpec
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
 from megarlhf.models.families import head_dim
-from megarlhf.models.hf_files import HFConfig, HFWeights, has_score_head, read_config
-from megarlhf.models.registry import find_architecture
+from megarlhf.models.hf_files import HFConfig, HFWeights
+from megarlhf.models.names import is_tied, model_maps, model_shapes
 from megarlhf.models.shards import AttentionShape, Shard, shards_of
 from megarlhf.parallel.groups import Ranks
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +42,8 @@ class ModelWeights:
 
     def __init__(self, chunks: Sequence[Any], arch: ArchSpec, hf: HFConfig, ranks: Ranks, *, head: Head) -> None:
         self.arch, self.hf, self.ranks, self.head = arch, hf, ranks, head
-        self.tied = bool(hf.tie_word_embeddings) and head == "lm"
-        self._maps = list(arch.weight_maps(hf, tied=self.tied, head=head))
+        self.tied = is_tied(hf, head)
+        self._maps = model_maps(arch, hf, head)
         self._attention = attention_shape(hf)
         self.bound = self._bind(chunks)
 
@@ -109,10 +107,9 @@ class ModelWeights:
 
         A value head without a tensor in the source keeps its drawn weights: a critic may start from a causal LM.
 
-        Raises:
-            ValueError: missing, unknown or wrongly shaped tensors, all of them named.
+        Args:
+            source: with the tensors that check_names asks for.
         """
-        self.check_names(source)
         for bound in self.bound:
             data = bound.param.data
             if bound.weight.split is Split.VOCAB:
@@ -123,44 +120,19 @@ class ModelWeights:
                 if shard.view.numel():
                     shard.store(source.read(shard.hf_name, shard.index))
 
-    def check_names(self, source: HFWeights) -> None:
-        """Compare the source's tensors with the table, from headers alone.
-
-        Raises:
-            ValueError: missing, unknown or wrongly shaped tensors, all of them named.
-        """
-        expected, present = set(self.hf_names()), set(source.names())
-        drawn = self.head == "value" and not has_score_head(self.hf)
-        missing = expected - present - ({"score.weight"} if drawn else set())
-        spare = {"lm_head.weight"} if self.tied or self.head == "value" else set()
-        spare |= {"score.weight"} if self.head == "lm" else set()
-        unknown = {n for n in present - expected - spare if not n.endswith("rotary_emb.inv_freq")}
-        problems = [f"missing {sorted(missing)}"] if missing else []
-        problems += [f"unknown {sorted(unknown)}"] if unknown else []
-        for name, shape in self.hf_shapes.items():
-            if name in present and source.shape(name) != shape:
-                problems.append(f"{name} has shape {source.shape(name)}, the configuration says {shape}")
-        if problems:
-            raise ValueError(f"{source.source}; weights do not fit {self.arch.hf_class}: " + "; ".join(problems))
-
     @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every HF tensor, from the configuration alone."""
-        sizes = self.arch.dimensions(self.hf)
-        return {
-            name: tuple(sizes[dimension] for dimension in shape)
-            for weight in self._maps
-            for name, shape in zip(weight.hf, weight.shapes, strict=True)
-        }
+        return model_shapes(self.arch, self.hf, self.head)
 
-    def tensor_specs(self, dtype: torch.dtype) -> list[TensorSpec]:
-        """Layout of a whole HF weight file in one dtype; what Megatron-Core keeps as buffers stays in float32."""
-        shapes = self.hf_shapes
-        return [
-            TensorSpec(name, shapes[name], torch.float32 if weight.buffer else dtype)
-            for weight in self._maps
-            for name in weight.hf
-        ]
+    def tensor_specs(self, dtypes: Mapping[str, torch.dtype]) -> list[TensorSpec]:
+        """Layout of a whole HF weight file, wider types first, as the format has them aligned.
+
+        Args:
+            dtypes: of each HF tensor.
+        """
+        specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in self.hf_shapes.items()]
+        return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
     def handed_out(self) -> list[BoundWeight]:
         """This rank's share of the weights: all ranks' shares together are the whole model, each number once.
@@ -245,18 +217,3 @@ def _named_tensors(chunk: Any, buffers: set[str], first_expert: int) -> Iterator
         name = _EXPERT.sub(lambda match: f"{match[1]}{first_expert + int(match[2])}", ".".join(parts))
         if isinstance(tensor, torch.nn.Parameter) or name in buffers:
             yield name, tensor
-
-
-def source_dtype(source: HFWeights) -> torch.dtype:
-    """The dtype that the checkpoint's trained weights are stored in; exports keep it.
-
-    Raises:
-        ValueError: a dtype that weights are not trained from.
-    """
-    hf = read_config(source.directory)
-    maps = find_architecture(hf).weight_maps(hf, tied=False, head="lm")
-    buffers = {name for weight in maps if weight.buffer for name in weight.hf}
-    found = {source.dtype(name) for name in source.names() if name not in buffers}
-    if len(found) != 1 or not found <= set(_DTYPES):
-        raise ValueError(f"{source.source}; tensor dtypes {sorted(found)}: one of {sorted(_DTYPES)} for all")
-    return _DTYPES[found.pop()]

@@ -1,10 +1,8 @@
 """Generation with vLLM: one engine, its environment, and the weights that it holds."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -13,6 +11,7 @@ from transformers import AutoTokenizer
 
 from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import Prompt, Sample
+from megarlhf.models.hf_files import read_checkpoint
 from megarlhf.rollout.decoding import response_texts
 from megarlhf.rollout.sampling import request_seed
 
@@ -86,7 +85,13 @@ class RolloutEngine:
         Raises:
             ValueError: the model knows fewer positions than max_model_len.
         """
-        self._check_length(Path(model_dir), max_model_len)
+        config, _ = read_checkpoint(model_dir, option="model_dir")
+        if max_model_len > config.max_position_embeddings:  # vLLM's own error cannot be pickled, so Ray would lose it
+            raise ValueError(
+                f"max_model_len={max_model_len} is more than max_position_embeddings={config.max_position_embeddings} "
+                f"of {model_dir} (the model knows no later positions): set prompt_max_len and generate_max_len to a "
+                "smaller sum"
+            )
         threads = threads or len(os.sched_getaffinity(0))
         environment = engine_environment(threads=threads, tensor_parallel_size=tensor_parallel_size)
         for name, value in environment.items():
@@ -111,6 +116,7 @@ class RolloutEngine:
             cpu_only = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": _CPU_BLOCK_TOKENS}
         self._llm = LLM(
             model=str(model_dir),
+            hf_overrides={"tie_word_embeddings": bool(config.tie_word_embeddings)},  # as the weights say
             skip_tokenizer_init=True,  # prompts come as tokens and responses are decoded here
             generation_config="vllm",  # sampling and stop tokens are those of `generate`, not of generation_config.json
             dtype=dtype,
@@ -128,17 +134,6 @@ class RolloutEngine:
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WeightStatus.__name__}",
             **cpu_only,
         )
-
-    @staticmethod
-    def _check_length(model_dir: Path, max_model_len: int) -> None:
-        """Checked here because the error that vLLM raises cannot be pickled, so Ray would lose it."""
-        config = json.loads((model_dir / "config.json").read_text())
-        limit = config.get("max_position_embeddings")
-        if limit is not None and max_model_len > limit:
-            raise ValueError(
-                f"max_model_len={max_model_len} is more than max_position_embeddings={limit} of {model_dir} (the model "
-                "knows no later positions): set prompt_max_len and generate_max_len to a smaller sum"
-            )
 
     def generate(
         self,

@@ -1,7 +1,8 @@
 """From the configuration to a role's engine and objective, inside its worker process."""
 
-from megarlhf.config.arguments import ModelArguments, PPOConfig, SharedOptimizerArguments
+from megarlhf.config.arguments import ModelArguments, PPOConfig, SFTConfig, SharedOptimizerArguments
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.engine import MegatronEngine, PackingOptions
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions
@@ -52,6 +53,14 @@ def build_objective(config: PPOConfig, role: str) -> Objective:
             kl_estimator=algorithm.kl_estimator,
         )
     )
+
+
+def chat_template(config: PPOConfig | SFTConfig) -> str | None:
+    """The text that replaces the tokenizer's chat template; None where its own is used."""
+    given = config.data.tokenizer_chat_template
+    if given is None:
+        return None
+    return str(load_tokenizer(config.model.tokenizer or config.model.pretrain, chat_template=given).chat_template)
 
 
 def parallel_sizes(layout: LayoutArguments) -> ParallelSizes:

@@ -12,7 +12,7 @@ from megarlhf.cli import train_ppo
 from megarlhf.cli.run import check_shared_memory, check_weights
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data import shared_tensors
-from megarlhf.models.hf_files import HFWeights
+from megarlhf.models.hf_files import read_config
 from tests.cluster.runs import SMALL, write_inputs
 from tests.tiny_models import make_model
 
@@ -115,7 +115,7 @@ def test_too_little_shared_memory(
     num_bytes = (assets / "model" / "model.safetensors").stat().st_size  # float32 already
     monkeypatch.setattr(shared_tensors, "free_shared_memory", lambda: num_bytes * 3 // 4)
     assert "do not fit into /dev/shm" in fail(flags, capsys)
-    check_shared_memory(HFWeights(assets / "model"), bf16=True)  # half as large
+    check_shared_memory(read_config(assets / "model"), bf16=True)  # half as large
 
 
 @pytest.mark.parametrize(

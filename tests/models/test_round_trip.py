@@ -34,7 +34,7 @@ def round_trip(
     with world(layout, rank, init_method):
         engine = build(layout, source, optimizer=False)
         if rank == 0:
-            TensorFile.create(target, engine.weights.tensor_specs(torch.float32)).close()
+            TensorFile.create(target, engine.weights.tensor_specs(engine.source_dtypes)).close()
         dist.barrier()
         engine.weights.write(TensorFile.open(target, writable=True))
         stream = {name: tensor.numpy().tobytes() for name, tensor in engine.weights.iter_hf_weights()}

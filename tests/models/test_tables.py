@@ -7,7 +7,7 @@ import pytest
 from transformers import DeepseekV2Config, DeepseekV3Config, Gemma2Config, Gemma3TextConfig, PretrainedConfig
 
 from megarlhf.models.gemma import GEMMA2, GEMMA3
-from megarlhf.models.registry import check_transformer_engine, find_architecture
+from megarlhf.models.registry import check_computing, check_transformer_engine, find_architecture
 from tests.distributed.layouts import LAYOUTS, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
@@ -47,13 +47,17 @@ def _config(name: str, **options: object) -> PretrainedConfig:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_published_configuration_is_accepted(name: str) -> None:
-    assert find_architecture(_config(name)).hf_class == name
+    config = _config(name)
+    arch = find_architecture(config)
+    check_computing(arch, config)
+    assert arch.hf_class == name
 
 
 @pytest.mark.parametrize(("name", "options", "message"), REFUSED)
 def test_what_a_table_cannot_express_is_refused(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        find_architecture(_config(name, **options))
+        config = _config(name, **options)
+        check_computing(find_architecture(config), config)
 
 
 def test_a_reward_model_is_found_by_its_own_class() -> None:

@@ -1,0 +1,28 @@
+"""The small JSON files of a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json_object(path: Path, source: str) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Args:
+        source: option and value that led to the file, for messages.
+    Raises:
+        ValueError: it cannot be read, is no JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{source}; {path.name} cannot be read as JSON ({error}): repair it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}; {path.name} holds no JSON object: repair it")
+    return value
+
+
+def one_line(error: Exception) -> str:
+    """A library's error as a part of one sentence: its kind and what it says, at most 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

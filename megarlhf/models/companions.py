@@ -1,0 +1,129 @@
+"""What lies beside a checkpoint's weights: its configuration, the tokenizer with its chat template, licences."""
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarlhf.data.json_files import read_json_object
+from megarlhf.data.tokenizer import load_tokenizer
+from megarlhf.models.hf_files import CLASSIFIER, HFConfig
+
+# Everything of a directory goes along but these: weights in any format, what is written anew, what tells of another
+# training, and hidden files. Of folders only the one with a tokenizer's further chat templates.
+_LEFT_OUT = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx"),
+    *("*.onnx_data", "*.npz", "*.distcp", "*.index.json", "config.json", "params.json", "adapter_*", "readme*", ".*"),
+    *("trainer_state.json", "conversion.json", "progress.jsonl", "*.partial"),
+)
+_TEMPLATES = "additional_chat_templates"
+_OF_THE_WEIGHTS = ("generation_config.json", "license*", "licence*", "notice*", "copying*", "use_policy*")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def copy_companions(source: Path, target: Path, *, only: tuple[str, ...] = ("*",), but: tuple[str, ...] = ()) -> None:
+    """Copy a checkpoint's files that belong beside its weights.
+
+    Args:
+        only, but: patterns of names in lower case.
+    """
+
+    def goes_along(path: Path) -> bool:
+        name = path.name.lower()
+        wanted = any(fnmatch(name, pattern) for pattern in only)
+        return wanted and not any(fnmatch(name, pattern) for pattern in (*_LEFT_OUT, *but))
+
+    for path in sorted(source.iterdir()):
+        if path.is_file() and goes_along(path):
+            shutil.copyfile(path, target / path.name)
+        elif path.is_dir() and path.name == _TEMPLATES and "*" in only:
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+
+
+def write_companions(target: Path, pretrain: Path, *, tokenizer: Path | None, chat_template: str | None) -> None:
+    """The files that a trained model goes with: of the tokenizer and the chat template that it was trained with.
+
+    Args:
+        target: directory of the export, with its config.json.
+        pretrain: directory that the weights came from.
+        tokenizer: directory of the tokenizer, None for the pretrain. Of another one come all files, and its special
+            tokens into the configurations; of the pretrain then its generation configuration and licence.
+        chat_template: text that replaced the tokenizer's template; None where its own was used.
+    """
+    if tokenizer is None or tokenizer.resolve() == pretrain.resolve():
+        copy_companions(pretrain, target)
+    else:
+        copy_companions(tokenizer, target, but=("generation_config.json",))
+        copy_companions(pretrain, target, only=_OF_THE_WEIGHTS)
+        _align_special_tokens(target)
+    if chat_template is not None:
+        _replace_chat_template(target, chat_template)
+
+
+def _align_special_tokens(target: Path) -> None:
+    """Let the configurations name the tokenizer's special tokens, as Transformers' Trainer does before training.
+
+    Those that the tokenizer lacks stay as they are. A response may end with any of several tokens, which add up.
+    """
+    tokenizer = load_tokenizer(str(target), chat_template=None)
+    tokens = {name: value for name in _SPECIAL_TOKENS if (value := getattr(tokenizer, name)) is not None}
+    for name in ("config.json", "generation_config.json"):
+        path = target / name
+        if path.is_file():
+            content = read_json_object(path, f"tokenizer={target}")
+            several = name == "generation_config.json" or isinstance(content.get("eos_token_id"), list)
+            write_json(path, content | {key: _aligned(key, content, value, several) for key, value in tokens.items()})
+
+
+def _aligned(key: str, content: dict[str, Any], token: int, several: bool) -> int | list[int]:
+    present = content.get(key)
+    present = present if isinstance(present, list) else [] if present is None else [present]
+    if key != "eos_token_id" or not several:
+        return token
+    ends = [token, *(other for other in present if other != token)]
+    return ends if len(ends) > 1 else token
+
+
+def _replace_chat_template(target: Path, text: str) -> None:
+    """Make a text the only chat template there is."""
+    shutil.rmtree(target / _TEMPLATES, ignore_errors=True)
+    (target / "chat_template.json").unlink(missing_ok=True)
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        if (target / name).is_file():
+            content = read_json_object(target / name, f"tokenizer={target}")
+            if content.pop("chat_template", None) is not None:
+                write_json(target / name, content)
+    (target / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """As Transformers writes its small files."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tied_config(source: Path, hf: HFConfig) -> dict[str, Any]:
+    """config.json of a checkpoint, with what its weights say of the output layer (see read_checkpoint)."""
+    config = read_json_object(source / "config.json", str(source))
+    if bool(hf.tie_word_embeddings) != bool(config.get("tie_word_embeddings", type(hf)().tie_word_embeddings)):
+        config["tie_word_embeddings"] = bool(hf.tie_word_embeddings)
+    return config
+
+
+def exported_config(source: Path, hf: HFConfig, hf_class: str, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of an exported model: the source's, but for what the written weights say.
+
+    Args:
+        source: directory of the configuration.
+        hf: that configuration, as read_checkpoint gives it.
+        hf_class: class that reads the weights.
+        dtype: of the written weights.
+    """
+    config = tied_config(source, hf)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    if hf_class.endswith(CLASSIFIER):
+        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config | {"architectures": [hf_class]}
