@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megarlhf.metrics.keys import METRICS
-from megarlhf.metrics.sinks import METRICS_FILE, read_rows
+from megarlhf.metrics.sinks import METRICS_FILE, read_rows, step_of
 
-Rows = list[dict[str, float]]  # as in metrics.jsonl, in the order of their steps
+Rows = list[dict[str, float | None]]  # as in metrics.jsonl, in the order of their steps; None: not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,21 +148,26 @@ def write_report(run_dir: Path, title: str) -> tuple[Path, Path]:
         title=html.escape(title),
         subtitle=html.escape(_subtitle(run_dir, rows)),
         png=base64.b64encode(png.read_bytes()).decode(),
-        summary="\n".join(_summary_row(rows, key) for key in SUMMARY if _series(rows, key)),
+        summary="\n".join(_summary_row(rows, key) for key in SUMMARY if _logged(rows, key)),
         configuration=_configuration(run_dir / "config.yaml"),
     )
     page.write_text(text)
     return page, png
 
 
-def _series(rows: Rows, key: str) -> list[tuple[int, float]]:
+def _logged(rows: Rows, key: str) -> list[tuple[int, float | None]]:
     """(step, value) of the steps that logged `key`."""
-    return [(int(row["step"]), row[key]) for row in rows if key in row]
+    return [(step_of(row), row[key]) for row in rows if key in row]
+
+
+def _series(rows: Rows, key: str) -> list[tuple[int, float]]:
+    """The same without values that were not finite."""
+    return [(step, value) for step, value in _logged(rows, key) if value is not None]
 
 
 def _draw(rows: Rows, title: str, path: Path) -> None:
     panels = [panel for panel in PANELS if any(_series(rows, key) for key in panel.lines)]
-    num_columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    num_columns = 2 if len(panels) in (2, 4) else min(3, max(1, len(panels)))
     num_rows = -(-len(panels) // num_columns)
     figure = Figure(figsize=(4.6 * num_columns, 2.9 * num_rows + 0.6), dpi=130)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
@@ -173,29 +179,30 @@ def _draw(rows: Rows, title: str, path: Path) -> None:
             _draw_stacked(axes, panel, rows)
         else:
             _draw_lines(axes, panel, rows)
-        _dress(axes, panel, first_step=int(rows[0]["step"]), last_step=int(rows[-1]["step"]))
+        _dress(axes, panel, first_step=step_of(rows[0]), last_step=step_of(rows[-1]))
     figure.savefig(path)
 
 
 def _draw_lines(axes: Axes, panel: Panel, rows: Rows) -> None:
-    drawn = {label: points for key, label in panel.lines.items() if (points := _series(rows, key))}
+    drawn = {label: _logged(rows, key) for key, label in panel.lines.items() if _series(rows, key)}
     for color, (label, points) in zip(COLORS, drawn.items(), strict=False):
-        steps, values = zip(*points, strict=True)
+        steps = [step for step, _ in points]
+        values = [math.nan if value is None else value for _, value in points]  # NaN: a gap in the line
         marker = "o" if len(points) <= MARKED_POINTS else ""
         axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=3.5, label=label)
-    if panel.log_scale and all(value > 0 for points in drawn.values() for _, value in points):
+    if panel.log_scale and all(value > 0 for key in panel.lines for _, value in _series(rows, key)):
         axes.set_yscale("log")
     if len(drawn) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=FAINT_INK)
 
 
 def _draw_stacked(axes: Axes, panel: Panel, rows: Rows) -> None:
-    steps = [row["step"] for row in rows]
+    steps = [step_of(row) for row in rows]
     tops = [0.0] * len(rows)
     for color, (key, label) in zip(COLORS, panel.lines.items(), strict=False):
         if not _series(rows, key):
             continue
-        heights = [row.get(key, 0.0) for row in rows]
+        heights = [row.get(key) or 0.0 for row in rows]
         axes.bar(steps, heights, bottom=tops, width=1.0, color=color, linewidth=0, label=label)
         tops = [top + height for top, height in zip(tops, heights, strict=True)]
     axes.set_ylim(0, 1.35 * max(tops) or 1.0)  # room for the legend
@@ -230,18 +237,19 @@ def _dress(axes: Axes, panel: Panel, *, first_step: int, last_step: int) -> None
 
 def _subtitle(run_dir: Path, rows: Rows) -> str:
     seconds = sum(value for _, value in _series(rows, "time/step_seconds"))
-    span = f"{run_dir.resolve().name}: steps {int(rows[0]['step'])} to {int(rows[-1]['step'])}"
+    span = f"{run_dir.resolve().name}: steps {step_of(rows[0])} to {step_of(rows[-1])}"
     return f"{span}, {seconds / 60:.1f} minutes in steps" if seconds else span
 
 
 def _summary_row(rows: Rows, key: str) -> str:
-    points = _series(rows, key)
-    pick = SUMMARY[key]
+    logged = _logged(rows, key)
+    first, last = ("not finite" if value is None else f"{value:.4g}" for _, value in (logged[0], logged[-1]))
+    pick, points = SUMMARY[key], _series(rows, key)
     best = ""
-    if pick is not None:
+    if pick is not None and points:
         step, value = pick(points, key=lambda point: point[1])
         best = f"{value:.4g} (step {step})"
-    cells = "".join(f'<td class="number">{cell}</td>' for cell in (f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}", best))
+    cells = "".join(f'<td class="number">{cell}</td>' for cell in (first, last, best))
     return f'<tr><td><code>{key}</code></td>{cells}<td class="faint">{html.escape(METRICS[key])}</td></tr>'
 
 

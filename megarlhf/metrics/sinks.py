@@ -1,6 +1,8 @@
 """Where metrics go: a JSONL file, the console, TensorBoard and Weights & Biases."""
 
 import json
+import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from rich.table import Column
 
 from megarlhf.metrics.keys import check_metrics
 
+logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"  # inside the run directory
 
 # What a person watches, in this order. A run shows those that it logs.
@@ -32,14 +35,19 @@ class MetricSink(Protocol):
     """A place that keeps or shows metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take one step's metrics: name of METRICS -> finite value."""
+        """Take one step's metrics: name of METRICS -> value, NaN and infinity among them."""
 
     def close(self) -> None:
         """Write out what is still held back."""
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics file, in order; none where there is no file.
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that are numbers which every reader can draw."""
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+
+def read_rows(path: Path) -> list[dict[str, float | None]]:
+    """Rows of a metrics file, in order; none where there is no file. None: a value that was not finite.
 
     A last line without its newline, which a killed process leaves behind, is no row.
     """
@@ -49,8 +57,18 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in complete.splitlines()]
 
 
+def step_of(row: Mapping[str, float | None]) -> int:
+    """The step of a row of a metrics file."""
+    step = row["step"]
+    assert step is not None
+    return int(step)
+
+
 class JsonlSink:
-    """One JSON object a step in a file: `step`, then the step's metrics. A logged line is flushed at once."""
+    """One JSON object a step in a file: `step`, then the step's metrics. A logged line is flushed at once.
+
+    JSON has no NaN and no infinity: they become null.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open `path` to append to it; a half-written last line goes."""
@@ -67,18 +85,19 @@ class JsonlSink:
     def truncate_after(self, step: int) -> None:
         """Drop the rows past `step`: a resumed run goes through those steps again."""
         self._file.close()
-        self._file = self._open_with([row for row in read_rows(self._path) if row["step"] <= step])
+        self._file = self._open_with([row for row in read_rows(self._path) if step_of(row) <= step])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one row.
 
         Raises:
-            ValueError: an unknown key, a value that is not finite, or a step that does not follow the last one.
+            ValueError: an unknown key, or a step that does not follow the last one.
         """
         check_metrics(metrics)
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step={step} after step {self._last_step} in {self._path}: steps go up, one row for each")
-        row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
+        values = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
+        row = {"step": step, **values}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         self._last_step = step
@@ -87,11 +106,11 @@ class JsonlSink:
         """Close the file."""
         self._file.close()
 
-    def _open_with(self, rows: list[dict[str, float]]) -> TextIO:
+    def _open_with(self, rows: list[dict[str, float | None]]) -> TextIO:
         whole = self._path.with_suffix(".tmp")
         whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(whole, self._path)  # all or nothing: the file is the record of the run
-        self._last_step = int(rows[-1]["step"]) if rows else None
+        self._last_step = step_of(rows[-1]) if rows else None
         return self._path.open("a")
 
 
@@ -106,8 +125,8 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write each metric as a scalar, and the file out."""
-        for key, value in metrics.items():
+        """Write each finite metric as a scalar, and the file out."""
+        for key, value in finite(metrics).items():
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
@@ -147,8 +166,8 @@ class WandbSink:
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send one step."""
-        self._run.log(dict(metrics), step=step)
+        """Send one step's finite metrics."""
+        self._run.log(finite(metrics), step=step)
 
     def close(self) -> None:
         """Finish the run."""
@@ -254,6 +273,7 @@ class Sinks:
             ValueError: a fresh run in a directory that holds another's metrics, or W&B online without its key.
         """
         self._sinks: list[MetricSink] = []
+        self._warned: set[str] = set()  # metrics that were not finite once
         self._stack = ExitStack()
         with ExitStack() as undo:  # closes what is open when a later one fails
             undo.callback(self.close)
@@ -271,13 +291,16 @@ class Sinks:
             undo.pop_all()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand one step's metrics to every sink.
+        """Hand one step's metrics to every sink; the first value of a metric that is not finite is warned of.
 
         Raises:
             ValueError: as JsonlSink.log; no sink has taken anything then.
         """
         for sink in self._sinks:
             sink.log(step, metrics)
+        for key in metrics.keys() - finite(metrics).keys() - self._warned:
+            logger.warning("metric %s=%s in step %d is not finite: null in %s", key, metrics[key], step, METRICS_FILE)
+            self._warned.add(key)
 
     def phase(self, name: str) -> None:
         """Show on the console what the run is doing."""

@@ -27,18 +27,11 @@ def test_table_has_a_row_for_each_metric_and_two_columns_in_each() -> None:
         assert len(re.findall(r"(?<!\\)\|", line)) == 3, line
 
 
-@pytest.mark.parametrize(
-    ("metrics", "message"),
-    [
-        ({"reward/meen": 0.0}, "reward/meen.*reward/mean"),
-        ({"policy/loss": math.nan}, "policy/loss=nan"),
-        ({"kl/mean": 0.1, "critic/loss": math.inf}, "critic/loss=inf"),
-    ],
-)
-def test_check_names_the_key(metrics: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_metrics(metrics)
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_check_names_the_key(value: float) -> None:
+    with pytest.raises(ValueError, match="reward/meen.*reward/mean"):
+        check_metrics({"kl/mean": 0.5, "reward/meen": value})
 
 
-def test_check_lets_finite_known_metrics_pass() -> None:
-    check_metrics({"reward/mean": -1.5, "sync/version": 3})
+def test_check_lets_known_metrics_pass_whatever_their_value() -> None:
+    check_metrics({"reward/mean": -1.5, "sync/version": 3, "policy/ratio_mean": math.inf, "kl/mean": math.nan})

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from megarlhf.metrics.report import COLORS, PANELS, SUMMARY, write_report
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def write_run(directory: Path, rows: list[dict[str, float]]) -> None:
+def write_run(directory: Path, rows: Sequence[Mapping[str, float | None]]) -> None:
     directory.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -63,6 +65,33 @@ def test_report_of_an_sft_run_without_a_configuration(tmp_path: Path) -> None:
 def test_report_of_one_step_and_zeros(tmp_path: Path) -> None:
     write_run(tmp_path, [{"step": 7, "rollout/logprob_diff_max": 0.0, "time/sync_seconds": 0.0}])
     assert write_report(tmp_path, "One")[1].read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_what_is_not_finite_is_a_gap_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: dict[str, list[float]] = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, label, **rest: lines.update({label: y}))
+    monkeypatch.setattr("matplotlib.axes.Axes.set_yscale", lambda self, scale: lines.update({scale: []}))
+    values: list[tuple[float | None, ...]] = [(1.0, 0.5, None, 1e-3), (None, None, None, None), (2.0, 0.25, None, 2e-3)]
+    keys = ("policy/loss", "critic/loss", "kl/mean", "rollout/logprob_diff_max")
+    rows = [{"step": step, **dict(zip(keys, row, strict=True))} for step, row in enumerate(values)]
+    rows.append({"step": 3, "policy/loss": None, "time/train_seconds": None, "time/save_seconds": 2.0})
+    write_run(tmp_path, rows)
+    page = write_report(tmp_path, "Gaps")[0].read_text()
+    assert str(lines["policy"]) == str([1.0, math.nan, 2.0, math.nan])
+    assert str(lines["critic"]) == str([0.5, math.nan, 0.25])
+    assert "KL" not in lines, "no value, no line"
+    assert "log" in lines, "the others are above 0"
+    assert cells_of(page, "policy/loss") == ["1", "not finite", ""]
+    assert cells_of(page, "critic/loss") == ["0.5", "0.25", "0.25 (step 2)"]
+    assert cells_of(page, "kl/mean") == ["not finite", "not finite", ""]
+
+
+@pytest.mark.parametrize("value", [None, 3e38, -3e38])
+def test_report_of_a_run_that_went_wrong_at_once(tmp_path: Path, value: float | None) -> None:
+    write_run(tmp_path, [{"step": 1, "critic/loss": value, "reward/mean": 0.0}, {"step": 2, "critic/loss": value}])
+    assert write_report(tmp_path, "Broken")[1].read_bytes().startswith(PNG_SIGNATURE)
+    write_run(tmp_path, [{"step": 1, "critic/loss": None}])
+    assert write_report(tmp_path, "Nothing to draw")[1].read_bytes().startswith(PNG_SIGNATURE)
 
 
 def test_panels_without_data_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,14 +28,29 @@ def test_jsonl_refuses_and_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     sink.log(5, {"kl/mean": 0.0})
-    with pytest.raises(ValueError, match="kl/mean=nan"):
-        sink.log(6, {"reward/mean": 1.0, "kl/mean": math.nan})
     with pytest.raises(ValueError, match="kl/meam.*kl/mean"):
         sink.log(6, {"kl/meam": 0.0})
     with pytest.raises(ValueError, match="step=5 after step 5"):
         sink.log(5, {"kl/mean": 0.0})
     sink.close()
     assert [row["step"] for row in read_rows(path)] == [5]
+
+
+def test_jsonl_writes_what_is_not_finite_as_null_and_resumes_from_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log(1, {"reward/mean": 1.25, "kl/mean": math.nan})
+    sink.log(2, {"policy/ratio_mean": math.inf, "policy/loss": -math.inf, "kl/mean": 1e300})
+    sink.close()
+    expected = [
+        '{"step": 1, "reward/mean": 1.25, "kl/mean": null}',
+        '{"step": 2, "policy/ratio_mean": null, "policy/loss": null, "kl/mean": 1e+300}',
+    ]
+    assert path.read_text().splitlines() == expected
+    resumed = JsonlSink(path)
+    resumed.truncate_after(1)
+    resumed.close()
+    assert path.read_text().splitlines() == expected[:1]
 
 
 def test_jsonl_truncates_to_the_resumed_step_and_goes_on(tmp_path: Path) -> None:
@@ -69,7 +84,7 @@ def test_tensorboard_files_hold_the_resumed_run(tmp_path: Path) -> None:
 
     sink = TensorBoardSink(tmp_path)
     for step in (1, 2, 3):
-        sink.log(step, {"reward/mean": step / 4})
+        sink.log(step, {"reward/mean": step / 4, "kl/mean": math.inf})
     sink.close()
     resumed = TensorBoardSink(tmp_path, resumed_step=1)
     resumed.log(2, {"reward/mean": 8.0})
@@ -78,6 +93,7 @@ def test_tensorboard_files_hold_the_resumed_run(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 8.0)]
+    assert events.Tags()["scalars"] == ["reward/mean"]
 
 
 def test_wandb_without_a_key_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +116,8 @@ def test_all_sinks_of_a_run_get_each_step(tmp_path: Path, monkeypatch: pytest.Mo
     )
     sinks.phase("rollout")
     sinks.log(1, {"reward/mean": 0.5})
-    with pytest.raises(ValueError, match="reward/mean=inf"):
-        sinks.log(2, {"reward/mean": math.inf})
+    with pytest.raises(ValueError, match="reward/meen"):
+        sinks.log(2, {"reward/meen": 1.0})
     sinks.close()
 
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
@@ -113,6 +129,23 @@ def test_all_sinks_of_a_run_get_each_step(tmp_path: Path, monkeypatch: pytest.Mo
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert out.getvalue().startswith("step 1/2  reward 0.500")
+
+
+def test_a_metric_that_is_not_finite_ends_no_run_and_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = io.StringIO()
+    sinks = Sinks(tmp_path, total_steps=3, console=Console(file=out, force_terminal=False))
+    sinks.log(1, {"reward/mean": 0.5, "kl/mean": math.inf})
+    sinks.log(2, {"reward/mean": 0.5, "kl/mean": math.nan, "policy/ratio_mean": math.inf})
+    sinks.log(3, {"reward/mean": 0.5, "kl/mean": 0.25})
+    sinks.close()
+    assert [row["kl/mean"] for row in read_rows(tmp_path / "metrics.jsonl")] == [None, None, 0.25]
+    assert [record.getMessage() for record in caplog.records] == [
+        "metric kl/mean=inf in step 1 is not finite: null in metrics.jsonl",
+        "metric policy/ratio_mean=inf in step 2 is not finite: null in metrics.jsonl",
+    ]
+    assert [line.split("  ")[2] for line in out.getvalue().splitlines()] == ["kl inf", "kl nan", "kl 0.2500"]
 
 
 def test_a_fresh_run_does_not_mix_with_the_metrics_of_another(tmp_path: Path) -> None:
