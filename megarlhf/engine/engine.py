@@ -5,6 +5,7 @@ computes alike, packs it, runs Megatron-Core's schedule and gives back per-row r
 """
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 from megarlhf.data.packing import pack_rows, plan_micro_batches, unpack
 from megarlhf.data.types import MicroBatch, TrainingRow
 from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
-from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler
+from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler, gradient_norm
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
 from megarlhf.models.build import Head, ModelOptions, build_model
 from megarlhf.models.hf_files import read_checkpoint
@@ -215,22 +216,28 @@ class MegatronEngine:
     def train_step(self, rows: Sequence[TrainingRow], objective: Objective, *, denominator: float) -> StepResult:
         """One optimizer step on sum(loss over all rows) / denominator.
 
+        A metric that is not finite is reported as it is.
+
         Raises:
-            NonFiniteError: the loss (before the weights change) or the gradient norm is not finite.
+            NonFiniteError: the loss or the gradient is not finite, on every rank; nothing has changed.
         """
         loss, metrics, outputs = self.accumulate_gradients(rows, objective, denominator=denominator)
+        grad_norm = gradient_norm(self.optimizer)
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(f"loss={loss}, gradient norm {grad_norm}; the step was not taken")
         self.scheduler.step(1)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        _, grad_norm, _ = self.optimizer.step()
-        grad_norm = float(grad_norm)
-        if not torch.isfinite(torch.tensor(grad_norm)):
-            raise NonFiniteError(f"the gradient norm is {grad_norm}: the last saved checkpoint is the last good state")
+        self.optimizer.step()
         return StepResult(loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs)
 
     def accumulate_gradients(
         self, rows: Sequence[TrainingRow], objective: Objective, *, denominator: float
     ) -> tuple[float, dict[str, float], RowResults]:
-        """Forward and backward; gradients stay in the model's buffers, reduced over every group."""
+        """Forward and backward; gradients stay in the model's buffers, reduced over every group.
+
+        Raises:
+            NonFiniteError: the loss is not finite, on every rank.
+        """
         batches = self.micro_batches(rows)
         for chunk, wrapped in zip(self.chunks, self.model, strict=True):
             chunk.train()
@@ -247,12 +254,12 @@ class MegatronEngine:
                 sums += micro_sums
         dist.all_reduce(sums)
         num_targets, total, *totals = sums.tolist()
-        loss, metrics = total / denominator, [value / num_targets for value in totals]
-        if not torch.isfinite(sums).all():
-            raise NonFiniteError(f"loss={loss}, {dict(zip(objective.metric_names, metrics, strict=True))}")
+        loss = total / denominator
+        reported = {name: value / num_targets for name, value in zip(objective.metric_names, totals, strict=True)}
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"loss={loss}, {reported}; the step was not taken")
         name = "values" if self.head == "value" else "log_probs"
         outputs = self._results(batches, [computed for computed, _ in stored], name)
-        reported = dict(zip(objective.metric_names, metrics, strict=True))
         if self._routers is not None:
             experts, top_k = self.config.num_moe_experts, self.config.moe_router_topk
             reported |= self._routers.metrics(experts, top_k, current_device())

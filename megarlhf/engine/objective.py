@@ -9,7 +9,7 @@ from megarlhf.data.types import MicroBatch
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient that is NaN or infinite; weights and optimizer are as they were before the step."""
+    """A loss or gradient that is NaN or infinite; weights, optimizer and schedule are as they were before the step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megarlhf.parallel.device import current_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +52,64 @@ def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool)
     return get_megatron_optimizer(config, chunks)
 
 
+def gradient_norm(optimizer: Any) -> float:
+    """L2 norm of the whole reduced gradient, before clipping; every rank of the world calls it before `.step()`.
+
+    `.step()` looks at no number on its way to the weights, and with clip_grad=0 need not report a norm.
+
+    Returns:
+        NaN or infinity on every rank if it is so on one; else the same number on every rank.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    # Without the distributed optimizer each data-parallel rank takes the norm of its own copy of the gradient.
+    finite = torch.tensor(float(math.isfinite(norm)), device=current_device())
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return norm if finite.item() or not math.isfinite(norm) else math.nan
+
+
+def main_weight(optimizer: Any, parameter: Any) -> Tensor:
+    """The float32 weight that the optimizer steps, whole, in the parameter's shape.
+
+    With the distributed optimizer each rank holds a part; all ranks that share the parameter call it together, after
+    the engine's `settle()`.
+    """
+    main = getattr(parameter, "main_param", None)
+    if parameter.dtype == torch.float32:
+        return parameter.data
+    if not optimizer.config.use_distributed_optimizer:
+        return main.data
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if main is not None:
+        (holder,) = (part for part in optimizer.chained_optimizers if parameter in part.model_param_gbuf_map)
+        held = holder._get_model_param_range_map(parameter)["param"]
+        whole[held.start : held.end] = main.data
+    if getattr(parameter, "allreduce", True):
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    else:
+        group = parallel_state.get_expert_data_parallel_group()
+    dist.all_reduce(whole, group=group)
+    return whole.view_as(parameter)
+
+
 def build_scheduler(optimizer: Any, options: OptimizerOptions) -> OptimizerParamScheduler:
     """Learning rate of optimizer step k (from 1): linear over the warm-up, then the decay style to the floor.
 
     Call `.step(1)` before each optimizer step, so that no step runs at learning rate 0.
     """
-    warmup = min(math.ceil(options.total_steps * options.lr_warmup_ratio), options.total_steps - 1)
+    total = max(1, options.total_steps)
+    warmup = min(math.ceil(total * options.lr_warmup_ratio), total - 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=options.learning_rate,
         min_lr=options.learning_rate * options.min_lr_ratio,
         lr_warmup_steps=warmup,
-        lr_decay_steps=max(1, options.total_steps),
+        lr_decay_steps=total,
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,
-        wd_incr_steps=max(1, options.total_steps),
+        wd_incr_steps=total,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,  # a loaded state gives the number of steps, these options the rest
