@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megarlhf.algos.kl import kl_estimate
 
+MAX_LOG_RATIO = 80.0  # nats; ratios stay below exp(this), which float32 holds
+
 Aggregation = Literal["token", "sequence", "constant"]
 
 
@@ -40,7 +42,10 @@ def policy_loss(
     Raises:
         ValueError: dual_clip is 1 or less.
     """
-    ratio = torch.exp(log_probs - old_log_probs)
+    log_ratio = log_probs - old_log_probs
+    # An infinite ratio times 0 is NaN, in a clipped token's gradient or where the advantage is 0. An unclipped token's
+    # gradient stays enormous, so that the step is refused and not quietly without it.
+    ratio = torch.exp(log_ratio - (log_ratio.detach() - MAX_LOG_RATIO).clamp(min=0.0))
     surrogate = ratio * advantages
     bounded = ratio.clamp(1.0 - clip_eps_low, 1.0 + clip_eps_high) * advantages
     objective = torch.minimum(surrogate, bounded)
