@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -140,3 +141,14 @@ def make_model(
                 buffer.copy_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(directory)
     return directory
+
+
+def store_head(model_dir: Path, *, equal: bool) -> Path:
+    """Add an lm_head.weight to a tied model: the embedding's numbers, or others in its last row alone."""
+    path = model_dir / "model.safetensors"
+    weights = load_file(path)
+    head = weights["model.embed_tokens.weight"].clone()
+    if not equal:
+        head[-1] *= -1
+    save_file(weights | {"lm_head.weight": head}, path, {"format": "pt"})
+    return model_dir

@@ -27,7 +27,7 @@ from megarlhf.trainers.parity import parity_objective
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
-from tests.tiny_models import VOCAB_SIZE, make_model
+from tests.tiny_models import VOCAB_SIZE, make_model, store_head
 
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"),
@@ -108,6 +108,22 @@ def test_round_trip_is_bit_exact(tmp_path: Path, family: str, sizes: dict[str, i
     assert json.loads((result / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     _, loading = AutoModelForCausalLM.from_pretrained(result, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("head", ["equal", "other"])
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2, "pipeline": 2}])
+def test_a_tied_configuration_with_a_head_of_its_own(tmp_path: Path, head: str, sizes: dict[str, int]) -> None:
+    """Weights decide, there and back; an equal head is the embedding, which is stored once."""
+    source = store_head(make_model(tmp_path / "model", tied=True), equal=head == "equal")
+    megatron = to_megatron(source, tmp_path / "megatron", VERIFIED, **sizes)
+    result = to_hf(megatron, tmp_path / "hf", VERIFIED)
+    expected = {name: t for name, t in tensors(source).items() if head == "other" or name != "lm_head.weight"}
+    assert_equal(tensors(result), expected)
+    for directory in (megatron / "hf_config", result):
+        assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"] == (head == "equal")
+    given = to_hf(megatron, tmp_path / "given", hf_model=str(source))  # whose config.json is wrong
+    assert json.loads((given / "config.json").read_text())["tie_word_embeddings"] == (head == "equal")
+    assert_equal(tensors(given), expected)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "deepseek-v3"])

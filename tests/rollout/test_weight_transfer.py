@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megarlhf.data.types import Sample
 from megarlhf.rollout import weight_transfer
 from megarlhf.rollout.engine import RolloutEngine
 from tests.rollout.models import SharedModel, make_engine_model, make_prompts, perturbed, transformers_log_probs
+from tests.tiny_models import store_head
 
 pytestmark = pytest.mark.slow
 PROMPTS = make_prompts([5, 40, 70])
@@ -83,6 +85,31 @@ def test_direct_and_loader_agree_with_transformers(
             results.append([(s.response_ids, s.rollout_log_probs) for s in generate(engine)])
         assert all(result == results[0] for result in results)
         assert_parity(generate(engine), model)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("head", ["equal", "other"])
+def test_a_tied_configuration_with_a_head_of_its_own(
+    tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generates with the head that is stored, and takes the weights that the trainer sends of such a model."""
+    model_dir = store_head(make_engine_model(tmp_path / "model"), equal=head == "equal")
+    sent = store_head(make_engine_model(tmp_path / "sent"), equal=head == "equal")
+    if head == "equal":  # the trainer has one tensor for both
+        sent = make_engine_model(tmp_path / "sent-once")
+    engine = start(model_dir)
+    try:
+        assert_parity(generate(engine), AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32))
+        for version, way in enumerate(("direct", "loader"), start=1):
+            model = perturbed(sent, seed=version)
+            with monkeypatch.context() as patch:
+                if way == "loader":
+                    patch.setattr(weight_transfer, "plan_direct_update", lambda model, tensors: None)
+                shared = SharedModel(model)
+                engine.connect_weights(shared.blocks)
+            assert engine.update_weights(version, shared.checksum())["applied"] == way
+            assert_parity(generate(engine), model)
     finally:
         engine.close()
 
