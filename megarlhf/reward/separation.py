@@ -24,6 +24,7 @@ _NOSUID_NODEV_NOEXEC = 0x2 | 0x4 | 0x8
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_REFER, _LANDLOCK_SCOPE_SIGNAL = 1 << 13, 1 << 1
+_READS_ALL_PROCESSES = (19, 21, 38)  # CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON: past Landlock, if root has them
 _SETUID_AND_SETGID = 1 << 7 | 1 << 6  # bits of CapEff in /proc/PID/status
 
 
@@ -76,9 +77,19 @@ def enter_landlock(version: int) -> None:
         root = os.open("/", os.O_PATH | os.O_CLOEXEC)
         _system_call(_LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", _LANDLOCK_REFER, root), 0)
         os.close(root)
-    _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))  # for programs that are executed, too
     _system_call(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
+    _drop_capabilities(_READS_ALL_PROCESSES)
+
+
+def _drop_capabilities(numbers: tuple[int, ...]) -> None:
+    header, words = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+    _check(_LIBC.capget(header, words))
+    kept = [~sum(1 << number % 32 for number in numbers if number // 32 == half) for half in (0, 1)]
+    # Of each half: effective, permitted, inheritable.
+    values = [word & kept[place // 3] for place, word in enumerate(struct.unpack("6I", words.raw))]
+    _check(_LIBC.capset(header, struct.pack("6I", *values)))
 
 
 def _enter_namespaces(parent: int) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megarlhf.data.types import Prompt, Sample
 from megarlhf.reward import scorer as scorer_module
 from megarlhf.reward.scorer import RewardScorer
+from tests.reward.samples import samples
 
 MakeScorer = Callable[..., RewardScorer]
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,23 +45,6 @@ def make_scorer(tmp_path: Path) -> Iterator[MakeScorer]:
     yield make
     for scorer in made:
         scorer.close()
-
-
-def samples(*responses: str, label: str | None = "7") -> list[Sample]:
-    prompt = Prompt(index=0, text="Q: ", token_ids=(1,), label=label)
-    return [
-        Sample(
-            prompt=prompt,
-            group_id=0,
-            sample_id=index,
-            response_ids=(2,),
-            rollout_log_probs=(0.0,),
-            response_text=response,
-            finish_reason="stop",
-            weight_version=0,
-        )
-        for index, response in enumerate(responses)
-    ]
 
 
 def rewards(scorer: RewardScorer, *responses: str) -> list[float | None]:

@@ -1,0 +1,24 @@
+"""Samples to score."""
+
+from typing import Any
+
+from megarlhf.data.types import Prompt, Sample
+
+
+def samples(*responses: str, label: Any = "7", stop_text: str = "") -> list[Sample]:
+    """Samples with these responses and one label."""
+    prompt = Prompt(index=0, text="Q: ", token_ids=(1,), label=label)
+    return [
+        Sample(
+            prompt=prompt,
+            group_id=0,
+            sample_id=index,
+            response_ids=(2,),
+            rollout_log_probs=(0.0,),
+            response_text=response,
+            stop_text=stop_text,
+            finish_reason="stop",
+            weight_version=0,
+        )
+        for index, response in enumerate(responses)
+    ]
