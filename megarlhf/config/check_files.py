@@ -1,4 +1,4 @@
-"""What a run finds on disk, checked without loading a model: checkpoints, data, reward code, run directories.
+"""What a run finds on disk, checked without loading a model: checkpoints, data, reward code, earlier runs.
 
 Every function returns sentences for the user and raises nothing.
 """
@@ -6,7 +6,6 @@ Every function returns sentences for the user and raises nothing.
 import ast
 import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -188,28 +187,6 @@ def reward_function_errors(path: str) -> list[str]:
     except (SyntaxError, ValueError) as error:
         return [f"reward_function={path} is not Python ({error})"]
     return []
-
-
-def save_errors(path: str, load: str | None) -> list[str]:
-    """A run directory that cannot be written, or that holds another run than the one to continue."""
-    holds_run = any((Path(path) / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    if holds_run and load is None:
-        return [
-            f"save={path} holds a run already (a fresh one would mix with it): set load to {path} to continue it, or "
-            "save to another directory"
-        ]
-    if holds_run and load is not None and Path(load).resolve() != Path(path).resolve():
-        return [
-            f"save={path} holds another run than load={load} (they would mix): save to {load} or to another directory"
-        ]
-    place = Path(path).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        return [f"save={path} cannot be made ({place} is a file): choose another directory"]
-    if os.access(place, os.W_OK | os.X_OK):
-        return []
-    return [f"save={path} cannot be written (this user may not write to {place}): choose another directory"]
 
 
 def load_errors(path: str) -> list[str]:

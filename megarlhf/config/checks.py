@@ -25,7 +25,6 @@ from megarlhf.config.check_files import (
     read_model,
     reward_function_errors,
     same_vocabulary_errors,
-    save_errors,
     tokenizer_errors,
 )
 from megarlhf.config.check_layout import (
@@ -45,6 +44,7 @@ from megarlhf.config.check_numbers import (
     sampling_errors,
     shared_prefix_errors,
 )
+from megarlhf.config.check_save import save_errors
 
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -124,7 +124,10 @@ def check_sft(config: SFTConfig, supported_architectures: Sequence[str] = SUPPOR
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
     errors += _template_errors(config.data, config.model)
     errors += _supervised_data_errors(config.data)
-    errors += _logging_errors(config.logging, evaluation="eval_dataset", path=config.data.eval_dataset)
+    # One rank tries the run directory: another would find its traces there.
+    tries_save = os.environ.get("RANK", "0") == "0"
+    path = config.data.eval_dataset
+    errors += _logging_errors(config.logging, evaluation="eval_dataset", path=path, tries_save=tries_save)
     return errors
 
 
@@ -232,9 +235,11 @@ def _reward_errors(reward: RewardArguments) -> list[str]:
     return errors
 
 
-def _logging_errors(logging: LoggingArguments, *, evaluation: str, path: str | None) -> list[str]:
+def _logging_errors(
+    logging: LoggingArguments, *, evaluation: str, path: str | None, tries_save: bool = True
+) -> list[str]:
     """`evaluation` is the option that holds `path`, the evaluation data."""
-    errors = save_errors(logging.save, logging.load)
+    errors = save_errors(logging.save, logging.load) if tries_save else []
     if logging.load is not None:
         errors += load_errors(logging.load)
     elif logging.no_load_optim:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from megarlhf.config.arguments import ParityConfig, PPOConfig, SFTConfig
-from megarlhf.config.check_files import save_errors
 from megarlhf.config.checks import SUPPORTED_ARCHITECTURES, ConfigError, check_parity, check_ppo, check_sft, raise_if
 from megarlhf.config.command_line import from_dict
 
@@ -456,11 +455,6 @@ def test_only_one_scorer(check: Check, tmp_path: Path) -> None:
     assert "reward_rule=math (exactly one" in only(check(reward_function=str(tmp_path / "reward.py")))
 
 
-def test_a_run_directory_cannot_lie_under_a_file(check: Check, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert "is a file" in only(check(save=str(tmp_path / "file" / "run")))
-
-
 def test_loading_needs_a_complete_checkpoint(check: Check, tmp_path: Path) -> None:
     run, checkpoints = str(tmp_path / "old"), tmp_path / "old" / "checkpoints"
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
@@ -506,16 +500,6 @@ def test_the_launchers_world_size_wins(check_supervised: Check, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert check_supervised(tensor_model_parallel_size=2, num_gpus_per_node=1) == []
     assert "WORLD_SIZE=4 makes 4 ranks" in check_supervised(pipeline_model_parallel_size=3)[0]
-
-
-@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints"])
-def test_a_used_run_directory_is_only_continued(tmp_path: Path, trace: str) -> None:
-    used = tmp_path / "used"
-    (used / trace).mkdir(parents=True)
-    assert "holds a run already" in save_errors(str(used), None)[0]
-    assert "holds another run" in save_errors(str(used), str(tmp_path / "other"))[0]
-    assert save_errors(str(used), str(tmp_path / "x" / ".." / "used")) == []
-    assert save_errors(str(tmp_path / "new"), str(used)) == []
 
 
 def test_the_architectures_are_those_of_the_tables() -> None:
