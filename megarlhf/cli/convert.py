@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from megarlhf.cli.errors import report_errors
+from megarlhf.config.check_save import directory_errors
+from megarlhf.config.checks import raise_if
 from megarlhf.config.command_line import parse
 
 if TYPE_CHECKING:
@@ -137,8 +139,10 @@ def _run(prog: str, convert: Callable[[], int]) -> int:
 
 
 def _check(target: SharedArguments) -> None:
+    errors = directory_errors(target.save) or directory_errors(f"{os.path.normpath(target.save)}.partial")
     if target.num_threads is not None and target.num_threads < 1:
-        raise ValueError(f"num_threads={target.num_threads}; at least 1")
+        errors.append(f"num_threads={target.num_threads}; at least 1")
+    raise_if(errors)
 
 
 def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:

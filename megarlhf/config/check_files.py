@@ -1,11 +1,13 @@
 """What a run finds on disk, checked without loading a model: checkpoints, data, reward code, earlier runs.
 
-Every function returns sentences for the user and raises nothing.
+Every function returns sentences for the user and raises nothing. os.path is asked what is there, which
+says no to names that the system refuses.
 """
 
 import ast
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ def read_model(key: str, path: str, architectures: Sequence[str]) -> tuple[dict[
         architectures: class names that may stand under `architectures` in config.json.
     """
     directory = Path(path)
-    if not directory.is_dir():
+    if not os.path.isdir(path):
         return {}, [
             f"{key}={path} is not a local directory (models are loaded from a directory with config.json and "
             f"*.safetensors; nothing is downloaded): give the path of a downloaded checkpoint"
@@ -41,7 +43,7 @@ def read_model(key: str, path: str, architectures: Sequence[str]) -> tuple[dict[
 
 def _read_object(path: Path, owner: str) -> tuple[dict[str, Any], list[str]]:
     """A JSON object from a file that must be there."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}, [f"{owner} has no {path.name}: give the directory of a Hugging Face checkpoint"]
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +79,7 @@ def tokenizer_errors(key: str, path: str, *, apply_chat_template: bool, chat_tem
         chat_template: template that replaces the tokenizer's own.
     """
     directory = Path(path)
-    if not directory.is_dir():
+    if not os.path.isdir(path):
         return [f"{key}={path} is not a local directory (nothing is downloaded): give the directory of a tokenizer"]
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return [f"{key}={path} has no tokenizer (one of {', '.join(TOKENIZER_FILES)}): set tokenizer to its directory"]
@@ -122,7 +124,7 @@ def data_errors(key: str, path: str, columns: dict[str, str]) -> list[str]:
         columns: option -> column it names, for each column that must be there.
     """
     source = Path(path)
-    if not source.exists():
+    if not os.path.exists(path):
         return [f"{key}={path} does not exist: {DATA_KINDS}"]
     if source.is_file() and source.suffix not in DATA_SUFFIXES:
         return [f"{key}={path} is of no known kind: {DATA_KINDS}"]
@@ -193,7 +195,7 @@ def load_errors(path: str) -> list[str]:
     """A run directory that holds no complete checkpoint to continue from."""
     checkpoints = Path(path) / "checkpoints"
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    if not checkpoints.is_dir():
+    if not os.path.isdir(checkpoints):
         return [f"load={path} has no checkpoints directory: give the run directory (save) of an earlier run"]
     if not tracker.is_file():
         return [f"load={path} has no checkpoints/{tracker.name}: no checkpoint was completed: start without load"]

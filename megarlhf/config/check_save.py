@@ -27,12 +27,8 @@ _PROBE_BYTES = 64 * 1024
 
 def save_errors(path: str, load: str | None) -> list[str]:
     """A run directory that cannot be written, or that holds another run than the one to continue."""
-    if not path:
-        return ["save= is empty: give the run directory"]
-    try:
-        _try(Path(path).absolute())
-    except (OSError, ValueError) as error:  # ValueError: a character that no file name may have
-        return [f"save={path} cannot be made or written ({_reason(error)}): choose another directory"]
+    if errors := directory_errors(path):
+        return errors
     if not any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "checkpoints")):
         return []
     if load is None:
@@ -44,6 +40,17 @@ def save_errors(path: str, load: str | None) -> list[str]:
         return [
             f"save={path} holds another run than load={load} (they would mix): save to {load} or to another directory"
         ]
+    return []
+
+
+def directory_errors(path: str) -> list[str]:
+    """A directory that cannot be made or written; what is made to see it is removed again."""
+    if not path:
+        return ["save= is empty: name a directory"]
+    try:
+        _try(Path(path).absolute())
+    except (OSError, ValueError) as error:  # ValueError: a character that no file name may have
+        return [f"save={path} cannot be made or written ({_reason(error)}): choose another directory"]
     return []
 
 

@@ -7,7 +7,6 @@ starts anything; models are judged by their config.json.
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from megarlhf.config.arguments import (
     LoggingArguments,
@@ -170,7 +169,7 @@ def _template_errors(data: PromptDataArguments | SFTDataArguments, model: ModelA
     key, path = ("pretrain", model.pretrain) if model.tokenizer is None else ("tokenizer", model.tokenizer)
     chat, template = data.apply_chat_template, data.input_template
     errors: list[str] = []
-    if key == "tokenizer" or Path(path).is_dir():  # a missing pretrain is reported with the models
+    if key == "tokenizer" or os.path.isdir(path):  # a missing pretrain is reported with the models
         errors += tokenizer_errors(key, path, apply_chat_template=chat, chat_template=data.tokenizer_chat_template)
     if data.tokenizer_chat_template is not None and not chat:
         errors.append("tokenizer_chat_template is ignored without apply_chat_template: set that, or leave it out")

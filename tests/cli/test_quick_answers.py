@@ -55,6 +55,8 @@ def test_nothing_heavy_is_imported(saved_data: Path, tmp_path: Path) -> None:
         (["sft", "--train-iters", "many", "--pretrain", "x", "--dataset", "x", "--save", "x"], 2, "train-iters"),
         (["convert", "hf-to-megatron", "--lod", "x"], 2, "did you mean --load?"),
         (["convert", "megatron-to-hf", "--load", "/nowhere", "--save", "x", "--num_threads", "0"], 2, "num_threads=0"),
+        (["convert", "hf-to-megatron", "--load", "/nowhere", "--save", "/dev/null/x"], 2, "save=/dev/null/x cannot be"),
+        (["convert", "megatron-to-hf", "--load", "/nowhere", "--save", "n" * 250], 2, ".partial cannot be made"),
         (["ppo", "--config", str(tmp_path / "bad.yaml")], 2, "train_iters='many'"),
         ([*rl, "--prompt_data", str(saved_data)], 2, "input_key=input is not a column"),
         ([*rl, "--prompt_data", "/nowhere.parquet", "--top_p", "0.9"], 2, "top_p=0.9"),

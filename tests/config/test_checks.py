@@ -455,6 +455,16 @@ def test_only_one_scorer(check: Check, tmp_path: Path) -> None:
     assert "reward_rule=math (exactly one" in only(check(reward_function=str(tmp_path / "reward.py")))
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "nul\0byte", "file/inside", "loop"], ids=["long", "nul", "file", "loop"])
+@pytest.mark.parametrize("key", ["pretrain", "critic_pretrain", "tokenizer", "prompt_data", "load", "reward_function"])
+def test_names_that_the_system_refuses(check: Check, tmp_path: Path, key: str, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    path = str(tmp_path / name)
+    without = {"reward_rule": None} if key == "reward_function" else {}
+    assert any(error.startswith(f"{key}={path}") for error in check(**without, **{key: path}))
+
+
 def test_loading_needs_a_complete_checkpoint(check: Check, tmp_path: Path) -> None:
     run, checkpoints = str(tmp_path / "old"), tmp_path / "old" / "checkpoints"
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
