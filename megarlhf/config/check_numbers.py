@@ -130,7 +130,7 @@ def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freez
             f"freezing_actor_steps={freezing_actor_steps} with advantage_estimator={estimator} (without a critic those "
             "steps would train nothing): leave it out"
         )
-    elif freezing_actor_steps >= batch.train_iters:
+    elif freezing_actor_steps > 0 and freezing_actor_steps >= batch.train_iters >= 1:
         errors.append(
             f"freezing_actor_steps={freezing_actor_steps} leaves none of train_iters={batch.train_iters} steps to "
             "train the actor: use fewer"

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.algos.kl import AdaptiveKLController, FixedKLController, KLEstimator, kl_estimate
+from megarlhf.algos.kl import MAX_RELATIVE_ERROR, AdaptiveKLController, FixedKLController, KLEstimator, kl_estimate
+from megarlhf.config.check_numbers import KL_STEP_LIMIT
 
 POLICY_LOGITS = torch.tensor([0.3, -0.2, 1.1, 0.0], dtype=torch.float64)
 REF_LOG_PROBS = torch.tensor([-0.1, 0.4, 0.6, -0.5], dtype=torch.float64).log_softmax(0)
@@ -133,3 +134,7 @@ def test_adaptive_controller_refuses_bad_updates_and_states() -> None:
     with pytest.raises(KeyError):
         controller.load_state_dict({})
     assert controller.coef == 0.1
+
+
+def test_what_the_controller_refuses_is_refused_at_set_up() -> None:
+    assert KL_STEP_LIMIT == MAX_RELATIVE_ERROR

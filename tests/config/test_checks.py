@@ -272,6 +272,18 @@ def test_mistakes_of_a_comparison(tmp_path: Path, changes: dict[str, Any], said:
         ({"advantage_estimator": "reinforce", "critic_num_nodes": 1}, "critic_num_nodes=1 is ignored"),
         ({"advantage_estimator": "reinforce", "critic_pretrain": "m"}, "critic_pretrain=m is ignored"),
         ({"advantage_estimator": "reinforce", "freezing_actor_steps": 2}, "freezing_actor_steps=2"),
+        ({"freezing_actor_steps": 100}, "freezing_actor_steps=100 leaves none of train_iters=100 steps"),
+        (
+            {"advantage_estimator": "dr_grpo", "n_samples_per_prompt": 2, "loss_aggregation": "sequence"},
+            "loss_aggregation=sequence is ignored with advantage_estimator=dr_grpo",
+        ),
+        (
+            {"advantage_estimator": "reinforce", "critic_loss_aggregation": "sequence"},
+            "critic_loss_aggregation=sequence is ignored",
+        ),
+        ({"min_result_fraction": 1.5}, "min_result_fraction=1.5 must be from 0 to 1"),
+        ({"max_untrained_steps": 0}, "max_untrained_steps=0 must be at least 1"),
+        ({"kl_target": 6, "kl_horizon": 25}, "kl_horizon=25 with 128 samples a step (one step could take the KL"),
         ({"kl_target": 6, "init_kl_coef": 0}, "kl_target=6.0 needs init_kl_coef"),
         ({"kl_target": 6, "use_kl_loss": True, "kl_estimator": "k2"}, "kl_target=6.0 with use_kl_loss=True"),
         ({"use_kl_loss": True, "init_kl_coef": 0, "kl_estimator": "k3"}, "use_kl_loss=True needs init_kl_coef"),
