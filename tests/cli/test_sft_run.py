@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megarlhf.cli.main import main
+from megarlhf.data.tokenizer import load_tokenizer
 from tests.cluster.runs import metrics, run, start
 
 Flags = dict[str, str | None]
@@ -35,13 +37,38 @@ def flags(assets: Path, tmp_path: Path) -> Flags:
     }
 
 
-def test_two_ranks_learn_evaluate_and_export(flags: Flags, tmp_path: Path) -> None:
-    run("train_sft", flags | {"--train-iters": "6", "--overlap-grad-reduce": None, "--overlap-param-gather": None})
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}=={% endfor %}"
+
+
+def other_tokenizer(assets: Path, directory: Path) -> Path:
+    """The model's tokenizer with one file more, of which only the content tells whose it is."""
+    shutil.copytree(assets / "model", directory, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(assets / "model" / "tokenizer_config.json", directory)
+    (directory / "vocabulary.tiktoken").write_text("trained with this")
+    return directory
+
+
+def test_two_ranks_learn_evaluate_and_export(flags: Flags, assets: Path, tmp_path: Path) -> None:
+    tokenizer = other_tokenizer(assets, tmp_path / "tokenizer")
+    own = {"--tokenizer": str(tokenizer), "--apply_chat_template": None, "--tokenizer_chat_template": TEMPLATE}
+    overlap = {"--train-iters": "6", "--overlap-grad-reduce": None, "--overlap-param-gather": None}
+    run("train_sft", flags | overlap | own)
     rows = metrics(tmp_path / "run")
     assert list(rows) == [1, 2, 3, 4, 5, 6]
     assert rows[6]["sft/loss"] < rows[1]["sft/loss"] and "sft/eval_loss" in rows[6]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
     assert all(torch.isfinite(p).all() for p in model.parameters())
+    converted = tmp_path / "converted"
+    assert main(["convert", "megatron-to-hf", "--load", str(tmp_path / "run"), "--save", str(converted)]) == 0
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    trained = load_tokenizer(str(tokenizer), chat_template=TEMPLATE)
+    for directory in (tmp_path / "run" / "hf", converted):
+        assert (directory / "vocabulary.tiktoken").read_text() == "trained with this"
+        exported = AutoTokenizer.from_pretrained(directory)
+        for tokenize in (False, True):
+            found = exported.apply_chat_template(messages, tokenize=tokenize)
+            assert found == trained.apply_chat_template(messages, tokenize=tokenize)
+    assert (converted / "config.json").read_text() == (tmp_path / "run" / "hf" / "config.json").read_text()
 
 
 def test_mistakes_are_told_once_before_any_rank_starts(flags: Flags, assets: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The main job, end to end: two Megatron ranks each for actor and critic, one vLLM engine, Ray."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cluster.runs import SMALL, metrics, run, write_inputs
 
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
 
 @pytest.fixture(scope="module")
 def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ppo")
     flags = SMALL | write_inputs(directory) | {"--pretrain": str(assets / "model"), "--save": str(directory / "run")}
     flags |= {"--train-iters": "2", "--pipeline-model-parallel-size": "2", "--actor_num_gpus_per_node": "2"}
-    flags |= {"--use_tensorboard": None, "--temperature": "0.8"}
+    flags |= {"--use_tensorboard": None, "--temperature": "0.8", "--apply_chat_template": None}
+    other = shutil.copytree(assets / "model", directory / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    (other / "vocabulary.tiktoken").write_text("trained with this")
+    flags |= {"--tokenizer": str(other), "--tokenizer_chat_template": TEMPLATE}
     run("train_ppo", flags)
     return directory / "run"
 
@@ -44,6 +50,8 @@ def test_trainer_and_engine_agree_before_and_after_updates(finished: Path) -> No
 def test_export_loads_in_transformers_and_has_moved(finished: Path, assets: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "hf")
     tokenizer = AutoTokenizer.from_pretrained(finished / "hf")
+    assert tokenizer.chat_template == TEMPLATE
+    assert (finished / "hf" / "vocabulary.tiktoken").read_text() == "trained with this"
     logits = model(**tokenizer("123=", return_tensors="pt", return_token_type_ids=False)).logits
     assert torch.isfinite(logits).all()
     before, after = load_file(assets / "model" / "model.safetensors"), load_file(finished / "hf" / "model.safetensors")
