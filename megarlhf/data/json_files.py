@@ -22,7 +22,7 @@ def read_json_object(path: Path, source: str) -> dict[str, Any]:
     return value
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """A library's error as a part of one sentence: its kind and what it says, at most 300 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

@@ -2,12 +2,16 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.loading import load_rows
-from megarlhf.data.templates import check_template, column, encode_prompts, render_prompt
+from megarlhf.data.rows import json_value
+from megarlhf.data.templates import encode_prompts, make_renderer
+from megarlhf.data.token_ids import check_vocabulary, digest
 from megarlhf.data.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -20,6 +24,11 @@ class PromptData:
     prompts: list[Prompt]
     num_dropped: int  # prompts longer than prompt_max_len
 
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of all prompts' tokens and labels in their order; equal on every machine."""
+        return digest([prompt.token_ids for prompt in self.prompts], [prompt.label for prompt in self.prompts])
+
 
 def load_prompts(
     path: str,
@@ -31,51 +40,61 @@ def load_prompts(
     input_template: str | None,
     prompt_max_len: int,
     max_samples: int | None,
+    vocab_size: int | None = None,
 ) -> PromptData:
     """Read, render and tokenize the prompts of a data file.
 
     Args:
         path: as for `load_rows`.
         input_key: column of the prompt: a string, or with `apply_chat_template` also a list of messages.
-        label_key: column of the reference answer, kept as a string; a row without it has label None.
+        label_key: column of the reference answer, kept as the JSON value that it is (see `json_value`; in a CSV file a
+            string); a row without it has label None.
         apply_chat_template: render with the tokenizer's template, up to where the assistant speaks.
         input_template: format string with one {} for the prompt; None takes the text as it is.
         prompt_max_len: longest prompt in tokens; longer ones are dropped, never cut, and counted.
         max_samples: read only the first so many rows; None reads all.
+        vocab_size: tokens that the model has embeddings for; None does not compare.
     Raises:
-        ValueError: a missing or empty prompt, template settings that cannot work, or every prompt too long.
+        ValueError: a missing or empty prompt, template settings that cannot work, every prompt too long, or a token
+            that the model has no embedding for.
     """
-    check_template(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
-    rows = load_rows(path)
-    num_rows = len(rows) if max_samples is None else min(len(rows), max_samples)
-    texts: list[str] = []
-    labels: list[str | None] = []
-    for index in range(num_rows):
-        row, place = rows[index], f"row {index} of {path}"
-        value = column(row, input_key, option="input_key", place=place)
-        texts.append(
-            render_prompt(
-                tokenizer, value, apply_chat_template=apply_chat_template, input_template=input_template, place=place
-            )
-        )
-        labels.append(None if row.get(label_key) is None else str(row[label_key]))
-    if all(label is None for label in labels):
-        logger.info("label_key=%s is in no row of %s: every label is None", label_key, path)
+    renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
+    rows = load_rows(path, columns=(input_key, label_key), limit=max_samples)
 
-    prompts = []
-    encoded = encode_prompts(tokenizer, texts, apply_chat_template=apply_chat_template)
-    for index, (text, ids, label) in enumerate(zip(texts, encoded, labels, strict=True)):
-        if not ids:
-            raise ValueError(f"input_key={input_key} is empty in row {index} of {path}: nothing to continue, remove it")
-        if len(ids) <= prompt_max_len:
-            prompts.append(Prompt(index=index, text=text, token_ids=tuple(ids), label=label))
+    def render(index: int) -> tuple[str, Any]:
+        text = renderer.prompt(rows.value(index, input_key, option="input_key"))
+        try:
+            return text, json_value(rows.rows[index].get(label_key))
+        except ValueError as error:
+            raise ValueError(f"label_key={label_key}: {error}") from error
+
+    rendered = rows.collect(render)
+    if all(label is None for _, label in rendered):
+        logger.info("label_key=%s is in no row of %s: every label is None", label_key, path)
+    encoded = encode_prompts(
+        tokenizer, [text for text, _ in rendered], apply_chat_template=apply_chat_template, rows=rows
+    )
+
+    def check(index: int) -> None:
+        if not encoded[index]:
+            raise ValueError(f"input_key={input_key} is empty: nothing to continue, remove it")
+
+    rows.collect(check)
+    prompts = [
+        Prompt(index=index, text=text, token_ids=tuple(ids), label=label)
+        for index, ((text, label), ids) in enumerate(zip(rendered, encoded, strict=True))
+        if len(ids) <= prompt_max_len
+    ]
     if not prompts:
         shortest = min(len(ids) for ids in encoded)
         raise ValueError(
-            f"prompt_max_len={prompt_max_len} drops all {num_rows} prompts of {path}, the shortest of which has "
+            f"prompt_max_len={prompt_max_len} drops all {len(rows)} prompts of {path}, the shortest of which has "
             f"{shortest} tokens: raise prompt_max_len"
         )
-    return PromptData(prompts=prompts, num_dropped=num_rows - len(prompts))
+    if vocab_size is not None:
+        places = [prompt.index for prompt in prompts]
+        check_vocabulary([prompt.token_ids for prompt in prompts], places, tokenizer, rows=rows, vocab_size=vocab_size)
+    return PromptData(prompts=prompts, num_dropped=len(rows) - len(prompts))
 
 
 class PromptSampler:

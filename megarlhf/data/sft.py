@@ -1,21 +1,14 @@
 """Rows for supervised fine-tuning: prompt and answer in tokens, with the loss on the answer."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.loading import load_rows
-from megarlhf.data.templates import (
-    as_messages,
-    check_template,
-    column,
-    encode,
-    encode_prompts,
-    render_chat,
-    render_prompt,
-)
+from megarlhf.data.rows import Rows, check_text
+from megarlhf.data.templates import Renderer, encode, encode_prompts, make_renderer
+from megarlhf.data.token_ids import check_vocabulary, digest
 from megarlhf.data.types import TrainingRow
 
 
@@ -25,6 +18,11 @@ class SFTData:
 
     rows: list[TrainingRow]
     num_dropped: int  # rows longer than max_len
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of all rows' tokens and prompt lengths in their order; equal on every machine."""
+        return digest([row.input_ids for row in self.rows], [row.prompt_length for row in self.rows])
 
 
 def load_sft_rows(
@@ -38,6 +36,7 @@ def load_sft_rows(
     max_len: int,
     pretrain_mode: bool,
     max_samples: int | None,
+    vocab_size: int | None = None,
 ) -> SFTData:
     """Read, render and tokenize a supervised data file.
 
@@ -56,12 +55,14 @@ def load_sft_rows(
         max_len: longest row in tokens, EOS included; longer ones are dropped, never cut, and counted.
         pretrain_mode: loss on the prompt too.
         max_samples: read only the first so many rows; None reads all.
+        vocab_size: tokens that the model has embeddings for; None does not compare.
     Returns:
         Rows whose group_id is their place in the file, with no fields.
     Raises:
-        ValueError: a missing or empty value, settings that do not fit together, or every row too long.
+        ValueError: a missing or empty value, settings that do not fit together, every row too long, or a token that the
+            model has no embedding for.
     """
-    check_template(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
+    renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={tokenizer.name_or_path} has no EOS: a model trained without one never stops")
     if output_key is None and not apply_chat_template and not pretrain_mode:
@@ -69,93 +70,80 @@ def load_sft_rows(
             f"output_key=None means that input_key={input_key} holds whole chats: set apply_chat_template, or "
             "output_key for the answer, or pretrain_mode for plain text"
         )
-    rows = load_rows(path)
-    num_rows = len(rows) if max_samples is None else min(len(rows), max_samples)
-    pairs = [
-        _render_row(
-            tokenizer,
-            rows[index],
-            input_key=input_key,
-            output_key=output_key,
-            apply_chat_template=apply_chat_template,
-            input_template=input_template,
-            place=f"row {index} of {path}",
-        )
-        for index in range(num_rows)
-    ]
-    kept = []
-    encoded = _encode_pairs(tokenizer, pairs, apply_chat_template=apply_chat_template)
-    for index, (prompt_ids, response_ids) in enumerate(encoded):
+    keys = (input_key,) if output_key is None else (input_key, output_key)
+    rows = load_rows(path, columns=keys, limit=max_samples)
+
+    def render(index: int) -> tuple[str, str]:
+        prompt = rows.value(index, input_key, option="input_key")
+        response = None if output_key is None else rows.value(index, output_key, option="output_key")
+        if apply_chat_template:
+            return _render_chat(renderer, prompt, response)
+        return renderer.prompt(prompt), _plain_response(response, output_key)
+
+    encoded = _encode_pairs(tokenizer, rows.collect(render), apply_chat_template=apply_chat_template, rows=rows)
+
+    def training_row(index: int) -> TrainingRow:
+        prompt_ids, response_ids = encoded[index]
         input_ids = (*prompt_ids, *response_ids)
         prompt_length = 1 if pretrain_mode else len(prompt_ids)
         if not 1 <= prompt_length < len(input_ids):
-            raise ValueError(f"input_key={input_key} is empty in row {index} of {path}: remove it")
-        if len(input_ids) <= max_len:
-            kept.append(TrainingRow(input_ids=input_ids, prompt_length=prompt_length, group_id=index))
+            raise ValueError(f"input_key={input_key} is empty: remove it")
+        return TrainingRow(input_ids=input_ids, prompt_length=prompt_length, group_id=index)
+
+    all_rows = rows.collect(training_row)
+    kept = [row for row in all_rows if len(row.input_ids) <= max_len]
     if not kept:
-        shortest = min(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in encoded)
+        shortest = min(len(row.input_ids) for row in all_rows)
         raise ValueError(
-            f"max_len={max_len} drops all {num_rows} rows of {path}, the shortest of which has {shortest} tokens: "
+            f"max_len={max_len} drops all {len(rows)} rows of {path}, the shortest of which has {shortest} tokens: "
             "raise max_len"
         )
-    return SFTData(rows=kept, num_dropped=num_rows - len(kept))
+    if vocab_size is not None:
+        places = [row.group_id for row in kept]
+        check_vocabulary([row.input_ids for row in kept], places, tokenizer, rows=rows, vocab_size=vocab_size)
+    return SFTData(rows=kept, num_dropped=len(rows) - len(kept))
 
 
-def _render_row(
-    tokenizer: PreTrainedTokenizerBase,
-    row: Mapping[str, Any],
-    *,
-    input_key: str,
-    output_key: str | None,
-    apply_chat_template: bool,
-    input_template: str | None,
-    place: str,
-) -> tuple[str, str]:
-    """Prompt and response of a row as text."""
-    prompt = column(row, input_key, option="input_key", place=place)
-    response = None if output_key is None else column(row, output_key, option="output_key", place=place)
-    if apply_chat_template:
-        return _render_chat_row(tokenizer, prompt, response, place=place)
+def _plain_response(response: object, output_key: str | None) -> str:
     if response is None:
-        response = ""
-    elif not isinstance(response, str):
-        raise ValueError(f"{place}: output_key={output_key} holds a {type(response).__name__}, not a string")
-    text = render_prompt(tokenizer, prompt, apply_chat_template=False, input_template=input_template, place=place)
-    return text, response
+        return ""
+    if not isinstance(response, str):
+        raise ValueError(f"output_key={output_key} holds a {type(response).__name__}, not a string")
+    check_text(response)
+    return response
 
 
-def _render_chat_row(
-    tokenizer: PreTrainedTokenizerBase, prompt: object, response: object | None, *, place: str
-) -> tuple[str, str]:
-    messages = as_messages(prompt, role="user", place=place)
+def _render_chat(renderer: Renderer, prompt: object, response: object | None) -> tuple[str, str]:
+    """Prompt and response of a row as text."""
+    messages = renderer.messages(prompt, role="user")
     if response is None:
         messages, answer = messages[:-1], messages[-1:]
         if not messages or answer[0]["role"] != "assistant":
-            raise ValueError(f"{place}: a whole chat ends with the assistant's message, after at least one other")
+            raise ValueError("a whole chat ends with the assistant's message, after at least one other")
     else:
-        answer = as_messages(response, role="assistant", place=place)
-    before = render_chat(tokenizer, messages, add_generation_prompt=True, place=place)
-    whole = render_chat(tokenizer, messages + answer, add_generation_prompt=False, place=place)
+        answer = renderer.messages(response, role="assistant")
+    before = renderer.chat(messages, add_generation_prompt=True)
+    whole = renderer.chat(messages + answer, add_generation_prompt=False)
     if not whole.startswith(before):
         raise ValueError(
-            f"apply_chat_template=True: the rendered chat of {place} does not begin with its rendered prompt, so the "
-            "answer's tokens cannot be told apart: set tokenizer_chat_template to one that only appends"
+            "apply_chat_template=True: the rendered chat does not begin with its rendered prompt, so the answer's "
+            "tokens cannot be told apart: set tokenizer_chat_template to one that only appends"
         )
     # Templates put a line break after the token that ends the turn; generation has stopped before it.
     return before, whole[len(before) :].rstrip()
 
 
 def _encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], *, apply_chat_template: bool
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], *, apply_chat_template: bool, rows: Rows
 ) -> list[tuple[list[int], list[int]]]:
     """Tokens of each prompt and of its response, which ends with one EOS.
 
     Prompt and response are tokenized as one text where that begins with the prompt's own tokens, and apart where a
     token would reach over the border: generation starts from the prompt's own tokens.
     """
-    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs], apply_chat_template=apply_chat_template)
-    joint = encode_prompts(tokenizer, [a + b for a, b in pairs], apply_chat_template=apply_chat_template)
-    apart = encode(tokenizer, [response for _, response in pairs])
+    prompts = encode_prompts(tokenizer, [a for a, _ in pairs], apply_chat_template=apply_chat_template, rows=rows)
+    joint = encode_prompts(tokenizer, [a + b for a, b in pairs], apply_chat_template=apply_chat_template, rows=rows)
+    apart = encode(tokenizer, [response for _, response in pairs], rows=rows)
     encoded = []
     for prompt_ids, whole, alone in zip(prompts, joint, apart, strict=True):
         response = whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else list(alone)

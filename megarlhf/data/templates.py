@@ -1,22 +1,136 @@
 """From a row's value to the text that the model reads, and from text to tokens, for prompts and SFT alike."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from megarlhf.data.json_files import one_line
+from megarlhf.data.rows import Rows, check_text
+
+logger = logging.getLogger(__name__)
+
 Message = dict[str, Any]
 
+_PROBE = "zqprobe"  # text that no template holds by itself
+_TEXT_PARTS = ("text", "input_text", "output_text")  # of OpenAI's chat and responses formats
+# Templates that print the date get this one, which Llama 3's own fall back on: a run that goes on tomorrow has the same
+# prompts.
+_DATE = datetime(2024, 7, 26)
 
-def check_template(
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """How values become text: by the tokenizer's chat template, by a format string, or as they are.
+
+    `make_renderer` makes it, with what it finds out about the chat template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    apply_chat_template: bool
+    input_template: str | None
+    takes_text: bool = True  # the chat template places a message's content where it is a string
+    takes_parts: bool = False  # the same for a list of text parts, each of which it places by itself
+    _placed_roles: dict[str, bool] = field(default_factory=dict)  # of the roles seen so far
+
+    def prompt(self, value: object) -> str:
+        """The text that the model continues.
+
+        Under the chat template the value is a string (one user message) or a list of messages, and the text ends where
+        the assistant begins to speak. Otherwise it is a string, put into `input_template` or taken as it is.
+
+        Raises:
+            ValueError: a value of the wrong kind, or a chat that already ends with the assistant's answer.
+        """
+        if self.apply_chat_template:
+            messages = self.messages(value, role="user")
+            if messages[-1]["role"] == "assistant":
+                raise ValueError("it ends with an assistant message: a prompt ends before the answer, remove it")
+            return self.chat(messages, add_generation_prompt=True)
+        if not isinstance(value, str):
+            raise ValueError(f"it holds a {type(value).__name__}, not a string: set apply_chat_template for messages")
+        check_text(value)
+        return value if self.input_template is None else self.input_template.format(value)
+
+    def chat(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        """The text of a chat under the tokenizer's template.
+
+        Raises:
+            ValueError: the template refuses these messages, for example for the order of their roles.
+        """
+        try:
+            text = _apply(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        # A template is a program of its author's: it raises whatever Python raises for the values that it meets.
+        except Exception as error:
+            raise ValueError(f"the chat template refuses it: {one_line(error)}") from error
+        check_text(text)
+        return text
+
+    def messages(self, value: object, *, role: str) -> list[Message]:
+        """A chat as a list of messages that the template can take; a plain string is one message of `role`.
+
+        Fields without a value are left out, for templates ask only whether a field is there; but content without a
+        value, which a message with tool calls may have, is there as None.
+
+        Raises:
+            ValueError: neither a string nor a list of messages with `role` and `content`, content that is not text, or
+                a role that the template leaves out.
+        """
+        if isinstance(value, str):
+            return [{"role": role, "content": self._content(value)}]
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"it holds {value!r:.100}, neither a string nor a list of messages with role and content")
+        return [self._message(message, number) for number, message in enumerate(value)]
+
+    def _message(self, message: object, number: int) -> Message:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise ValueError(f"message {number} is {message!r:.100}, not an object with role and content")
+        role, content = message["role"], message.get("content")
+        if not isinstance(role, str) or not role:
+            raise ValueError(f"message {number} has role={role!r:.100}, not a name such as user or assistant")
+        if not self._places_role(role):
+            raise ValueError(
+                f"message {number} has role={role!r}, which the chat template leaves out: rename the role, or set "
+                "tokenizer_chat_template to one that has it"
+            )
+        given = {str(name): value for name, value in message.items() if value is not None}
+        if content is None and given.get("tool_calls"):
+            return given | {"content": None}
+        try:
+            return given | {"content": self._content(content)}
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from error
+
+    def _content(self, value: object) -> str | list[dict[str, str]]:
+        """Content in the form that the template places."""
+        if isinstance(value, str):
+            return value if self.takes_text else _as_parts([value])
+        if not isinstance(value, list):
+            kind = "no value" if value is None else f"a {type(value).__name__}"
+            raise ValueError(f"content has {kind}, not a string or a list of text parts")
+        texts = [_part_text(part) for part in value]
+        return _as_parts(texts) if self.takes_parts else "\n".join(texts)  # vLLM joins with line breaks too
+
+    def _places_role(self, role: str) -> bool:
+        if role not in self._placed_roles:
+            content = self._content(_PROBE)
+            texts = _probe(self.tokenizer, {"role": role, "content": content})
+            self._placed_roles[role] = not texts or any(_PROBE in text for text in texts)
+        return self._placed_roles[role]
+
+
+def make_renderer(
     tokenizer: PreTrainedTokenizerBase, *, apply_chat_template: bool, input_template: str | None
-) -> None:
-    """Refuse template settings that cannot work or that would be ignored.
+) -> Renderer:
+    """Check the template settings, and find out what the chat template takes.
 
     Raises:
-        ValueError: both kinds of template, a chat template that the tokenizer lacks, or an input template that does
-            not place its input.
+        ValueError: both kinds of template, a chat template that the tokenizer lacks, or a template of either kind that
+            does not place its input.
     """
     if apply_chat_template and input_template is not None:
         raise ValueError(
@@ -28,115 +142,128 @@ def check_template(
             "set tokenizer_chat_template, or use input_template"
         )
     if input_template is not None:
-        try:
-            placed = "probe" in input_template.format("probe")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"input_template={input_template!r} is not a format string: {error!r}; double other braces"
-            ) from error
-        if not placed:
-            raise ValueError(
-                f"input_template={input_template!r} has no {{}} for the input: every prompt would be the same"
-            )
+        _check_input_template(input_template)
+    if not apply_chat_template:
+        return Renderer(tokenizer=tokenizer, apply_chat_template=False, input_template=input_template)
+    of_text = _probe(tokenizer, {"role": "user", "content": _PROBE})
+    of_parts = _probe(tokenizer, {"role": "user", "content": _as_parts([_PROBE])})
+    takes_text = any(_PROBE in text for text in of_text)
+    # A template that does not know parts prints the list as Python does, and so another text.
+    takes_parts = any(_PROBE in text for text in of_parts) and (of_parts == of_text or not takes_text)
+    if of_text and not takes_text and not takes_parts:
+        raise ValueError(
+            f"tokenizer_chat_template, or the chat template of tokenizer={tokenizer.name_or_path} where that is unset, "
+            f"does not place a message's content (it makes {of_text[0]!r:.100} of any): every prompt would be the same"
+        )
+    return Renderer(
+        tokenizer=tokenizer,
+        apply_chat_template=True,
+        input_template=None,
+        takes_text=takes_text or not takes_parts,
+        takes_parts=takes_parts,
+    )
 
 
-def column(row: Mapping[str, object], key: str, *, option: str, place: str) -> object:
-    """The value of a row's column.
-
-    Args:
-        option: name of the setting that holds `key`, for the message.
-        place: where the row is, for the message.
-    Raises:
-        ValueError: the row lacks the column or has no value there.
-    """
-    if key not in row:
-        raise ValueError(f"{option}={key} is not in {place}; its keys are {', '.join(map(repr, row))}: set {option}")
-    if row[key] is None:
-        raise ValueError(f"{option}={key} has no value in {place}: remove the row")
-    return row[key]
-
-
-def as_messages(value: object, *, role: str, place: str) -> list[Message]:
-    """A chat as a list of messages; a plain string is one message of `role`.
-
-    Fields without a value are left out: Parquet gives every message all fields that any message has, and templates
-    ask only whether a field is there.
-
-    Raises:
-        ValueError: neither a string nor a list of messages with `role` and `content`.
-    """
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
-        return [{name: field for name, field in message.items() if field is not None} for message in value]
-    raise ValueError(f"{place} holds {value!r:.100}, neither a string nor a list of messages with 'role' and 'content'")
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool, place: str
-) -> str:
-    """The text of a chat under the tokenizer's template.
-
-    Raises:
-        ValueError: the template refuses these messages, for example for the order of their roles.
-    """
+def _check_input_template(template: str) -> None:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"apply_chat_template=True: the chat template refuses {place}: {error}") from error
+        placed = _PROBE in template.format(_PROBE)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"input_template={template!r} is not a format string: {error!r}; double other braces"
+        ) from error
+    if not placed:
+        raise ValueError(f"input_template={template!r} has no {{}} for the input: every prompt would be the same")
+    if "\\n" in template:
+        logger.warning(
+            "input_template=%r holds a backslash and an n, not a line break: in bash $'...' makes line breaks", template
+        )
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=_DATE.strftime
+    )
     assert isinstance(text, str)
     return text
 
 
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    value: object,
-    *,
-    apply_chat_template: bool,
-    input_template: str | None,
-    place: str,
-) -> str:
-    """The text that the model continues.
+def _probe(tokenizer: PreTrainedTokenizerBase, message: Message) -> list[str]:
+    """The texts that the template makes of chats with this message; none where it refuses them all.
 
-    Under the chat template the value is a string (one user message) or a list of messages, and the text ends where
-    the assistant begins to speak. Otherwise it is a string, put into `input_template` or taken as it is.
+    Templates differ in which roles may come first, and which may follow.
 
     Raises:
-        ValueError: a value of the wrong kind, or a chat that already ends with the assistant's answer.
+        ValueError: the template is not valid Jinja.
     """
-    if apply_chat_template:
-        messages = as_messages(value, role="user", place=place)
-        if messages[-1]["role"] == "assistant":
-            raise ValueError(f"{place} ends with an assistant message: a prompt ends before the answer, remove it")
-        return render_chat(tokenizer, messages, add_generation_prompt=True, place=place)
-    if not isinstance(value, str):
-        raise ValueError(f"{place} holds a {type(value).__name__}, not a string: set apply_chat_template for messages")
-    return value if input_template is None else input_template.format(value)
+    parts = isinstance(message["content"], list)
+    user, assistant, system = (
+        {"role": role, "content": _as_parts(["a"]) if parts else "a"} for role in ("user", "assistant", "system")
+    )
+    texts = []
+    for chat in ([message], [message, user], [system, message], [user, message], [user, assistant, message]):
+        try:
+            texts.append(_apply(tokenizer, chat, add_generation_prompt=True))
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"tokenizer_chat_template, or the chat template of tokenizer={tokenizer.name_or_path} where that is "
+                f"unset, is not valid Jinja: {error}"
+            ) from error
+        except Exception:
+            continue  # what it raises for a row is told with the row
+    return texts
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, with nothing added before or after."""
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+def _as_parts(texts: list[str]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def _part_text(part: object) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise ValueError(f"content has the part {part!r:.100}; the model reads text, as {{'type': 'text', 'text': '...'}}")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, rows: Rows) -> list[list[int]]:
+    """Token ids of each row's text, with nothing added before or after.
+
+    Raises:
+        ValueError: texts that the tokenizer fails at, with the places of their rows.
+    """
+    try:
+        return _encode(tokenizer, texts)
+    except ValueError:
+        rows.collect(lambda index: _encode(tokenizer, [texts[index]]))
+        raise
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    try:
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The Rust library raises a bare Exception for what its model does not know, and a panic of it is a BaseException.
+    except BaseException as error:
+        raise ValueError(f"tokenizer={tokenizer.name_or_path} fails at it: {one_line(error)}") from error
     return ids
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, apply_chat_template: bool
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, apply_chat_template: bool, rows: Rows
 ) -> list[list[int]]:
-    """Token ids of each text as the start of a sequence.
+    """Token ids of each row's text as the start of a sequence.
 
     The text of a chat template already holds BOS where the model wants one. Other text gets what the tokenizer puts
     before a sequence; what it puts after one, EOS, would end the prompt and is left out.
     """
-    encoded = encode(tokenizer, texts)
+    encoded = encode(tokenizer, texts, rows=rows)
     prefix = [] if apply_chat_template else _special_prefix(tokenizer)
     return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
 
 
 def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    plain: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    plain = _encode(tokenizer, ["a"])[0]
     full: list[int] = tokenizer.encode("a", add_special_tokens=True)
     starts = [start for start in range(len(full)) if full[start : start + len(plain)] == plain]
     return full[: starts[0]] if plain and starts else []

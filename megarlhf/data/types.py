@@ -4,7 +4,7 @@ Sequences are ragged: one list or tensor per sample, never padded. A mask is nam
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ class Prompt:
     index: int  # row in the data file, stable across runs
     text: str  # rendered prompt, as the model reads it
     token_ids: tuple[int, ...]  # tokens of `text`
-    label: str | None  # reference answer for the reward; None where the data has none
+    label: Any  # reference answer for the reward, any JSON value; None where the data has none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,16 @@
 """Prompts: the text that is rendered, the tokens it becomes, what is dropped, and the order of drawing."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +36,7 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Promp
 def test_plain_text_gets_bos_but_no_eos(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     data = load(write_jsonl([{"input": "ab", "label": 7}, {"input": "<s>c"}]), tokenizer)
     first, second = data.prompts
-    assert (first.index, first.text, first.label) == (0, "ab", "7")
+    assert (first.index, first.text, first.label) == (0, "ab", 7)
     assert tokenizer.convert_ids_to_tokens(list(first.token_ids)) == ["<s>", "a", "b"]
     assert tokenizer.convert_ids_to_tokens(list(second.token_ids)) == ["<s>", "c"]
     assert second.label is None
@@ -60,10 +67,11 @@ def test_long_prompts_are_dropped_and_counted(write_jsonl: Write, tokenizer: Pre
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"text": "a"}, {}, r"input_key=input is not in row 0 .* 'text'"),
-        ({"input": None}, {}, "input_key=input has no value in row 0"),
+        ({"text": "a"}, {}, r"row 0 \(line 1\) of .*: input_key=input is not there; the keys are 'text'"),
+        ({"input": None}, {}, r"row 0 \(line 1\) of .*: input_key=input has no value"),
         ({"input": ["a"]}, {}, "holds a list, not a string"),
-        ({"input": ["a"]}, {"apply_chat_template": True}, "neither a string nor a list of messages"),
+        ({"input": ["a"]}, {"apply_chat_template": True}, "message 0 is 'a', not an object"),
+        ({"input": 3}, {"apply_chat_template": True}, "neither a string nor a list of messages"),
         ({"input": [{"role": "assistant", "content": "a"}]}, {"apply_chat_template": True}, "ends with an assistant"),
         ({"input": "a"}, {"input_template": "U: "}, "input_template='U: ' has no {}"),
         ({"input": "a"}, {"input_template": '{"q": {}}'}, "not a format string"),
@@ -82,11 +90,75 @@ def test_chat_template_must_exist_and_may_refuse(
 ) -> None:
     path = write_jsonl([{"input": "a"}])
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no users') }}")
-    with pytest.raises(ValueError, match="refuses row 0 .*no users"):
+    with pytest.raises(ValueError, match="row 0 .* the chat template refuses it: TemplateError: no users"):
         load(path, tokenizer, apply_chat_template=True)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="set tokenizer_chat_template"):
         load(path, tokenizer, apply_chat_template=True)
+
+
+LABELS = [7, 7.5, "007", True, None, [1, "a", None], {"low": 1, "high": None}, "", 10**30]
+
+
+def test_labels_keep_their_type_and_nan_is_no_label(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    labels = [*LABELS, float("nan"), [1.5, float("nan")]]
+    path = write_jsonl([{"input": "a", "label": label} for label in labels])
+    loaded = [prompt.label for prompt in load(path, tokenizer).prompts]
+    wanted = [*LABELS, None, [1.5, None]]
+    assert [(label, type(label)) for label in loaded] == [(label, type(label)) for label in wanted]
+    assert json.loads(json.dumps(loaded)) == wanted, "samples cross to the reward code as JSON"
+
+
+ARROW_LABELS: list[tuple[Any, Any, Any]] = [
+    (pyarrow.float64(), float("nan"), None),
+    (pyarrow.int8(), 3, 3),
+    (pyarrow.float16(), np.float16(1.5), 1.5),
+    (pyarrow.bool_(), True, True),
+    (pyarrow.decimal128(10, 2), Decimal("12.50"), "12.50"),
+    (pyarrow.date32(), date(2024, 7, 26), "2024-07-26"),
+    (pyarrow.timestamp("s"), datetime(2024, 7, 26, 1), "2024-07-26 01:00:00"),
+    (pyarrow.list_(pyarrow.float32()), [0.5, None], [0.5, None]),
+    (pyarrow.map_(pyarrow.string(), pyarrow.int64()), [("a", 1), ("b", None)], {"a": 1, "b": None}),
+    (pyarrow.struct({"a": pyarrow.int64(), "b": pyarrow.string()}), {"a": 1}, {"a": 1}),
+    (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), "x", "x"),
+]
+
+
+@pytest.mark.parametrize(("kind", "value", "wanted"), ARROW_LABELS, ids=lambda value: str(value))
+def test_labels_of_arrow_become_plain_json(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, kind: pyarrow.DataType, value: Any, wanted: Any
+) -> None:
+    table = pyarrow.table({"input": ["a", "b"], "label": pyarrow.array([value, None], type=kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = load(str(tmp_path / "a.parquet"), tokenizer).prompts
+    assert (first.label, type(first.label), second.label) == (wanted, type(wanted), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (pyarrow.binary(), b"x", "label_key=label: it holds a bytes"),
+        (pyarrow.duration("s"), timedelta(seconds=1), "label_key=label: it holds a timedelta"),
+        (pyarrow.float64(), float("-inf"), "label_key=label: it holds -inf"),
+        (
+            pyarrow.map_(pyarrow.int64(), pyarrow.int64()),
+            [(1, 2)],
+            "label_key=label: it holds an object with the key 1",
+        ),
+    ],
+)
+def test_labels_that_json_has_no_form_for_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, kind: pyarrow.DataType, value: Any, said: str
+) -> None:
+    table = pyarrow.table({"input": ["a", "b"], "label": pyarrow.array([None, value], type=kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=f"^row 1 of {tmp_path / 'a.parquet'}: {said}"):
+        load(str(tmp_path / "a.parquet"), tokenizer)
+
+
+def test_labels_of_csv_stay_strings(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "a.csv").write_text("input,label\na,007\nb,nan\n")
+    assert [prompt.label for prompt in load(str(tmp_path / "a.csv"), tokenizer).prompts] == ["007", "nan"]
 
 
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 5))

@@ -86,7 +86,7 @@ def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTra
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"input": "a"}, {}, r"output_key=output is not in row 0 .* 'input'"),
+        ({"input": "a"}, {}, "row 0 .*: output_key=output is not there; the keys are 'input'"),
         ({"input": "a", "output": 3}, {}, "output_key=output holds a int"),
         ({"input": "a"}, {"output_key": None}, "output_key=None means that input_key=input holds whole chats"),
         ({"input": "a"}, {"output_key": None, "apply_chat_template": True}, "ends with the assistant's message"),

@@ -1,0 +1,131 @@
+"""Rows of a data file: where each lies, what is wrong with them, and their values as plain JSON."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
+from typing import Any, TypeVar
+from uuid import UUID
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+_SHOWN_ERRORS = 5
+
+
+class RowErrors:
+    """What is wrong with rows of one file: the first few in words, the others as a number."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._shown: list[str] = []
+        self._count = 0
+
+    def add(self, sentence: str) -> None:
+        """Note what is wrong with a row, which the sentence names."""
+        self._count += 1
+        if self._count <= _SHOWN_ERRORS:
+            self._shown.append(sentence)
+
+    def raise_if_any(self) -> None:
+        """Raise ValueError with one line for each of the first problems, and the number of the others."""
+        if self._count > _SHOWN_ERRORS:
+            more = self._count - _SHOWN_ERRORS
+            raise ValueError("\n".join([*self._shown, f"{self.path}: {more} more rows cannot be used either"]))
+        if self._shown:
+            raise ValueError("\n".join(self._shown))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of one data file in their order."""
+
+    path: str
+    rows: list[Row]
+    columns: tuple[str, ...] | None = None  # names in the header or schema; None where each row has names of its own
+    lines: list[int] | None = None  # line of each row, counted from 1; None where the kind of file has none
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, index: int) -> str:
+        """Where a row is, for a message."""
+        line = "" if self.lines is None else f" (line {self.lines[index]})"
+        return f"row {index}{line} of {self.path}"
+
+    def collect(self, function: Callable[[int], T]) -> list[T]:
+        """`function` of each row's index.
+
+        Raises:
+            ValueError: the function raised one; those of all rows come together, with the rows' places.
+        """
+        results, errors = [], RowErrors(self.path)
+        for index in range(len(self.rows)):
+            try:
+                results.append(function(index))
+            except (ValueError, RecursionError) as error:
+                errors.add(f"{self.place(index)}: {error}")
+        errors.raise_if_any()
+        return results
+
+    def value(self, index: int, key: str, *, option: str) -> Any:
+        """What a row has in a column that it must have.
+
+        Args:
+            option: name of the setting that holds `key`, for the message.
+        Raises:
+            ValueError: the row lacks the column or has no value there.
+        """
+        row = self.rows[index]
+        if key not in row:
+            keys = ", ".join(map(repr, self.columns or row))
+            raise ValueError(f"{option}={key} is not there; the keys are {keys}: set {option}")
+        if row[key] is None:
+            raise ValueError(f"{option}={key} has no value: remove the row")
+        return row[key]
+
+
+def json_value(value: object) -> Any:
+    """A value of a data file as JSON has it: null, true, number, string, list or object.
+
+    NaN is no value, at any depth. Decimals, dates, times and UUIDs, which Parquet and Arrow have, become strings.
+
+    Raises:
+        ValueError: bytes, durations, infinities, a key that is no string, or text with half of a surrogate pair.
+    """
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        check_text(value)
+        return value
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise ValueError(f"it holds {value}, which JSON has no form for: remove it or write it as text")
+        return None if math.isnan(value) else value
+    if isinstance(value, Mapping):
+        others = [key for key in value if not isinstance(key, str)]
+        if others:
+            raise ValueError(f"it holds an object with the key {others[0]!r}; keys are strings: rename it")
+        return {key: json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    if isinstance(value, date | time | Decimal | UUID):
+        return str(value)
+    raise ValueError(f"it holds a {type(value).__name__}, which JSON has no form for: write it as text or numbers")
+
+
+def check_text(text: str) -> None:
+    r"""Refuse half of a surrogate pair: legal in JSON as \ud83d, but no character, so no tokenizer takes it.
+
+    Raises:
+        ValueError: the text holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = ascii(text[max(0, error.start - 20) : error.end])
+        raise ValueError(
+            f"its text holds {ascii(text[error.start])}, half of a surrogate pair, after {near} (a text that was cut "
+            "inside a character): repair it or remove the row"
+        ) from error
