@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlhf.cli.errors import all_or_errors, running
+from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     StopSignal,
     check_shared_memory,
@@ -20,11 +21,12 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data.prompts import PromptData, load_prompts
-from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_token_ids
+from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens
 from megarlhf.data.types import Prompt
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
+from megarlhf.models.hf_files import read_config
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.placement import ModelSizes, PlacementPlan, plan_placement
 from megarlhf.reward.scorer import RewardScorer
@@ -106,6 +108,7 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
     """
     data, model = config.data, config.model
     tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
+    hf_config = read_config(model.pretrain)
 
     def load(path: str) -> PromptData:
         loaded = load_prompts(
@@ -117,6 +120,7 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
             input_template=data.input_template,
             prompt_max_len=config.rollout.prompt_max_len,
             max_samples=data.max_samples,
+            vocab_size=hf_config.vocab_size,
         )
         if loaded.num_dropped:
             total = loaded.num_dropped + len(loaded.prompts)
@@ -125,8 +129,9 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
         return loaded
 
     paths = [data.prompt_data, *([data.eval_data] if data.eval_data else [])]
-    prompts, *evaluation = all_or_errors([partial(load, path) for path in paths])
-    return prompts, evaluation[0].prompts if evaluation else None, tuple(stop_token_ids(tokenizer, model.pretrain))
+    find_stops = partial(stop_tokens, tokenizer, model.pretrain, hf_config)
+    stops, prompts, *evaluation = all_or_errors([find_stops, *[partial(load, path) for path in paths]])
+    return prompts, evaluation[0].prompts if evaluation else None, tuple(stop.token_id for stop in stops)
 
 
 def _check_models(config: PPOConfig) -> None:
@@ -153,7 +158,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     if dry_run:
         reward.check()
         reward.close()
-        print(to_yaml(config) + "\n" + plan.table())
+        print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n\n" + plan.table())
         return 0
     identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
         "advantage_estimator": config.algorithm.advantage_estimator,

@@ -10,6 +10,7 @@ from typing import Any
 
 from megarlhf.cli.errors import all_or_errors, running
 from megarlhf.cli.local_ranks import MEETING, run_local_ranks
+from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     StopSignal,
     check_weights,
@@ -23,6 +24,7 @@ from megarlhf.data.sft import SFTData, load_sft_rows
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import Sinks
+from megarlhf.models.hf_files import read_config
 from megarlhf.parallel.device import num_cores
 
 
@@ -30,7 +32,8 @@ def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Train as one rank, or start the local ranks with the same arguments; returns the exit status."""
     world = config.sft_cluster.num_gpus_per_node
     if dry_run:
-        print(to_yaml(config) + f"\n{world} local rank(s), {_threads(world)} CPU thread(s) each")
+        print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n")
+        print(f"{world} local rank(s), {_threads(world)} CPU thread(s) each")
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
         meeting = os.environ.get(MEETING, "env://")
@@ -78,6 +81,7 @@ def _load(config: SFTConfig, path: str) -> SFTData:
         max_len=config.batch.max_len,
         pretrain_mode=data.pretrain_mode,
         max_samples=data.max_samples,
+        vocab_size=read_config(model.pretrain).vocab_size,
     )
 
 

@@ -200,13 +200,13 @@ class PromptDataArguments:
     input_key: str = "input"
     """Column with the prompt: text, or a list of chat messages."""
     label_key: str = "label"
-    """Column with the reference answer for the reward; may be absent where the reward needs none."""
+    """Column with the reference answer for the reward, any JSON value; may be absent where the reward needs none."""
     apply_chat_template: bool = False
     """Render prompts with the tokenizer's chat template."""
     input_template: str | None = None
     """Text around each prompt, which takes the place of {}: "User: {}\\nAssistant: "."""
     tokenizer_chat_template: str | None = None
-    """Jinja chat template that replaces the tokenizer's own."""
+    """Chat template that replaces the tokenizer's own: a Jinja file, or its text."""
     max_samples: int | None = None
     """Use only the first rows of the data, this many. None: all."""
 
@@ -354,7 +354,7 @@ class SFTDataArguments:
     input_template: str | None = None
     """Text around each prompt, which takes the place of {}: "User: {}\\nAssistant: "."""
     tokenizer_chat_template: str | None = None
-    """Jinja chat template that replaces the tokenizer's own."""
+    """Chat template that replaces the tokenizer's own: a Jinja file, or its text."""
     pretrain_mode: bool = False
     """Train on the prompt's tokens as well."""
     max_samples: int | None = None

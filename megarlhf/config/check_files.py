@@ -8,6 +8,7 @@ import ast
 import csv
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def tokenizer_errors(key: str, path: str, *, apply_chat_template: bool, chat_tem
         return [f"{key}={path} has no tokenizer (one of {', '.join(TOKENIZER_FILES)}): set tokenizer to its directory"]
     if not apply_chat_template or chat_template is not None or (directory / "chat_template.jinja").is_file():
         return []
-    settings, _ = _read_object(directory / "tokenizer_config.json", f"{key}={path}")
-    if settings.get("chat_template"):
-        return []
+    settings, errors = _read_object(directory / "tokenizer_config.json", f"{key}={path}")
+    if settings.get("chat_template") or (errors and (directory / "tokenizer_config.json").is_file()):
+        return errors
     return [f"apply_chat_template=True but {key}={path} has no chat template: set tokenizer_chat_template"]
 
 
@@ -103,6 +104,33 @@ def same_vocabulary_errors(key: str, path: str, other: str) -> list[str]:
         f"{key}={path} has a tokenizer of {len(ours)} tokens that differs from the {len(theirs)} tokens of {other} "
         f"(the critic reads the actor's token ids): use a checkpoint with the same tokenizer"
     ]
+
+
+def smaller_vocabulary_errors(key: str, config: dict[str, Any], actor: dict[str, Any]) -> list[str]:
+    """Whether a model that reads the actor's responses knows every token that the actor can generate.
+
+    Args:
+        key: option that names the model, for example critic_pretrain=DIR.
+        config: its config.json; without a number of its own under vocab_size it is not compared.
+        actor: the actor's config.json.
+    """
+    ours, actors = config.get("vocab_size"), actor.get("vocab_size")
+    if not isinstance(ours, int) or not isinstance(actors, int) or ours >= actors:
+        return []
+    return [
+        f"{key} has vocab_size={ours}, less than vocab_size={actors} of pretrain (the actor can generate any token "
+        f"below its own): use a checkpoint with at least {actors}, or resize its embedding"
+    ]
+
+
+def file_for_text_errors(key: str, value: str | None) -> list[str]:
+    """An option that takes a text and got the path of a file."""
+    try:
+        if value is None or not Path(value).is_file():
+            return []
+    except (OSError, ValueError):  # too long for a path, or with a character that none can have
+        return []
+    return [f"{key}={value} is a file, and {key} is the text itself: give what is in the file"]
 
 
 def _vocabulary(path: Path) -> dict[str, int] | None:
@@ -126,12 +154,13 @@ def data_errors(key: str, path: str, columns: dict[str, str]) -> list[str]:
     source = Path(path)
     if not os.path.exists(path):
         return [f"{key}={path} does not exist: {DATA_KINDS}"]
-    if source.is_file() and source.suffix not in DATA_SUFFIXES:
+    if source.is_file() and source.suffix.lower() not in DATA_SUFFIXES:
         return [f"{key}={path} is of no known kind: {DATA_KINDS}"]
     try:
         keys = _first_row_keys(source)
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's and JSON's errors are ValueErrors
-        return [f"{key}={path} cannot be read ({error})"]
+    # json, csv, pyarrow and datasets raise many kinds for files that are broken, KeyError and RecursionError too.
+    except Exception as error:
+        return [f"{key}={path} cannot be read ({type(error).__name__}: {error})"]
     if not keys:
         return [f"{key}={path} has no rows: nothing to train or evaluate on"]
     return [
@@ -142,18 +171,20 @@ def data_errors(key: str, path: str, columns: dict[str, str]) -> list[str]:
 
 
 def _first_row_keys(source: Path) -> list[str]:
-    """Column names, none where there are no rows. Raises OSError, ValueError or csv.Error where the data is broken."""
+    """Column names, none where there are no rows. Raises what the libraries raise where the data is broken."""
     if source.is_dir():
         return _saved_columns(source)
-    if source.suffix == ".parquet":
+    suffix = source.suffix.lower()
+    if suffix == ".parquet":
         from pyarrow import parquet  # takes a second, and only Parquet needs it
 
         file = parquet.ParquetFile(source)
         return list(file.schema_arrow.names) if file.metadata.num_rows else []
     with source.open(encoding="utf-8-sig", newline="") as file:
-        if source.suffix == ".csv":
+        if suffix == ".csv":
+            csv.field_size_limit(sys.maxsize)  # as data/loading.py reads it
             return list(next(csv.DictReader(file, strict=True), {}))
-        if source.suffix == ".jsonl":
+        if suffix == ".jsonl":
             line = next((line for line in file if line.strip()), None)
             rows = [] if line is None else [json.loads(line)]
         else:

@@ -20,10 +20,12 @@ from megarlhf.config.arguments import (
 )
 from megarlhf.config.check_files import (
     data_errors,
+    file_for_text_errors,
     load_errors,
     read_model,
     reward_function_errors,
     same_vocabulary_errors,
+    smaller_vocabulary_errors,
     tokenizer_errors,
 )
 from megarlhf.config.check_layout import (
@@ -162,6 +164,7 @@ def _models(model: ModelArguments, architectures: Sequence[str], *, uses_critic:
         with_head += _ODD_REWARD_CLASSES
         models["critic_pretrain"], found = read_model("critic_pretrain", critic, [*architectures, *with_head])
         errors += found + same_vocabulary_errors("critic_pretrain", critic, model.tokenizer or model.pretrain)
+        errors += smaller_vocabulary_errors(f"critic_pretrain={critic}", models["critic_pretrain"], actor)
     return models, errors
 
 
@@ -181,11 +184,11 @@ def _template_errors(data: PromptDataArguments | SFTDataArguments, model: ModelA
         )
     try:
         is_placed = "probe" in template.format("probe")
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, AttributeError):
         is_placed = False
     if not is_placed:
         errors.append(f"input_template={template!r} must hold one {{}} for the prompt, and other braces doubled")
-    return errors
+    return errors + file_for_text_errors("input_template", template)
 
 
 def _prompt_errors(data: PromptDataArguments, reward: RewardArguments) -> list[str]:
@@ -227,6 +230,7 @@ def _reward_errors(reward: RewardArguments) -> list[str]:
         for name in reward.reward_env
         if name not in os.environ
     ]
+    errors += file_for_text_errors("reward_format", pattern)
     try:
         re.compile(pattern or "")
     except re.error as error:

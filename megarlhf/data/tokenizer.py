@@ -1,13 +1,24 @@
-"""The model's tokenizer, and the tokens at which generation stops."""
+"""The model's tokenizer, its chat template, and the tokens at which generation stops."""
 
-import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from megarlhf.data.json_files import read_json_object
+from megarlhf.data.token_ids import token_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopToken:
+    """A token that ends a response."""
+
+    token_id: int
+    text: str  # as the tokenizer spells it, in quotes
+    sources: tuple[str, ...]  # what names it
 
 
 def load_tokenizer(path: str, *, chat_template: str | None) -> PreTrainedTokenizerBase:
@@ -15,9 +26,10 @@ def load_tokenizer(path: str, *, chat_template: str | None) -> PreTrainedTokeniz
 
     Args:
         path: model directory, or any name that AutoTokenizer resolves.
-        chat_template: Jinja text that replaces the model's own template; None keeps the model's.
+        chat_template: what replaces the model's own template: the path of a Jinja file, the name of one of the
+            tokenizer's templates where it has several, or Jinja text; None keeps the model's.
     Raises:
-        ValueError: no readable tokenizer at `path`, or a template with a syntax error.
+        ValueError: no readable tokenizer at `path`, or a template file that cannot be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -28,39 +40,90 @@ def load_tokenizer(path: str, *, chat_template: str | None) -> PreTrainedTokeniz
             "a Hugging Face tokenizer: set tokenizer, or pretrain when tokenizer is unset"
         ) from error
     if chat_template is not None:
-        tokenizer.chat_template = chat_template
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "probe"}], tokenize=False)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"tokenizer_chat_template is not valid Jinja: {error}") from error
+        own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        tokenizer.chat_template = own[chat_template] if chat_template in own else read_template(chat_template)
     return tokenizer
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS and those of the model's generation_config.json.
+def read_template(given: str) -> str:
+    """The text of a chat template that is given as a file or as itself, told apart as vLLM does.
 
-    Chat models often end a turn with a token other than the tokenizer's EOS and name it only in that file.
-
-    Returns:
-        Ascending token ids without repetition, at least one.
     Raises:
-        ValueError: no model directory, an `eos_token_id` that is not an integer or a list of them, or no stop token.
+        ValueError: a file that is no Jinja text, or a value without braces that is no file.
     """
-    if not Path(model_dir).is_dir():
+    try:
+        text = Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"pretrain={model_dir} is not a directory: stop tokens are read from its generation_config.json"
-        )
-    stops = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+            f"tokenizer_chat_template={given} is not UTF-8 text ({error.reason}): give a Jinja file"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a path cannot hold the character 0
+        if set(given) & set("{}\n"):
+            return given
+        raise ValueError(
+            f"tokenizer_chat_template={given} looks like a path (it has no braces) and cannot be read ({error}): give "
+            "the path of a Jinja file, or its text"
+        ) from error
+    if Path(given).suffix.lower() == ".json":
+        raise ValueError(f"tokenizer_chat_template={given} is a JSON file: give the Jinja text in it as a file")
+    return text
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_dir: str, config: PretrainedConfig) -> list[StopToken]:
+    """Tokens that end a response: the tokenizer's EOS and the model's, as vLLM joins them.
+
+    Chat models often end a turn with a token other than the tokenizer's EOS. The model names its own in
+    generation_config.json; only where there is no such file config.json counts, as in Transformers.
+
+    Args:
+        model_dir: where generation_config.json may lie.
+        config: the model's config.json.
+    Returns:
+        Ascending ids without repetition, at least one.
+    Raises:
+        ValueError: a generation_config.json that cannot be read, an `eos_token_id` that is not an integer or a list of
+            them, a token that the model does not have, or no stop token.
+    """
     path = Path(model_dir) / "generation_config.json"
-    if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        values = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if any(type(value) is not int for value in values):
-            raise ValueError(f"{path}: eos_token_id={listed!r} is not an integer or a list of integers")
-        stops.update(values)
-    if not stops:
-        raise ValueError(f"tokenizer={tokenizer.name_or_path} has no EOS and {path} names none: no response would end")
-    return sorted(stops)
+    source, listed = (
+        ("generation_config.json", read_json_object(path, f"pretrain={model_dir}").get("eos_token_id"))
+        if path.is_file()
+        else ("config.json", GenerationConfig.from_model_config(config).eos_token_id)
+    )
+    values = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if any(type(value) is not int for value in values):
+        raise ValueError(f"{path.parent / source}: eos_token_id={listed!r} is not an integer or a list of integers")
+    named: dict[int, list[str]] = {} if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id): ["tokenizer"]}
+    for value in dict.fromkeys(values):
+        named.setdefault(value, []).append(source)
+    if not named:
+        raise ValueError(
+            f"tokenizer={tokenizer.name_or_path} has no EOS and {path.parent / source} names none: no response ends"
+        )
+    stops = [
+        StopToken(token_id=token, text=token_text(tokenizer, token), sources=tuple(sources))
+        for token, sources in sorted(named.items())
+    ]
+    unknown = [stop for stop in stops if not 0 <= stop.token_id < config.vocab_size]
+    if unknown:
+        listing = ", ".join(f"{stop.token_id} {stop.text} ({', '.join(stop.sources)})" for stop in unknown)
+        raise ValueError(
+            f"vocab_size={config.vocab_size} of pretrain leaves out the stop tokens {listing} (the model can never say "
+            "them): set tokenizer to the one that the model was trained with, or correct eos_token_id"
+        )
+    return stops
+
+
+def template_source(tokenizer_dir: str, chat_template: str | None) -> str:
+    """Which file a chat template comes from, for the user.
+
+    Args:
+        chat_template: as for `load_tokenizer`.
+    """
+    if chat_template is not None:
+        return "tokenizer_chat_template=" + (chat_template if "\n" not in chat_template else "(its text)")
+    own = Path(tokenizer_dir) / "chat_template.jinja"  # Transformers reads it first
+    return str(own if own.is_file() else own.with_name("tokenizer_config.json"))
 
 
 def special_token_in(labels: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> str | None:

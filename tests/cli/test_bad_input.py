@@ -1,6 +1,7 @@
 """Mistakes end a program with status 2 and a sentence that names the key, before Ray or any worker starts."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from megarlhf.cli import run as run_module
-from megarlhf.cli import train_ppo
+from megarlhf.cli import train_ppo, train_sft
 from megarlhf.cli.run import check_shared_memory, check_weights
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data import shared_tensors
+from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.models.hf_files import read_config
 from tests.cluster.runs import SMALL, write_inputs
 from tests.tiny_models import make_model
@@ -155,11 +157,55 @@ def test_dry_run_prints_configuration_and_plan(flags: Flags, capsys: pytest.Capt
     assert train_ppo.main([*words, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "actor_learning_rate: 0.001" in printed
+    model = flags["--pretrain"]
+    config = json.loads((Path(str(model)) / "config.json").read_text())
+    vocab_size = config["vocab_size"]
+    assert f"tokenizer: {model} ({vocab_size} tokens; vocab_size={vocab_size})" in printed
+    assert "chat template: none (apply_chat_template=False)" in printed
+    assert re.search(rf"stop token: {config['eos_token_id']} '.+' \(tokenizer, generation_config.json\)", printed)
+    assert "dtype: float32 (bf16=False); config.json of pretrain says torch.float32" in printed
     rows = [
         line.split() for line in printed.splitlines() if line.startswith(("actor+reference", "critic ", "rollout "))
     ]
     assert [row[0] for row in rows if row[1] in "01"] == ["actor+reference"] * 2 + ["critic"] * 2 + ["rollout"]
     assert not Path(flags["--save"] or "").exists(), "a dry run writes nothing"
+
+
+def with_token(model: Path, target: Path, token: str) -> Path:
+    """The model with another tokenizer: one token more, for which it has no embedding."""
+    shutil.copytree(model, target)
+    tokenizer = load_tokenizer(str(model), chat_template=None)
+    tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_tokens_and_stop_tokens_past_the_vocabulary(
+    flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_token(assets / "model", tmp_path / "more", "<x>")
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    (tmp_path / "x.jsonl").write_text('{"input": "1", "label": "1"}\n{"input": "1<x>", "label": "1"}\n')
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, size + 3]}))
+    said = fail(flags | {"--pretrain": str(model), "--eval_data": str(tmp_path / "x.jsonl")}, capsys)
+    assert f"vocab_size={size} of pretrain leaves out the stop tokens {size + 3}" in said
+    assert f"{size} '<x>' in row 1 (line 2) of {tmp_path / 'x.jsonl'}" in said
+
+
+def test_supervised_tokens_past_the_vocabulary(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_token(assets / "model", tmp_path / "more", "<x>")
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    (tmp_path / "a.jsonl").write_text('{"input": "1", "output": "1"}\n')
+    (tmp_path / "b.jsonl").write_text('{"input": "1", "output": "<x>"}\n')
+    flags = {"--pretrain": model, "--save": tmp_path / "run", "--output_key": "output", "--train-iters": 1}
+    flags |= {"--dataset": tmp_path / "a.jsonl", "--eval_dataset": tmp_path / "b.jsonl"}
+    flags |= {"--global-batch-size": 1, "--micro-batch-size": 1, "--max_len": 16}
+    assert train_sft.main([str(word) for pair in flags.items() for word in pair]) == 2
+    assert f"{size} '<x>' in row 0 (line 1) of {tmp_path / 'b.jsonl'}" in capsys.readouterr().err
+    assert train_sft.main([*(str(word) for pair in flags.items() for word in pair), "--dry-run"]) == 0
+    assert re.search(r"end of every row: \d+ '.+' \(the tokenizer's EOS\)", capsys.readouterr().out)
 
 
 def test_what_gpus_cannot_do_is_said_before_the_weights_are_read(

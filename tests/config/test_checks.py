@@ -390,6 +390,23 @@ def test_the_critic_may_be_a_reward_model_with_the_same_tokens(check: Check, tmp
     )
 
 
+def test_the_critic_must_know_every_token_of_the_actor(check: Check, tmp_path: Path) -> None:
+    small = write_model(tmp_path / "small", vocab_size=2)
+    message = only(check(critic_pretrain=small))
+    assert message.startswith(f"critic_pretrain={small} has vocab_size=2, less than vocab_size=3 of pretrain")
+    assert check(critic_pretrain=write_model(tmp_path / "large", vocab_size=4)) == []
+
+
+def test_a_file_where_the_text_itself_is_wanted(check: Check, tmp_path: Path) -> None:
+    for name in ("{}.txt", "pattern"):
+        (tmp_path / name).write_text("Q: {}")
+    said = only(check(input_template=str(tmp_path / "{}.txt")))
+    assert said.startswith(f"input_template={tmp_path / '{}.txt'} is a file, and input_template is the text itself")
+    said = only(check(reward_rule="format", reward_format=str(tmp_path / "pattern")))
+    assert said.startswith(f"reward_format={tmp_path / 'pattern'} is a file")
+    assert check(reward_rule="format", reward_format="a" * 9999) == []
+
+
 def test_a_chat_template_of_the_tokenizer_is_found(check: Check, tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     assert check(apply_chat_template=True) == []
@@ -403,6 +420,10 @@ def test_a_chat_template_of_the_tokenizer_is_found(check: Check, tmp_path: Path)
     [
         ("a.json", '[{"input": "x", "label": "y"}]', None),
         ("a.csv", "input,label\nx,y\n", None),
+        ("A.CSV", '\ufeffinput,label\r\n"' + "x\n" * 99_999 + '",y\r\n\r\n', None),
+        ("a.JSONL", '{"input": "x", "label": "y"}', None),
+        ("a.jsonl", '{"input": ' + "1" * 5000 + "}", "cannot be read (ValueError: Exceeds"),
+        ("a.jsonl", "[" * 100_000, "cannot be read (RecursionError"),
         ("a.csv", "input,label\n", "has no rows"),
         ("a.jsonl", "\n", "has no rows"),
         ("a.json", "[]", "has no rows"),
