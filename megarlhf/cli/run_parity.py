@@ -23,7 +23,7 @@ _NOISE = "bf16.json"  # file in an objective's folder there: how far one process
 _LEARNING_RATE = 1e-4
 _ADAM_EPS = 1e-3  # large: with the usual one Adam makes a whole learning rate of a gradient that is only rounding
 # Tokens: nats, or units of value. Loss and gradient norm: relative, if the reference's is above 1. Gradients: relative
-# to the model's largest; by tensor: to the tensor's. Step: in weights.
+# to the model's largest; by tensor: to the tensor's. Step: in weights. Movement: relative.
 _TOLERANCES = {
     "forward": 2e-4,
     "training": 2e-4,
@@ -33,10 +33,12 @@ _TOLERANCES = {
     "by tensor": 2e-3,
     "grad norm": 1e-4,
     "step": 0.1 * _LEARNING_RATE,
+    "movement": 5e-3,
     "after": 2e-3,
 }
 _MEANS = {"loss", "metrics"}
 _BF16_FACTOR = 3.0  # how many times one process's distance in bfloat16 a layout's may be
+_MOST_MOVEMENT = 0.5  # whatever bfloat16 allows: no step at all is off by 1, a step the wrong way by 2
 
 
 def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
@@ -125,6 +127,8 @@ def _report(config: ParityConfig, name: str, differences: dict[str, float], refe
     for quantity, difference in differences.items():
         allowed = _TOLERANCES[quantity] * units.get(quantity, 1.0) + _BF16_FACTOR * noise.get(quantity, 0.0)
         allowed *= config.parity.tolerance
+        if quantity == "movement":
+            allowed = min(allowed, _MOST_MOVEMENT)
         verdict = "ok" if difference <= allowed else "PAST ITS TOLERANCE"
         within &= difference <= allowed
         print(f"  {quantity:10} {difference:8.1e}  (at most {allowed:.1e})  {verdict}", flush=True)

@@ -2,7 +2,8 @@
 
 The reference run writes what it computes to a directory; each rank of the layout under test reads the parts that it
 holds itself and compares. For every objective: log-probs (or values) of a forward pass, the loss, its gradients, the
-weights after one optimizer step, and log-probs again.
+movement of the weights in one optimizer step, and log-probs again. Under bfloat16 it is the float32 main weights that
+move: the model's own are rounded to more than a step.
 """
 
 import json
@@ -21,6 +22,7 @@ from megarlhf.data.tensor_file import TensorFile
 from megarlhf.data.types import TrainingRow
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
+from megarlhf.engine.optimizer import main_weight
 from megarlhf.engine.schedule import sum_gradients
 from megarlhf.parallel.device import current_device
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
@@ -29,10 +31,13 @@ from megarlhf.trainers.value import value_objective
 
 ObjectiveName = Literal["sft", "actor", "critic"]
 OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")
-QUANTITIES = ("forward", "training", "loss", "metrics", "gradients", "by tensor", "grad norm", "step", "after")
+QUANTITIES = (
+    *("forward", "training", "loss", "metrics", "gradients", "by tensor", "grad norm"),
+    *("step", "movement", "after"),
+)
 
 Part = tuple[str, tuple[slice, ...], Tensor]  # HF name, this rank's part of it, float32 numbers
-Record = Callable[[str, Iterator[Part]], None]  # "gradients" or "step", and the parts
+Record = Callable[[str, Iterator[Part]], None]  # "gradients" or "step" (how far weights move), and the parts
 
 
 def parity_rows(
@@ -110,13 +115,21 @@ def whole_gradients(engine: MegatronEngine) -> Iterator[None]:
 
 def hf_parts(engine: MegatronEngine, *, gradients: bool) -> Iterator[Part]:
     """This rank's gradients or weights under their HF names."""
+    return _parts(engine, lambda p: p.main_grad if gradients else p.data, buffers=not gradients)
+
+
+def main_parts(engine: MegatronEngine) -> Iterator[Part]:
+    """The float32 weights that the optimizer steps, whole parameters; every rank goes through all of them."""
+    return _parts(engine, lambda p: main_weight(engine.optimizer, p), buffers=False)
+
+
+def _parts(engine: MegatronEngine, tensor_of: Callable[[Any], Tensor], *, buffers: bool) -> Iterator[Part]:
     engine.settle()
     weights = engine.weights
     shapes = weights.hf_shapes
     for bound in weights.bound:
-        if bound.exported and not (gradients and bound.weight.buffer):
-            data = bound.param.main_grad if gradients else bound.param.data
-            for shard in weights.shards(bound, data):
+        if bound.exported and (buffers or not bound.weight.buffer):
+            for shard in weights.shards(bound, tensor_of(bound.param)):
                 whole = zip(shapes[shard.hf_name], shard.index, strict=True)
                 shape = tuple(len(range(size)[part]) for size, part in whole)
                 yield shard.hf_name, shard.index, shard.view.float().reshape(shape)
@@ -133,8 +146,10 @@ def _train(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow],
         loss, metrics, outputs = engine.accumulate_gradients(rows, objective, denominator=denominator)
     found: dict[str, Any] = {"loss": loss, "metrics": metrics, "training": outputs}
     record("gradients", hf_parts(engine, gradients=True))
+    before = [part.to("cpu", copy=True) for _, _, part in main_parts(engine)]
     found["grad norm"] = engine.train_step(rows, objective, denominator=denominator).grad_norm
-    record("step", hf_parts(engine, gradients=False))
+    after = zip(main_parts(engine), before, strict=True)
+    record("step", ((hf_name, index, part.cpu() - old) for (hf_name, index, part), old in after))
     return found | {"after": _forward(engine, rows)}
 
 
@@ -161,49 +176,70 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: list[Trai
     (directory / "numbers.json").write_text(json.dumps(numbers))
 
 
-def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], directory: Path) -> dict[str, float]:
-    """Largest difference to the reference of each of QUANTITIES, equal on every rank; the engine takes a step.
+class _Differences:
+    """This rank's largest difference to the reference in `directory` for each of QUANTITIES."""
 
-    "by tensor" is a gradient's difference relative to the largest gradient of its tensor (at least a thousandth of the
-    model's largest: some gradients are nothing but rounding). The others are absolute. A result that is not a number
-    counts as infinitely far off. Router metrics are left out: they count padding.
-    """
-    worst = dict.fromkeys(QUANTITIES, 0.0)
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._worst = dict.fromkeys(QUANTITIES, 0.0)
+        self._squares = torch.zeros(2, dtype=torch.float64)  # summed: of the movement's difference, of the movement
 
-    def note(quantity: str, difference: Tensor) -> None:
+    def note(self, quantity: str, difference: Tensor) -> None:
         if difference.numel():
-            worst[quantity] = max(worst[quantity], float(difference.abs().nan_to_num(nan=torch.inf).max()))
+            worst = float(difference.abs().nan_to_num(nan=torch.inf).max())
+            self._worst[quantity] = max(self._worst[quantity], worst)
 
-    def record(quantity: str, parts: Iterator[Part]) -> None:
-        with TensorFile.open(directory / f"{quantity}.safetensors") as file:
+    def record(self, quantity: str, parts: Iterator[Part]) -> None:
+        with TensorFile.open(self._directory / f"{quantity}.safetensors") as file:
             least = 1e-3 * _largest(file)
             for hf_name, index, part in parts:
                 expected = file.view(hf_name)
                 difference = part.cpu() - expected[index]
-                note(quantity, difference)
+                self.note(quantity, difference)
                 if quantity == "gradients":
-                    note("by tensor", difference / max(float(expected.abs().max()), least))
+                    self.note("by tensor", difference / max(float(expected.abs().max()), least))
+                else:
+                    pair = (difference, expected[index])
+                    self._squares += torch.stack([tensor.double().square().sum() for tensor in pair])
 
+    def everywhere(self) -> dict[str, float]:
+        """The largest of all ranks; every rank calls it."""
+        squares = self._squares.to(current_device())
+        dist.all_reduce(squares)
+        self.note("movement", (squares[0] / squares[1]).sqrt())
+        worst = [self._worst[quantity] for quantity in QUANTITIES]
+        largest = torch.tensor(worst, dtype=torch.float64, device=current_device())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return dict(zip(QUANTITIES, largest.tolist(), strict=True))
+
+
+def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], directory: Path) -> dict[str, float]:
+    """Largest difference to the reference of each of QUANTITIES, equal on every rank; the engine takes a step.
+
+    "by tensor" is a gradient's difference relative to the largest gradient of its tensor (at least a thousandth of the
+    model's largest: some gradients are nothing but rounding). "movement" is the length of the movement's difference
+    relative to that of the movement: 1 where no step is taken, 2 for a step the other way. The others are absolute. A
+    result that is not a number counts as infinitely far off. Router metrics are left out: they count padding.
+    """
+    differences = _Differences(directory)
     tokens = load_file(directory / "tokens.safetensors")
     forward = _forward(engine, rows)
     rows = anchored(rows, {index: tokens[f"forward.{index}"] for index in range(len(rows))})
-    found = _train(engine, name, rows, record) | {"forward": forward}
+    found = _train(engine, name, rows, differences.record) | {"forward": forward}
     for quantity in ("forward", "training", "after"):
         seen = torch.zeros(len(rows), device=current_device())
         for row, values in found[quantity].items():
-            note(quantity, values - tokens[f"{quantity}.{row}"])
+            differences.note(quantity, values - tokens[f"{quantity}.{row}"])
             seen[row] += 1
         dist.all_reduce(seen)
-        note(quantity, torch.where(seen == 1, 0.0, torch.inf))  # each row comes from one rank
+        differences.note(quantity, torch.where(seen == 1, 0.0, torch.inf))  # each row comes from one rank
     numbers = json.loads((directory / "numbers.json").read_text())
     for quantity in ("loss", "grad norm"):
-        note(quantity, torch.tensor(found[quantity] - numbers[quantity]))
+        differences.note(quantity, torch.tensor(found[quantity] - numbers[quantity]))
     for metric, value in numbers["metrics"].items():
         if not metric.startswith("moe_"):
-            note("metrics", torch.tensor(found["metrics"][metric] - value))
-    largest = torch.tensor([worst[quantity] for quantity in QUANTITIES], dtype=torch.float64, device=current_device())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return dict(zip(QUANTITIES, largest.tolist(), strict=True))
+            differences.note("metrics", torch.tensor(found["metrics"][metric] - value))
+    return differences.everywhere()
 
 
 def _largest(file: TensorFile) -> float:

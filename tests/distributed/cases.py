@@ -74,6 +74,23 @@ def compare_case(
         return differences | {"reference": max(kept, default=0.0)}
 
 
+def sabotaged_case(
+    rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, sabotage: str, source: Path
+) -> dict[str, float]:
+    """Differences of an engine whose optimizer does not do what it should."""
+    with world(layout, rank, init_method):
+        engine = build_for("sft", layout, model_dir)
+        kept = engine.optimizer.step
+
+        def step() -> None:
+            for group in engine.optimizer.param_groups:
+                group["lr"] *= {"no step": 0.0, "wrong way": -1.0, "half": 0.5}[sabotage]
+            kept()
+
+        engine.optimizer.step = step
+        return compare(engine, "sft", make_rows(), source)
+
+
 @dataclass
 class Result:
     """One process's forward results and gradients."""

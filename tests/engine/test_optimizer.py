@@ -344,7 +344,7 @@ def refused_steps(
         for seed in range(2):
             before = everything(engine)
             for value, poisoned_rank in ((math.nan, world_size - 1), (math.inf, None)):
-                with pytest.raises(NonFiniteError, match="gradient norm (nan|inf)"):
+                with pytest.raises(NonFiniteError, match="gradient norm"):
                     step(engine, 7, poisoned(value, poisoned_rank))
                 left += [f"refused {seed}: {name}" for name in differing(before, everything(engine))]
             restore = spoil_after_reduction(engine)
