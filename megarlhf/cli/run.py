@@ -1,6 +1,7 @@
 """What the programs share: signals, the models' files, the run directory."""
 
 import math
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -98,10 +99,20 @@ def check_shared_memory(config: "HFConfig", *, bf16: bool) -> None:
 
 
 def open_run_directory(save: str, config_yaml: str) -> Path:
-    """Make the run directory and write the resolved configuration into it."""
+    """Make the run directory and write this start's resolved configuration into it.
+
+    config.yaml is the latest start's; those of earlier ones stay beside it, config-start-1.yaml the first's.
+    """
     directory = Path(save)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(config_yaml)
+    config = directory / "config.yaml"
+    if config.exists():
+        names = [path.stem.removeprefix("config-start-") for path in directory.glob("config-start-*.yaml")]
+        earlier = max((int(name) for name in names if name.isdecimal()), default=0)
+        shutil.copy2(config, directory / f"config-start-{earlier + 1}.yaml")
+    written = directory / "config.yaml.partial"
+    written.write_text(config_yaml)
+    written.replace(config)  # a kill leaves the one or the other
     return directory
 
 
