@@ -130,6 +130,15 @@ def resumed_step(logging: LoggingArguments, identity: dict[str, Any]) -> int | N
     return step
 
 
+def data_identity(num_rows: int, digest: str) -> str:
+    """What a checkpoint and the training data must agree on: the rows and their order, as they are tokenized.
+
+    The place in the data is that many rows into the order drawn from the seed, so another file would be read from
+    somewhere else.
+    """
+    return f"{num_rows} rows, {digest[:16]}"
+
+
 def model_identity(pretrain: str, *layouts: LayoutArguments) -> dict[str, Any]:
     """What a checkpoint and a configuration must agree on: the model's shape, and how optimizer state is kept.
 

@@ -13,6 +13,7 @@ from megarlhf.cli.run import (
     StopSignal,
     check_shared_memory,
     check_weights,
+    data_identity,
     model_identity,
     open_run_directory,
     resumed_step,
@@ -172,6 +173,8 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
             reward.check,
         ]
     )
+    identity |= {"data": data_identity(len(prompts.prompts), prompts.digest)}
+    resumed_step(config.logging, identity)
     config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     batch = config.batch
     from megarlhf.cluster import launch  # Ray: nothing above needs it

@@ -14,6 +14,7 @@ from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     StopSignal,
     check_weights,
+    data_identity,
     model_identity,
     open_run_directory,
     resumed_step,
@@ -65,6 +66,8 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
             *steps,
         ]
     )
+    identity |= {"data": data_identity(len(data.rows), data.digest)}
+    resumed_step(config.logging, identity)
     return data, evaluation[0] if evaluation else None, identity, continued
 
 
