@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from megarlhf.cli.run import check_weights
+from megarlhf.config.layouts import LayoutArguments
 from megarlhf.engine import conversion
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.conversion import MANIFEST, ConvertOptions, Memory
@@ -108,6 +110,35 @@ def test_round_trip_is_bit_exact(tmp_path: Path, family: str, sizes: dict[str, i
     assert json.loads((result / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     _, loading = AutoModelForCausalLM.from_pretrained(result, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 3e5, "factor": 16.0, "low_freq_factor": 2.0}
+LLAMA3 |= {"high_freq_factor": 5.0, "original_max_position_embeddings": 4096}
+YARN = {"rope_type": "yarn", "rope_theta": 3e5, "factor": 4.0, "original_max_position_embeddings": 64}
+COMPUTED_ELSEWHERE: list[tuple[str, dict[str, object]]] = [
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rope_parameters": YARN}),
+    ("qwen2", {"hidden_act": "gelu"}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
+    ("mistral", {"sliding_window": 32}),
+    ("mixtral", {"router_jitter_noise": 0.1}),
+    ("gemma2", {"use_bidirectional_attention": True, "hidden_activation": "relu"}),
+    ("gemma3", {"attn_logit_softcapping": 30.0}),
+    ("deepseek-v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
+    ("deepseek-v3", {"rms_norm_eps": 1e-5, "norm_topk_prob": False, "topk_group": 3}),
+    ("deepseek-v3", {"rope_parameters": YARN | {"truncate": False, "mscale": 0.7}}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), COMPUTED_ELSEWHERE)
+def test_what_only_training_cannot_do_is_converted(tmp_path: Path, family: str, options: dict[str, object]) -> None:
+    """Weights lie alike, however the model computes with them."""
+    source = make_model(tmp_path / "model", family=family, **options)
+    with pytest.raises(ValueError, match="^architecture "):
+        check_weights((str(source), LayoutArguments()))
+    result = to_hf(to_megatron(source, tmp_path / "megatron", VERIFIED, tensor=2), tmp_path / "hf", VERIFIED)
+    assert_equal(tensors(result), tensors(source))
+    assert json.loads((result / "config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
 @pytest.mark.parametrize("head", ["equal", "other"])
