@@ -104,7 +104,8 @@ class SharedOptimizerArguments:
     weight_decay: float = 0.0
     """Decoupled weight decay; norms and biases are left out."""
     clip_grad: float = 1.0
-    """Largest L2 norm of the whole gradient; larger ones are scaled down to it. 0: no clipping."""
+    """Largest L2 norm of the whole gradient; larger ones are scaled down to it. 0: no clipping; the norm is
+    reported, and a step where it is not finite refused, all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megarlhf.cli import parity
+from megarlhf.config.arguments import ModelArguments, ParityArguments, ParityConfig
 from tests.cluster.runs import run
 from tests.tiny_models import make_model
 
@@ -30,3 +33,17 @@ def test_mistakes_are_told_before_anything_starts(tmp_path: Path, capsys: pytest
     said = capsys.readouterr().err
     assert "tensor_model_parallel_size=3 does not divide num_attention_heads=4" in said
     assert "num_gpus_per_node=2 makes 2 ranks" in said and "longest=0 must be at least 3" in said
+
+
+def test_a_step_that_is_not_taken_is_past_every_tolerance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However far off one process in bfloat16 is, and whatever --tolerance says."""
+    save_file({"w": torch.tensor([0.5])}, tmp_path / "gradients.safetensors")
+    save_file({"forward.0": torch.zeros(1), "after.0": torch.ones(1)}, tmp_path / "tokens.safetensors")
+    (tmp_path / "numbers.json").write_text('{"loss": 1.0, "metrics": {}, "grad norm": 1.0}')
+    (tmp_path / "bf16.json").write_text('{"training": 0.5, "loss": 0.1, "metrics": 0.1, "movement": 0.4}')
+    config = ParityConfig(
+        model=ModelArguments(pretrain="model", bf16=True), parity=ParityArguments(num_gpus_per_node=2, tolerance=9.0)
+    )
+    assert not parity._report(config, "sft", {"movement": 1.0}, tmp_path)
+    assert parity._report(config, "sft", {"movement": 0.49}, tmp_path)
+    assert "PAST ITS TOLERANCE" in capsys.readouterr().out

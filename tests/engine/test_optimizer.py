@@ -283,6 +283,16 @@ def test_bf16_steps_are_those_of_adamw_on_float32_copies(ranks: RankPool, tmp_pa
             assert float(gradient.norm() / expected.norm()) == pytest.approx(1.0, abs=0.1), key
 
 
+def without_loss(rank: int) -> Objective:
+    """The supervised loss, NaN on one rank."""
+
+    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        total, metrics = sft_objective().loss(outputs, batch)
+        return (total * math.nan if dist.get_rank() == rank else total), metrics
+
+    return Objective(loss=loss, metric_names=())
+
+
 def poisoned(value: float, rank: int | None) -> Objective:
     """The supervised loss with finite numbers and a gradient of `value` on one rank, or on all."""
 
@@ -347,6 +357,9 @@ def refused_steps(
                 with pytest.raises(NonFiniteError, match="gradient norm"):
                     step(engine, 7, poisoned(value, poisoned_rank))
                 left += [f"refused {seed}: {name}" for name in differing(before, everything(engine))]
+            with pytest.raises(NonFiniteError, match="loss=nan"):
+                step(engine, 7, without_loss(world_size - 1))
+            left += [f"no loss {seed}: {name}" for name in differing(before, everything(engine))]
             restore = spoil_after_reduction(engine)
             with pytest.raises(NonFiniteError):
                 step(engine, 8, sft_objective())
@@ -368,6 +381,7 @@ REFUSED = {
     "fp32": ("qwen2", Layout(), 0.15),
     "bf16, no clip": ("qwen2", Layout(bf16=True), 0.0),
     "DP2, no clip": ("qwen2", Layout(data=2), 0.0),
+    "PP2, no clip": ("qwen2", Layout(pipeline=2), 0.0),
     "bf16 DP2-distopt-overlap": ("qwen2", Layout(bf16=True, data=2, distributed_optimizer=True, overlap=True), 0.15),
     "EP2, no clip": ("mixtral", Layout(data=2, expert=2), 0.0),
     "EP2-distopt": ("mixtral", Layout(data=2, expert=2, distributed_optimizer=True), 0.15),

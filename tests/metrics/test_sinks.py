@@ -115,7 +115,7 @@ def test_all_sinks_of_a_run_get_each_step(tmp_path: Path, monkeypatch: pytest.Mo
         console=Console(file=out, force_terminal=False),
     )
     sinks.phase("rollout")
-    sinks.log(1, {"reward/mean": 0.5})
+    sinks.log(1, {"reward/mean": 0.5, "kl/mean": math.inf})
     with pytest.raises(ValueError, match="reward/meen"):
         sinks.log(2, {"reward/meen": 1.0})
     sinks.close()
@@ -128,6 +128,7 @@ def test_all_sinks_of_a_run_get_each_step(tmp_path: Path, monkeypatch: pytest.Mo
     while b"reward/mean" not in recorded.read_bytes():  # W&B's own process may write the file's last block later
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    assert b"kl/mean" not in recorded.read_bytes()
     assert out.getvalue().startswith("step 1/2  reward 0.500")
 
 
