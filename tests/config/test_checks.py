@@ -303,6 +303,8 @@ def test_mistakes_of_a_comparison(tmp_path: Path, changes: dict[str, Any], said:
         ({"reward_rule": "format", "reward_format": "("}, "reward_format='(' is not a regular expression"),
         ({"reward_format": "x"}, "reward_format='x' is ignored"),
         ({"reward_rule": None, "reward_function": "/nowhere.py"}, "reward_function=/nowhere.py cannot be read"),
+        ({"reward_rule": None, "reward_function": "/nowhere"}, "reward_function=/nowhere does not end in .py"),
+        ({"reward_env": ["PATH", "NO_SUCH_NAME"]}, "reward_env=NO_SUCH_NAME is not a variable of this environment"),
         ({"apply_chat_template": True}, "tokenizer_chat_template"),
         ({"tokenizer_chat_template": "{{ messages }}"}, "tokenizer_chat_template is ignored"),
         ({"input_template": "no place"}, "input_template='no place'"),
@@ -472,8 +474,11 @@ def test_a_label_is_asked_for_only_where_it_is_used(check: Check, tmp_path: Path
         ("def reward_func(queries, prompts, labels):\n    return []\n", None),
         ("from rules import score as reward_func\n", None),
         ("reward_func = print\n", None),
-        ("class Reward:\n    def reward_func(self): ...\n", "has no top-level reward_func"),
+        ("from rules import *\n", None),
+        ("reward_func: object = print\n", None),
+        ("try:\n    from rules import reward_func\nexcept ImportError:\n    reward_func = print\n", None),
         ("def reward_func(:\n", "is not Python"),
+        ("x = '\0'\n", "is not Python"),
     ],
 )
 def test_reward_files_are_read_and_not_run(check: Check, tmp_path: Path, source: str, said: str | None) -> None:

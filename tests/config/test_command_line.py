@@ -260,3 +260,12 @@ def test_every_number_has_a_range() -> None:
         for name, option in options_of(config_class).items():
             is_number = any(kind in str(option.annotation) for kind in ("int", "float"))
             assert not is_number or name in LIMITS or name in free, name
+
+
+@pytest.mark.parametrize("names", [[], ["A_KEY"], ["A_KEY", "B_KEY", "C_KEY"]])
+def test_options_of_any_number_of_values(tmp_path: Path, names: list[str]) -> None:
+    assert ppo("--reward_env", *names).reward.reward_env == tuple(names)
+    config = ppo("--reward-env", *names)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert parse(PPOConfig, ["--config", str(tmp_path / "c.yaml")], "ppo")[0] == config
+    assert from_dict(PPOConfig, to_dict(config)) == config

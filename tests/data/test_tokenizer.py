@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
+from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens, template_source
 
 
 @pytest.fixture
@@ -154,3 +154,17 @@ def test_the_source_of_a_template_is_told(tmp_path: Path) -> None:
     assert template_source(str(tmp_path), None) == f"{tmp_path}/chat_template.jinja"
     assert template_source(str(tmp_path), "mine.jinja") == "tokenizer_chat_template=mine.jinja"
     assert template_source(str(tmp_path), "{{ a }}\n{{ b }}") == "tokenizer_chat_template=(its text)"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["7", None, 7.5, ["a"]], None),
+        (["7", "8<|end|>"], "<|end|>"),
+        ([1, ["x", {"answer": "<|user|>7"}]], "<|user|>"),
+        (["<|other|>"], None),
+        ([], None),
+    ],
+)
+def test_special_tokens_in_labels(tokenizer: PreTrainedTokenizerBase, labels: list[Any], expected: str | None) -> None:
+    assert special_token_in(labels, tokenizer) == expected

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from megarlhf.reward import process as process_module
 from megarlhf.reward import scorer as scorer_module
 from megarlhf.reward.scorer import RewardScorer
 from tests.reward.samples import samples
@@ -64,6 +66,29 @@ def reward_func(queries, prompts, labels):
             exec(response[1:])
         out.append(len(response))
     return out
+"""
+
+# A reward function that answers in place of the worker: responses that begin with "!" are written, as Latin-1, into
+# every pipe that it can write to, with the number of the call in them.
+INTRUDER = """
+import fcntl, os, stat
+def pipes():
+    for fd in range(3, 32):
+        try:
+            if stat.S_ISFIFO(os.fstat(fd).st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY:
+                yield fd
+        except OSError:
+            pass
+calls = 0
+def reward_func(queries, prompts, labels):
+    global calls
+    calls += 1
+    for query, prompt in zip(queries, prompts):
+        if query[len(prompt):].startswith("!"):
+            text = query[len(prompt) + 1:].replace("NUMBER", str(calls + 1)).encode("latin-1")
+            for fd in pipes():
+                os.write(fd, text)
+    return [len(query) - len(prompt) for query, prompt in zip(queries, prompts)]
 """
 
 TRAINER = """
@@ -143,6 +168,72 @@ def test_process_that_dies_between_calls_is_replaced(make_scorer: MakeScorer) ->
     assert scorer.last_failures == []
 
 
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "no JSON\n",
+        "unfinished",
+        "\xff\xfe\n",
+        "[1.0]\n",
+        "3\n",
+        "[" * 20_000 + "\n",
+        "x" * 60_000,
+        '{"rewards": [1.0], "reasons": [null]}\n',
+        '{"id": 1, "ready": true}\n',
+        '{"id": NUMBER}\n',
+        '{"id": NUMBER, "error": 3}\n',
+        '{"id": NUMBER, "rewards": [], "reasons": []}\n',
+        '{"id": NUMBER, "rewards": {"0": 1.0}, "reasons": [null]}\n',
+        '{"id": NUMBER, "rewards": [1.0, 2.0, 3.0], "reasons": [null]}\n',
+        '{"id": NUMBER, "rewards": ["1.0"], "reasons": [null]}\n',
+        '{"id": NUMBER, "rewards": [NaN], "reasons": [null]}\n',
+        '{"id": NUMBER, "rewards": [null], "reasons": [null]}\n',
+        '{"id": NUMBER, "rewards": [true], "reasons": [null]}\n',
+    ],
+    ids=lambda garbage: garbage[:30].strip(),
+)
+def test_garbage_in_the_pipe_is_no_result(
+    make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch, garbage: str
+) -> None:
+    monkeypatch.setattr(process_module, "_MAX_ANSWER_BYTES", 50_000)
+    scorer = make_scorer(INTRUDER)
+    assert rewards(scorer, "a", "!" + garbage, "abc") == [1.0, None, 3.0]
+    _, own = scorer.last_failures
+    assert own.startswith("sample 1: the reward wrote into the pipe of its process's answers (")
+    assert rewards(scorer, "ab") == [2.0]
+
+
+def test_an_answer_left_over_is_not_that_of_the_next_call(make_scorer: MakeScorer) -> None:
+    """A whole answer of the right shape in front of the real one, which then waits in the pipe."""
+    scorer = make_scorer(INTRUDER)
+    forged = '!{"id": NUMBER, "rewards": [9.0], "reasons": [null]}\n'
+    assert rewards(scorer, forged) == [9.0]
+    assert rewards(scorer, "ab") == [2.0]
+    assert rewards(scorer, "abc") == [3.0]
+
+
+def test_code_that_can_no_longer_be_loaded_gives_no_results_until_it_can(
+    make_scorer: MakeScorer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = make_scorer(PER_SAMPLE)
+    (tmp_path / "my_reward.py").write_text("import no_such_module")
+    assert rewards(scorer, "a", "!os._exit(1)", "abc", "abc", "abc") == [None] * 5
+    assert "the reward code cannot be loaded any more: ModuleNotFoundError" in scorer.last_failures[1]
+    assert "5 of 5 samples have no reward: 3 x the reward code cannot be loaded any more" in caplog.text
+    (tmp_path / "my_reward.py").write_text(PER_SAMPLE)
+    assert rewards(scorer, "abc") == [3.0]
+
+
+def test_scoring_one_by_one_has_a_limit_too(make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes its limit of 1 s; the first sample only makes the batch fail."""
+    monkeypatch.setattr(scorer_module, "SINGLE_CALLS", 0.2)
+    scorer = make_scorer(PER_SAMPLE, timeout_seconds=5.0)
+    slow = "!time.sleep(0.4)"
+    found = rewards(scorer, "!raise KeyError", *[slow] * 5)
+    assert found == [None, 16.0, 16.0, 16.0, None, None]
+    assert "not tried within the 1 seconds that scoring one by one may take" in scorer.last_failures[-1]
+
+
 def test_gives_up_after_losses_in_a_row(make_scorer: MakeScorer) -> None:
     scorer = make_scorer(PER_SAMPLE)
     die = "!os._exit(1)"
@@ -190,6 +281,22 @@ def test_large_batches_and_odd_text_pass_the_pipes(make_scorer: MakeScorer) -> N
     scorer = make_scorer(PER_SAMPLE)
     odd = "\u2028\n\ud800\0é"
     assert rewards(scorer, "x" * 1_000_000, odd) == [1_000_000.0, float(len(odd))]
+
+
+def test_environment_is_what_is_allowed_and_what_is_named(
+    make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MY_API_KEY", "WANDB_API_KEY", "HARMLESS", "JUDGE_KEY", "HF_HUB_OFFLINE", "TMPDIR", "LC_TIME"):
+        monkeypatch.setenv(name, "seen")
+    scorer = make_scorer(
+        "import os, resource\n"
+        "def reward_func(queries, prompts, labels):\n"
+        "    names = sorted(n for n, v in os.environ.items() if v == 'seen')\n"
+        "    own = [names == ['HF_HUB_OFFLINE', 'JUDGE_KEY', 'LC_TIME', 'TMPDIR'], 'PATH' in os.environ]\n"
+        "    return [*own, resource.getrlimit(resource.RLIMIT_CORE)[0], os.getpgrp() == os.getpid()]",
+        passed_variables=["JUDGE_KEY", "ABSENT"],
+    )
+    assert rewards(scorer, "a", "b", "c", "d") == [1.0, 1.0, 0.0, 1.0]
 
 
 def test_close_ends_the_process_and_its_children(make_scorer: MakeScorer) -> None:
@@ -263,7 +370,25 @@ def test_rules_run_in_the_process() -> None:
     math.close()
     form = RewardScorer(function_path=None, rule="format", rule_pattern="a+", timeout_seconds=20.0)
     assert rewards(form, "aa", "ab") == [1.0, 0.0]
+    assert [sample.reward for sample in form.score(samples("aa</s>", stop_text="</s>"))] == [1.0]
     form.close()
+
+
+def test_rules_do_not_judge_the_stop_token() -> None:
+    exact = RewardScorer(function_path=None, rule="exact_match", rule_pattern=None, timeout_seconds=20.0)
+    ended, labels = samples("<ans>7</s>", "7</s>", stop_text="</s>"), ("<ans>7", "<ans>7</s>", [8, "<ans>7"])
+    for label in labels:
+        scored = exact.score([replace(s, prompt=replace(s.prompt, label=label)) for s in ended])
+        assert [sample.reward for sample in scored] == [1.0, 0.0]
+    exact.close()
+
+
+def test_queries_are_the_prompt_and_all_of_the_response(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer(
+        "def reward_func(queries, prompts, labels):\n"
+        "    return [(q, p) == ('Q: <ans>7</s>', 'Q: ') for q, p in zip(queries, prompts)]"
+    )
+    assert [sample.reward for sample in scorer.score(samples("<ans>7</s>", stop_text="</s>"))] == [1.0]
 
 
 def test_rule_that_hangs_is_stopped() -> None:
