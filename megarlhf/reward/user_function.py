@@ -40,7 +40,7 @@ def load_function(path: str) -> Callable[[dict[str, list[Any]]], Scores]:
 
 def _import_file(path: Path) -> ModuleType:
     """The module in a file, which may import its neighbours, and relatively where it is part of a package."""
-    folder, package = path.parent, []
+    folder, package = path.parent, list[str]()
     while (folder / "__init__.py").is_file():
         package.insert(0, folder.name)
         folder = folder.parent
