@@ -196,11 +196,16 @@ def _probe(tokenizer: PreTrainedTokenizerBase, message: Message) -> list[str]:
         ValueError: the template is not valid Jinja.
     """
     parts = isinstance(message["content"], list)
-    user, assistant, system = (
+    others: list[Message] = [
         {"role": role, "content": _as_parts(["a"]) if parts else "a"} for role in ("user", "assistant", "system")
-    )
+    ]
+    user, assistant, system = others
+    calls = [{"type": "function", "id": "a" * 9, "function": {"name": "a", "arguments": {}}}]
+    answer = message | {"name": "a", "tool_call_id": "a" * 9}  # of a tool that was called, in the role tool
+    chats = [[message], [message, user], [system, message], [user, message], [user, assistant, message]]
+    chats.append([user, assistant | {"tool_calls": calls}, answer])
     texts = []
-    for chat in ([message], [message, user], [system, message], [user, message], [user, assistant, message]):
+    for chat in chats:
         try:
             texts.append(_apply(tokenizer, chat, add_generation_prompt=True))
         except jinja2.TemplateSyntaxError as error:

@@ -198,6 +198,19 @@ def test_a_role_that_the_template_leaves_out_is_refused(own: PreTrainedTokenizer
     assert prompts(path, own) == ["<|human|>a</s><|user|>b</s>"]
 
 
+def test_a_role_that_the_template_has_only_after_a_tool_call_is_taken(
+    own: PreTrainedTokenizerBase, write_jsonl: Write
+) -> None:
+    """As Gemma 4's, which writes what a tool answered where it was called."""
+    own.chat_template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content or '' }}{% if m.tool_calls %}"
+        "[{{ messages[loop.index].content }}]{% endif %}{% endif %}{% endfor %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    path = write_jsonl([{"input": [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "b"}]}])
+    assert prompts(path, own) == ["a[b]"]
+
+
 @pytest.mark.parametrize(
     "template",
     ["mine.jinja", "{{ messages[0]['role'] }}", "{% for m in messages %}{{ m.text }}{% endfor %}", ""],
