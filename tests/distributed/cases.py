@@ -44,13 +44,13 @@ def reference_case(
     init_method: str,
     layout: Layout,
     model_dir: Path,
-    objective: ObjectiveName,
-    target: Path,
-) -> dict[str, float]:
-    """Write one process's results to `target`; returns how large they are."""
+    targets: dict[ObjectiveName, Path],
+) -> dict[str, dict[str, float]]:
+    """Write one process's results for each objective to its target; returns how large they are."""
     with world(layout, rank, init_method):
-        write_reference(build_for(objective, layout, model_dir), objective, make_rows(), target)
-        return scales(target)
+        for objective, target in targets.items():
+            write_reference(build_for(objective, layout, model_dir), objective, make_rows(), target)
+        return {objective: scales(target) for objective, target in targets.items()}
 
 
 def compare_case(
@@ -59,19 +59,25 @@ def compare_case(
     init_method: str,
     layout: Layout,
     model_dir: Path,
-    objective: ObjectiveName,
-    source: Path,
-) -> dict[str, float]:
-    """Largest differences of this layout's results to those in `source`, and of its reference model after the step."""
+    sources: dict[ObjectiveName, Path],
+) -> dict[str, dict[str, float]]:
+    """For each objective, largest differences of this layout's results to those in its source."""
     with world(layout, rank, init_method):
-        engine, rows = build_for(objective, layout, model_dir), make_rows()
-        engine.keep_reference()
-        differences = compare(engine, objective, rows, source)
-        with engine.reference_weights():
-            found = engine.values(rows) if engine.head == "value" else engine.log_probs(rows)
-        expected = load_file(source / "tokens.safetensors")
-        kept = [float((values - expected[f"forward.{row}"]).abs().max()) for row, values in found.items()]
-        return differences | {"reference": max(kept, default=0.0)}
+        return {
+            objective: differences_to(source, layout, model_dir, objective) for objective, source in sources.items()
+        }
+
+
+def differences_to(source: Path, layout: Layout, model_dir: Path, objective: ObjectiveName) -> dict[str, float]:
+    """Largest differences of an engine's results to those in `source`, and of its reference model after the step."""
+    engine, rows = build_for(objective, layout, model_dir), make_rows()
+    engine.keep_reference()
+    differences = compare(engine, objective, rows, source)
+    with engine.reference_weights():
+        found = engine.values(rows) if engine.head == "value" else engine.log_probs(rows)
+    expected = load_file(source / "tokens.safetensors")
+    kept = [float((values - expected[f"forward.{row}"]).abs().max()) for row, values in found.items()]
+    return differences | {"reference": max(kept, default=0.0)}
 
 
 def sabotaged_case(

@@ -31,15 +31,19 @@ class RankPool:
     """Processes for ranks; run(world_size, f, ...) calls f(rank, world_size, init_method, ...) on the first ones."""
 
     def __init__(self) -> None:
+        from megarlhf.parallel.device import device_kind  # here: the tests that need no rank do without torch
+
         os.environ["OMP_NUM_THREADS"] = "1"
+        # Ranks are forks of one process that has imported everything; a process that has asked for GPUs must not fork.
+        self._context: Any = multiprocessing.get_context("spawn" if device_kind() == "gpu" else "forkserver")
+        self._context.set_forkserver_preload(["tests.distributed.cases"])
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
     def _grow(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         for rank in range(len(self._pipes), size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank))
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs, rank))
             process.start()
             theirs.close()
             self._pipes.append(ours)

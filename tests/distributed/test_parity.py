@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.trainers.parity import OBJECTIVES
+from megarlhf.trainers.parity import OBJECTIVES, ObjectiveName
 from tests.distributed.cases import compare_case, reference_case, sabotaged_case
 from tests.distributed.layouts import (
     LARGE_LAYOUTS,
@@ -20,14 +20,21 @@ from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
 
 TOKEN_TOLERANCE, LOSS_TOLERANCE, GRADIENT_TOLERANCE, STEP_TOLERANCE = 1e-5, 1e-6, 1e-6, 1e-4
+ROLES: tuple[ObjectiveName, ...] = ("actor", "critic")
+Differences = dict[str, float]  # by quantity
+Scales = dict[str, float]
 
 
 class Models:
-    """Models by kind, made once, with their one-process results, and the rows of the matrix of differences."""
+    """Models by kind, made once, their results, and the rows of the matrix of differences.
+
+    A world is set up once for all objectives of a test: that takes longer than what is computed in it.
+    """
 
     def __init__(self, ranks: RankPool, root: Path, matrix: list[str]) -> None:
-        self._ranks, self._root, self.matrix = ranks, root, matrix
-        self._references: dict[tuple[str, str, bool], tuple[Path, dict[str, float]]] = {}
+        self._ranks, self._root, self._matrix = ranks, root, matrix
+        self._scales: dict[tuple[str, bool], dict[str, Scales]] = {}
+        self._differences: dict[tuple[str, Layout, tuple[str, ...]], dict[str, Differences]] = {}
 
     def directory(self, kind: str) -> Path:
         """ "tied", "untied" and "wide" (four KV heads) are dense, the others names of tiny_models' families."""
@@ -38,14 +45,40 @@ class Models:
             make_model(target, tied=kind == "tied", family="qwen3" if dense else kind, **options)
         return target
 
-    def reference(self, kind: str, objective: str, *, bf16: bool = False) -> tuple[Path, dict[str, float]]:
+    def reference(self, kind: str, objective: ObjectiveName, *, bf16: bool = False) -> tuple[Path, Scales]:
         """Where one process's results lie, and how large they are."""
-        key = (kind, objective, bf16)
-        if key not in self._references:
-            target = self._root / f"{kind}-{objective}-{bf16}"
-            arguments = (Layout(bf16=bf16), self.directory(kind), objective, target)
-            self._references[key] = (target, self._ranks.run(1, reference_case, *arguments)[0])
-        return self._references[key]
+        targets: dict[ObjectiveName, Path] = {each: self._root / f"{kind}-{each}-{bf16}" for each in OBJECTIVES}
+        if (kind, bf16) not in self._scales:
+            arguments = (Layout(bf16=bf16), self.directory(kind), targets)
+            self._scales[kind, bf16] = self._ranks.run(1, reference_case, *arguments)[0]
+        return targets[objective], self._scales[kind, bf16][objective]
+
+    def differences(
+        self,
+        kind: str,
+        name: str,
+        layout: Layout,
+        objective: ObjectiveName,
+        objectives: tuple[ObjectiveName, ...] = OBJECTIVES,
+    ) -> tuple[Differences, Scales]:
+        """Largest differences, also as a row of the matrix, and how large the numbers are.
+
+        Args:
+            objectives: what is computed in the same world.
+        """
+        key = (kind, layout, objectives)
+        if key not in self._differences:
+            sources = {each: self.reference(kind, each, bf16=layout.bf16)[0] for each in objectives}
+            arguments = (layout, self.directory(kind), sources)
+            by_rank = self._ranks.run(layout.world_size, compare_case, *arguments)
+            self._differences[key] = {
+                each: by_rank[0][each] | {"reference": max(found[each]["reference"] for found in by_rank)}
+                for each in objectives
+            }
+        differences = self._differences[key][objective]
+        row = "  ".join(f"{quantity} {difference:.1e}" for quantity, difference in differences.items())
+        self._matrix.append(f"{kind:11} {name:30} {objective:7}{' bf16' if layout.bf16 else ''} {row}")
+        return differences, self.reference(kind, objective, bf16=layout.bf16)[1]
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +86,15 @@ def models(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, matrix: li
     return Models(ranks, tmp_path_factory.mktemp("parity"), matrix)
 
 
-def _differences(
-    ranks: RankPool, models: Models, kind: str, name: str, layout: Layout, objective: str
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Largest differences, also as a row of the matrix, and how large the numbers are."""
-    source, scales = models.reference(kind, objective, bf16=layout.bf16)
-    found = ranks.run(layout.world_size, compare_case, layout, models.directory(kind), objective, source)
-    row = "  ".join(f"{quantity} {difference:.1e}" for quantity, difference in found[0].items())
-    models.matrix.append(f"{kind:11} {name:30} {objective:7}{' bf16' if layout.bf16 else ''} {row}")
-    return found[0] | {"reference": max(differences["reference"] for differences in found)}, scales
-
-
-def _check(ranks: RankPool, models: Models, kind: str, name: str, layout: Layout, objective: str) -> None:
-    differences, scales = _differences(ranks, models, kind, name, layout, objective)
+def _check(
+    models: Models,
+    kind: str,
+    name: str,
+    layout: Layout,
+    objective: ObjectiveName,
+    objectives: tuple[ObjectiveName, ...] = OBJECTIVES,
+) -> None:
+    differences, scales = models.differences(kind, name, layout, objective, objectives)
     assert scales["gradients"] > 1e-2, "the gradients are large enough to tell"
     assert scales["moved"] > 100 * TOKEN_TOLERANCE, "so is what the step does"
     assert differences["forward"] <= TOKEN_TOLERANCE
@@ -84,48 +113,44 @@ def _check(ranks: RankPool, models: Models, kind: str, name: str, layout: Layout
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_layout_equals_one_process(ranks: RankPool, models: Models, kind: str, name: str, objective: str) -> None:
-    _check(ranks, models, kind, name, LAYOUTS[name], objective)
+def test_layout_equals_one_process(models: Models, kind: str, name: str, objective: ObjectiveName) -> None:
+    _check(models, kind, name, LAYOUTS[name], objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", MOE_LAYOUTS)
-def test_layout_of_experts_equals_one_process(ranks: RankPool, models: Models, name: str, objective: str) -> None:
-    _check(ranks, models, "mixtral", name, MOE_LAYOUTS[name], objective)
+def test_layout_of_experts_equals_one_process(models: Models, name: str, objective: ObjectiveName) -> None:
+    _check(models, "mixtral", name, MOE_LAYOUTS[name], objective)
 
 
-@pytest.mark.parametrize("objective", ["actor", "critic"])
+@pytest.mark.parametrize("objective", ROLES)
 @pytest.mark.parametrize("name", WINDOW_LAYOUTS)
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
-def test_layout_with_windows_equals_one_process(
-    ranks: RankPool, models: Models, kind: str, name: str, objective: str
-) -> None:
-    _check(ranks, models, kind, name, WINDOW_LAYOUTS[name], objective)
+def test_layout_with_windows_equals_one_process(models: Models, kind: str, name: str, objective: ObjectiveName) -> None:
+    _check(models, kind, name, WINDOW_LAYOUTS[name], objective, ROLES)
 
 
-@pytest.mark.parametrize("objective", ["actor", "critic"])
+@pytest.mark.parametrize("objective", ROLES)
 @pytest.mark.parametrize("name", LATENT_LAYOUTS)
-def test_layout_of_latent_attention_equals_one_process(
-    ranks: RankPool, models: Models, name: str, objective: str
-) -> None:
-    _check(ranks, models, "deepseek-v3", name, LATENT_LAYOUTS[name], objective)
+def test_layout_of_latent_attention_equals_one_process(models: Models, name: str, objective: ObjectiveName) -> None:
+    _check(models, "deepseek-v3", name, LATENT_LAYOUTS[name], objective, ROLES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", LARGE_LAYOUTS)
-def test_large_layout_equals_one_process(ranks: RankPool, models: Models, name: str, objective: str) -> None:
-    _check(ranks, models, "wide" if name == "TP4" else "tied", name, LARGE_LAYOUTS[name], objective)
+def test_large_layout_equals_one_process(models: Models, name: str, objective: ObjectiveName) -> None:
+    _check(models, "wide" if name == "TP4" else "tied", name, LARGE_LAYOUTS[name], objective)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["actor", "critic"])
+@pytest.mark.parametrize("objective", ROLES)
 @pytest.mark.parametrize("name", ["CP4-p2p", "CP4-all-gather", "TP2-SP-CP2", "TP2-SP-PP2-VPP2", "TP2-SP-PP2-CP2"])
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
 def test_large_layout_with_windows_equals_one_process(
-    ranks: RankPool, models: Models, kind: str, name: str, objective: str
+    models: Models, kind: str, name: str, objective: ObjectiveName
 ) -> None:
-    _check(ranks, models, kind, name, LARGE_LAYOUTS[name], objective)
+    _check(models, kind, name, LARGE_LAYOUTS[name], objective, ROLES)
 
 
 @pytest.mark.slow
@@ -133,17 +158,17 @@ def test_large_layout_with_windows_equals_one_process(
 @pytest.mark.parametrize("name", LARGE_MOE_LAYOUTS)
 @pytest.mark.parametrize("kind", ["qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"])
 def test_large_layout_of_experts_equals_one_process(
-    ranks: RankPool, models: Models, kind: str, name: str, objective: str
+    models: Models, kind: str, name: str, objective: ObjectiveName
 ) -> None:
-    _check(ranks, models, kind, name, LARGE_MOE_LAYOUTS[name], objective)
+    _check(models, kind, name, LARGE_MOE_LAYOUTS[name], objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", ["TP2-SP", "PP2-VPP2", "CP2-p2p", "DP2-distopt-overlap"])
-def test_bf16_layout_equals_one_bf16_process(ranks: RankPool, models: Models, name: str, objective: str) -> None:
+def test_bf16_layout_equals_one_bf16_process(models: Models, name: str, objective: ObjectiveName) -> None:
     """bfloat16 keeps 8 bits: results agree to a few roundings, and the float32 main weights move nearly alike."""
     layout = replace(LAYOUTS[name], bf16=True)
-    differences, scales = _differences(ranks, models, "untied", name, layout, objective)
+    differences, scales = models.differences("untied", name, layout, objective)
     assert differences["forward"] <= 0.1
     assert differences["loss"] <= 0.02 * max(1.0, abs(scales["loss"]))
     assert differences["grad norm"] <= 0.03 * max(1.0, scales["grad norm"])
