@@ -1,9 +1,10 @@
 # make setup   .venv with everything, CPU only; nothing to do when it is up to date
 # make demo    a short RL run on this machine, from the weights to the report
 # make test    the short tests; .ci/run has the whole of it
+# make test-slow   all slow tests; SHARE=K/N runs the K-th of N shares of them
 # make test-megatron-next   a sample of the layout tests against the newest Megatron-Core that runs here
 # make clean   remove what tools and builds left, but not .venv and not runs/
-.PHONY: setup demo test test-megatron-next clean
+.PHONY: setup demo test test-slow test-megatron-next clean
 
 setup:
 	@bash requirements/install.sh
@@ -13,6 +14,9 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	.venv/bin/python -m pytest -m "slow and not gpu" $(if $(SHARE),--slow-share $(SHARE))
 
 # Megatron-Core 0.19 declares Python 3.12 and needs triton; both lie beside the environment, not in it.
 build/megatron-next: requirements/megatron-next.txt

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.pool import RankPool
+from tests.shares import pytest_addoption, pytest_collection_modifyitems
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems"]
 
 
 @pytest.fixture(scope="session")

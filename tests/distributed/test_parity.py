@@ -137,30 +137,30 @@ def test_layout_of_latent_attention_equals_one_process(models: Models, name: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", LARGE_LAYOUTS)
-def test_large_layout_equals_one_process(models: Models, name: str, objective: ObjectiveName) -> None:
-    _check(models, "wide" if name == "TP4" else "tied", name, LARGE_LAYOUTS[name], objective)
+def test_large_layout_equals_one_process(models: Models, name: str) -> None:
+    for objective in OBJECTIVES:
+        _check(models, "wide" if name == "TP4" else "tied", name, LARGE_LAYOUTS[name], objective)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ROLES)
 @pytest.mark.parametrize("name", ["CP4-p2p", "CP4-all-gather", "TP2-SP-CP2", "TP2-SP-PP2-VPP2", "TP2-SP-PP2-CP2"])
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
 def test_large_layout_with_windows_equals_one_process(
     models: Models, kind: str, name: str, objective: ObjectiveName
 ) -> None:
-    _check(models, kind, name, LARGE_LAYOUTS[name], objective, ROLES)
+    for objective in ROLES:
+        _check(models, kind, name, LARGE_LAYOUTS[name], objective, ROLES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", LARGE_MOE_LAYOUTS)
 @pytest.mark.parametrize("kind", ["qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"])
 def test_large_layout_of_experts_equals_one_process(
     models: Models, kind: str, name: str, objective: ObjectiveName
 ) -> None:
-    _check(models, kind, name, LARGE_MOE_LAYOUTS[name], objective)
+    for objective in OBJECTIVES:
+        _check(models, kind, name, LARGE_MOE_LAYOUTS[name], objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
