@@ -146,9 +146,7 @@ def test_large_layout_equals_one_process(models: Models, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["CP4-p2p", "CP4-all-gather", "TP2-SP-CP2", "TP2-SP-PP2-VPP2", "TP2-SP-PP2-CP2"])
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
-def test_large_layout_with_windows_equals_one_process(
-    models: Models, kind: str, name: str, objective: ObjectiveName
-) -> None:
+def test_large_layout_with_windows_equals_one_process(models: Models, kind: str, name: str) -> None:
     for objective in ROLES:
         _check(models, kind, name, LARGE_LAYOUTS[name], objective, ROLES)
 
@@ -156,9 +154,7 @@ def test_large_layout_with_windows_equals_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE_MOE_LAYOUTS)
 @pytest.mark.parametrize("kind", ["qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"])
-def test_large_layout_of_experts_equals_one_process(
-    models: Models, kind: str, name: str, objective: ObjectiveName
-) -> None:
+def test_large_layout_of_experts_equals_one_process(models: Models, kind: str, name: str) -> None:
     for objective in OBJECTIVES:
         _check(models, kind, name, LARGE_MOE_LAYOUTS[name], objective)
 
