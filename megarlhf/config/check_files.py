@@ -48,7 +48,7 @@ def _read_object(path: Path, owner: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{owner} has no {path.name}: give the directory of a Hugging Face checkpoint"]
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, [f"{owner} has a {path.name} that cannot be read as JSON ({error}): repair or download it again"]
     if not isinstance(value, dict):
         return {}, [f"{owner} has a {path.name} that is not a JSON object: repair or download it again"]
@@ -63,8 +63,8 @@ def _weight_errors(key: str, directory: Path) -> list[str]:
         return [f"{key}={directory} has no *.safetensors (no other weights are loaded): convert with save_pretrained"]
     content, errors = _read_object(index, f"{key}={directory}")
     shards = content.get("weight_map")
-    if errors or not isinstance(shards, dict):
-        return errors or [f"{key}={directory} has an {index.name} without weight_map: download it again"]
+    if errors or not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        return errors or [f"{key}={directory} has an {index.name} without weight_map, file of each tensor: repair it"]
     missing = sorted({shard for shard in shards.values() if not (directory / shard).is_file()})
     if not missing:
         return []

@@ -22,6 +22,24 @@ def read_json_object(path: Path, source: str) -> dict[str, Any]:
     return value
 
 
+def broken_file(directory: Path) -> str | None:
+    """What is wrong with the first of a directory's small files that cannot be read; None where none is.
+
+    For the errors of libraries that do not say which file they read.
+    """
+    for path in sorted(directory.glob("*.json")):
+        try:
+            read_json_object(path, str(directory))
+        except ValueError as error:
+            return str(error)
+    for path in sorted(directory.glob("*.jinja")):
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            return f"{directory}; {path.name} is no UTF-8 text ({error}): repair it"
+    return None
+
+
 def one_line(error: BaseException) -> str:
     """A library's error as a part of one sentence: its kind and what it says, at most 300 characters."""
     text = " ".join(str(error).split())

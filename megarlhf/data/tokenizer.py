@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from megarlhf.data.json_files import read_json_object
+from megarlhf.data.json_files import broken_file, one_line, read_json_object
 from megarlhf.data.token_ids import token_text
+
+_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")  # how a tokenizer's files begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,16 @@ def load_tokenizer(path: str, *, chat_template: str | None) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     # tokenizers, the Rust library, raises a bare Exception for a broken tokenizer.json.
     except Exception as error:
+        names = sorted(file.name for file in Path(path).glob("*") if file.name.startswith(_FILES))
+        told = broken_file(Path(path)) or f"{one_line(error)}; its files are {', '.join(names) or 'missing'}"
         raise ValueError(
-            f"tokenizer={path} cannot be loaded ({type(error).__name__}: {error}); it is a directory with the files of "
-            "a Hugging Face tokenizer: set tokenizer, or pretrain when tokenizer is unset"
+            f"tokenizer={path} cannot be loaded ({told}); it is a directory with the files of a Hugging Face "
+            "tokenizer: set tokenizer, or pretrain when tokenizer is unset"
         ) from error
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise ValueError(
+            f"tokenizer={path}; tokenizer_config.json has chat_template={tokenizer.chat_template!r}: it is Jinja text"
+        )
     if chat_template is not None:
         own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         tokenizer.chat_template = own[chat_template] if chat_template in own else read_template(chat_template)

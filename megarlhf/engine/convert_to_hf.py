@@ -218,7 +218,7 @@ def _locate(model: CutModel, reader: TorchDistReader) -> list[GlobalWeight]:
             place = replace(place, region=replace(place.region, shape=(rows, *place.shape[1:])))
             expected = (max(rows, size[0]), *expected[1:])
         if size != expected:
-            problems.append(f"{place.key} has shape {size}, the configuration says {expected}")
+            problems.append(f"{place.key} has shape {size}, config.json says {expected}")
         found.append(place)
     keys = {place.key for place in found}
     unknown = [k for k in reader.tensors if k not in keys and not k.startswith(("optimizer.", "chained_"))]

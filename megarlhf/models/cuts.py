@@ -4,6 +4,7 @@ Nothing here repeats what Megatron-Core knows: each rank's model is built in a f
 asked for its sharded state.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,6 +101,8 @@ def cut_model(
         ValueError: the layout does not fit the model.
     """
     check_layout(arch, hf, tensor=tensor, pipeline=pipeline, expert=expert)
+    without_rope = copy.copy(hf)
+    without_rope.rope_parameters = {}  # positions cut no weight, and Megatron-Core may lack the model's kind
     sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, expert=expert)
     found: dict[tuple[str, ...], _Found] = {}
     objects: dict[str, Any] = {}
@@ -108,7 +111,7 @@ def cut_model(
     options = ModelOptions(sequence_parallel=tensor > 1)  # it cuts no weight, and some models cannot be built without
     for rank in range(world_size):
         with fake_world(sizes, rank=rank, world_size=world_size) as ranks:
-            chunks, _ = build_model(arch, hf, ranks, options, head=head, seed=0)
+            chunks, _ = build_model(arch, without_rope, ranks, options, head=head, seed=0)
             weights = ModelWeights(chunks, arch, hf, ranks, head=head)
             names = names or weights
             exported = {id(bound.param): bound.weight for bound in weights.bound if bound.exported}

@@ -149,6 +149,8 @@ def _check_rope(rope: dict[str, Any]) -> list[str]:
     errors = []
     if rope.get("rope_type", "default") not in ("default", "yarn"):
         errors.append(f"rope_type={rope['rope_type']}; Megatron-Core's latent attention offers default and yarn")
+    if rope.get("rope_type") == "yarn" and rope.get("factor") is None:
+        errors.append("YaRN's factor is missing; Megatron-Core does not work it out of max_position_embeddings")
     if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
         errors.append("only one of mscale and mscale_all_dim is set; Megatron-Core reads that otherwise: set both")
     if rope.get("attention_factor") is not None:

@@ -46,6 +46,8 @@ def read_config(directory: str | Path, *, option: str = "pretrain") -> HFConfig:
     except Exception as error:  # its fields are checked by code of many kinds, which raises errors of many kinds
         raise ValueError(f"{source}; Transformers refuses config.json ({one_line(error)}): repair it") from error
     sizes = {name: getattr(config, name, 1) for name in _SIZES}
+    if getattr(config, "head_dim", None) is not None:
+        sizes["head_dim"] = config.head_dim
     wrong = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
     if wrong:
         raise ValueError(f"{source}; config.json has {', '.join(wrong)}: sizes are integers from 1 on")
@@ -67,7 +69,8 @@ class HFWeights:
         self.files = sorted(set(weight_map.values())) or ["model.safetensors"]
         missing = [name for name in self.files if not (self.directory / name).is_file()]
         if missing:
-            raise ValueError(f"{self.source}; missing weight files {missing} (only safetensors are read)")
+            named = f", which {INDEX} names" if weight_map else ""
+            raise ValueError(f"{self.source}; missing weight files {missing}{named} (only safetensors are read)")
         self._files: dict[str, Any] = {}
         for name in self.files:
             try:

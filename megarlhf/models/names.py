@@ -54,12 +54,10 @@ def check_names(arch: ArchSpec, hf: HFConfig, source: HFWeights, head: str) -> N
         problems.append("tie_word_embeddings=False, so the output layer is not the embedding")
     problems += [f"unknown {shortened(unknown)}"] if unknown else []
     wrong = [name for name in shapes if name in present and source.shape(name) != shapes[name]]
-    problems += [
-        f"{name} has shape {source.shape(name)}, the configuration says {shapes[name]}" for name in wrong[:8]
-    ]
+    problems += [f"{name} has shape {source.shape(name)}, config.json says {shapes[name]}" for name in wrong[:8]]
     problems += [f"{len(wrong) - 8} more have other shapes"] if len(wrong) > 8 else []
     if problems:
-        raise ValueError(f"{source.source}; weights do not fit {arch.hf_class}: " + "; ".join(problems))
+        raise ValueError(f"{source.source}; weights do not fit config.json ({arch.hf_class}): " + "; ".join(problems))
 
 
 def stored_dtypes(arch: ArchSpec, hf: HFConfig, source: HFWeights, head: str) -> dict[str, torch.dtype]:
@@ -71,9 +69,7 @@ def stored_dtypes(arch: ArchSpec, hf: HFConfig, source: HFWeights, head: str) ->
         ValueError: a dtype that weights are not trained from.
     """
     present = set(source.names())
-    found = {
-        name: source.dtype(name if name in present else EMBEDDING) for name in model_shapes(arch, hf, head)
-    }
+    found = {name: source.dtype(name if name in present else EMBEDDING) for name in model_shapes(arch, hf, head)}
     wrong = sorted(name for name, dtype in found.items() if dtype not in _DTYPES)
     if wrong:
         kinds = sorted({found[name] for name in wrong})

@@ -1,6 +1,7 @@
 """The supported architectures, by their Hugging Face class."""
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -28,7 +29,7 @@ def find_architecture(config: HFConfig) -> ArchSpec:
     name = (config.architectures or ["none"])[0]
     arch = ARCHITECTURES.get(name) or _REWARD_CLASSES.get(name)
     if arch is None:
-        raise ValueError(f"architecture {name} has no table; supported: {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"config.json: architecture {name} has no table; supported: {', '.join(ARCHITECTURES)}")
     taken = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     errors = []
     if taken != arch.hf_class:
@@ -50,7 +51,7 @@ def check_computing(arch: ArchSpec, config: HFConfig) -> None:
 
 def _refuse(config: HFConfig, errors: list[str]) -> None:
     if errors:
-        raise ValueError(f"architecture {config.architectures[0]}: " + "; ".join(errors))
+        raise ValueError(f"config.json: architecture {config.architectures[0]}: " + "; ".join(errors))
 
 
 def _judged(arch: ArchSpec, config: HFConfig, judge: Callable[[ArchSpec, HFConfig], list[str]]) -> list[str]:
@@ -58,7 +59,7 @@ def _judged(arch: ArchSpec, config: HFConfig, judge: Callable[[ArchSpec, HFConfi
     try:
         return judge(arch, config)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return [f"config.json has values that cannot be worked with ({one_line(error)})"]
+        return [f"it has values that cannot be worked with ({one_line(error)})"]
 
 
 def _weight_errors(arch: ArchSpec, config: HFConfig) -> list[str]:
@@ -66,18 +67,35 @@ def _weight_errors(arch: ArchSpec, config: HFConfig) -> list[str]:
     sizes = arch.dimensions(config)
     wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 0]
     if wrong:
-        errors.append(f"config.json makes sizes of {', '.join(wrong)}")
+        errors.append(f"it makes sizes of {', '.join(wrong)}")
     if arch.moe_layers is not None:
         arch.moe_layers(config)
     return errors
 
 
 def _computing_errors(arch: ArchSpec, config: HFConfig) -> list[str]:
-    errors = arch.check(config)
+    errors = _rope_errors(config.rope_parameters or {}) or arch.check(config)
     if not errors:
         arch.derived_config(config)
         arch.additions(config)
     return errors
+
+
+def _rope_errors(rope: dict[str, Any]) -> list[str]:
+    """Transformers merely warns of such values, and fails later or computes with something else."""
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+    values = [(key, value) for part in parts for key, value in part.items() if not isinstance(value, dict | None)]
+    texts, switches = ("rope_type", "type"), ("truncate",)
+    wrong = [
+        f"{key}={value!r}"
+        for key, value in values
+        if not isinstance(value, str if key in texts else bool if key in switches else int | float)
+        or (isinstance(value, int | float) and not 0 <= value < float("inf"))
+        or (key in ("rope_theta", "factor") and not value)
+    ]
+    errors = [f"rope_parameters has {', '.join(wrong)}: numbers above 0 and the name of a type"] if wrong else []
+    shares = [value for key, value in values if key == "partial_rotary_factor" and value != 1]
+    return errors + [f"partial_rotary_factor={share}; these models turn all of a head's channels" for share in shares]
 
 
 def check_engine_head(arch: ArchSpec, config: HFConfig, source: HFWeights) -> None:

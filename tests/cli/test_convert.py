@@ -155,7 +155,7 @@ def test_megatron_checkpoint_of_another_architecture(
         "does not hold this Qwen2ForCausalLM" in said
         and "missing decoder.layers.self_attention.linear_qkv.bias" in said
     )
-    assert "decoder.layers.mlp.linear_fc1.weight has shape (4, 192, 64), the configuration says (2, 192, 64)" in said
+    assert "decoder.layers.mlp.linear_fc1.weight has shape (4, 192, 64), config.json says (2, 192, 64)" in said
 
 
 @pytest.mark.parametrize(

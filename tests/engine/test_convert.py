@@ -134,7 +134,7 @@ COMPUTED_ELSEWHERE: list[tuple[str, dict[str, object]]] = [
 def test_what_only_training_cannot_do_is_converted(tmp_path: Path, family: str, options: dict[str, object]) -> None:
     """Weights lie alike, however the model computes with them."""
     source = make_model(tmp_path / "model", family=family, **options)
-    with pytest.raises(ValueError, match="^architecture "):
+    with pytest.raises(ValueError, match="^config.json: architecture "):
         check_weights((str(source), LayoutArguments()))
     result = to_hf(to_megatron(source, tmp_path / "megatron", VERIFIED, tensor=2), tmp_path / "hf", VERIFIED)
     assert_equal(tensors(result), tensors(source))
