@@ -74,11 +74,11 @@ def main_weight(optimizer: Any, parameter: Any) -> Tensor:
     With the distributed optimizer each rank holds a part; all ranks that share the parameter call it together, after
     the engine's `settle()`.
     """
-    main = getattr(parameter, "main_param", None)
     if parameter.dtype == torch.float32:
         return parameter.data
     if not optimizer.config.use_distributed_optimizer:
-        return main.data
+        return parameter.main_param.data
+    main = getattr(parameter, "main_param", None)  # None: all of it lies on other ranks
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     if main is not None:
         (holder,) = (part for part in optimizer.chained_optimizers if parameter in part.model_param_gbuf_map)

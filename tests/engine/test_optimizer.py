@@ -315,14 +315,14 @@ def everything(engine: MegatronEngine) -> dict[str, Tensor]:
             state[f"{part}.{number}.rate"] = torch.tensor((group["lr"], group["weight_decay"]), dtype=torch.float64)
             for place, main in enumerate(group["params"]):
                 state[f"{part}.{number}.{place}"] = main.detach().clone()
-                for name, value in inner.optimizer.state[main].items():
+                for name, value in inner.optimizer.state.get(main, {}).items():
                     state[f"{part}.{number}.{place}.{name}"] = torch.as_tensor(value).clone()
     return state
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name, value in one.items() if not torch.equal(value, other[name])]
+    same = {name for name in one.keys() & other.keys() if torch.equal(one[name], other[name])}
+    return sorted((one.keys() | other.keys()) - same)
 
 
 def spoil_after_reduction(engine: MegatronEngine) -> Callable[[], None]:
@@ -354,9 +354,11 @@ def refused_steps(
         for seed in range(2):
             before = everything(engine)
             for value, poisoned_rank in ((math.nan, world_size - 1), (math.inf, None)):
-                with pytest.raises(NonFiniteError, match="gradient norm"):
+                with pytest.raises(NonFiniteError):
                     step(engine, 7, poisoned(value, poisoned_rank))
                 left += [f"refused {seed}: {name}" for name in differing(before, everything(engine))]
+            if left:
+                return left  # nothing that follows means anything
             with pytest.raises(NonFiniteError, match="loss=nan"):
                 step(engine, 7, without_loss(world_size - 1))
             left += [f"no loss {seed}: {name}" for name in differing(before, everything(engine))]
