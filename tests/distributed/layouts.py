@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megarlhf.engine.engine import MegatronEngine, PackingOptions
@@ -149,14 +149,18 @@ def build(
     optimizer: bool = True,
     total_steps: int = 20,
     temperature: float = 1.0,
+    options: OptimizerOptions | None = None,
 ) -> MegatronEngine:
-    """An engine in the present world."""
-    options = OptimizerOptions(
+    """An engine in the present world; `options` are the optimizer's, but for what the layout says."""
+    options = options or OptimizerOptions(
         learning_rate=1e-3,
         total_steps=total_steps,
         lr_warmup_ratio=0.0,
         lr_decay_style="constant",
         adam_eps=1e-4,  # large, so that a step is a smooth function of the gradient
+    )
+    options = replace(
+        options,
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap,

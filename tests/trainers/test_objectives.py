@@ -12,6 +12,7 @@ from torch import Tensor
 
 import megarlhf.trainers
 from megarlhf.algos.kl import KLEstimator
+from megarlhf.algos.losses import policy_loss
 from megarlhf.data.types import MicroBatch
 from megarlhf.engine.objective import Objective, TokenOutputs
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
@@ -254,3 +255,11 @@ def test_a_ratio_that_overflows_is_infinite_in_the_metric_alone() -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     gradient = outputs["log_probs"].grad
     assert gradient is not None and not gradient.any()
+
+
+def test_a_ratio_that_overflows_where_nothing_is_cut_off_is_no_quiet_step() -> None:
+    """A bad token of ratio exp(200) without a dual bound: the norm of its gradient is infinite in float32."""
+    log_probs, old, bad = torch.tensor([-1.0], requires_grad=True), torch.tensor([-201.0]), torch.tensor([-2.0])
+    loss, clipped = policy_loss(log_probs, old, bad, clip_eps_low=0.25, clip_eps_high=0.55, dual_clip=None)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert not clipped and gradient.square().sum().item() == math.inf
