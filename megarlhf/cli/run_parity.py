@@ -44,14 +44,14 @@ _MOST_MOVEMENT = 0.5  # whatever bfloat16 allows: no step at all is off by 1, a 
 def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Start the ranks with the same arguments, or compute as one of them; returns the exit status."""
     if dry_run:
-        print(to_yaml(config))
+        print(to_yaml(config) + f"\n{config.world_size} rank(s) of the layout, beside one process")
         return 0
     if _DIRECTORY in os.environ:
         return _run_rank(config, Path(os.environ[_DIRECTORY]))
     check_weights((config.model.pretrain, config.layout))
     with TemporaryDirectory(prefix="megarlhf-parity-") as directory:
         os.environ[_DIRECTORY] = directory
-        phases = {"reference": 1, "bf16": 1, "layout": config.parity.num_gpus_per_node}
+        phases = {"reference": 1, "bf16": 1, "layout": config.world_size}
         if not config.model.bf16:
             del phases["bf16"]
         for os.environ[_PHASE], world_size in phases.items():

@@ -5,6 +5,7 @@ unique across the groups of a configuration, so flags are flat (`--tensor-model-
 `config.layout.tensor_model_parallel_size`. Defaults stand here and in layouts.py, and nowhere else.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -366,8 +367,9 @@ class SFTDataArguments:
 class ParityArguments:
     """What is compared."""
 
-    num_gpus_per_node: int = 1
-    """Ranks of the layout, all on this machine: one GPU each, or one process each."""
+    num_gpus_per_node: int | None = None
+    """Ranks of the layout, all on this machine: one GPU each, or one process each. None: as few as the layout takes,
+    TP * PP * CP, or the next multiple of it that EP * ETP * PP divides. Give twice as many to see data parallelism."""
     objectives: tuple[Literal["sft", "actor", "critic"], ...] = ("sft", "actor", "critic")
     """Losses to run: supervised, the PPO policy's, the critic's."""
     num_groups: int = 3
@@ -389,6 +391,18 @@ class ParityConfig:
     model: ModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     parity: ParityArguments = field(default_factory=ParityArguments)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the layout: those asked for, or the fewest that hold whole models and whole sets of experts."""
+        layout = self.layout
+        tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+        expert_tensor = layout.expert_tensor_parallel_size or tensor
+        fewest = math.lcm(
+            tensor * pipeline * layout.context_parallel_size,
+            layout.expert_model_parallel_size * expert_tensor * pipeline,
+        )
+        return fewest if self.parity.num_gpus_per_node is None else self.parity.num_gpus_per_node
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,8 +138,8 @@ def check_parity(config: ParityConfig, supported_architectures: Sequence[str] = 
     models, errors = _models(config.model, supported_architectures, uses_critic=False)
     errors += limit_errors(config)
     errors += shared_errors(layout) + layout_errors(layout, models)
-    world_size = parity.num_gpus_per_node
-    errors += world_errors(f"num_gpus_per_node={world_size}", world_size, layout, 3 * parity.num_groups)
+    name = f"num_gpus_per_node={parity.num_gpus_per_node}"
+    errors += world_errors(name, config.world_size, layout, 3 * parity.num_groups)
     if parity.share_prompt_prefix:
         errors += shared_prefix_errors(layout.context_parallel_size)
     if config.model.moe_aux_loss_coeff:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megarlhf.config.arguments import ParityConfig, PPOConfig, SFTConfig
+from megarlhf.config.check_layout import world_errors
 from megarlhf.config.checks import SUPPORTED_ARCHITECTURES, ConfigError, check_parity, check_ppo, check_sft, raise_if
 from megarlhf.config.command_line import from_dict
 
@@ -164,7 +165,32 @@ def test_the_critic_has_its_own_layout_or_the_actors() -> None:
 def test_mistakes_of_a_comparison(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     base = {"pretrain": write_model(tmp_path / "model"), "num_gpus_per_node": 2}
     assert check_parity(from_dict(ParityConfig, base)) == []
+    derived = {"pretrain": base["pretrain"], "tensor_model_parallel_size": 2, "context_parallel_size": 2}
+    assert check_parity(from_dict(ParityConfig, derived)) == []
+    derived |= {"num_gpus_per_node": 2}
+    assert "num_gpus_per_node=2 makes 2 ranks, no multiple" in only(check_parity(from_dict(ParityConfig, derived)))
     assert said in only(check_parity(from_dict(ParityConfig, base | changes)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        ({}, 1),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3, "context_parallel_size": 5}, 30),
+        ({"expert_model_parallel_size": 4}, 4),
+        ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 3}, 6),  # ETP is as TP
+        ({"expert_model_parallel_size": 3, "expert_tensor_parallel_size": 1, "tensor_model_parallel_size": 2}, 6),
+        ({"expert_model_parallel_size": 4, "context_parallel_size": 6, "pipeline_model_parallel_size": 5}, 60),
+        ({"tensor_model_parallel_size": 2, "num_gpus_per_node": 8}, 8),
+    ],
+    ids=str,
+)
+def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, Any], ranks: int) -> None:
+    config = from_dict(ParityConfig, {"pretrain": "x", **layout})
+    assert config.world_size == ranks
+    assert world_errors("", ranks, config.layout, 8 * ranks) == []
+    fewer = [n for n in range(1, ranks) if not world_errors("", n, config.layout, 8 * ranks)]
+    assert fewer == [] or "num_gpus_per_node" in layout
 
 
 # One change, and what the single resulting mistake must say: its key, and the numbers that matter.
