@@ -195,15 +195,18 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     )
     try:
         sinks.phase("start")
-        with running(), launch.start(
-            config,
-            plan,
-            reward=reward,
-            stop_token_ids=stop_tokens,
-            share_prompt_prefix=bool(batch.share_prompt_prefix),
-            identity=identity,
-            timers=timers,
-        ) as cluster:
+        with (
+            running(),
+            launch.start(
+                config,
+                plan,
+                reward=reward,
+                stop_token_ids=stop_tokens,
+                share_prompt_prefix=bool(batch.share_prompt_prefix),
+                identity=identity,
+                timers=timers,
+            ) as cluster,
+        ):
             stop.listen()  # starting Ray takes SIGTERM
             state = LoopState.fresh(config.algorithm)
             if config.logging.load is not None:
@@ -214,6 +217,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     finally:
         sinks.close()
         reward.close()
-    page, picture = write_report(directory, f"megarlhf ppo: {directory.name}")
+    with running():
+        page, picture = write_report(directory, f"megarlhf ppo: {directory.name}")
     print(f"model: {directory / 'hf'}\nreport: {page} and {picture}")
     return 0

@@ -157,6 +157,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
             sinks.close()
         destroy_groups()
     if rank == 0:
-        page, picture = write_report(directory, f"megarlhf sft: {directory.name}")
+        with running():
+            page, picture = write_report(directory, f"megarlhf sft: {directory.name}")
         print(f"{data.num_dropped} rows dropped\nmodel: {directory / 'hf'}\nreport: {page} and {picture}")
     return 0

@@ -71,7 +71,7 @@ def reward_func(queries, prompts, labels):
 # A reward function that answers in place of the worker: responses that begin with "!" are written, as Latin-1, into
 # every pipe that it can write to, with the number of the call in them.
 INTRUDER = """
-import fcntl, os, stat
+import fcntl, os, stat, time
 def pipes():
     for fd in range(3, 32):
         try:
@@ -204,8 +204,8 @@ def test_garbage_in_the_pipe_is_no_result(
 
 
 def test_an_answer_left_over_is_not_that_of_the_next_call(make_scorer: MakeScorer) -> None:
-    """A whole answer of the right shape in front of the real one, which then waits in the pipe."""
-    scorer = make_scorer(INTRUDER)
+    """A whole answer of the right shape, and the real one 0.3 s after it, which then waits in the pipe."""
+    scorer = make_scorer(INTRUDER.replace("os.write(fd, text)", "os.write(fd, text); time.sleep(0.3)"))
     forged = '!{"id": NUMBER, "rewards": [9.0], "reasons": [null]}\n'
     assert rewards(scorer, forged) == [9.0]
     assert rewards(scorer, "ab") == [2.0]

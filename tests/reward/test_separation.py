@@ -42,7 +42,7 @@ def reward_func(queries, prompts, labels):
 """
 # Prints what a process that APART has kept apart can do to another process of its user.
 TRY = """
-import ctypes, os, signal, subprocess, sys, tempfile, time
+import ctypes, os, shutil, subprocess, sys, tempfile, time
 from megarlhf.reward.separation import enter_landlock, separate
 def attempt(name, function):
     try:
@@ -51,12 +51,11 @@ def attempt(name, function):
         print(name, error.strerror)
     else:
         print(name, "ok")
-folder = tempfile.mkdtemp()
-os.chmod(folder, 0o777)
 if AS_NOBODY:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
     ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: as a program that this user has started
 other = subprocess.Popen(["/bin/sleep", "60"], stdout=subprocess.DEVNULL, env={"NAME": "VALUE"})
+folder = tempfile.mkdtemp()
 while not open(f"/proc/{other.pid}/environ").read():
     time.sleep(0.01)
 sys.stdout.flush()
@@ -73,6 +72,7 @@ if tester == 0:
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(tester, 0)[1]) == 7
 other.kill()
+shutil.rmtree(folder)
 """
 
 
