@@ -78,7 +78,7 @@ def main_weight(optimizer: Any, parameter: Any) -> Tensor:
         return parameter.data
     if not optimizer.config.use_distributed_optimizer:
         return parameter.main_param.data
-    main = getattr(parameter, "main_param", None)  # None: all of it lies on other ranks
+    main: Any = getattr(parameter, "main_param", None)  # None: all of it lies on other ranks
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     if main is not None:
         (holder,) = (part for part in optimizer.chained_optimizers if parameter in part.model_param_gbuf_map)

@@ -51,7 +51,8 @@ def check_computing(arch: ArchSpec, config: HFConfig) -> None:
 
 def _refuse(config: HFConfig, errors: list[str]) -> None:
     if errors:
-        raise ValueError(f"config.json: architecture {config.architectures[0]}: " + "; ".join(errors))
+        architecture = (config.architectures or ["none"])[0]
+        raise ValueError(f"config.json: architecture {architecture}: " + "; ".join(errors))
 
 
 def _judged(arch: ArchSpec, config: HFConfig, judge: Callable[[ArchSpec, HFConfig], list[str]]) -> list[str]:

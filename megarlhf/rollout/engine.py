@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -85,7 +86,7 @@ class RolloutEngine:
         Raises:
             ValueError: the model knows fewer positions than max_model_len.
         """
-        config, _ = read_checkpoint(model_dir, option="model_dir")
+        config, _ = read_checkpoint(Path(model_dir), option="model_dir")
         if max_model_len > config.max_position_embeddings:  # vLLM's own error cannot be pickled, so Ray would lose it
             raise ValueError(
                 f"max_model_len={max_model_len} is more than max_position_embeddings={config.max_position_embeddings} "

@@ -157,13 +157,12 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: list[Trai
     """What one process computes, for `compare`; the engine takes a step."""
 
     def record(quantity: str, parts: Iterator[Part]) -> None:
-        with TensorFile.create(
-            directory / f"{quantity}.safetensors", engine.weights.tensor_specs(torch.float32)
-        ) as file:
+        with TensorFile.create(directory / f"{quantity}.safetensors", specs) as file:
             for hf_name, index, part in parts:
                 file.view(hf_name)[index] = part
 
     directory.mkdir()
+    specs = engine.weights.tensor_specs(dict.fromkeys(engine.weights.hf_shapes, torch.float32))
     forward = _forward(engine, rows)
     found = _train(engine, name, anchored(rows, forward), record) | {"forward": forward}
     tokens = {
