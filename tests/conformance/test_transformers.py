@@ -80,14 +80,22 @@ def sft_gradients(
     return log_probs, {name: g for name, g in gradients.items() if not name.endswith("e_score_correction_bias")}
 
 
+Oracle = tuple[Path, list[torch.Tensor], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """A model, and what Transformers computes with it."""
+    root = tmp_path_factory.mktemp("conformance")
+    directory = make_model(root / "model", **MODELS[request.param])
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    return directory, *sft_gradients(model, 0.8, root / "gradients")
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("name", MODELS)
-def test_log_probs_and_gradients(ranks: RankPool, tmp_path: Path, name: str, packing: str) -> None:
-    directory = make_model(tmp_path / "model", **MODELS[name])
+def test_log_probs_and_gradients(ranks: RankPool, oracle: Oracle, packing: str) -> None:
+    directory, expected, gradients = oracle
     result: Result = ranks.run(1, conformance_case, PACKINGS[packing], directory, "sft", 0.8)[0]
-    expected, gradients = sft_gradients(
-        AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager"), 0.8, tmp_path / "gradients"
-    )
     for row, log_probs in enumerate(expected):
         torch.testing.assert_close(result.forward[row], log_probs, atol=1e-5, rtol=0)
     found = assemble([result.gradients])

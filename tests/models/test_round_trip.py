@@ -25,29 +25,61 @@ CASES += [(family, False, name) for family in ("deepseek-v2", "deepseek-v3") for
 ALL_LAYOUTS = DENSE | MOE | LATENT
 
 
-def round_trip(
-    rank: int, world_size: int, init_method: str, layout: Layout, source: Path, target: Path
-) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Load, write a weight file from every rank, stream the same weights, and read them from the ranks' memory."""
+Tensors = dict[str, bytes]
+
+
+def round_trips(
+    rank: int, world_size: int, init_method: str, layout: Layout, sources: list[Path]
+) -> list[tuple[Tensors, Tensors]]:
+    """Load each model, write a file from every rank, stream the weights, and read them from the ranks' memory."""
+    with world(layout, rank, init_method):
+        return [round_trip(rank, layout, source) for source in sources]
+
+
+def round_trip(rank: int, layout: Layout, source: Path) -> tuple[Tensors, Tensors]:
     import torch.distributed as dist
 
-    with world(layout, rank, init_method):
-        engine = build(layout, source, optimizer=False)
-        if rank == 0:
-            TensorFile.create(target, engine.weights.tensor_specs(engine.source_dtypes)).close()
-        dist.barrier()
-        engine.weights.write(TensorFile.open(target, writable=True))
-        stream = {name: tensor.numpy().tobytes() for name, tensor in engine.weights.iter_hf_weights()}
-        return stream, {name: tensor.numpy().tobytes() for name, tensor in read_shared(SharedWeights(engine)).items()}
+    engine, target = build(layout, source, optimizer=False), source / "out.safetensors"
+    if rank == 0:
+        TensorFile.create(target, engine.weights.tensor_specs(engine.source_dtypes)).close()
+    dist.barrier()
+    engine.weights.write(TensorFile.open(target, writable=True))
+    stream = {name: tensor.numpy().tobytes() for name, tensor in engine.weights.iter_hf_weights()}
+    return stream, {name: tensor.numpy().tobytes() for name, tensor in read_shared(SharedWeights(engine)).items()}
+
+
+class RoundTrips:
+    """Results by layout: a world is set up once for all models that are tried in it."""
+
+    def __init__(self, ranks: RankPool, root: Path) -> None:
+        self._ranks, self._root = ranks, root
+        self._found: dict[str, dict[tuple[str, bool], list[tuple[Tensors, Tensors]]]] = {}
+
+    def directory(self, family: str, tied: bool, name: str) -> Path:
+        """Where the model lies, and what the ranks have written of it."""
+        return self._root / f"{family}-{tied}-{name}"
+
+    def found(self, family: str, tied: bool, name: str) -> list[tuple[Tensors, Tensors]]:
+        """By rank what it has streamed and shared."""
+        if name not in self._found:
+            models = [(family, tied) for family, tied, layout in CASES if layout == name]
+            sources = [
+                make_model(self.directory(family, tied, name), family=family, tied=tied) for family, tied in models
+            ]
+            by_rank = self._ranks.run(ALL_LAYOUTS[name].world_size, round_trips, ALL_LAYOUTS[name], sources)
+            self._found[name] = dict(zip(models, map(list, zip(*by_rank, strict=True)), strict=True))
+        return self._found[name][family, tied]
+
+
+@pytest.fixture(scope="module")
+def trips(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> RoundTrips:
+    return RoundTrips(ranks, tmp_path_factory.mktemp("round_trips"))
 
 
 @pytest.mark.parametrize(("family", "tied", "name"), CASES)
-def test_round_trip_is_bit_exact(ranks: RankPool, tmp_path: Path, family: str, tied: bool, name: str) -> None:
-    layout = ALL_LAYOUTS[name]
-    source = make_model(tmp_path / "model", family=family, tied=tied)
-    target = tmp_path / "out.safetensors"
-    found = ranks.run(layout.world_size, round_trip, layout, source, target)
-    expected, written = load_file(source / "model.safetensors"), load_file(target)
+def test_round_trip_is_bit_exact(trips: RoundTrips, family: str, tied: bool, name: str) -> None:
+    found, directory = trips.found(family, tied, name), trips.directory(family, tied, name)
+    expected, written = load_file(directory / "model.safetensors"), load_file(directory / "out.safetensors")
     assert all(set(names) == set(expected) for names in (written, *(shared for _, shared in found)))
     for tensor_name, tensor in expected.items():
         assert torch.equal(written[tensor_name], tensor), tensor_name
