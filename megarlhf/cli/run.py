@@ -40,14 +40,14 @@ class StopSignal:
 
 def check_weights(
     model: tuple[str, LayoutArguments], *, critic: tuple[str, LayoutArguments] | None = None, generates: bool = False
-) -> "HFConfig":
+) -> list["HFConfig"]:
     """Open the models that are trained: configurations, and the headers of their weights.
 
     Args:
         model, critic: directory and the layout that it is to have.
         generates: vLLM loads the model too.
     Returns:
-        The model's configuration, with what its weights say of the output layer.
+        The configuration of each, the model's first, with what its weights say of the output layer.
     Raises:
         ValueError: an architecture that cannot be trained on this device, weight files that are not whole, or tensors
             that do not fit the configuration.
@@ -78,7 +78,7 @@ def check_weights(
         if generates and head == "lm":
             check_engine_head(arch, config, source)
         opened.append(config)
-    return opened[0]
+    return opened
 
 
 def check_shared_memory(config: "HFConfig", *, bf16: bool) -> None:

@@ -44,6 +44,7 @@ _MOST_MOVEMENT = 0.5  # whatever bfloat16 allows: no step at all is off by 1, a 
 def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Start the ranks with the same arguments, or compute as one of them; returns the exit status."""
     if dry_run:
+        check_weights((config.model.pretrain, config.layout))
         print(to_yaml(config) + f"\n{config.world_size} rank(s) of the layout, beside one process")
         return 0
     if _DIRECTORY in os.environ:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, running
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
@@ -27,7 +28,7 @@ from megarlhf.data.types import Prompt
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
-from megarlhf.models.hf_files import read_config
+from megarlhf.models.hf_files import HFConfig, read_config
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.placement import ModelSizes, PlacementPlan, plan_placement
 from megarlhf.reward.scorer import RewardScorer
@@ -135,14 +136,64 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
     return prompts, evaluation[0].prompts if evaluation else None, tuple(stop.token_id for stop in stops)
 
 
-def _check_models(config: PPOConfig) -> None:
-    """The weights of actor and critic, and where vLLM is to read the actor's."""
+def _check_models(config: PPOConfig) -> list[HFConfig]:
+    """The weights of actor and critic, and where vLLM is to read the actor's; the configuration of each."""
     critic = (config.model.critic_pretrain or config.model.pretrain, config.layout_of("critic"))
     has_critic = config.algorithm.advantage_estimator == "gae"
-    model = check_weights(
+    models = check_weights(
         (config.model.pretrain, config.layout), critic=critic if has_critic else None, generates=True
     )
-    check_shared_memory(model, bf16=config.model.bf16)
+    check_shared_memory(models[0], bf16=config.model.bf16)
+    return models
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads before anything starts."""
+
+    prompts: PromptData
+    eval_prompts: list[Prompt] | None
+    stop_tokens: tuple[int, ...]
+    identity: dict[str, Any]  # what a checkpoint must agree with
+    continued: int | None  # step of the checkpoint to continue from
+
+
+def load_inputs(config: PPOConfig, reward: RewardScorer) -> Inputs:
+    """Read and check all of it, for a dry run too.
+
+    Raises:
+        ConfigError: what is wrong with any of them.
+    """
+    identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
+        "advantage_estimator": config.algorithm.advantage_estimator,
+        "seed": config.model.seed,
+    }
+    (prompts, eval_prompts, stop_tokens), continued, models, _ = all_or_errors(
+        [
+            lambda: load_data(config),
+            lambda: resumed_step(config.logging, identity),
+            lambda: _check_models(config),
+            reward.check,
+        ]
+    )
+    identity |= {"data": data_identity(len(prompts.prompts), prompts.digest)}
+    resumed_step(config.logging, identity)
+    check_disk_space(
+        config.logging,
+        list(zip(models, ("lm", "value"), strict=False)),  # no critic, no value head
+        pretrain=config.model.pretrain,
+        bf16=config.model.bf16,
+        distributed=config.layout.use_distributed_optimizer,
+        first_step=continued or 0,
+        last_step=config.batch.train_iters,
+    )
+    return Inputs(
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        stop_tokens=stop_tokens,
+        identity=identity,
+        continued=continued,
+    )
 
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:
@@ -156,26 +207,13 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         timeout_seconds=config.reward.reward_timeout_seconds,
         passed_variables=config.reward.reward_env,
     )
+    inputs = load_inputs(config, reward)
+    prompts, eval_prompts = inputs.prompts, inputs.eval_prompts
+    config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     if dry_run:
-        reward.check()
         reward.close()
         print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n\n" + plan.table())
         return 0
-    identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
-        "advantage_estimator": config.algorithm.advantage_estimator,
-        "seed": config.model.seed,
-    }
-    (prompts, eval_prompts, stop_tokens), continued, *_ = all_or_errors(
-        [
-            lambda: load_data(config),
-            lambda: resumed_step(config.logging, identity),
-            lambda: _check_models(config),
-            reward.check,
-        ]
-    )
-    identity |= {"data": data_identity(len(prompts.prompts), prompts.digest)}
-    resumed_step(config.logging, identity)
-    config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     batch = config.batch
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
@@ -191,7 +229,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         project=config.logging.wandb_project,
         run_name=config.logging.wandb_run_name,
         config=to_dict(config),
-        resumed_step=continued,
+        resumed_step=inputs.continued,
     )
     try:
         sinks.phase("start")
@@ -201,9 +239,9 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
                 config,
                 plan,
                 reward=reward,
-                stop_token_ids=stop_tokens,
+                stop_token_ids=inputs.stop_tokens,
                 share_prompt_prefix=bool(batch.share_prompt_prefix),
-                identity=identity,
+                identity=inputs.identity,
                 timers=timers,
             ) as cluster,
         ):

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, running
 from megarlhf.cli.local_ranks import MEETING, run_local_ranks
 from megarlhf.cli.resolved import resolved_files
@@ -33,6 +34,7 @@ def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Train as one rank, or start the local ranks with the same arguments; returns the exit status."""
     world = config.sft_cluster.num_gpus_per_node
     if dry_run:
+        _load_inputs(config)
         print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n")
         print(f"{world} local rank(s), {_threads(world)} CPU thread(s) each")
         return 0
@@ -59,7 +61,7 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     identity = model_identity(config.model.pretrain, config.layout) | {"seed": config.model.seed}
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
-    continued, _, data, *evaluation = all_or_errors(
+    continued, models, data, *evaluation = all_or_errors(
         [
             partial(resumed_step, config.logging, identity),
             partial(check_weights, (config.model.pretrain, config.layout)),
@@ -68,7 +70,21 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     )
     identity |= {"data": data_identity(len(data.rows), data.digest)}
     resumed_step(config.logging, identity)
+    check_disk_space(
+        config.logging,
+        [(models[0], "lm")],
+        pretrain=config.model.pretrain,
+        bf16=config.model.bf16,
+        distributed=config.layout.use_distributed_optimizer,
+        first_step=continued or 0,
+        last_step=_total_steps(config, data),
+    )
     return data, evaluation[0] if evaluation else None, identity, continued
+
+
+def _total_steps(config: SFTConfig, data: SFTData) -> int:
+    batch = config.batch
+    return batch.train_iters or max(1, math.floor(len(data.rows) * batch.max_epochs / batch.global_batch_size))
 
 
 def _load(config: SFTConfig, path: str) -> SFTData:
@@ -91,7 +107,7 @@ def _load(config: SFTConfig, path: str) -> SFTData:
 def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -> int:
     data, evaluation, identity, continued = _load_inputs(config)
     batch, layout = config.batch, config.layout
-    total = batch.train_iters or max(1, math.floor(len(data.rows) * batch.max_epochs / batch.global_batch_size))
+    total = _total_steps(config, data)
 
     from megarlhf.engine.engine import MegatronEngine, PackingOptions
     from megarlhf.engine.export import export_hf

@@ -293,7 +293,7 @@ def _description(config_class: type[ConfigT]) -> str:
     return (
         f"{config_class.__doc__}\n\n"
         "  --config FILE.yaml  read options from a file, by flat names or by group; flags win over it\n"
-        "  --dry-run           check the configuration, print it and the plan, and stop\n\n"
+        "  --dry-run           make every check of a run, print the configuration and the plan, and stop\n\n"
         "Names may be written with - or _. OpenRLHF 0.5's flags are understood, or refused with the reason."
     )
 

@@ -89,6 +89,32 @@ def test_one_mistake(flags: Flags, capsys: pytest.CaptureFixture[str], change: F
         assert word in said
 
 
+@pytest.mark.parametrize("dry_run", [{}, {"--dry-run": None}], ids=["run", "dry-run"])
+def test_a_dry_run_makes_every_check_of_a_run(
+    flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry_run: Flags
+) -> None:
+    """Data, weights, checkpoint and reward code, all that is read after the configuration, in one answer."""
+    cut = shutil.copytree(assets / "model", tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    (tmp_path / "raises.py").write_text("def reward_func(queries, prompts, labels): ...\n1 / 0\n")
+    bad = {"--pretrain": str(cut), "--prompt_max_len": "1", "--load": str(checkpoint(tmp_path / "old"))}
+    said = fail(flags | bad | {"--reward_function": str(tmp_path / "raises.py")} | dry_run, capsys)
+    for words in (f"pretrain={cut}", "prompt_max_len=1", "hidden_size: saved 9999", "ZeroDivisionError"):
+        assert words in said, words
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dry_run", [{}, {"--dry-run": None}], ids=["run", "dry-run"])
+def test_too_little_disk(
+    flags: Flags, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dry_run: Flags
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage if "/dev/shm" not in str(path) else plenty)
+    plenty = usage._replace(free=10**12)
+    said = fail(flags | dry_run | {"--advantage_estimator": "gae"}, capsys)
+    assert f"save={flags['--save']}; the disk of" in said and "1 checkpoint(s)" in said and "9.31e-05 GiB free" in said
+
+
 def test_unsupported_architecture_lists_the_supported(
     flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +230,7 @@ def test_supervised_tokens_past_the_vocabulary(
     flags |= {"--global-batch-size": 1, "--micro-batch-size": 1, "--max_len": 16}
     assert train_sft.main([str(word) for pair in flags.items() for word in pair]) == 2
     assert f"{size} '<x>' in row 0 (line 1) of {tmp_path / 'b.jsonl'}" in capsys.readouterr().err
+    flags["--eval_dataset"] = tmp_path / "a.jsonl"
     assert train_sft.main([*(str(word) for pair in flags.items() for word in pair), "--dry-run"]) == 0
     assert re.search(r"end of every row: \d+ '.+' \(the tokenizer's EOS\)", capsys.readouterr().out)
 

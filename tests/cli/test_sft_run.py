@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megarlhf.cli.disk import checkpoint_bytes
 from megarlhf.cli.main import main
 from megarlhf.data.tokenizer import load_tokenizer
 from tests.cluster.runs import metrics, run, start
@@ -57,6 +58,10 @@ def test_two_ranks_learn_evaluate_and_export(flags: Flags, assets: Path, tmp_pat
     assert list(rows) == [1, 2, 3, 4, 5, 6]
     assert rows[6]["sft/loss"] < rows[1]["sft/loss"] and "sft/eval_loss" in rows[6]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("iter_*")
+    size = sum(path.stat().st_size for path in saved.rglob("*.distcp"))
+    counted = checkpoint_bytes(sum(p.numel() for p in model.parameters()), bf16=False, distributed=True)
+    assert counted <= size <= 1.3 * counted, "what the disk is asked for is what a checkpoint takes"
     assert all(torch.isfinite(p).all() for p in model.parameters())
     converted = tmp_path / "converted"
     assert main(["convert", "megatron-to-hf", "--load", str(tmp_path / "run"), "--save", str(converted)]) == 0

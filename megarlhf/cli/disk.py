@@ -1,0 +1,111 @@
+"""Room on the disk for what a run will write: checkpoints and the exported model, known before it starts."""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarlhf.config.arguments import LoggingArguments
+
+if TYPE_CHECKING:
+    from megarlhf.models.hf_files import HFConfig
+
+_GIB = 2**30
+
+
+def checkpoint_bytes(num_parameters: int, *, bf16: bool, distributed: bool) -> int:
+    """Bytes of one checkpoint: weights, AdamW's two moments, and main weights where the optimizer keeps its own.
+
+    Args:
+        num_parameters: of every model that is trained, whatever its layout.
+        distributed: the distributed optimizer, which keeps main weights under fp32 too.
+    """
+    weights, moments = 2 if bf16 else 4, 8
+    main = 4 if bf16 or distributed else 0
+    return num_parameters * (weights + main + moments)
+
+
+def num_checkpoints(*, first_step: int, last_step: int, interval: int | None, keep: int, present: int) -> int:
+    """Checkpoints at a time beyond those that are there: the oldest goes after a newer one is complete.
+
+    Args:
+        first_step: last finished step, from which the run goes on.
+        keep: max_ckpt_num.
+        present: complete ones in the run directory.
+    """
+    if first_step >= last_step:
+        return 0
+    every = interval or last_step
+    saves = last_step // every - first_step // every + (last_step % every > 0)  # the last step is saved in any case
+    return max(1, min(saves + present, keep + 1) - present)
+
+
+def check_disk_space(
+    logging: LoggingArguments,
+    models: Sequence[tuple["HFConfig", str]],
+    *,
+    pretrain: str,
+    bf16: bool,
+    distributed: bool,
+    first_step: int,
+    last_step: int,
+) -> None:
+    """There must be room for the run's checkpoints and the exported model.
+
+    Args:
+        models: configuration and head of each model that is trained.
+        pretrain: directory whose weights the exported model is as large as.
+    Raises:
+        ValueError: there is not; logs and metrics, which are small, are not counted.
+    """
+    from megarlhf.models.hf_files import HFWeights
+    from megarlhf.models.names import model_shapes
+    from megarlhf.models.registry import find_architecture
+
+    save, source = Path(logging.save).absolute(), HFWeights(pretrain)
+    shapes = [model_shapes(find_architecture(config), config, head) for config, head in models]
+    num_parameters = sum(math.prod(shape) for of_model in shapes for shape in of_model.values())
+    root = save / "checkpoints"
+    more = num_checkpoints(
+        first_step=first_step,
+        last_step=last_step,
+        interval=logging.save_interval,
+        keep=logging.max_ckpt_num,
+        present=sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*")),
+    )
+    needs = {
+        root: more * checkpoint_bytes(num_parameters, bf16=bf16, distributed=distributed),
+        save / "hf": sum((source.directory / name).stat().st_size for name in source.files),
+    }
+    what = {root: f"{more} checkpoint(s)", save / "hf": "the exported model"}
+    problems = space_problems(needs, what)
+    if problems:
+        raise ValueError(f"save={logging.save}; {'; '.join(problems)}")
+
+
+def space_problems(needs: Mapping[Path, int], what: Mapping[Path, str]) -> list[str]:
+    """A sentence for each disk that lacks room.
+
+    Args:
+        needs: bytes that come to each place, which need not exist yet.
+        what: what they are.
+    """
+    disks: dict[int, list[Path]] = {}
+    for place in needs:
+        disks.setdefault(os.stat(_existing(place)).st_dev, []).append(place)
+    problems = []
+    for places in disks.values():
+        needed, free = sum(needs[place] for place in places), shutil.disk_usage(_existing(places[0])).free
+        if needed > free:
+            parts = " and ".join(f"{needs[place] / _GIB:.3g} GiB for {what[place]}" for place in places)
+            problems.append(
+                f"the disk of {_existing(places[0])} has {free / _GIB:.3g} GiB free where the run needs "
+                f"{needed / _GIB:.3g} GiB ({parts}): free space, lower max_ckpt_num, or save to another disk"
+            )
+    return problems
+
+
+def _existing(place: Path) -> Path:
+    return next(path for path in (place, *place.parents) if path.exists())

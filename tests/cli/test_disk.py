@@ -1,0 +1,62 @@
+"""What a run will write, in bytes, against what the disk has."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megarlhf.cli.disk import checkpoint_bytes, num_checkpoints, space_problems
+
+
+@pytest.mark.parametrize(
+    ("bf16", "distributed", "each"),
+    [
+        (True, True, 2 + 4 + 4 + 4),
+        (True, False, 2 + 4 + 4 + 4),
+        (False, True, 4 + 4 + 4 + 4),  # the distributed optimizer's main weights
+        (False, False, 4 + 4 + 4),
+    ],
+)
+def test_bytes_of_a_parameter(bf16: bool, distributed: bool, each: int) -> None:
+    assert checkpoint_bytes(7_000_003, bf16=bf16, distributed=distributed) == 7_000_003 * each
+
+
+def kept_at_most(*, first_step: int, last_step: int, interval: int | None, keep: int, present: int) -> int:
+    """The same by playing it through."""
+    there = most = present
+    for step in range(first_step + 1, last_step + 1):
+        if step == last_step or (interval and step % interval == 0):
+            there += 1
+            most = max(most, there)
+            there = min(there, keep)
+    return most - present
+
+
+@pytest.mark.parametrize("keep", [1, 3, 8])
+@pytest.mark.parametrize("interval", [None, 1, 4, 7, 50])
+def test_checkpoints_at_a_time(interval: int | None, keep: int) -> None:
+    for last_step in (1, 4, 30, 31):
+        for first_step in (0, 1, 8, 29, 30, 31, 40):
+            for present in (0, 1, keep):
+                case = {"first_step": first_step, "last_step": last_step, "interval": interval, "keep": keep}
+                assert num_checkpoints(**case, present=present) == kept_at_most(**case, present=present), case
+
+
+def test_each_disk_is_asked_for_what_comes_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = {tmp_path / "new" / "checkpoints": 3 * 2**30, tmp_path / "new" / "hf": 2**29, Path("/dev/shm/x/hf"): 2**31}
+    what = dict(zip(needs, ("3 checkpoint(s)", "the exported model", "another model"), strict=True))
+    total = shutil.disk_usage("/")
+
+    def free(*, disk: float, memory: float) -> None:
+        there = {True: total._replace(free=int(memory * 2**30)), False: total._replace(free=int(disk * 2**30))}
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: there[Path(path) == Path("/dev/shm")])
+
+    free(disk=3.5, memory=2.0)
+    assert space_problems(needs, what) == []
+    free(disk=3.25, memory=2.0)
+    (problem,) = space_problems(needs, what)
+    assert f"the disk of {tmp_path} has 3.25 GiB free where the run needs 3.5 GiB" in problem
+    assert "(3 GiB for 3 checkpoint(s) and 0.5 GiB for the exported model)" in problem
+    free(disk=3.5, memory=1.5)
+    (problem,) = space_problems(needs, what)
+    assert "the disk of /dev/shm has 1.5 GiB free where the run needs 2 GiB (2 GiB for another model)" in problem
