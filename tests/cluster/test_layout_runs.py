@@ -1,4 +1,4 @@
-"""Whole runs in layouts of their own: actor and critic cut differently, and a policy with experts."""
+"""Whole runs in layouts of their own: actor and critic cut differently, a policy with experts, several engines."""
 
 import shutil
 from pathlib import Path
@@ -50,3 +50,18 @@ def test_a_policy_with_experts(assets: Path, tmp_path: Path, layout: str) -> Non
         assert rows[2][f"{phase}/moe_balance_loss"] >= 1.0 - 1e-6
         assert rows[2][f"{phase}/moe_load_max"] >= 1.0
         assert rows[2][f"{phase}/moe_router_log_prob"] < 0
+
+
+def test_three_engines_give_the_run_of_one(assets: Path, tmp_path: Path) -> None:
+    """A sample under another prompt's group, or with another seed, would change rewards and baselines."""
+    flags = SMALL | write_inputs(tmp_path, count=7) | {"--pretrain": str(assets / "model"), "--train-iters": "2"}
+    flags |= {"--advantage_estimator": "rloo", "--generate_max_len": "6"}
+    for engines in ("1", "3"):  # 8 prompts a step: 3, 3 and 2; with 7 prompts in the data one comes twice
+        run("train_ppo", flags | {"--vllm_num_engines": engines, "--save": str(tmp_path / engines)})
+    one, three = metrics(tmp_path / "1"), metrics(tmp_path / "3")
+    for step in (1, 2):
+        for key in ("reward/mean", "reward/std", "rollout/response_length_mean", "rollout/truncated_frac"):
+            assert three[step][key] == one[step][key], (step, key)
+        for key in ("policy/loss", "policy/grad_norm", "advantage/std", "kl/mean"):
+            assert three[step][key] == pytest.approx(one[step][key], rel=1e-3, abs=1e-5), (step, key)
+    assert one[1]["reward/std"] > 0 and one[1]["policy/grad_norm"] > 0
