@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megarlhf.parallel import megatron_cpu
 from megarlhf.parallel.device import collective_backend, select_device
+from megarlhf.parallel.megatron_versions import balance_losses
 
 Value = TypeVar("Value")
 _logger = logging.getLogger(__name__)
@@ -133,12 +134,11 @@ def destroy_groups() -> None:
 def _forget_groups() -> None:
     """Drop the groups that Megatron-Core remembers and destroy_model_parallel() does not drop."""
     from megatron.core import parallel_state
-    from megatron.core.transformer.moe import moe_utils
 
     for name, value in vars(parallel_state).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    balance_losses().clear()
 
 
 def _collect_left_groups() -> None:

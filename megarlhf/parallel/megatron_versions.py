@@ -40,3 +40,14 @@ def bind_router_product(moe_utils: Any) -> None:
     """Without TransformerEngine 0.16 never binds a name that its router's product asks for; 0.19 does."""
     if not NEWER:
         moe_utils.te_general_gemm = None
+
+
+def balance_losses() -> dict[str, Any]:
+    """What Megatron-Core notes of load-balancing losses for a log, by name, with the groups to sum over."""
+    if NEWER:
+        from megatron.core.transformer.moe import moe_logging
+
+        return moe_logging.get_moe_metrics_tracker().metrics
+    from megatron.core.transformer.moe import moe_utils
+
+    return moe_utils.get_moe_layer_wise_logging_tracker()
