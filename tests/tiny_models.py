@@ -54,12 +54,14 @@ _LATENT_ATTENTION: dict[str, object] = {
     "first_k_dense_replace": 1,
     "rms_norm_eps": 1e-6,
 }
+# Where a family allows it, every number differs from the defaults of Transformers' and of Megatron-Core's classes, so
+# that no default can stand in for a field (tests/conformance/test_defaults.py).
 _OPTIONS: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": None},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 3},
     "qwen2-moe": {
         "num_experts": 4,
-        "num_experts_per_tok": 2,
+        "num_experts_per_tok": 3,
         "moe_intermediate_size": 48,
         "shared_expert_intermediate_size": 80,
     },
@@ -76,11 +78,13 @@ _OPTIONS: dict[str, dict[str, object]] = {
         "attn_logit_softcapping": 1.5,
         "final_logit_softcapping": 1.0,
         "query_pre_attn_scalar": 20,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     },
     "gemma3": {
         "tie_word_embeddings": True,
         "sliding_window": 6,
-        "sliding_window_pattern": 3,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "final_logit_softcapping": 2.0,
         "query_pre_attn_scalar": 100,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
@@ -88,14 +92,14 @@ _OPTIONS: dict[str, dict[str, object]] = {
         },
     },
     "deepseek-v2": _LATENT_ATTENTION
-    | {"num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "q_lora_rank": None},
+    | {"num_experts_per_tok": 3, "n_shared_experts": 3, "routed_scaling_factor": 1.5, "q_lora_rank": None},
     "deepseek-v3": _LATENT_ATTENTION
     | {
         "num_experts_per_tok": 4,
-        "n_shared_experts": 1,
+        "n_shared_experts": 2,
         "n_group": 4,
         "topk_group": 2,
-        "routed_scaling_factor": 2.5,
+        "routed_scaling_factor": 1.7,
         "num_mtp_layers": 0,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
@@ -119,7 +123,8 @@ def make_model(
         "head_dim": 32,
         "max_position_embeddings": 256,
         "tie_word_embeddings": tied,
-        "rms_norm_eps": 1e-5,
+        "rms_norm_eps": 3e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0},
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
