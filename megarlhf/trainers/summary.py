@@ -66,12 +66,17 @@ def training_metrics(experience: Experience, updates: Updates) -> dict[str, floa
 def _role_metrics(phase: str, results: Sequence[UpdateResult]) -> dict[str, float]:
     if not results:
         return {}
-    metrics = {f"{phase}/loss": statistics.fmean(r.loss for r in results)}
+    metrics = {f"{phase}/loss": _mean([r.loss for r in results])}
     for name in results[0].metrics:
-        metrics[f"{phase}/{name}"] = statistics.fmean(r.metrics[name] for r in results)
-    metrics[f"{phase}/grad_norm"] = statistics.fmean(r.grad_norm for r in results)
+        metrics[f"{phase}/{name}"] = _mean([r.metrics[name] for r in results])
+    metrics[f"{phase}/grad_norm"] = _mean([r.grad_norm for r in results])
     metrics[f"{phase}/learning_rate"] = results[-1].learning_rate
     return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of metrics, which may have overflowed: statistics.fmean raises at infinities of both signs."""
+    return sum(values) / len(values)
 
 
 def check_log_prob_difference(samples: Sequence[Sample], trainer: Sequence[Tensor], budget: float) -> dict[str, float]:

@@ -36,7 +36,7 @@ def experience_of(samples: list[Sample], **values: Any) -> Experience:
     """An experience whose per-token numbers name the sample they belong to."""
 
     def column(offset: float) -> list[torch.Tensor]:
-        return [torch.full((len(s.response_ids),), offset + i) for i, s in enumerate(samples)]
+        return [torch.full((len(s.response_ids),), float(offset + i)) for i, s in enumerate(samples)]
 
     known = {"log_probs": column(100), "ref_log_probs": column(200), "values": column(300), "kl": None}
     return Experience(samples=samples, advantages=column(400), returns=column(500), **(known | values))
@@ -221,6 +221,15 @@ def test_metrics_of_samples_and_training_by_value() -> None:
             "critic/explained_variance": 1 - _variance([0.5, -0.5, 1.0]) / _variance([2.0, 0.0, 4.0]),
         }
     )
+
+
+def test_metrics_that_overflow_do_not_end_the_step() -> None:
+    def result(ratio: float) -> UpdateResult:
+        return UpdateResult(loss=1e308, metrics={"ratio_mean": ratio}, grad_norm=1.0, learning_rate=0.1, outputs=[])
+
+    updates = rl.Updates(actor=[result(math.inf), result(-math.inf)])
+    metrics = summary.training_metrics(experience_of(samples_of([2])), updates)
+    assert math.isnan(metrics["policy/ratio_mean"]) and metrics["policy/loss"] == math.inf
 
 
 def _variance(numbers: list[float]) -> float:
