@@ -1,5 +1,6 @@
 """Hugging Face checkpoint directories: configuration and safetensors shards."""
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _same_numbers(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.to(dtype), second.to(dtype))
 
 
-def read_checkpoint(directory: str | Path, *, option: str = "pretrain") -> tuple[HFConfig, HFWeights]:
+def read_checkpoint(directory: str | PathLike[str], *, option: str = "pretrain") -> tuple[HFConfig, HFWeights]:
     """Configuration and opened weights; `tie_word_embeddings` says what the weights say.
 
     A checkpoint whose config.json ties the output layer to the embedding may store another `lm_head.weight`. Then it is
@@ -136,7 +137,7 @@ def read_checkpoint(directory: str | Path, *, option: str = "pretrain") -> tuple
     Raises:
         ValueError: see read_config and HFWeights.
     """
-    config, weights = read_config(directory, option=option), HFWeights(directory, option=option)
+    config, weights = read_config(Path(directory), option=option), HFWeights(Path(directory), option=option)
     if config.tie_word_embeddings and {EMBEDDING, LM_HEAD} <= set(weights.names()):
         config.tie_word_embeddings = weights.equal(EMBEDDING, LM_HEAD)
     return config, weights
