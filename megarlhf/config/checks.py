@@ -140,6 +140,8 @@ def check_parity(config: ParityConfig, supported_architectures: Sequence[str] = 
     errors += shared_errors(layout) + layout_errors(layout, models)
     name = f"num_gpus_per_node={parity.num_gpus_per_node}"
     errors += world_errors(name, config.world_size, layout, 3 * parity.num_groups)
+    if config.model.tokenizer is not None:
+        errors.append(f"tokenizer={config.model.tokenizer} is ignored (rows are random tokens): leave it out")
     if parity.share_prompt_prefix:
         errors += shared_prefix_errors(layout.context_parallel_size)
     if config.model.moe_aux_loss_coeff:

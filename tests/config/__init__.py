@@ -1,0 +1,1 @@
+"""Options: how they are given, checked, and what each one reaches."""

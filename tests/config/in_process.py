@@ -1,0 +1,277 @@
+"""Whole programs in one process, up to the constructors and calls of PyTorch, Megatron-Core, vLLM and Ray.
+
+Those note what they are given; everything of ours between the options and them runs as it is, the engine, the workers
+and the loops included. The model's place is taken by per-token numbers that follow from the tokens.
+"""
+
+import contextlib
+import io
+import logging
+import types
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megarlhf.engine import checkpoint, engine, export, optimizer, sharing
+from megarlhf.engine.objective import TokenOutputs
+from megarlhf.models.build import transformer_config
+from megarlhf.parallel import groups
+from megarlhf.parallel.groups import Ranks
+
+STEP = 0.004  # what an optimizer step adds to a weight
+
+
+@dataclass
+class Trace:
+    """What a run gave to whom. Processes are (role, rank)."""
+
+    process: tuple[str, int] = ("driver", 0)  # the one that computes now
+    worlds: dict[tuple[str, int], dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    engines: dict[tuple[str, int], Any] = field(default_factory=dict)  # MegatronEngine
+    llms: list[Any] = field(default_factory=list)  # FakeLLM
+    calls: list[tuple[str, int, str]] = field(default_factory=list)  # of worker processes
+    waits: list[float | None] = field(default_factory=list)  # limits given to ray.wait
+    given: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))  # arguments by who got them
+    said: str = ""
+    warnings: list[str] = field(default_factory=list)
+    error: str = ""
+
+    def engine(self, role: str = "actor") -> Any:
+        """A role's engine, its last rank's."""
+        return next(engine for (name, _), engine in reversed(self.engines.items()) if name == role)
+
+    def world(self, role: str = "actor") -> dict[str, Any]:
+        """What a role's last rank set its groups up with."""
+        return next(world for (name, _), world in reversed(self.worlds.items()) if name == role)
+
+
+class FakeChunk(torch.nn.Module):
+    """A model's chunk of layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+
+class FakeDDP:
+    """Megatron-Core's DistributedDataParallel."""
+
+    def __init__(self, config: Any, ddp: Any, chunk: Any, *, disable_bucketing: bool) -> None:
+        self.ddp, self.chunk, self.no_sync = ddp, chunk, contextlib.nullcontext
+
+    def zero_grad_buffer(self) -> None: ...
+
+    def start_param_sync(self, *, force_sync: bool) -> None: ...
+
+
+class FakeOptimizer:
+    """Megatron-Core's optimizer: its configuration, and the rate of each step, which moves every weight by STEP."""
+
+    def __init__(self, config: Any, chunks: Sequence[Any]) -> None:
+        self.config, self.rates, self._chunks = config, [], chunks
+        self.param_groups: list[dict[str, Any]] = [{"lr": 0.0, "weight_decay": 0.0}]
+
+    def step(self) -> None:
+        self.rates.append(self.param_groups[0]["lr"])
+        for chunk in self._chunks:
+            chunk.chunk.weight.data += STEP
+
+    def zero_grad(self) -> None: ...
+
+    def reload_model_params(self) -> None: ...
+
+
+def log_prob(token: float, temperature: float) -> float:
+    """Of any token, as trainer and engine agree."""
+    return -(1.0 + 0.05 * token) / temperature
+
+
+def token_outputs(chunks: Sequence[Any], batch: Any, options: dict[str, Any]) -> TokenOutputs:
+    """Per-token numbers of a micro-batch from its targets, and from how far the weight has moved."""
+    targets, moved = batch.targets.float(), float(chunks[0].chunk.weight.data) - 1.0
+    if options["head"] == "value":
+        return TokenOutputs(values=0.1 * targets + moved)
+    log_probs = -(1.0 + 0.05 * targets) / options["temperature"] + moved
+    return TokenOutputs(log_probs=log_probs, entropy=0.5 + 0.01 * targets)
+
+
+def run_forward(chunks: Any, batches: Sequence[Any], outputs: Any) -> list[TokenOutputs]:
+    """In the place of Megatron-Core's forward pass."""
+    return [token_outputs(chunks, batch, outputs.keywords) for batch in batches]
+
+
+def run_forward_backward(
+    chunks: Any, batches: Sequence[Any], outputs: Any, objective: Any, denominator: float
+) -> list[tuple[TokenOutputs, torch.Tensor]]:
+    """In the place of Megatron-Core's schedule: the real objective on those numbers."""
+    results = []
+    for batch in batches:
+        computed = token_outputs(chunks, batch, outputs.keywords)
+        total, metrics = objective.loss(computed, batch)
+        reported = [batch.target_mask.sum(), total, *(metrics[name] for name in objective.metric_names)]
+        results.append((computed, torch.stack([value.detach().double() for value in reported])))
+    return results
+
+
+def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+    """Worlds of this one process, and models of no layers."""
+
+    def join(backend: str, **options: Any) -> None:
+        trace.worlds[trace.process] |= options
+
+    def cut(tensor: int, pipeline: int, **options: Any) -> None:
+        trace.worlds[trace.process] |= options | {"tensor": tensor, "pipeline": pipeline}
+
+    def seed(number: int) -> None:
+        trace.worlds[trace.process]["seed"] = number
+
+    def copy(parts: list[torch.Tensor], mine: torch.Tensor, *, group: Any) -> None:
+        for part in parts:
+            part.copy_(mine)
+
+    from megatron.core.tensor_parallel import random as megatron_random  # after megarlhf.parallel
+
+    dist, parallel_state = torch.distributed, engine.parallel_state
+    for module, name, value in (
+        (dist, "init_process_group", join),
+        (parallel_state, "initialize_model_parallel", cut),
+        (megatron_random, "model_parallel_cuda_manual_seed", seed),
+        (dist, "all_reduce", lambda *args, **options: None),
+        (dist, "broadcast", lambda *args: None),
+        (dist, "barrier", lambda: None),
+        (dist, "all_gather", copy),
+        (dist, "get_rank", lambda: 0),
+        (torch, "set_num_threads", lambda number: None),
+        (parallel_state, "get_context_parallel_group", lambda: None),
+        (parallel_state, "get_data_parallel_group", lambda **options: None),
+        (groups, "_collect_left_groups", lambda: None),
+        (engine, "current_ranks", lambda: ranks_of(trace.worlds[trace.process])),
+        (engine, "build_model", build_model),
+        (engine, "ModelWeights", FakeWeights),
+        (engine, "Float16Module", lambda config, chunk: chunk),
+        (engine, "DistributedDataParallel", FakeDDP),
+        (engine, "RouterStatistics", FakeRouters),
+        (engine, "gradient_norm", lambda optimizer: 1.0),
+        (engine, "run_forward", run_forward),
+        (engine, "run_forward_backward", run_forward_backward),
+        (engine, "release_memory", lambda: None),
+        (optimizer, "get_megatron_optimizer", FakeOptimizer),
+        (sharing, "SharedWeights", FakeSharedWeights),
+    ):
+        patch.setattr(module, name, value)
+    built = engine.MegatronEngine.__init__
+
+    def remember(self: Any, *args: Any, **options: Any) -> None:
+        built(self, *args, **options)
+        trace.engines[trace.process] = self
+        trace.given["engines"].append((trace.process[0], self.head))
+
+    def forward(self: Any, rows: Any, name: str) -> Any:
+        trace.given[f"forward {trace.process[0]}"].append((len(rows), len(self.micro_batches(rows))))
+        return forward_whole(self, rows, name)
+
+    def train(self: Any, rows: Any, objective: Any, *, denominator: float) -> Any:
+        trace.given[f"denominator {trace.process[0]}"].append(denominator)
+        trace.given[f"rows {trace.process[0]}"].append(list(rows))
+        return train_whole(self, rows, objective, denominator=denominator)
+
+    forward_whole, train_whole = engine.MegatronEngine._forward, engine.MegatronEngine.train_step
+    patch.setattr(engine.MegatronEngine, "train_step", train)
+    patch.setattr(engine.MegatronEngine, "__init__", remember)
+    patch.setattr(engine.MegatronEngine, "_forward", forward)
+    patch_files(patch, trace)
+
+
+def patch_files(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+    """Checkpoints without tensors, and exports that are noted."""
+
+    def save(of: Any, directory: Path) -> None:
+        trace.given["save"].append(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def load(of: Any, directory: Path, *, with_optimizer: bool) -> None:
+        trace.given["load"].append((directory, with_optimizer))
+
+    def write(of: Any, directory: Path, **options: Any) -> None:
+        trace.given["export"].append({"directory": directory, **options})
+
+    patch.setattr(checkpoint, "save_engine", save)
+    patch.setattr(checkpoint, "load_engine", load)
+    patch.setattr(export, "export_hf", write)
+
+
+class FakeWeights:
+    """The table of weights, which loads none."""
+
+    def __init__(self, *args: Any, **options: Any) -> None: ...
+
+    def load(self, source: Any) -> None: ...
+
+
+class FakeRouters:
+    """Statistics of routers that there are none of."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def start(self) -> None: ...
+
+    def metrics(self, *args: Any) -> dict[str, float]:
+        return {}
+
+
+class FakeSharedWeights:
+    """One block, never renewed."""
+
+    def __init__(self, of: Any) -> None:
+        self.blocks = [types.SimpleNamespace(num_bytes=8)]
+
+    def refresh(self) -> list[bytes]:
+        return [b"digest"]
+
+
+def build_model(arch: Any, hf: Any, ranks: Ranks, options: Any, *, head: str, seed: int) -> tuple[list[Any], Any]:
+    """Megatron-Core's configuration as it is, and chunks of nothing."""
+    config = transformer_config(arch, hf, ranks, options)
+    config.drawn_from = seed  # not a field of Megatron-Core's: what a head that is drawn is drawn from
+    return [FakeChunk() for _ in range(ranks.vpp_size)], config
+
+
+def ranks_of(world: dict[str, Any]) -> Ranks:
+    """A rank of the last stage that holds results."""
+    tp, pp, cp = world["tensor"], world["pipeline"], world["context_parallel_size"]
+    dp = world["world_size"] // (tp * pp * cp)
+    rank = world["rank"] % dp
+    return Ranks(
+        **{"world_rank": world["rank"], "world_size": world["world_size"]},
+        **{"tp_rank": 0, "tp_size": tp, "pp_rank": pp - 1, "pp_size": pp, "cp_rank": 0, "cp_size": cp},
+        **{"dp_rank": rank, "dp_size": dp, "replica_rank": rank, "replica_size": dp * cp},
+        **{"ep_rank": 0, "ep_size": world["expert_model_parallel_size"], "etp_rank": 0},
+        etp_size=world["expert_tensor_parallel_size"] or tp,
+        **{"expert_replica_rank": 0, "expert_replica_size": 1},
+        vpp_size=world["virtual_pipeline_model_parallel_size"] or 1,
+    )
+
+
+@contextlib.contextmanager
+def watched(trace: Trace) -> Iterator[None]:
+    """Keep what the program prints, warns of, and stops with."""
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            trace.warnings.append(record.getMessage())
+
+    handler, said = Keep(logging.WARNING), io.StringIO()
+    logging.getLogger("megarlhf").addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except (ValueError, RuntimeError) as error:
+        trace.error = f"{type(error).__name__}: {error}"
+    finally:
+        logging.getLogger("megarlhf").removeHandler(handler)
+        trace.said = said.getvalue()

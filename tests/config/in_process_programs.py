@@ -1,0 +1,218 @@
+"""PPO, SFT and parity on small inputs, with some options changed; what each gave to whom."""
+
+import json
+import os
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.demo.make_assets import make_tokenizer
+from megarlhf.cli import parity, run_parity, run_ppo, run_sft, train_ppo, train_sft
+from megarlhf.config.arguments import ParityConfig, PPOConfig, SFTConfig
+from megarlhf.config.command_line import from_dict
+from megarlhf.metrics import sinks
+from megarlhf.trainers import assembly, experience
+from megarlhf.trainers import parity as comparison
+from tests.config.in_process import Trace, patch_torch_and_megatron, watched
+from tests.config.in_process_services import patch_ray, patch_vllm
+from tests.tiny_models import make_model
+
+Options = dict[str, Any]
+TEMPLATE = "{% for m in messages %}q {{ m['content'] }} a {% endfor %}"
+
+
+class Programs:
+    """Runs in one process, each set of options once. Text options may name a directory's files as {}/name."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._number = 0
+        tokenizer = make_tokenizer()
+        sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "eos_token_id": 2}
+        for name, family in (("model", "llama"), ("other", "llama"), ("experts", "mixtral")):
+            make_model(directory / name, family=family, seed=len(name), **sizes)
+            tokenizer.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / "tokenizer")
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(directory / "chat")
+        for name, count in (("rows", 8), ("other_rows", 6), ("eval", 2), ("other_eval", 3)):
+            rows = [
+                {"input": f"{name[0]} {i}", "label": f"{i}", "question": f"ask {i}", "answer": f"{i} {i}"}
+                for i in range(count)
+            ]
+            (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps({"input": "r" * (i + 1), "label": "1"}) + "\n" for i in range(8)]
+        (directory / "ragged.jsonl").write_text("".join(lines))
+        (directory / "reward.py").write_text("def reward_func(queries, prompts, labels): ...\n")
+        (directory / "reward2.py").write_text("def reward_func(queries, prompts, labels): ...\n")
+        self.ppo, self.sft, self.parity = cache(self._ppo), cache(self._sft), cache(self._parity)
+        self.ppo((("save", "{}/first_ppo"),))  # to continue from
+        self.sft((("save", "{}/first_sft"),))
+
+    def options(self, changes: "Changes") -> Options:
+        """The changes with this directory's names."""
+        place = str(self.directory)
+        return {k: v.replace("{}", place) if isinstance(v, str) and "{}/" in v else v for k, v in changes}
+
+    def _run(self, run: Callable[[pytest.MonkeyPatch, Trace], None]) -> Trace:
+        trace = Trace()
+        with pytest.MonkeyPatch.context() as patch, watched(trace):
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+                patch.delenv(name, raising=False)
+            patch.setenv("WANDB_MODE", "offline")
+            patch.setenv("KEY_OF_A_SERVICE", "secret")
+            patch_torch_and_megatron(patch, trace)
+            _patch_metrics(patch, trace)
+            run(patch, trace)
+        return trace
+
+    def _save(self) -> str:
+        self._number += 1
+        return str(self.directory / f"run{self._number}")
+
+    def _ppo(self, changes: "Changes") -> Trace:
+        base = {
+            **{"pretrain": "{}/model", "prompt_data": "{}/rows.jsonl", "eval_data": "{}/eval.jsonl"},
+            **{"reward_function": "{}/reward.py", "save": self._save(), "prompt_max_len": 16, "generate_max_len": 8},
+            **{"train_iters": 2, "rollout_batch_size": 4, "n_samples_per_prompt": 2, "global_batch_size": 4},
+        }
+        config = from_dict(PPOConfig, self.options(tuple((base | dict(changes)).items())))
+
+        def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+            patch_ray(patch, trace)
+            patch_vllm(patch, trace)
+            patch.setattr(run_ppo, "RewardScorer", lambda **options: FakeScorer(trace, **options))
+            patch.setattr(run_ppo, "write_report", lambda directory, title: ("page", "picture"))
+            _spy(patch, trace, experience, "compute_advantages")
+            _spy(patch, trace, assembly, "policy_objective")
+            _spy(patch, trace, assembly, "value_objective")
+            train_ppo._run(config, dry_run=False)
+
+        return self._finished(self._run(run), config.logging.save)
+
+    def _sft(self, changes: "Changes") -> Trace:
+        base = {
+            **{"pretrain": "{}/model", "dataset": "{}/rows.jsonl", "eval_dataset": "{}/eval.jsonl"},
+            **{"output_key": "label", "save": self._save(), "max_len": 32, "global_batch_size": 4, "train_iters": 3},
+        }
+        config = from_dict(SFTConfig, self.options(tuple((base | dict(changes)).items())))
+
+        def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+            def ranks(module: str, arguments: Sequence[str], **options: Any) -> int:
+                trace.given["ranks"].append(options)
+                for number in range(options["world_size"]):
+                    patch.setenv("WORLD_SIZE", str(options["world_size"]))
+                    patch.setenv("RANK", str(number))
+                    if number == options["world_size"] - 1:  # the others would do the same
+                        trace.process = ("actor", number)
+                        train_sft._run(config, [], dry_run=False)
+                return 0
+
+            patch.setattr(run_sft, "run_local_ranks", ranks)
+            patch.setattr(run_sft, "write_report", lambda directory, title: ("page", "picture"))
+            trace.process = ("actor", 0)
+            train_sft._run(config, [], dry_run=False)
+
+        return self._finished(self._run(run), config.logging.save)
+
+    def _parity(self, changes: "Changes") -> Trace:
+        base = {"pretrain": "{}/model"}
+        config = from_dict(ParityConfig, self.options(tuple((base | dict(changes)).items())))
+
+        def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+            def ranks(module: str, arguments: Sequence[str], **options: Any) -> int:
+                phase = os.environ["MEGARLHF_PARITY_PHASE"]
+                trace.given["ranks"].append((phase, options["world_size"]))
+                number = options["world_size"] - 1 if phase == "layout" else 0
+                for key, value in (("WORLD_SIZE", options["world_size"]), ("RANK", number), ("LOCAL_RANK", number)):
+                    patch.setenv(key, str(value))
+                patch.setenv("MEGARLHF_MEETING", "file://nowhere")
+                trace.process = (phase, number)
+                return parity._run(config, [], dry_run=False)
+
+            def rows(vocab_size: int, **options: Any) -> list[Any]:
+                trace.given["rows"].append(options)
+                return []
+
+            def compare(engine: Any, name: str, given: Any, directory: Path) -> dict[str, float]:
+                directory.mkdir(parents=True, exist_ok=True)
+                return {"training": 1e-4, "loss": 1e-6}
+
+            scales = {"loss": 1.0, "grad norm": 1.0, "gradients": 1.0, "moved": 1.0}
+            patch.setattr(run_parity, "run_local_ranks", ranks)
+            patch.setattr(comparison, "parity_rows", rows)
+            patch.setattr(comparison, "write_reference", lambda *arguments: None)
+            patch.setattr(comparison, "compare", compare)
+            patch.setattr(comparison, "scales", lambda directory: scales)
+            # Both are set for the processes that are started; those are this one.
+            patch.setenv("MEGARLHF_PARITY_PHASE", "")
+            patch.setattr(run_parity.os, "environ", os.environ)
+            try:
+                parity._run(config, [], dry_run=False)
+            finally:
+                os.environ.pop("MEGARLHF_PARITY", None)
+
+        return self._run(run)
+
+    def _finished(self, trace: Trace, save: str) -> Trace:
+        """With what is in the run directory."""
+        metrics = Path(save) / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.is_file() else []
+        trace.given["metrics"] = [json.loads(line) for line in lines]
+        trace.given["checkpoints"] = sorted(path.name for path in Path(save).glob("checkpoints/iter_*"))
+        trace.given["directory"] = [save]
+        return trace
+
+
+Changes = tuple[tuple[str, Any], ...]  # option and value; a tuple, since runs are remembered by it
+
+
+class FakeScorer:
+    """Rewards that depend on prompt and response; some have none if a run asks for it by its rule's pattern."""
+
+    def __init__(self, trace: Trace, **options: Any) -> None:
+        self._trace = trace
+        trace.given["reward"].append(options)
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def score(self, samples: Sequence[Any]) -> list[Any]:
+        self._trace.given["scored"].append(samples)
+        lost = self._trace.given["reward"][0]["rule_pattern"]
+        keep = 1.0 if lost is None else float(lost)  # part of the samples with a result
+        rewards = [(sum(s.response_ids) % 7 + s.prompt.index) / 4 for s in samples]
+        return [
+            replace(s, reward=r if i < keep * len(samples) else None)
+            for i, (s, r) in enumerate(zip(samples, rewards, strict=True))
+        ]
+
+
+def _spy(patch: pytest.MonkeyPatch, trace: Trace, module: types.ModuleType, name: str) -> None:
+    real = getattr(module, name)
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        trace.given[name].append({"positional": arguments, **options})
+        return real(*arguments, **options)
+
+    patch.setattr(module, name, noted)
+
+
+def _patch_metrics(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+    """TensorBoard and W&B take seconds to import."""
+
+    def sink(name: str) -> Callable[..., Any]:
+        def made(directory: Path, **options: Any) -> Any:
+            trace.given[name].append({"directory": directory, **options})
+            return types.SimpleNamespace(log=lambda step, metrics: None, close=lambda: None)
+
+        return made
+
+    patch.setattr(sinks, "TensorBoardSink", sink("tensorboard"))
+    patch.setattr(sinks, "WandbSink", sink("wandb"))

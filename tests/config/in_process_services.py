@@ -1,0 +1,153 @@
+"""Ray and vLLM, as far as a program talks to them, in this process."""
+
+import importlib.machinery
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import ray
+
+import megarlhf.rollout
+from megarlhf.cluster import launch, serialization, workers
+from megarlhf.parallel import device
+from megarlhf.rollout import engine as rollout_engine
+from tests.config.in_process import Trace, log_prob
+
+SHIFT = 0.01  # vLLM's log-probs are off by as much
+
+
+class Ref:
+    """A Ray reference whose call has been made already."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class FakeHandle:
+    """A Ray actor that runs here."""
+
+    def __init__(self, trace: Trace, worker: Any) -> None:
+        self._trace, self._worker = trace, worker
+
+    def __getattr__(self, name: str) -> Any:
+        trace, spec, method = self._trace, self._worker.spec, getattr(self._worker, name)
+
+        def remote(*arguments: Any) -> Ref:
+            trace.calls.append((spec.role, spec.rank, name))
+            before, trace.process = trace.process, (spec.role, spec.rank)
+            try:
+                return Ref(method(*[a.value if isinstance(a, Ref) else a for a in arguments]))
+            finally:
+                trace.process = before
+
+        return types.SimpleNamespace(remote=remote)
+
+
+class FakeLLM:
+    """vLLM: answers with tokens that follow from the seed and as many as it gives."""
+
+    def __init__(self, trace: Trace, **options: Any) -> None:
+        self.options, self._trace = options, trace
+        self.parameters: list[Any] = []
+        self._status: dict[str, Any] = {}
+        self.given_weights: list[dict[str, Any]] = []
+
+    def generate(self, inputs: Sequence[Any], parameters: Sequence[Any], *, use_tqdm: bool) -> list[Any]:
+        self.parameters.append(parameters)
+        return [types.SimpleNamespace(outputs=[self._answer(p)]) for p in parameters]
+
+    def _answer(self, parameters: Any) -> Any:
+        length = min(parameters.max_tokens, 2 + parameters.seed % 5)
+        tokens = [5 + (parameters.seed // 7 + i) % 9 for i in range(length)]
+        reason = "length"
+        if length < parameters.max_tokens:
+            tokens, reason = [*tokens[:-1], parameters.stop_token_ids[0]], "stop"
+        temperature = parameters.temperature or 1.0
+        places = [{token: types.SimpleNamespace(logprob=log_prob(token, temperature) + SHIFT)} for token in tokens]
+        return types.SimpleNamespace(token_ids=tokens, logprobs=places, finish_reason=reason)
+
+    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        self._status = dict(request["update_info"])
+        self.given_weights.append(self._status)
+
+    def finish_weight_update(self) -> None: ...
+
+    def collective_rpc(self, name: str) -> list[dict[str, Any]]:
+        return [self._status]
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def sleep(self, *, level: int) -> None: ...
+
+    def wake_up(self) -> None: ...
+
+
+def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+    """Worker processes that run here, one after the other."""
+
+    def wait(refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Ref], list[Ref]]:
+        trace.waits.append(timeout)
+        return list(refs[:num_returns]), list(refs[num_returns:])
+
+    def remote(kind: Any) -> Any:
+        def options(**settings: Any) -> Any:
+            trace.given["environment"].append(settings["runtime_env"]["env_vars"])
+            return types.SimpleNamespace(remote=lambda spec: FakeHandle(trace, kind(spec)))
+
+        return types.SimpleNamespace(options=options)
+
+    for module, name, value in (
+        (ray, "init", lambda **options: trace.given["ray.init"].append(options)),
+        (ray, "shutdown", lambda: None),
+        (ray, "put", Ref),
+        (ray, "get", lambda ref: ref.value),
+        (ray, "wait", wait),
+        (ray, "kill", lambda handle: None),
+        (ray, "remote", remote),
+        (launch, "register_tensors", lambda: None),
+        (launch, "placement_group", lambda bundles, strategy: types.SimpleNamespace(ready=lambda: Ref(True))),
+        (launch, "PlacementGroupSchedulingStrategy", lambda **options: None),
+        (workers, "redirect_output", lambda path: None),
+    ):
+        patch.setattr(module, name, value)
+    patch.setattr(serialization, "register_tensors", lambda: None)
+    patch.setattr(device, "freeze_garbage_collector", lambda: None)
+    patch.setenv("RAY_AUTH_TOKEN", "none")
+
+
+def patch_vllm(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+    """An inference engine that is none."""
+
+    def module(name: str, **attributes: Any) -> Any:
+        made = types.ModuleType(name)
+        made.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(made).update(attributes)
+        patch.setitem(sys.modules, name, made)
+        return made
+
+    def llm(**options: Any) -> FakeLLM:
+        trace.llms.append(FakeLLM(trace, **options))
+        return trace.llms[-1]
+
+    def tokenizer(path: Any) -> Any:
+        trace.given["engine's tokenizer"].append(str(path))
+        return real.from_pretrained(path)
+
+    real = rollout_engine.AutoTokenizer
+    patch.setattr(rollout_engine, "AutoTokenizer", types.SimpleNamespace(from_pretrained=tokenizer))
+    platform = types.SimpleNamespace(is_sleep_mode_available=lambda: True, is_cpu=lambda: True)
+    module("vllm", LLM=llm, SamplingParams=types.SimpleNamespace, TokensPrompt=dict)
+    module("vllm.config", WeightTransferConfig=types.SimpleNamespace)
+    module("vllm.platforms", current_platform=platform)
+    transfer = module(
+        "megarlhf.rollout.weight_transfer",
+        **{"register": lambda: None, "BACKEND": "none", "WeightStatus": type("WeightStatus", (), {})},
+    )
+    patch.setattr(megarlhf.rollout, "weight_transfer", transfer, raising=False)

@@ -1,0 +1,237 @@
+"""What an option is set to, and where a run shows it: the parts of the table that programs share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from tests.config.in_process import Trace
+
+Options = dict[str, Any]
+Seen = Callable[[Trace], Any]
+SAME = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One option: with `value` a run shows `expected` where `seen` looks, and without it something else."""
+
+    value: Any
+    seen: Seen
+    expected: Any = SAME  # SAME: the value itself
+    also: Options = field(default_factory=dict)  # other options of both runs
+    before: Options = field(default_factory=dict)  # of the run without it, where it needs something else
+
+
+def both(*seen: Seen) -> Seen:
+    """All places at once."""
+    return lambda trace: tuple([look(trace) for look in seen])
+
+
+def transformer(name: str, role: str = "actor") -> Seen:
+    """A field of Megatron-Core's TransformerConfig."""
+    return lambda trace: getattr(trace.engine(role).config, name)
+
+
+def adam(name: str, role: str = "actor") -> Seen:
+    """A field of Megatron-Core's OptimizerConfig."""
+    return lambda trace: getattr(trace.engine(role).optimizer.config, name)
+
+
+def ddp(name: str, role: str = "actor") -> Seen:
+    """A field of Megatron-Core's DistributedDataParallelConfig."""
+    return lambda trace: getattr(trace.engine(role).model[0].ddp, name)
+
+
+def world(name: str, role: str = "actor") -> Seen:
+    """What torch.distributed and Megatron-Core's parallel state were set up with."""
+    return lambda trace: trace.world(role)[name]
+
+
+def rates(role: str = "actor") -> Seen:
+    """Learning rates of all optimizer steps, relative to the largest that is asked for."""
+    return lambda trace: [
+        round(rate / trace.engine(role).optimizer.config.lr, 6) for rate in trace.engine(role).optimizer.rates
+    ]
+
+
+def metric(name: str, step: int) -> Seen:
+    """A metric of a step, None where it was not logged."""
+    return lambda trace: next((row for row in trace.given["metrics"] if row["step"] == step), {}).get(name)
+
+
+def steps_with(name: str) -> Seen:
+    """Steps that logged a metric."""
+    return lambda trace: [row["step"] for row in trace.given["metrics"] if name in row]
+
+
+def refused(*words: str) -> Seen:
+    """Whether the check of the configuration says so."""
+    return lambda trace: trace.error.startswith("ConfigError") and all(word in trace.error for word in words)
+
+
+def layout_probes(role: str, ranks: Callable[[int], Options]) -> dict[str, Probe]:
+    """Options of a layout.
+
+    Args:
+        role: whose engine is looked at.
+        ranks: the options that ask for so many ranks.
+    """
+    pipeline = {"pipeline_model_parallel_size": 2} | ranks(2)
+    tensor = {"tensor_model_parallel_size": 2} | ranks(2)
+    experts = {"pretrain": "{}/experts"} | ranks(2)
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+    def config(name: str) -> Seen:
+        return transformer(name, role)
+
+    return {
+        "tensor_model_parallel_size": Probe(
+            value=2,
+            seen=both(world("tensor", role), config("tensor_model_parallel_size")),
+            **{"expected": (2, 2), "also": ranks(2)},
+        ),
+        "pipeline_model_parallel_size": Probe(
+            value=2,
+            seen=both(world("pipeline", role), config("pipeline_model_parallel_size")),
+            **{"expected": (2, 2), "also": ranks(2)},
+        ),
+        "num_virtual_stages_per_pipeline_rank": Probe(
+            value=2,
+            seen=both(
+                world("virtual_pipeline_model_parallel_size", role),
+                config("virtual_pipeline_model_parallel_size"),
+                lambda trace: len(trace.engine(role).chunks),
+            ),
+            **{"expected": (2, 2, 2), "also": pipeline},
+        ),
+        "decoder_first_pipeline_num_layers": Probe(
+            value=1, seen=config("num_layers_in_first_pipeline_stage"), also=pipeline
+        ),
+        "decoder_last_pipeline_num_layers": Probe(
+            value=1, seen=config("num_layers_in_last_pipeline_stage"), also=pipeline
+        ),
+        "context_parallel_size": Probe(
+            value=2,
+            seen=both(world("context_parallel_size", role), config("context_parallel_size")),
+            **{"expected": (2, 2), "also": ranks(2)},
+        ),
+        "cp_comm_type": Probe(
+            value="all_gather", seen=config("cp_comm_type"), also={"context_parallel_size": 2} | ranks(2)
+        ),
+        "expert_model_parallel_size": Probe(
+            value=2,
+            seen=both(world("expert_model_parallel_size", role), config("expert_model_parallel_size")),
+            **{"expected": (2, 2), "also": experts},
+        ),
+        "expert_tensor_parallel_size": Probe(
+            value=1,
+            seen=both(world("expert_tensor_parallel_size", role), config("expert_tensor_parallel_size")),
+            expected=(1, 1),
+            also=experts | tensor | {"expert_model_parallel_size": 2, "sequence_parallel": True} | ranks(4),
+        ),
+        "sequence_parallel": Probe(
+            value=True,
+            seen=both(config("sequence_parallel"), lambda trace: trace.engine(role)._pad),
+            **{"expected": (True, 2), "also": tensor},
+        ),
+        "use_distributed_optimizer": Probe(
+            value=False,
+            seen=both(adam("use_distributed_optimizer", role), ddp("use_distributed_optimizer", role)),
+            expected=(False, False),
+        ),
+        "overlap_grad_reduce": Probe(value=True, seen=ddp("overlap_grad_reduce", role)),
+        "overlap_param_gather": Probe(
+            value=True,
+            seen=both(
+                adam("overlap_param_gather", role),
+                ddp("overlap_param_gather", role),
+                lambda trace: trace.engine(role)._gathers_late,
+            ),
+            **{"expected": (True, True, True), "also": {"overlap_grad_reduce": True}},
+        ),
+        "recompute_granularity": Probe(
+            value="selective",
+            seen=both(config("recompute_granularity"), config("recompute_modules")),
+            expected=("selective", ["core_attn"]),
+        ),
+        "recompute_method": Probe(value="block", seen=config("recompute_method"), also=full, before=full),
+        "recompute_num_layers": Probe(value=2, seen=config("recompute_num_layers"), also=full, before=full),
+        "distributed_timeout_minutes": Probe(
+            value=7.0,
+            seen=both(world("timeout", role), world("distributed_timeout_minutes", role)),
+            expected=(timedelta(minutes=7), 7),
+        ),
+    }
+
+
+def optimizer_probes(role: str) -> dict[str, Probe]:
+    """Options of AdamW and its schedule. Runs of a role have as many steps that a warm-up of a half shows."""
+    constant = {"lr_decay_style": "constant", "lr_warmup_ratio": 0.0}
+
+    def number_of_steps(trace: Trace) -> int:
+        return len(trace.engine(role).optimizer.rates)
+
+    return {
+        "lr_warmup_ratio": Probe(
+            value=1.0,
+            seen=lambda trace: round(rates(role)(trace)[0] * (number_of_steps(trace) - 1), 4),
+            **{"expected": 1.0, "also": {"lr_decay_style": "constant"}},
+        ),
+        "min_lr_ratio": Probe(value=0.37, seen=lambda trace: rates(role)(trace)[-1], also={"lr_warmup_ratio": 0.0}),
+        "lr_decay_style": Probe(
+            value="constant",
+            seen=lambda trace: set(rates(role)(trace)),
+            **{"expected": {1.0}, "also": {"lr_warmup_ratio": 0.0}},
+        ),
+        "adam_beta1": Probe(value=0.71, seen=adam("adam_beta1", role)),
+        "adam_beta2": Probe(value=0.72, seen=adam("adam_beta2", role)),
+        "adam_eps": Probe(value=7e-3, seen=adam("adam_eps", role)),
+        "weight_decay": Probe(
+            value=0.073,
+            seen=both(
+                adam("weight_decay", role),
+                lambda trace: trace.engine(role).optimizer.param_groups[0]["weight_decay"],
+            ),
+            **{"expected": (0.073, 0.073), "also": constant},
+        ),
+        "clip_grad": Probe(value=0.74, seen=adam("clip_grad", role)),
+    }
+
+
+def critic_layout_probes() -> dict[str, Probe]:
+    """Options of the critic's own layout, each with the actor's beside it, which stays as it is."""
+    ranks = {"critic_num_gpus_per_node": 2}
+    pipeline = ranks | {"critic_pipeline_model_parallel_size": 2}
+    tensor = ranks | {"critic_tensor_model_parallel_size": 2}
+    experts = ranks | {"pretrain": "{}/experts"}
+
+    def sizes(name: str) -> Seen:
+        return both(transformer(name, "critic"), transformer(name, "actor"))
+
+    virtual, first, last = (
+        "virtual_pipeline_model_parallel_size",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+    )
+    moe = tensor | experts | {"critic_sequence_parallel": True}
+    table: tuple[tuple[str, Any, str, Any, Options], ...] = (
+        ("tensor_model_parallel_size", 2, "tensor_model_parallel_size", 1, ranks),
+        ("pipeline_model_parallel_size", 2, "pipeline_model_parallel_size", 1, ranks),
+        ("num_virtual_stages_per_pipeline_rank", 2, virtual, None, pipeline),
+        ("decoder_first_pipeline_num_layers", 1, first, None, pipeline),
+        ("decoder_last_pipeline_num_layers", 1, last, None, pipeline),
+        ("context_parallel_size", 2, "context_parallel_size", 1, ranks),
+        ("expert_model_parallel_size", 2, "expert_model_parallel_size", 1, experts),
+        ("sequence_parallel", True, "sequence_parallel", False, tensor),
+    )
+    probes = {
+        f"critic_{option}": Probe(value=value, seen=sizes(name), expected=(value, actors), also=also)
+        for option, value, name, actors, also in table
+    }
+    probes["critic_expert_tensor_parallel_size"] = Probe(
+        value=1,
+        seen=sizes("expert_tensor_parallel_size"),
+        **{"expected": (1, 1), "also": moe | {"critic_expert_model_parallel_size": 2}},
+    )
+    return probes

@@ -1,0 +1,198 @@
+"""Every option of `megarlhf sft` and `megarlhf parity`: what it is set to, and where a run shows it."""
+
+from tests.config.in_process import Trace
+from tests.config.in_process_programs import TEMPLATE
+from tests.config.option_probes import (
+    Options,
+    Probe,
+    Seen,
+    adam,
+    both,
+    layout_probes,
+    metric,
+    optimizer_probes,
+    refused,
+    steps_with,
+    transformer,
+    world,
+)
+
+
+def given(what: str, name: str) -> Seen:
+    """An argument of the first call of a constructor or function."""
+    return lambda trace: trace.given[what][0][name]
+
+
+def sft_ranks(number: int) -> Options:
+    """Ranks of a supervised run."""
+    return {"num_gpus_per_node": number}
+
+
+def rows(trace: Trace) -> list[tuple[int, ...]]:
+    """What was trained on, step by step."""
+    return [row.input_ids for batch in trace.given["rows actor"] for row in batch]
+
+
+def decoded(trace: Trace) -> set[str]:
+    """The same as text, one character a token; special tokens as dots."""
+    letters = "...." + "0123456789abcdefghijklmnopqrstuvwxyz ="
+    return {"".join(letters[token] for token in ids) for ids in rows(trace)}
+
+
+def targets(trace: Trace) -> set[int]:
+    """Tokens without a loss at the start of each row."""
+    return {row.prompt_length for batch in trace.given["rows actor"] for row in batch}
+
+
+IGNORED_CRITIC = Probe(value="{}/other", seen=refused("critic_pretrain", "is ignored"), expected=True)
+MODEL = {
+    "pretrain": Probe(value="{}/other", seen=lambda t: t.engine().pretrain.name, expected="other"),
+    "critic_pretrain": IGNORED_CRITIC,
+    "tokenizer": Probe(
+        value="{}/tokenizer",
+        seen=lambda t: str(t.given["export"][0]["tokenizer"]).rsplit("/", 1)[1],
+        **{"expected": "tokenizer", "before": {"tokenizer": "{}/other"}},
+    ),
+    "bf16": Probe(value=True, seen=both(transformer("bf16"), adam("bf16")), expected=(True, True)),
+    "moe_aux_loss_coeff": Probe(
+        value=0.077,
+        seen=both(transformer("moe_aux_loss_coeff"), transformer("moe_router_load_balancing_type")),
+        **{"expected": (0.077, "aux_loss"), "also": {"pretrain": "{}/experts"}},
+    ),
+    "seed": Probe(value=1234, seen=both(world("seed"), transformer("drawn_from")), expected=(1234, 1234)),
+}
+BATCH = {
+    "train_iters": Probe(value=5, seen=lambda t: len(t.given["metrics"]), expected=5),
+    "max_epochs": Probe(value=3, seen=lambda t: len(t.given["metrics"]), expected=6, also={"train_iters": None}),
+    "global_batch_size": Probe(value=6, seen=lambda t: len(t.given["rows actor"][0]), expected=6),
+    "micro_batch_size": Probe(value=1, seen=lambda t: t.engine().packing.max_tokens, expected=32),
+    "max_tokens_per_micro_batch": Probe(value=40, seen=lambda t: t.engine().packing.max_tokens),
+    "max_len": Probe(
+        value=6,
+        seen=both(lambda t: t.engine().packing.max_tokens, lambda t: max(map(len, rows(t)))),
+        **{"expected": (48, 6), "also": {"dataset": "{}/ragged.jsonl"}},
+    ),
+}
+DATA = {
+    "dataset": Probe(value="{}/other_rows.jsonl", seen=lambda t: {x[0] for x in decoded(t)}, expected={"o"}),
+    "eval_dataset": Probe(value="{}/other_eval.jsonl", seen=lambda t: t.given["forward actor"][0][0], expected=3),
+    "input_key": Probe(value="question", seen=lambda t: {x[:3] for x in decoded(t)}, expected={"ask"}),
+    "output_key": Probe(value="answer", seen=lambda t: {x[4:5] for x in decoded(t)}, expected={" "}),
+    "apply_chat_template": Probe(
+        value=True,
+        seen=lambda t: {x[:2] for x in decoded(t)},
+        **{"expected": {"q "}, "also": {"tokenizer": "{}/chat"}},
+    ),
+    "input_template": Probe(value="say {}", seen=lambda t: {x[:4] for x in decoded(t)}, expected={"say "}),
+    "tokenizer_chat_template": Probe(
+        value=TEMPLATE.replace("q ", "z "),
+        seen=both(lambda t: {x[:2] for x in decoded(t)}, given("export", "chat_template")),
+        **{"expected": ({"z "}, TEMPLATE.replace("q ", "z ")), "also": {"apply_chat_template": True}},
+        before={"tokenizer_chat_template": TEMPLATE},
+    ),
+    "pretrain_mode": Probe(value=True, seen=targets, expected={1}),
+    "max_samples": Probe(value=3, seen=lambda t: len(decoded(t)), expected=3),
+}
+LOGGING = {
+    "save": Probe(
+        value="{}/elsewhere_sft", seen=lambda t: t.given["export"][0]["directory"].parent.name, expected="elsewhere_sft"
+    ),
+    "load": Probe(
+        value="{}/first_sft",
+        seen=both(lambda t: [path.name for path, _ in t.given["load"]], lambda t: t.given["metrics"][0]["step"]),
+        **{"expected": (["actor"], 4), "also": {"train_iters": 4}},
+    ),
+    "no_load_optim": Probe(
+        value=True,
+        seen=lambda t: {with_optimizer for _, with_optimizer in t.given["load"]},
+        **{"expected": {False}, "also": {"train_iters": 4, "load": "{}/first_sft"}},
+    ),
+    "save_interval": Probe(value=2, seen=lambda t: t.given["checkpoints"], expected=["iter_0000002", "iter_0000003"]),
+    "eval_interval": Probe(value=2, seen=steps_with("sft/eval_loss"), expected=[2, 3]),
+    "log_interval": Probe(
+        value=2, seen=lambda t: [f"step {n}/3" in t.said for n in (1, 2, 3)], expected=[False, True, True]
+    ),
+    "max_ckpt_num": Probe(
+        value=2,
+        seen=lambda t: t.given["checkpoints"],
+        **{"expected": ["iter_0000002", "iter_0000003"], "also": {"save_interval": 1}},
+    ),
+    "use_tensorboard": Probe(
+        value=True, seen=lambda t: [x["directory"].name for x in t.given["tensorboard"]], expected=["tensorboard"]
+    ),
+    "use_wandb": Probe(value=True, seen=lambda t: len(t.given["wandb"]), expected=1),
+    "wandb_project": Probe(value="other", seen=given("wandb", "project"), also={"use_wandb": True}),
+    "wandb_run_name": Probe(value="mine", seen=given("wandb", "run_name"), also={"use_wandb": True}),
+}
+SFT = {
+    **(MODEL | layout_probes("actor", sft_ranks) | BATCH | optimizer_probes("actor") | DATA | LOGGING),
+    "num_gpus_per_node": Probe(
+        value=2,
+        seen=both(lambda t: t.given["ranks"][0]["world_size"], world("world_size"), world("rank")),
+        expected=(2, 2, 1),
+    ),
+    "learning_rate": Probe(
+        value=7.3e-4, seen=both(adam("lr"), metric("sft/learning_rate", 1)), **{"expected": (7.3e-4, 7.3e-4)}
+    ),
+}
+
+
+def nothing(number: int) -> Options:
+    """Parity works out its ranks from the layout."""
+    return {}
+
+
+def verdicts(trace: Trace) -> tuple[int, int]:
+    """Quantities within their tolerance, and past it."""
+    return trace.said.count(" ok\n"), trace.said.count("PAST ITS TOLERANCE")
+
+
+PARITY = {
+    "pretrain": Probe(
+        value="{}/other",
+        seen=lambda t: [t.engine(phase).pretrain.name for phase in ("reference", "layout")],
+        expected=["other", "other"],
+    ),
+    "critic_pretrain": IGNORED_CRITIC,
+    "tokenizer": Probe(value="{}/tokenizer", seen=refused("tokenizer", "is ignored"), expected=True),
+    "bf16": Probe(
+        value=True,
+        seen=lambda t: [t.engine(phase).config.bf16 for phase in ("reference", "bf16", "layout")],
+        expected=[False, True, True],
+    ),
+    "moe_aux_loss_coeff": Probe(
+        value=0.077, seen=refused("moe_aux_loss_coeff=0.077 cannot be compared"), expected=True
+    ),
+    "seed": Probe(
+        value=1234,
+        seen=both(
+            world("seed", "reference"),
+            world("seed", "layout"),
+            transformer("drawn_from", "layout"),
+            given("rows", "seed"),
+        ),
+        expected=(1234, 1234, 1234, 1234),
+    ),
+    **layout_probes("layout", nothing),
+    "num_gpus_per_node": Probe(
+        value=3,
+        seen=both(lambda t: t.given["ranks"], world("world_size", "layout")),
+        expected=([("reference", 1), ("layout", 3)], 3),
+    ),
+    "objectives": Probe(
+        value=("critic",), seen=lambda t: t.given["engines"], expected=[("reference", "value"), ("layout", "value")]
+    ),
+    "num_groups": Probe(value=5, seen=given("rows", "groups")),
+    "longest": Probe(value=17, seen=given("rows", "longest")),
+    "max_tokens_per_micro_batch": Probe(
+        value=77,
+        seen=lambda t: [t.engine(phase).packing.max_tokens for phase in ("reference", "layout")],
+        expected=[77, 77],
+    ),
+    "share_prompt_prefix": Probe(
+        value=True,
+        seen=lambda t: [t.engine(phase).packing.share_prefix for phase in ("reference", "layout")],
+        expected=[False, True],
+    ),
+    "tolerance": Probe(value=0.25, seen=verdicts, expected=(3, 3)),
+}

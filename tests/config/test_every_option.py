@@ -1,0 +1,46 @@
+"""Every option of every program reaches what it is for, and changes what a run does. One entry for each option."""
+
+from typing import Any
+
+import pytest
+
+from megarlhf.config.arguments import ParityConfig, PPOConfig, SFTConfig
+from megarlhf.config.command_line import options_of
+from tests.config.in_process_programs import Programs
+from tests.config.option_probes import SAME, Probe
+from tests.config.option_probes_ppo import PPO
+from tests.config.option_probes_rest import PARITY, SFT
+
+TABLES = {"ppo": (PPOConfig, PPO), "sft": (SFTConfig, SFT), "parity": (ParityConfig, PARITY)}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    return Programs(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.mark.parametrize("program", TABLES)
+def test_every_option_has_an_entry(program: str) -> None:
+    config_class, table = TABLES[program]
+    assert set(table) == set(options_of(config_class))  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    ("program", "option"), [(program, option) for program, (_, table) in TABLES.items() for option in table]
+)
+def test_option(programs: Programs, program: str, option: str) -> None:
+    probe: Probe = TABLES[program][1][option]
+    run: Any = getattr(programs, program)
+    without = run(tuple((probe.also | probe.before).items()))
+    changed = run(tuple((probe.also | probe.before | {option: probe.value}).items()))
+    expected = probe.value if probe.expected is SAME else probe.expected
+    assert probe.seen(changed) == expected, changed.error
+    assert _seen(probe, without) != expected, "the option changes nothing here"
+
+
+def _seen(probe: Probe, trace: Any) -> Any:
+    """What the run without the option shows; nothing where it never came to what is looked at."""
+    try:
+        return probe.seen(trace)
+    except (IndexError, KeyError, StopIteration):
+        return None
