@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from megarlhf.cli.errors import report_errors
-from megarlhf.config.arguments import ParityConfig
 from megarlhf.config.checks import check_parity, raise_if
 from megarlhf.config.command_line import parse
+from megarlhf.config.supervised_arguments import ParityConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:

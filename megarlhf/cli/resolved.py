@@ -1,6 +1,7 @@
 """What a run takes from several files, in words for `--dry-run`."""
 
-from megarlhf.config.arguments import ModelArguments, PromptDataArguments, SFTDataArguments
+from megarlhf.config.arguments import ModelArguments, PromptDataArguments
+from megarlhf.config.supervised_arguments import SFTDataArguments
 
 
 def resolved_files(model: ModelArguments, data: PromptDataArguments | SFTDataArguments) -> str:

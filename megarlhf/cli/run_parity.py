@@ -8,9 +8,10 @@ from tempfile import TemporaryDirectory
 
 from megarlhf.cli.local_ranks import MEETING, run_local_ranks
 from megarlhf.cli.run import check_weights
-from megarlhf.config.arguments import OptimizerArguments, ParityConfig
+from megarlhf.config.arguments import OptimizerArguments
 from megarlhf.config.command_line import to_yaml
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.supervised_arguments import ParityConfig
 from megarlhf.engine.engine import MegatronEngine, PackingOptions
 from megarlhf.parallel.device import num_cores
 from megarlhf.parallel.groups import destroy_groups, initialize_groups

@@ -20,8 +20,8 @@ from megarlhf.cli.run import (
     open_run_directory,
     resumed_step,
 )
-from megarlhf.config.arguments import SFTConfig
 from megarlhf.config.command_line import to_dict, to_yaml
+from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.sft import SFTData, load_sft_rows
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.metrics.report import write_report

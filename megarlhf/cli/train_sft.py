@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from megarlhf.cli.errors import report_errors
-from megarlhf.config.arguments import SFTConfig
 from megarlhf.config.checks import check_sft, raise_if
 from megarlhf.config.command_line import parse
+from megarlhf.config.supervised_arguments import SFTConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,10 +2,10 @@
 
 Parallelism, batch and precision options carry Megatron's names, RLHF options those of OpenRLHF 0.5. Field names are
 unique across the groups of a configuration, so flags are flat (`--tensor-model-parallel-size 2`) while code reads
-`config.layout.tensor_model_parallel_size`. Defaults stand here and in layouts.py, and nowhere else.
+`config.layout.tensor_model_parallel_size`. Defaults stand here, in supervised_arguments.py and in
+layouts.py, and nowhere else.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -303,116 +303,3 @@ class PPOConfig:
         if not own.keys().isdisjoint({"tensor_model_parallel_size", "expert_model_parallel_size"}):
             own = {"expert_tensor_parallel_size": None} | own
         return replace(self.layout, **own)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisedClusterArguments:
-    """Where supervised training runs."""
-
-    num_gpus_per_node: int = 1
-    """Ranks started on this machine: one GPU each, or one process each. Under torchrun its number of ranks wins."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisedBatchArguments:
-    """How much work a step is."""
-
-    train_iters: int | None = None
-    """Optimizer steps to run. None: as many as max_epochs makes."""
-    max_epochs: int = 2
-    """Passes over the data."""
-    global_batch_size: int = 128
-    """Sequences in an optimizer step, over all ranks."""
-    micro_batch_size: int = 8
-    """Sequences of full length in one forward and backward pass of a rank. Sequences are packed without padding."""
-    max_tokens_per_micro_batch: int | None = None
-    """Tokens in one forward and backward pass of a rank. None: micro_batch_size * max_len."""
-    max_len: int = 2048
-    """Longest sequence in tokens, prompt and response together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisedOptimizerArguments(SharedOptimizerArguments):
-    """AdamW and its learning-rate schedule."""
-
-    learning_rate: float = 5e-6
-    """Largest learning rate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTDataArguments:
-    """Conversations or prompt-response pairs to imitate."""
-
-    dataset: str
-    """Training data: a .jsonl, .json, .csv or .parquet file, or a directory saved with datasets."""
-    eval_dataset: str | None = None
-    """Evaluation data, in the same formats. None: no evaluation."""
-    input_key: str = "input"
-    """Column with the prompt, or with the whole conversation where output_key is None."""
-    output_key: str | None = None
-    """Column with the response. None: input_key holds the whole conversation."""
-    apply_chat_template: bool = False
-    """Render conversations with the tokenizer's chat template."""
-    input_template: str | None = None
-    """Text around each prompt, which takes the place of {}: "User: {}\\nAssistant: "."""
-    tokenizer_chat_template: str | None = None
-    """Chat template that replaces the tokenizer's own: a Jinja file, or its text."""
-    pretrain_mode: bool = False
-    """Train on the prompt's tokens as well."""
-    max_samples: int | None = None
-    """Use only the first rows of the data, this many. None: all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityArguments:
-    """What is compared."""
-
-    num_gpus_per_node: int | None = None
-    """Ranks of the layout, all on this machine: one GPU each, or one process each. None: as few as the layout takes,
-    TP * PP * CP, or the next multiple of it that EP * ETP * PP divides. Give twice as many to see data parallelism."""
-    objectives: tuple[Literal["sft", "actor", "critic"], ...] = ("sft", "actor", "critic")
-    """Losses to run: supervised, the PPO policy's, the critic's."""
-    num_groups: int = 3
-    """Prompts of random tokens; each has three responses."""
-    longest: int = 48
-    """Most tokens of a response."""
-    max_tokens_per_micro_batch: int = 256
-    """Tokens in one forward and backward pass of a rank."""
-    share_prompt_prefix: bool = False
-    """Compute each prompt once for its responses, in the layout under test. The reference never does."""
-    tolerance: float = 1.0
-    """Multiple of the built-in tolerances. With bf16 these grow by three times what one process in bf16 is off."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityConfig:
-    """Compare a layout with one process: log-probs, loss, gradients, one optimizer step."""
-
-    model: ModelArguments
-    layout: LayoutArguments = field(default_factory=LayoutArguments)
-    parity: ParityArguments = field(default_factory=ParityArguments)
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of the layout: those asked for, or the fewest that hold whole models and whole sets of experts."""
-        layout = self.layout
-        tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-        expert_tensor = layout.expert_tensor_parallel_size or tensor
-        fewest = math.lcm(
-            tensor * pipeline * layout.context_parallel_size,
-            layout.expert_model_parallel_size * expert_tensor * pipeline,
-        )
-        return fewest if self.parity.num_gpus_per_node is None else self.parity.num_gpus_per_node
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """Supervised fine-tuning."""
-
-    model: ModelArguments
-    layout: LayoutArguments = field(default_factory=LayoutArguments)
-    sft_cluster: SupervisedClusterArguments = field(default_factory=SupervisedClusterArguments)
-    batch: SupervisedBatchArguments = field(default_factory=SupervisedBatchArguments)
-    optimizer: SupervisedOptimizerArguments = field(default_factory=SupervisedOptimizerArguments)
-    data: SFTDataArguments
-    logging: LoggingArguments

@@ -11,12 +11,11 @@ from typing import Any
 from megarlhf.config.arguments import (
     AlgorithmArguments,
     BatchArguments,
-    ParityConfig,
     PPOConfig,
     RolloutArguments,
-    SFTConfig,
 )
 from megarlhf.config.check_layout import one_of, size
+from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 
 Models = Mapping[str, Mapping[str, Any]]  # option that names a checkpoint -> its config.json
 

@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from megarlhf.config.arguments import (
     LoggingArguments,
     ModelArguments,
-    ParityConfig,
     PPOConfig,
     PromptDataArguments,
     RewardArguments,
-    SFTConfig,
-    SFTDataArguments,
 )
 from megarlhf.config.check_files import (
     data_errors,
@@ -46,6 +43,7 @@ from megarlhf.config.check_numbers import (
     shared_prefix_errors,
 )
 from megarlhf.config.check_save import save_errors
+from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig, SFTDataArguments
 
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",

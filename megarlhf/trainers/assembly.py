@@ -1,7 +1,8 @@
 """From the configuration to a role's engine and objective, inside its worker process."""
 
-from megarlhf.config.arguments import ModelArguments, PPOConfig, SFTConfig, SharedOptimizerArguments
+from megarlhf.config.arguments import ModelArguments, PPOConfig, SharedOptimizerArguments
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.engine import MegatronEngine, PackingOptions
 from megarlhf.engine.objective import Objective

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megarlhf.config.arguments import LoggingArguments, SFTConfig
+from megarlhf.config.arguments import LoggingArguments
+from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.prompts import PromptSampler
 from megarlhf.data.types import TrainingRow
 from megarlhf.engine import checkpoint, checkpoint_files

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from megarlhf.cli import parity
-from megarlhf.config.arguments import ModelArguments, ParityArguments, ParityConfig
+from megarlhf.config.arguments import ModelArguments
+from megarlhf.config.supervised_arguments import ParityArguments, ParityConfig
 from tests.cluster.runs import run
 from tests.tiny_models import make_model
 

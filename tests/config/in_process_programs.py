@@ -13,8 +13,9 @@ import pytest
 
 from examples.demo.make_assets import make_tokenizer
 from megarlhf.cli import parity, run_parity, run_ppo, run_sft, train_ppo, train_sft
-from megarlhf.config.arguments import ParityConfig, PPOConfig, SFTConfig
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 from megarlhf.metrics import sinks
 from megarlhf.trainers import assembly, experience
 from megarlhf.trainers import parity as comparison

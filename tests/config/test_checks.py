@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from megarlhf.config.arguments import ParityConfig, PPOConfig, SFTConfig
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import world_errors
 from megarlhf.config.checks import SUPPORTED_ARCHITECTURES, ConfigError, check_parity, check_ppo, check_sft, raise_if
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],

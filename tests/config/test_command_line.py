@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from megarlhf.config.aliases import ALIASES
-from megarlhf.config.arguments import PPOConfig, SFTConfig
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import LIMITS
 from megarlhf.config.command_line import from_dict, options_of, parse, to_dict, to_yaml
+from megarlhf.config.supervised_arguments import SFTConfig
 
 PPO = ["--pretrain", "m", "--prompt_data", "p.jsonl", "--save", "run"]
 SFT = ["--pretrain", "m", "--dataset", "d.jsonl", "--save", "run"]

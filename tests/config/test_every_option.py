@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from megarlhf.config.arguments import ParityConfig, PPOConfig, SFTConfig
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import options_of
+from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 from tests.config.in_process_programs import Programs
 from tests.config.option_probes import SAME, Probe
 from tests.config.option_probes_ppo import PPO

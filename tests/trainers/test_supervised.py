@@ -10,13 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarlhf.config.arguments import (
-    LoggingArguments,
-    ModelArguments,
-    SFTConfig,
-    SFTDataArguments,
-    SupervisedBatchArguments,
-)
+from megarlhf.config.arguments import LoggingArguments, ModelArguments
+from megarlhf.config.supervised_arguments import SFTConfig, SFTDataArguments, SupervisedBatchArguments
 from megarlhf.data.types import TrainingRow
 from megarlhf.engine.engine import MegatronEngine, PackingOptions
 from megarlhf.engine.objective import NonFiniteError, Objective
