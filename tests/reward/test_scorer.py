@@ -114,6 +114,9 @@ def test_scores_and_leaves_the_rest_of_the_sample_alone(make_scorer: MakeScorer)
     assert before[0].reward is None
     assert scorer.last_failures == []
     assert scorer.score([]) == []
+    other = replace(before[1].prompt, text="a longer prompt", label="9")  # each sample with its own prompt and label
+    mixed = [before[0], replace(before[1], prompt=other)]
+    assert [sample.reward for sample in scorer.score(mixed)] == [734.0, 17 + 10 * 15 + 900.0]
 
 
 @pytest.mark.parametrize(
