@@ -130,9 +130,11 @@ def make_model(
     }
     if family.startswith(("qwen2", "deepseek")):
         del options["head_dim"]  # Qwen2 always has hidden / heads, DeepSeek sizes of its own
-    options |= _OPTIONS.get(family, {})
+    options |= _OPTIONS.get(family, {}) | overrides
+    if isinstance(kinds := options.get("layer_types"), list):
+        options["layer_types"] = [kinds[i % len(kinds)] for i in range(int(str(options["num_hidden_layers"])))]
     torch.manual_seed(seed)
-    model = model_class(config_class(**(options | overrides))).float()
+    model = model_class(config_class(**options)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -28,10 +28,10 @@ YARN = {
         "rope_type": "yarn",
         "rope_theta": 3000.0,
         "factor": 8.0,
-        "original_max_position_embeddings": 32,
+        "original_max_position_embeddings": 128,
         "mscale": 0.8,
         "mscale_all_dim": 0.6,
-        "beta_fast": 16,
+        "beta_fast": 6,  # few enough turns that the range's start, which YaRN rounds, is another than with 32
         "beta_slow": 2,
     }
 }
