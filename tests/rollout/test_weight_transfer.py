@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megarlhf.data.types import Sample
@@ -45,10 +46,10 @@ def generate(engine: RolloutEngine) -> list[Sample]:
     )
 
 
-def assert_parity(samples: list[Sample], model: torch.nn.Module) -> None:
+def assert_parity(samples: list[Sample], model: torch.nn.Module, *, atol: float = 1e-4) -> None:
     for sample in samples:
         ours = torch.tensor(sample.rollout_log_probs)
-        torch.testing.assert_close(ours, transformers_log_probs(model, sample, 1.0), atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours, transformers_log_probs(model, sample, 1.0), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,26 @@ def test_a_tied_configuration_with_a_head_of_its_own(
                 engine.connect_weights(shared.blocks)
             assert engine.update_weights(version, shared.checksum())["applied"] == way
             assert_parity(generate(engine), model)
+    finally:
+        engine.close()
+
+
+def test_heads_that_are_equal_in_bfloat16_alone_stay_two(tmp_path: Path) -> None:
+    """vLLM compares what it has rounded, and would take the trainer's two tensors into one."""
+    model_dir = make_engine_model(tmp_path / "model")
+    path = model_dir / "model.safetensors"
+    weights = {name: t.bfloat16().float() for name, t in load_file(path).items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * (1 + 2**-12)
+    save_file(weights, path, {"format": "pt"})
+    sent = perturbed(store_head(make_engine_model(tmp_path / "sent"), equal=False), seed=1)
+    with torch.no_grad():
+        sent.lm_head.weight.mul_(-1)
+    engine = start(model_dir, dtype="bfloat16")
+    try:
+        shared = SharedModel(sent)
+        engine.connect_weights(shared.blocks)
+        engine.update_weights(1, shared.checksum())
+        assert_parity(generate(engine), sent, atol=0.15)
     finally:
         engine.close()
 
