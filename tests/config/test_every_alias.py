@@ -1,0 +1,75 @@
+"""Every flag of OpenRLHF that is understood means what it says there. One entry for each alias."""
+
+from typing import Any
+
+import pytest
+
+from megarlhf.config.aliases import ALIASES
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.command_line import parse, to_dict
+
+REQUIRED = ["--pretrain", "m", "--prompt_data", "d", "--save", "s"]
+
+# Words of the command line, and what they set. Values differ from every default.
+MEANT: dict[str, tuple[str, dict[str, Any]]] = {
+    "save_path": ("--save_path there", {"save": "there"}),
+    "save_steps": ("--save_steps 7", {"save_interval": 7}),
+    "eval_steps": ("--eval_steps 8", {"eval_interval": 8}),
+    "logging_steps": ("--logging_steps 9", {"log_interval": 9}),
+    "train_batch_size": ("--train_batch_size 33", {"global_batch_size": 33}),
+    "micro_train_batch_size": ("--micro_train_batch_size 34", {"micro_batch_size": 34}),
+    "micro_rollout_batch_size": ("--micro_rollout_batch_size 35", {}),
+    "max_norm": ("--max_norm 0.36", {"clip_grad": 0.36}),
+    "l2": ("--l2 0.37", {"weight_decay": 0.37}),
+    "adam_betas": ("--adam_betas 0.38 0.39", {"adam_beta1": 0.38, "adam_beta2": 0.39}),
+    "gradient_checkpointing": (
+        "--gradient_checkpointing",
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+    "gradient_checkpointing_use_reentrant": ("--gradient_checkpointing_use_reentrant", {}),
+    "ring_attn_size": ("--ring_attn_size 4", {"context_parallel_size": 4}),
+    "packing_samples": ("--packing_samples", {}),
+    "colocate_actor_ref": ("--colocate_actor_ref", {}),
+    "vllm_enable_sleep": ("--vllm_enable_sleep", {}),
+    "perf": ("--perf", {}),
+    "virtual_pipeline_model_parallel_size": (
+        "--virtual_pipeline_model_parallel_size 5",
+        {"num_virtual_stages_per_pipeline_rank": 5},
+    ),
+    "aux_loss_coef": ("--aux_loss_coef 0.41", {"moe_aux_loss_coeff": 0.41}),
+    "use_kl_estimator_k3": ("--use_kl_estimator_k3", {"kl_estimator": "k3"}),
+}
+
+
+def test_every_alias_has_an_entry() -> None:
+    assert set(MEANT) == {name for name, alias in ALIASES.items() if not alias.refused}
+
+
+@pytest.mark.parametrize("name", MEANT)
+@pytest.mark.parametrize("spelled", ["_", "-"])
+def test_what_an_alias_sets_and_that_it_sets_nothing_else(
+    name: str, spelled: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, values = MEANT[name]
+    flag, *rest = words.split()
+    plain, _ = parse(PPOConfig, REQUIRED, "ppo")
+    capsys.readouterr()
+    config, _ = parse(PPOConfig, [*REQUIRED, flag.replace("_", spelled), *rest], "ppo")
+    before, after = to_dict(plain), to_dict(config)
+    assert {key: after[key] for key in after if after[key] != before[key]} == values
+    assert bool(values) or "note: " in capsys.readouterr().err, "a flag without effect says so"
+
+
+@pytest.mark.parametrize("name", [name for name, alias in ALIASES.items() if alias.refused])
+@pytest.mark.parametrize("words", [[], ["1"]], ids=["bare", "with a value"])
+def test_a_refused_flag_gives_the_reason(name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(PPOConfig, [*REQUIRED, f"--{name}", *words], "ppo")
+    assert f"--{name} is not an option here; {ALIASES[name].refused}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["save_steps", "eval_steps"])
+def test_minus_one_is_never(flag: str) -> None:
+    field = {"save_steps": "save_interval", "eval_steps": "eval_interval"}[flag]
+    config, _ = parse(PPOConfig, [*REQUIRED, f"--{field}", "3", f"--{flag}", "-1"], "ppo")
+    assert to_dict(config)[field] is None

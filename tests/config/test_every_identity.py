@@ -1,0 +1,87 @@
+"""Every key of a checkpoint's identity is there, and is refused when it differs."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.config.in_process_programs import Programs
+
+SHAPE = {"architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"}
+KEYS = {
+    "ppo": SHAPE | {"optimizer_state", "advantage_estimator", "seed", "data"},
+    "sft": SHAPE | {"optimizer_state", "seed", "data"},
+}
+LAST = {"ppo": 2, "sft": 3}  # steps of the first run
+CASES = [(program, key) for program, keys in KEYS.items() for key in sorted(keys)]
+
+# Options whose change makes another run of it.
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "ppo": [
+        {"pretrain": "{}/experts"},
+        {"seed": 43},
+        {"advantage_estimator": "rloo"},
+        {"prompt_data": "{}/other_rows.jsonl"},
+        {"max_samples": 7},
+        {"input_template": "say {}"},
+        {"input_key": "question"},
+        {"use_distributed_optimizer": False},
+    ],
+    "sft": [
+        {"pretrain": "{}/experts"},
+        {"seed": 43},
+        {"dataset": "{}/other_rows.jsonl"},
+        {"max_samples": 7},
+        {"output_key": "answer"},
+        {"use_distributed_optimizer": False},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    yield Programs(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Iterator[int]:
+    return count()
+
+
+def state_file(run: Path, program: str) -> Path:
+    return run / "checkpoints" / f"iter_{LAST[program]:07d}" / "run_state.json"
+
+
+def go_on(programs: Programs, program: str, load: Path, **options: Any) -> str:
+    """Continue a run; what it stopped with."""
+    changes = {"load": str(load), "train_iters": LAST[program] + 1} | options
+    return str(getattr(programs, program)(tuple(changes.items())).error)
+
+
+@pytest.mark.parametrize("program", KEYS)
+def test_the_identity_has_these_keys_and_the_same_run_goes_on(programs: Programs, program: str) -> None:
+    first = programs.directory / f"first_{program}"
+    assert set(json.loads(state_file(first, program).read_text())["identity"]) == KEYS[program]
+    assert go_on(programs, program, first) == ""
+
+
+@pytest.mark.parametrize(("program", "key"), CASES)
+def test_a_key_that_differs(programs: Programs, numbers: Iterator[int], program: str, key: str) -> None:
+    other = shutil.copytree(programs.directory / f"first_{program}", programs.directory / f"changed{next(numbers)}")
+    file = state_file(other, program)
+    state = json.loads(file.read_text())
+    state["identity"][key] = "something else"
+    file.write_text(json.dumps(state))
+    error = go_on(programs, program, other)
+    assert error.startswith(("ConfigError", "ValueError")) and "something else" in error
+    assert key in error or key == "optimizer_state"
+
+
+@pytest.mark.parametrize(("program", "change"), [(p, c) for p, changes in OTHERS.items() for c in changes], ids=str)
+def test_options_that_make_another_run(programs: Programs, program: str, change: dict[str, Any]) -> None:
+    error = go_on(programs, program, programs.directory / f"first_{program}", **change)
+    assert "load=" in error and ("saved" in error or "optimizers were kept" in error)
