@@ -23,7 +23,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 @pytest.mark.parametrize("program", TABLES)
 def test_every_option_has_an_entry(program: str) -> None:
     config_class, table = TABLES[program]
-    assert set(table) == set(options_of(config_class))  # type: ignore[type-var]
+    assert set(table) == set(options_of(config_class))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""Groups of worker processes without processes: they note who was called with what, in one list for all groups."""
+
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Reply = Callable[[int, tuple[Any, ...]], Any]  # rank and arguments -> that rank's answer
+
+
+class RecordedGroup:
+    """In the place of a WorkerGroup.
+
+    Args:
+        log: (role, method, arguments) of every call, shared by the groups of a test.
+        replies: method -> answer of each rank; None where it is missing.
+    """
+
+    def __init__(
+        self, role: str, log: list[tuple[str, str, tuple[Any, ...]]], *, ranks: int = 1, **replies: Reply
+    ) -> None:
+        self.role, self._log, self._replies = role, log, replies
+        self.handles = [self._handle(rank) for rank in range(ranks)]
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        self._log.append((self.role, method, args))
+        return [self._answer(method, rank, args) for rank in range(len(self.handles))]
+
+    def wait_for(self, refs: Sequence[Any], what: str) -> list[Any]:
+        return [answer() for answer in refs]
+
+    def kill(self) -> None:
+        self._log.append((self.role, "kill", ()))
+
+    def _answer(self, method: str, rank: int, args: tuple[Any, ...]) -> Any:
+        return self._replies[method](rank, args) if method in self._replies else None
+
+    def _handle(self, rank: int) -> Any:
+        def remote(*args: Any) -> Callable[[], Any]:
+            self._log.append((f"{self.role} {rank}", "generate", args))
+            return lambda: self._answer("generate", rank, args)
+
+        return types.SimpleNamespace(generate=types.SimpleNamespace(remote=remote))
+
+
+def makes_directory(rank: int, args: tuple[Any, ...]) -> None:
+    """A role's save: its first rank makes the directory."""
+    if rank == 0:
+        Path(args[0]).mkdir()
+        (Path(args[0]) / "weights").write_text("w")

@@ -1,0 +1,259 @@
+"""Phases, weight sync, dealing, merging and checkpoints over groups that note the order of calls."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megarlhf.cluster.resource_manager import ResourceManager
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync, TrainingGroup, _merge
+from megarlhf.data.shared_tensors import checksum
+from megarlhf.data.types import Sample, TrainingRow
+from megarlhf.metrics.timers import Timers
+from tests.cluster.recorded_groups import RecordedGroup, makes_directory
+from tests.trainers.plain_roles import make_prompts
+
+Log = list[tuple[str, str, tuple[Any, ...]]]
+
+
+def manager(log: Log, *, colocated: bool) -> ResourceManager:
+    groups = [RecordedGroup(role, log) for role in ("actor", "critic", "rollout")]
+    return ResourceManager(groups[:2], groups[2], Timers(), colocated=colocated)
+
+
+def calls(log: Log) -> list[str]:
+    return [f"{role} {method}" for role, method, _ in log]
+
+
+SLEEPS, WAKES = ["actor sleep", "critic sleep"], ["actor wake", "critic wake"]
+
+
+def test_who_leaves_sleeps_before_who_comes_wakes() -> None:
+    log: Log = []
+    phases = manager(log, colocated=True)
+    with phases.sync():
+        assert calls(log) == [], "all are awake at the start"
+    with phases.rollout():
+        assert calls(log) == SLEEPS
+    log.clear()
+    with phases.train():
+        assert calls(log) == ["rollout sleep", *WAKES]
+    log.clear()
+    with phases.rollout():
+        assert calls(log) == [*SLEEPS, "rollout wake"]
+    log.clear()
+    with phases.sync():
+        assert calls(log) == WAKES, "nobody sleeps while weights move"
+    log.clear()
+    with phases.sync(), phases.sync():
+        assert calls(log) == []
+
+
+def test_a_phase_inside_another_has_the_devices_and_nothing_is_given_twice() -> None:
+    log: Log = []
+    phases = manager(log, colocated=True)
+    with phases.train():
+        with phases.rollout():
+            assert calls(log) == ["rollout sleep", *SLEEPS, "rollout wake"]
+        log.clear()
+        with phases.rollout():
+            assert calls(log) == []
+    with phases.train():
+        assert calls(log) == ["rollout sleep", *WAKES]
+
+
+def test_disjoint_roles_never_sleep() -> None:
+    log: Log = []
+    phases = manager(log, colocated=False)
+    for phase in (phases.rollout, phases.train, phases.sync, phases.rollout):
+        with phase():
+            pass
+    assert calls(log) == []
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+def test_a_rescue_ends_the_engines_and_asks_them_nothing_more(colocated: bool) -> None:
+    log: Log = []
+    phases = manager(log, colocated=colocated)
+    with phases.rollout():
+        log.clear()
+    with phases.rescue():
+        assert calls(log) == ["rollout kill", *(WAKES if colocated else [])]
+    log.clear()
+    with phases.train():
+        assert calls(log) == []
+
+
+def syncing(log: Log, answer: Callable[[int, tuple[Any, ...]], dict[str, Any]]) -> SharedMemorySync:
+    actor = RecordedGroup(
+        "actor",
+        log,
+        ranks=2,
+        share_weights=lambda rank, args: [SimpleNamespace(rank=rank, block=b, num_bytes=10 + rank) for b in range(2)],
+        refresh_shared_weights=lambda rank, args: [f"{rank}{b}".encode() for b in range(2)],
+    )
+    rollout = RecordedGroup("rollout", log, ranks=3, update_weights=answer)
+    return SharedMemorySync(actor, rollout)
+
+
+def test_weights_are_shared_and_connected_once_and_refreshed_before_each_update() -> None:
+    log: Log = []
+    sync = syncing(log, lambda rank, args: {"version": args[0], "checksum": args[1]})
+    assert sync.push(4) == {"sync/version": 4.0, "sync/bytes": 42.0}
+    assert sync.push(5) == {"sync/version": 5.0, "sync/bytes": 42.0}
+    each = ["actor refresh_shared_weights", "rollout update_weights"]
+    assert calls(log) == ["actor share_weights", "rollout connect_weights", *each, *each]
+    (blocks,) = log[1][2]
+    assert [(block.rank, block.block) for block in blocks] == [(0, 0), (0, 1), (1, 0), (1, 1)], "in rank order"
+    sent = checksum([b"00", b"01", b"10", b"11"])  # over all ranks' digests, in the order of the blocks
+    assert [args for _, method, args in log if method == "update_weights"] == [(4, sent), (5, sent)]
+
+
+@pytest.mark.parametrize("wrong", [{"version": 3}, {"checksum": "0" * 32}])
+def test_an_engine_with_other_weights_is_named(wrong: dict[str, Any]) -> None:
+    def answer(rank: int, args: tuple[Any, ...]) -> dict[str, Any]:
+        return {"version": args[0], "checksum": args[1]} | (wrong if rank == 2 else {})
+
+    (key, value) = next(iter(wrong.items()))
+    with pytest.raises(RuntimeError, match=f"rollout engine 2 holds weights version .*{value}.*; version 4 with"):
+        syncing([], answer).push(4)
+    assert key in ("version", "checksum")
+
+
+def engines(log: Log, number: int) -> RolloutGroup:
+    def generate(rank: int, args: tuple[Any, ...]) -> list[Sample]:
+        prompts, groups, n_samples, step, greedy = args
+        made = [
+            Sample(
+                **{
+                    "prompt": prompt,
+                    "group_id": group,
+                    "sample_id": s,
+                    "response_ids": (step,),
+                    "weight_version": rank,
+                },
+                **{"rollout_log_probs": (0.0,), "response_text": str(greedy), "finish_reason": "stop"},
+                weight_version=rank,
+            )
+            for prompt, group in zip(prompts, groups, strict=True)
+            for s in range(n_samples)
+        ]
+        random.Random(3).shuffle(made)
+        return made
+
+    group = RecordedGroup("rollout", log, ranks=number, generate=generate)
+    return RolloutGroup(group, n_samples_per_prompt=3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_prompts_are_dealt_evenly_and_samples_come_back_in_order(number: int, count: int) -> None:
+    log: Log = []
+    prompts = make_prompts(count)
+    samples = engines(log, number).generate(prompts, step=11)
+    assert [(s.group_id, s.sample_id) for s in samples] == [(g, s) for g in range(count) for s in range(3)]
+    assert all(s.prompt is prompts[s.group_id] for s in samples), "a group's baseline is of its own prompt"
+    assert {s.response_ids for s in samples} == {(11,)} and {s.response_text for s in samples} == {"False"}
+    dealt = [len(args[0]) for _, _, args in log]
+    assert sum(dealt) == count and max(dealt) - min(dealt) <= 1 and len(dealt) == min(number, count)
+    for group in range(count):
+        assert len({s.weight_version for s in samples if s.group_id == group}) == 1, "on one engine"
+    for _, _, (given, groups, *_) in log:
+        assert [prompts.index(prompt) for prompt in given] == groups
+
+
+def test_greedy_answers_are_one_a_prompt() -> None:
+    log: Log = []
+    samples = engines(log, 2).generate_greedy(make_prompts(5))
+    assert [(s.group_id, s.sample_id) for s in samples] == [(g, 0) for g in range(5)]
+    assert {s.response_text for s in samples} == {"True"}
+
+
+def test_results_of_all_replicas_are_merged_in_the_order_of_the_rows() -> None:
+    parts = [{3: torch.tensor(3.0), 0: torch.tensor(0.0)}, {}, {2: torch.tensor(2.0), 1: torch.tensor(1.0)}]
+    assert [float(part) for part in _merge(parts, 4)] == [0.0, 1.0, 2.0, 3.0]
+    with pytest.raises(KeyError):
+        _merge(parts[:2], 4)  # a row that no replica computed
+
+
+def test_every_rank_of_a_role_gets_all_rows_and_the_denominator() -> None:
+    log: Log = []
+    rows = [TrainingRow(input_ids=(1, 2, 3 + i), prompt_length=1, group_id=i) for i in range(3)]
+
+    def update(rank: int, args: tuple[Any, ...]) -> Any:
+        outputs = {i: torch.tensor(10.0 * rank + i) for i in range(3) if i % 2 == rank}
+        return SimpleNamespace(loss=1.5, metrics={"m": 2.5}, grad_norm=3.5, learning_rate=4.5, outputs=outputs)
+
+    def forward(rank: int, args: tuple[Any, ...]) -> Any:
+        return {i: torch.tensor(float(i)) for i in range(3) if i % 2 == rank}
+
+    names = ("log_probs", "ref_log_probs", "values")
+    group = RecordedGroup("actor", log, ranks=2, update=update, **dict.fromkeys(names, forward))
+    role = TrainingGroup(group)
+    result = role.update(rows, denominator=7.0)
+    assert (result.loss, result.metrics, result.grad_norm, result.learning_rate) == (1.5, {"m": 2.5}, 3.5, 4.5)
+    assert [float(output) for output in result.outputs] == [0.0, 11.0, 2.0]
+    for name in names:
+        assert [float(part) for part in getattr(role, name)(rows)] == [0.0, 1.0, 2.0]
+    assert log == [("actor", "update", (rows, 7.0)), *(("actor", name, (rows,)) for name in names)]
+
+
+def checkpoints(root: Path, log: Log, **options: Any) -> CheckpointGroup:
+    identity = options.pop("identity", {"seed": 5})
+    save = options.pop("save", makes_directory)
+    roles = {role: RecordedGroup(role, log, ranks=2, save=save) for role in ("actor", "critic")}
+    return CheckpointGroup(root, roles, keep=2, identity=identity, with_optimizer=True)
+
+
+def test_a_checkpoint_appears_when_all_roles_have_saved(tmp_path: Path) -> None:
+    log: Log = []
+    final, pointer = tmp_path / "iter_0000003", tmp_path / "latest_checkpointed_iteration.txt"
+
+    def save(rank: int, args: tuple[Any, ...]) -> None:
+        assert not final.exists() and not pointer.exists(), "not before the last role has saved"
+        makes_directory(rank, args)
+
+    group = checkpoints(tmp_path, log, save=save)
+    group.save(3, {"step": 3, "extra": "kept"})
+    assert log == [(role, "save", (f"{final}.partial/{role}",)) for role in ("actor", "critic")]
+    assert pointer.read_text() == "3" and group.last_saved == 3
+    assert json.loads((final / "run_state.json").read_text()) == {"step": 3, "extra": "kept", "identity": {"seed": 5}}
+    assert sorted(path.name for path in final.iterdir()) == ["actor", "critic", "run_state.json"]
+
+
+@pytest.mark.parametrize("kind", ["raises", "saves nothing"])
+def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, kind: str) -> None:
+    log: Log = []
+    checkpoints(tmp_path, log).save(3, {"step": 3})
+
+    def save(rank: int, args: tuple[Any, ...]) -> None:
+        if not args[0].endswith("critic"):
+            makes_directory(rank, args)
+        elif kind == "raises":
+            raise OSError("no space left")
+
+    group = checkpoints(tmp_path, log, save=save)
+    with pytest.raises((OSError, RuntimeError), match="no space left|the critic saved nothing"):
+        group.save(4, {"step": 4})
+    assert group.last_saved is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000003", "latest_checkpointed_iteration.txt"]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+def test_loading_brings_every_role_to_the_latest_checkpoint_of_the_same_run(tmp_path: Path) -> None:
+    log: Log = []
+    group = checkpoints(tmp_path, log)
+    for step in (3, 5):
+        group.save(step, {"step": step})
+    log.clear()
+    assert checkpoints(tmp_path / "elsewhere", log).load(tmp_path)["step"] == 5
+    assert log == [(role, "load", (str(tmp_path / "iter_0000005" / role),)) for role in ("actor", "critic")]
+    log.clear()
+    with pytest.raises(ValueError, match="seed: saved 5, now 6"):
+        checkpoints(tmp_path, log, identity={"seed": 6}).load(tmp_path)
+    assert log == [], "no role takes anything of another run"
