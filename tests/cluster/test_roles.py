@@ -130,14 +130,13 @@ def engines(log: Log, number: int) -> RolloutGroup:
         prompts, groups, n_samples, step, greedy = args
         made = [
             Sample(
-                **{
-                    "prompt": prompt,
-                    "group_id": group,
-                    "sample_id": s,
-                    "response_ids": (step,),
-                    "weight_version": rank,
-                },
-                **{"rollout_log_probs": (0.0,), "response_text": str(greedy), "finish_reason": "stop"},
+                prompt=prompt,
+                group_id=group,
+                sample_id=s,
+                response_ids=(step,),
+                rollout_log_probs=(0.0,),
+                response_text=str(greedy),
+                finish_reason="stop",
                 weight_version=rank,
             )
             for prompt, group in zip(prompts, groups, strict=True)
