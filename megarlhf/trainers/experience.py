@@ -14,6 +14,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
 from megarlhf.data.types import Sample, TrainingRow
 from megarlhf.trainers.roles import ActorRole, CriticRole, UpdateResult
+from megarlhf.trainers.state import LoopState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,22 @@ def with_result(samples: Sequence[Sample], *, estimator: str) -> list[Sample]:
 def enough_results(usable: int, generated: int, least_fraction: float) -> bool:
     """Whether a step is trained: with at least this fraction of its samples, and at least one."""
     return usable > 0 and usable >= least_fraction * generated
+
+
+def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig) -> None:
+    """End a run whose reward does not work.
+
+    Raises:
+        NoSamplesError: max_untrained_steps steps in a row were not trained.
+    """
+    limit = config.reward.max_untrained_steps
+    if state.untrained_in_a_row >= limit:
+        missing = sum(sample.reward is None for sample in scored)
+        raise NoSamplesError(
+            f"{limit} steps in a row had too few rewards to train on (max_untrained_steps={limit}, "
+            f"min_result_fraction={config.reward.min_result_fraction}); in step {state.step} the reward gave no result "
+            f"for {missing} of {len(scored)} samples: see its errors in the log"
+        )
 
 
 def to_rows(samples: Sequence[Sample]) -> list[TrainingRow]:

@@ -10,9 +10,10 @@ from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import summary
+from megarlhf.trainers.evaluation import evaluate
 from megarlhf.trainers.experience import (
-    NoSamplesError,
     Updates,
+    check_rewards,
     enough_results,
     make_experience,
     mini_batches,
@@ -22,8 +23,6 @@ from megarlhf.trainers.experience import (
 from megarlhf.trainers.last_good import saved_on_failure
 from megarlhf.trainers.roles import Roles
 from megarlhf.trainers.state import LoopState, RewardMoments
-
-CORRECT_REWARD = 1.0  # a greedy response counts as correct from this reward on
 
 
 def train(
@@ -145,38 +144,3 @@ def train_step(
         first = [samples[i] for i in updates.indices[0]]
         metrics |= summary.check_log_prob_difference(first, updates.actor[0].outputs, budget)
     return metrics | {"reward/untrained_steps": float(state.untrained_steps)}
-
-
-def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig) -> None:
-    """End a run whose reward does not work.
-
-    Raises:
-        NoSamplesError: max_untrained_steps steps in a row were not trained.
-    """
-    limit = config.reward.max_untrained_steps
-    if state.untrained_in_a_row >= limit:
-        missing = sum(sample.reward is None for sample in scored)
-        raise NoSamplesError(
-            f"{limit} steps in a row had too few rewards to train on (max_untrained_steps={limit}, "
-            f"min_result_fraction={config.reward.min_result_fraction}); in step {state.step} the reward gave no result "
-            f"for {missing} of {len(scored)} samples: see its errors in the log"
-        )
-
-
-def evaluate(roles: Roles, prompts: list[Prompt] | None, timers: Timers) -> dict[str, float]:
-    """Greedy accuracy on held-out prompts: the fraction whose response earns CORRECT_REWARD or more.
-
-    Responses without a result are left out and counted; nothing is reported without prompts.
-    """
-    if not prompts:
-        return {}
-    with roles.phases.rollout(), timers("eval"):
-        scored: list[Sample] = roles.reward.score(roles.rollout.generate_greedy(prompts))
-    rewards = [sample.reward for sample in scored if sample.reward is not None]
-    metrics = {
-        "eval/response_length_mean": sum(len(s.response_ids) for s in scored) / len(scored),
-        "eval/no_result_count": float(len(scored) - len(rewards)),
-    }
-    if rewards:
-        metrics["eval/accuracy"] = sum(reward >= CORRECT_REWARD for reward in rewards) / len(rewards)
-    return metrics

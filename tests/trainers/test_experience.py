@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.types import Sample
 from megarlhf.metrics.timers import Timers
-from megarlhf.trainers import rl, summary
-from megarlhf.trainers.experience import Experience, make_experience, mini_batches, training_rows, with_result
+from megarlhf.trainers import summary
+from megarlhf.trainers.evaluation import evaluate
+from megarlhf.trainers.experience import (
+    Experience,
+    Updates,
+    make_experience,
+    mini_batches,
+    training_rows,
+    with_result,
+)
 from megarlhf.trainers.roles import UpdateResult
 from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
 
@@ -164,7 +172,7 @@ def test_evaluation_counts_correct_answers_among_those_with_a_result() -> None:
             return [replace(s, reward=r) for s, r in zip(samples, rewards, strict=True)]
 
     plain, prompts = Judged(), make_prompts(5)
-    metrics = rl.evaluate(plain.roles(critic=False), prompts, Timers())
+    metrics = evaluate(plain.roles(critic=False), prompts, Timers())
     lengths = [len(plain._sample(p, g, 0, 0).response_ids) for g, p in enumerate(prompts)]
     assert metrics == {
         "eval/accuracy": 2 / 4,
@@ -201,7 +209,7 @@ def test_metrics_of_samples_and_training_by_value() -> None:
     def result(loss: float, norm: float, rate: float, frac: float) -> UpdateResult:
         return UpdateResult(loss=loss, metrics={"clip_frac": frac}, grad_norm=norm, learning_rate=rate, outputs=[])
 
-    updates = rl.Updates(
+    updates = Updates(
         actor=[result(1.0, 2.0, 0.1, 0.25), result(2.0, 4.0, 0.05, 0.75)], critic=[result(6.0, 8.0, 0.2, 0.5)]
     )
     assert summary.training_metrics(experience, updates) == pytest.approx(
@@ -227,7 +235,7 @@ def test_metrics_that_overflow_do_not_end_the_step() -> None:
     def result(ratio: float) -> UpdateResult:
         return UpdateResult(loss=1e308, metrics={"ratio_mean": ratio}, grad_norm=1.0, learning_rate=0.1, outputs=[])
 
-    updates = rl.Updates(actor=[result(math.inf), result(-math.inf)])
+    updates = Updates(actor=[result(math.inf), result(-math.inf)])
     metrics = summary.training_metrics(experience_of(samples_of([2])), updates)
     assert math.isnan(metrics["policy/ratio_mean"]) and metrics["policy/loss"] == math.inf
 
