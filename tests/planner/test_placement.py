@@ -135,6 +135,14 @@ def test_coordinates_are_those_of_megatron() -> None:
     ]
 
 
+def test_coordinates_of_every_dimension() -> None:
+    """Megatron's order tp-cp-dp-pp: the first changes fastest."""
+    placed = plan(actor_world_size=24, actor_model=ModelSizes(tensor=2, context=3, pipeline=2))
+    places = [w.place for w in placed.of("actor")]
+    for rank, place in enumerate(places):
+        assert place == f"tp{rank % 2} cp{rank // 2 % 3} dp{rank // 6 % 2} pp{rank // 12}", rank
+
+
 def test_table() -> None:
     table = plan(actor_model=ModelSizes(pipeline=2)).table()
     assert table == (
