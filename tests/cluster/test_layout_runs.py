@@ -47,7 +47,7 @@ def test_a_policy_with_experts(assets: Path, tmp_path: Path, layout: str) -> Non
     rows = metrics(tmp_path / "run")
     assert all(rows[step]["rollout/logprob_diff_max"] <= 1e-4 for step in (1, 2))
     for phase in ("policy", "critic"):
-        assert rows[2][f"{phase}/moe_balance_loss"] >= 1.0 - 1e-6
+        assert 0.9 <= rows[2][f"{phase}/moe_balance_loss"] < 1.5  # near 1, which is perfect balance
         assert rows[2][f"{phase}/moe_load_max"] >= 1.0
         assert rows[2][f"{phase}/moe_router_log_prob"] < 0
 

@@ -175,9 +175,9 @@ def balanced_rows() -> list[TrainingRow]:
 
 
 def balance_loss(probs: Tensor) -> Tensor:
-    """[t, 4] router probabilities, of which two are chosen -> E * sum_e f_e P_e."""
-    chosen = torch.zeros_like(probs).scatter(-1, probs.topk(2).indices, 1.0)
-    return 4 * (chosen.mean(0) / 2 * probs.mean(0)).sum()
+    """[t, 4] router probabilities, of which three are chosen -> E * sum_e f_e P_e."""
+    chosen = torch.zeros_like(probs).scatter(-1, probs.topk(3).indices, 1.0)
+    return 4 * (chosen.mean(0) / 3 * probs.mean(0)).sum()
 
 
 def test_balance_loss_is_that_of_its_formula_in_every_layout(ranks: RankPool, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_balance_loss_is_that_of_its_formula_in_every_layout(ranks: RankPool, tm
         gate = model.model.layers[layer].mlp.gate.weight.grad
         torch.testing.assert_close(added[name], gate, atol=2e-6, rtol=1e-4)
         assert float(gate.abs().max()) > 1e-3
-    assert 1.0 <= metrics["moe_balance_loss"] < 1.5 and metrics["moe_load_min"] <= 1.0 <= metrics["moe_load_max"]
+    assert 0.9 <= metrics["moe_balance_loss"] < 1.5 and metrics["moe_load_min"] <= 1.0 <= metrics["moe_load_max"]
     whole = [float(balance_loss(torch.cat(probs).detach())) for probs in seen]
     assert metrics["moe_balance_loss"] == pytest.approx(sum(whole) / 4, abs=1e-5)
 
