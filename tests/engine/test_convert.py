@@ -141,6 +141,16 @@ def test_what_only_training_cannot_do_is_converted(tmp_path: Path, family: str, 
     assert json.loads((result / "config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
+def test_positions_cut_no_weight(tmp_path: Path) -> None:
+    """Not even where RoPE could not be built."""
+    source = make_model(tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": "3000"}
+    (source / "config.json").write_text(json.dumps(config))
+    result = to_hf(to_megatron(source, tmp_path / "megatron"), tmp_path / "hf", VERIFIED)
+    assert_equal(tensors(result), tensors(source))
+
+
 @pytest.mark.parametrize("head", ["equal", "other"])
 @pytest.mark.parametrize("sizes", [{}, {"tensor": 2, "pipeline": 2}])
 def test_a_tied_configuration_with_a_head_of_its_own(tmp_path: Path, head: str, sizes: dict[str, int]) -> None:
