@@ -25,6 +25,17 @@ def running() -> Iterator[None]:
         raise failure from error
 
 
+@contextmanager
+def machine_checks(*, dry_run: bool) -> Iterator[None]:
+    """What this machine has no room for is refused, but noted in a dry run, which may rehearse for another machine."""
+    try:
+        yield
+    except ValueError as error:
+        if not dry_run:
+            raise
+        print(f"note: {error}", file=sys.stderr)
+
+
 def report_errors(program: str, run: Callable[[], int]) -> int:
     """Run a program; what the user can mend is printed as sentences.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlhf.cli.disk import check_disk_space
-from megarlhf.cli.errors import all_or_errors, running
+from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     StopSignal,
@@ -136,14 +136,15 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
     return prompts, evaluation[0].prompts if evaluation else None, tuple(stop.token_id for stop in stops)
 
 
-def _check_models(config: PPOConfig) -> list[HFConfig]:
+def _check_models(config: PPOConfig, *, dry_run: bool) -> list[HFConfig]:
     """The weights of actor and critic, and where vLLM is to read the actor's; the configuration of each."""
     critic = (config.model.critic_pretrain or config.model.pretrain, config.layout_of("critic"))
     has_critic = config.algorithm.advantage_estimator == "gae"
     models = check_weights(
         (config.model.pretrain, config.layout), critic=critic if has_critic else None, generates=True
     )
-    check_shared_memory(models[0], bf16=config.model.bf16)
+    with machine_checks(dry_run=dry_run):
+        check_shared_memory(models[0], bf16=config.model.bf16)
     return models
 
 
@@ -158,7 +159,7 @@ class Inputs:
     continued: int | None  # step of the checkpoint to continue from
 
 
-def load_inputs(config: PPOConfig, reward: RewardScorer) -> Inputs:
+def load_inputs(config: PPOConfig, reward: RewardScorer, *, dry_run: bool) -> Inputs:
     """Read and check all of it, for a dry run too.
 
     Raises:
@@ -172,21 +173,22 @@ def load_inputs(config: PPOConfig, reward: RewardScorer) -> Inputs:
         [
             lambda: load_data(config),
             lambda: resumed_step(config.logging, identity),
-            lambda: _check_models(config),
+            lambda: _check_models(config, dry_run=dry_run),
             reward.check,
         ]
     )
     identity |= {"data": data_identity(len(prompts.prompts), prompts.digest)}
     resumed_step(config.logging, identity)
-    check_disk_space(
-        config.logging,
-        list(zip(models, ("lm", "value"), strict=False)),  # no critic, no value head
-        pretrain=config.model.pretrain,
-        bf16=config.model.bf16,
-        distributed=config.layout.use_distributed_optimizer,
-        first_step=continued or 0,
-        last_step=config.batch.train_iters,
-    )
+    with machine_checks(dry_run=dry_run):
+        check_disk_space(
+            config.logging,
+            list(zip(models, ("lm", "value"), strict=False)),  # no critic, no value head
+            pretrain=config.model.pretrain,
+            bf16=config.model.bf16,
+            distributed=config.layout.use_distributed_optimizer,
+            first_step=continued or 0,
+            last_step=config.batch.train_iters,
+        )
     return Inputs(
         prompts=prompts,
         eval_prompts=eval_prompts,
@@ -207,7 +209,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         timeout_seconds=config.reward.reward_timeout_seconds,
         passed_variables=config.reward.reward_env,
     )
-    inputs = load_inputs(config, reward)
+    inputs = load_inputs(config, reward, dry_run=dry_run)
     prompts, eval_prompts = inputs.prompts, inputs.eval_prompts
     config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     if dry_run:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megarlhf.cli.disk import check_disk_space
-from megarlhf.cli.errors import all_or_errors, running
+from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.local_ranks import MEETING, run_local_ranks
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
@@ -34,7 +34,7 @@ def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Train as one rank, or start the local ranks with the same arguments; returns the exit status."""
     world = config.sft_cluster.num_gpus_per_node
     if dry_run:
-        _load_inputs(config)
+        _load_inputs(config, dry_run=True)
         print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n")
         print(f"{world} local rank(s), {_threads(world)} CPU thread(s) each")
         return 0
@@ -52,7 +52,9 @@ def _threads(world: int) -> int:
     return max(1, num_cores() // world)
 
 
-def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, Any], int | None]:
+def _load_inputs(
+    config: SFTConfig, *, dry_run: bool = False
+) -> tuple[SFTData, SFTData | None, dict[str, Any], int | None]:
     """Training and evaluation rows, what a checkpoint must agree with, and the step to continue from.
 
     Raises:
@@ -70,15 +72,16 @@ def _load_inputs(config: SFTConfig) -> tuple[SFTData, SFTData | None, dict[str, 
     )
     identity |= {"data": data_identity(len(data.rows), data.digest)}
     resumed_step(config.logging, identity)
-    check_disk_space(
-        config.logging,
-        [(models[0], "lm")],
-        pretrain=config.model.pretrain,
-        bf16=config.model.bf16,
-        distributed=config.layout.use_distributed_optimizer,
-        first_step=continued or 0,
-        last_step=_total_steps(config, data),
-    )
+    with machine_checks(dry_run=dry_run):
+        check_disk_space(
+            config.logging,
+            [(models[0], "lm")],
+            pretrain=config.model.pretrain,
+            bf16=config.model.bf16,
+            distributed=config.layout.use_distributed_optimizer,
+            first_step=continued or 0,
+            last_step=_total_steps(config, data),
+        )
     return data, evaluation[0] if evaluation else None, identity, continued
 
 

@@ -1,12 +1,18 @@
 """The launchers' flags are flags of the program, and their plans are possible."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from megarlhf.models.hf_files import read_config
+from megarlhf.models.names import model_shapes
+from megarlhf.models.registry import find_architecture
 
 ROOT = Path(__file__).parents[2]
 LLAMA_3_8B = {
@@ -37,13 +43,21 @@ def dry_run(script: str, tmp_path: Path, **environment: str) -> str:
 
 @pytest.fixture
 def llama_3_8b(assets: Path, tmp_path: Path) -> Path:
-    """Llama 3 8B as far as its files can be told from outside; without the weights."""
+    """Llama 3 8B as far as it can be told without its weights' bytes: they are one hole in a file."""
     directory = tmp_path / "Llama 3 8B"
     shutil.copytree(assets / "model", directory, ignore=shutil.ignore_patterns("*.safetensors"))
     (directory / "config.json").write_text(json.dumps(LLAMA_3_8B))
     (directory / "chat_template.jinja").write_text("{{ messages }}")
-    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
-    (directory / "model-1.safetensors").touch()
+    config = read_config(directory)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in model_shapes(find_architecture(config), config, "lm").items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    weights = directory / "model.safetensors"
+    weights.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(weights, 8 + len(text) + end)
     return directory
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megarlhf.cli import parity
+from megarlhf.cli import parity, run_parity
 from megarlhf.config.arguments import ModelArguments
 from megarlhf.config.supervised_arguments import ParityArguments, ParityConfig
 from tests.cluster.runs import run
@@ -45,6 +45,6 @@ def test_a_step_that_is_not_taken_is_past_every_tolerance(tmp_path: Path, capsys
     config = ParityConfig(
         model=ModelArguments(pretrain="model", bf16=True), parity=ParityArguments(num_gpus_per_node=2, tolerance=9.0)
     )
-    assert not parity._report(config, "sft", {"movement": 1.0}, tmp_path)
-    assert parity._report(config, "sft", {"movement": 0.49}, tmp_path)
+    assert not run_parity._report(config, "sft", {"movement": 1.0}, tmp_path)
+    assert run_parity._report(config, "sft", {"movement": 0.49}, tmp_path)
     assert "PAST ITS TOLERANCE" in capsys.readouterr().out
