@@ -79,9 +79,10 @@ def test_a_key_that_differs(programs: Programs, numbers: Iterator[int], program:
     error = go_on(programs, program, other)
     assert error.startswith(("ConfigError", "ValueError")) and "something else" in error
     assert key in error or key == "optimizer_state"
+    older = shutil.copytree(other, programs.directory / f"changed{next(numbers)}")
     del state["identity"][key]  # a checkpoint of a version that had no such key
-    file.write_text(json.dumps(state))
-    assert go_on(programs, program, other).startswith(("ConfigError", "ValueError"))
+    state_file(older, program).write_text(json.dumps(state))
+    assert go_on(programs, program, older).startswith(("ConfigError", "ValueError"))
 
 
 @pytest.mark.parametrize(("program", "change"), [(p, c) for p, changes in OTHERS.items() for c in changes], ids=str)

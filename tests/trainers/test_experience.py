@@ -15,6 +15,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.types import Sample
 from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import summary
+from megarlhf.trainers.assembly import optimizer_steps
 from megarlhf.trainers.evaluation import evaluate
 from megarlhf.trainers.experience import (
     Experience,
@@ -261,6 +262,14 @@ def test_log_prob_differences_are_of_the_same_tokens(caplog: pytest.LogCaptureFi
         trainer[1][0] = math.nan if bad == 0.5 else trainer[1][0]
         with pytest.raises(summary.LogProbDifferenceError):
             summary.check_log_prob_difference(samples, trainer, bad)
+
+
+def test_optimizer_steps_of_the_whole_run_leave_out_frozen_ones() -> None:
+    batch = {"train_iters": 7, "max_epochs": 3}  # 8 samples a step in optimizer steps of 4: 2 an epoch
+    config = make_config(Path("unused"), batch=batch, freezing_actor_steps=2)
+    assert optimizer_steps(config, "actor") == (7 - 2) * 6
+    assert optimizer_steps(config, "critic") == 7 * 6
+    assert optimizer_steps(make_config(Path("unused"), batch=batch), "actor") == 7 * 6
 
 
 def test_speed_is_over_response_tokens() -> None:

@@ -89,7 +89,7 @@ def test_the_least_fraction_is_that_of_usable_samples() -> None:
 
 
 def test_a_step_with_fewer_results_makes_fewer_optimizer_steps(tmp_path: Path) -> None:
-    plain = PlainRoles(without_result=ALL[:4])  # half of 8 samples: 2 of 4 optimizer steps of 2
+    plain = PlainRoles(without_result=ALL[::2])  # half of 8 samples, one of each prompt: 2 of 4 optimizer steps of 2
     run(tmp_path, plain, batch={"train_iters": 1, "global_batch_size": 2}, reward={"min_result_fraction": 0.5})
     sizes = [len(rows) for role, rows, _ in plain.updates if role == "actor"]
     assert sizes == [2, 2]
