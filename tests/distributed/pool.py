@@ -51,6 +51,8 @@ class RankPool:
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Results in rank order; the first rank's traceback is raised."""
+        if not all(process.is_alive() for process in self._processes):
+            self.close()  # a test has cost a rank its life; the next ones get new ranks
         self._grow(world_size)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -83,3 +85,4 @@ class RankPool:
             process.join(10)
             if process.is_alive():
                 process.kill()
+        self._pipes, self._processes = [], []

@@ -1,0 +1,21 @@
+"""What the ranks of tests do for the tests after one that goes wrong."""
+
+import os
+
+import pytest
+
+from tests.distributed.pool import RankPool
+
+
+def die(rank: int, world_size: int, init_method: str) -> None:
+    os._exit(3 if rank == 1 else 0)
+
+
+def answer(rank: int, world_size: int, init_method: str) -> int:
+    return rank + 10
+
+
+def test_ranks_that_die_fail_their_own_test_alone(ranks: RankPool) -> None:
+    with pytest.raises(RuntimeError, match="rank 1 died with exit code 3"):
+        ranks.run(2, die)
+    assert ranks.run(2, answer) == [10, 11]
