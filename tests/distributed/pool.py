@@ -67,6 +67,7 @@ class RankPool:
             try:
                 results.append(pipe.recv())
             except EOFError:
+                self._processes[rank].join(10)  # its end of the pipe closes a little before it has an exit code
                 results.append((False, f"rank {rank} died with exit code {self._processes[rank].exitcode}"))
         failed = [(rank, text) for rank, (fine, text) in enumerate(results) if not fine]
         if failed:
