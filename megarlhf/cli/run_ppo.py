@@ -178,7 +178,7 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, *, dry_run: bool) -> In
         ]
     )
     identity |= {"data": data_identity(len(prompts.prompts), prompts.digest)}
-    resumed_step(config.logging, identity)
+    resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
         check_disk_space(
             config.logging,

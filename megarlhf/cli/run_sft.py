@@ -71,7 +71,7 @@ def _load_inputs(
         ]
     )
     identity |= {"data": data_identity(len(data.rows), data.digest)}
-    resumed_step(config.logging, identity)
+    resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
         check_disk_space(
             config.logging,

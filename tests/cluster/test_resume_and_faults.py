@@ -97,7 +97,25 @@ def test_signal_finishes_the_step_and_saves(flags: dict[str, str | None], tmp_pa
     assert (save / "hf" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("worker", "role"), [("RolloutWorker", "rollout"), ("MegatronWorker", "actor")])
+def test_dead_engine_leaves_the_last_finished_step(flags: dict[str, str | None], tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    rare = {"--advantage_estimator": "rloo", "--train-iters": "500", "--save-interval": "1000", "--save": str(save)}
+    process = start("train_ppo", flags | rare)
+    deadline = time.monotonic() + 300
+    while not (save / "metrics.jsonl").exists() or len(metrics(save)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers_of(process, "RolloutWorker")[0].kill()
+    process.wait(timeout=120)
+    output = process.read()
+    assert process.returncode == 1 and "rollout rank 0 died" in output and "last lines of" in output, output
+    saved = int((save / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert saved >= 2 and f"the state after step {saved} is saved" in output
+    run("train_ppo", flags | rare | {"--load": str(save), "--train-iters": str(saved + 1)})
+    assert max(metrics(save)) == saved + 1
+
+
+@pytest.mark.parametrize(("worker", "role"), [("MegatronWorker", "actor")])
 def test_dead_worker_ends_the_run_by_name(flags: dict[str, str | None], tmp_path: Path, worker: str, role: str) -> None:
     save = tmp_path / "run"
     estimator = {"--advantage_estimator": "rloo"}  # no critic: every MegatronWorker is the actor's
