@@ -1,104 +1,93 @@
 """From outcome rewards and per-token KL to per-token advantages: GAE, REINFORCE and the group baselines.
 
-Ragged: a sample is a 1-D tensor [response_length]; nothing is padded. Everything here holds no gradient.
+Ragged: the tokens of all responses lie behind one another in tensors [t], and `lengths` [b] int64 says how many each
+response has, at least 1. Nothing here holds a gradient.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from megarlhf.algos.masked import whiten
+from megarlhf.algos.whitening import whiten
 
 GROUP_STD_EPS = 1e-6  # in reward units; the statistics run in float64, so equal rewards give 0 and not 1e-7 / 1e-6
 WHITEN_EPS = 1e-8  # in squared advantage units
+_SCAN_NUMBERS = 1 << 22  # of a block of responses that one scan goes through together
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageResult:
     """What the losses need of a batch of samples, in the order of the samples."""
 
-    advantages: list[Tensor]  # [response_length] float32 each, whitened where that was asked for
-    returns: list[Tensor]  # [response_length] float32 each, the critic's targets, never whitened
+    advantages: Tensor  # [t] float32, whitened where that was asked for
+    returns: Tensor  # [t] float32, the critic's targets, never whitened
 
 
 @torch.no_grad()
 def token_rewards(
-    kl: Sequence[Tensor] | None,
-    rewards: Tensor,
-    lengths: Sequence[int],
-    *,
-    kl_coef: float,
-    clip_range: tuple[float, float] | None,
-) -> list[Tensor]:
+    kl: Tensor | None, rewards: Tensor, lengths: Tensor, *, kl_coef: float, clip_range: tuple[float, float] | None
+) -> Tensor:
     """Reward of each token: -kl_coef * kl, and on the last token the outcome reward on top.
 
     arXiv:1909.08593 equation 2, its KL spread over the tokens; only the outcome is clamped.
 
     Args:
-        kl: [response_length] float per sample, nats; None for no penalty.
+        kl: [t] float, nats; None for no penalty.
         rewards: [b] float32, one outcome reward per sample.
-        lengths: b response lengths in tokens, each at least 1.
         kl_coef: weight of the penalty; at 0 `kl` is not looked at.
         clip_range: lowest and highest outcome; None leaves the outcomes as they are.
     Returns:
-        b new tensors [response_length], dtype of `rewards`.
+        New tensor [t], dtype of `rewards`.
     Raises:
-        ValueError: an empty response, or a kl of another length than its response.
+        ValueError: an empty response, or a kl of another length than the responses.
     """
-    if 0 in lengths:
-        raise ValueError(f"response_length=0 for sample {lengths.index(0)}; its reward has no token to sit on: drop it")
+    _check_lengths(lengths)
     if kl is None or kl_coef == 0:
-        tokens = [rewards.new_zeros(length) for length in lengths]
+        tokens = rewards.new_zeros(int(lengths.sum()))
     else:
-        tokens = [(-kl_coef * sample_kl).to(rewards.dtype) for sample_kl in kl]
-    if [sample.numel() for sample in tokens] != list(lengths):
-        raise ValueError("kl must have one value per response token, and one tensor per sample")
-    outcomes = rewards if clip_range is None else rewards.clamp(*clip_range)
-    for sample, outcome in zip(tokens, outcomes, strict=True):
-        sample[-1] += outcome
+        _check_tokens("kl", kl, lengths)
+        tokens = (-kl_coef * kl).to(rewards.dtype)
+    tokens[lengths.cumsum(0) - 1] += rewards if clip_range is None else rewards.clamp(*clip_range)
     return tokens
 
 
 @torch.no_grad()
-def gae(
-    rewards: Tensor, values: Tensor, *, gamma: float, lambd: float, bootstrap_value: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimate of one response: A_t = sum_l (gamma * lambd)^l * delta_{t+l}.
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimate of each response: A_t = sum_l (gamma * lambd)^l * delta_{t+l}.
 
-    delta_t = r_t + gamma * V_{t+1} - V_t. arXiv:1506.02438 equation 16.
+    delta_t = r_t + gamma * V_{t+1} - V_t, with a V of 0 after the last token. arXiv:1506.02438 equation 16.
 
     Args:
-        rewards: [n] float, per token.
-        values: [n] float, V of the state in which each token was chosen.
-        bootstrap_value: V after the last token: 0 for a finished response.
+        rewards: [t] float.
+        values: [t] float, V of the state in which each token was chosen.
     Returns:
-        advantages [n], and returns [n] = advantages + values, the critic's targets.
+        advantages [t], and returns [t] = advantages + values, the critic's targets.
     Raises:
-        ValueError: rewards and values differ in length.
+        ValueError: rewards or values do not have a number for each token.
     """
-    if rewards.shape != values.shape:
-        raise ValueError(f"values has shape {tuple(values.shape)} and rewards {tuple(rewards.shape)}: must be equal")
-    next_values = torch.cat([values[1:], values.new_full((1,), bootstrap_value)])
-    advantages = _discounted_sum_to_end(rewards + gamma * next_values - values, discount=gamma * lambd)
+    _check_tokens("values", values, lengths)
+    _check_tokens("rewards", rewards, lengths)
+    next_values = torch.cat([values[1:], values.new_zeros(1)])
+    next_values[lengths.cumsum(0) - 1] = 0.0
+    advantages = _discounted_sums_to_end(rewards + gamma * next_values - values, lengths, discount=gamma * lambd)
     return advantages, advantages + values
 
 
 @torch.no_grad()
-def discounted_returns(rewards: Tensor, *, gamma: float) -> Tensor:
-    """Return from each token to the end of one response: G_t = sum_k gamma^k * r_{t+k}.
+def discounted_returns(rewards: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
+    """Return from each token to the end of its response: G_t = sum_k gamma^k * r_{t+k}.
 
     The weight of REINFORCE (Williams 1992, doi:10.1007/BF00992696) with reward-to-go.
 
     Args:
-        rewards: [n] float, per token.
+        rewards: [t] float.
     Returns:
-        [n], dtype of `rewards`.
+        [t], dtype of `rewards`.
     """
-    return _discounted_sum_to_end(rewards, discount=gamma)
+    return _discounted_sums_to_end(rewards, lengths, discount=gamma)
 
 
 def rloo_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -182,9 +171,9 @@ def compute_advantages(
     *,
     rewards: Tensor,
     group_ids: Tensor,
-    kl: Sequence[Tensor] | None,
-    lengths: Sequence[int],
-    values: Sequence[Tensor] | None,
+    kl: Tensor | None,
+    lengths: Tensor,
+    values: Tensor | None,
     kl_coef: float,
     gamma: float,
     lambd: float,
@@ -212,9 +201,9 @@ def compute_advantages(
     Args:
         rewards: [b] float32, one outcome reward per sample, every one finite.
         group_ids: [b] int64, equal for the samples of one prompt, in any order.
-        kl: [response_length] float per sample, nats; None for no penalty.
-        lengths: b response lengths in tokens, each at least 1.
-        values: [response_length] float per sample from the critic, for gae and no other.
+        kl: [t] float, nats; None for no penalty.
+        lengths: [b] int64 response lengths in tokens, each at least 1.
+        values: [t] float from the critic, for gae and no other.
     Returns:
         Advantages and returns; without a critic the returns are the advantages before whitening.
     Raises:
@@ -238,22 +227,48 @@ def compute_advantages(
     on_last_token = torch.zeros_like(outcomes) if estimator in _BROADCAST else outcomes
     per_token = token_rewards(kl, on_last_token, lengths, kl_coef=kl_coef, clip_range=None)
     if values is not None:
-        pairs = [gae(r, v, gamma=gamma, lambd=lambd) for r, v in zip(per_token, values, strict=True)]
-        advantages, returns = [a for a, _ in pairs], [r for _, r in pairs]
+        advantages, returns = gae(per_token, values, lengths, gamma=gamma, lambd=lambd)
     else:
-        advantages = [discounted_returns(r, gamma=gamma) for r in per_token]
+        advantages = discounted_returns(per_token, lengths, gamma=gamma)
         if estimator in _BROADCAST:
-            advantages = [a + outcome for a, outcome in zip(advantages, outcomes, strict=True)]
+            advantages = advantages + torch.repeat_interleave(outcomes, lengths)
         returns = advantages
     if normalize and estimator not in _BROADCAST:
         advantages = whiten(advantages, eps=WHITEN_EPS)
     return AdvantageResult(advantages=advantages, returns=returns)
 
 
-def _discounted_sum_to_end(terms: Tensor, *, discount: float) -> Tensor:
-    """S_t = terms_t + discount * S_{t+1}. Python floats: some 40 times faster than a tensor operation per token."""
-    sums = list(accumulate(reversed(terms.tolist()), lambda later, term: term + discount * later))
-    return terms.new_tensor(sums[::-1])
+def _discounted_sums_to_end(terms: Tensor, lengths: Tensor, *, discount: float) -> Tensor:
+    """S_t = terms_t + discount * S_{t+1} inside each response, summed in float64.
+
+    Responses go side by side in blocks of similar length, one step of the scan for all of a block.
+    """
+    sums = torch.empty_like(terms)
+    ends, order = lengths.cumsum(0), lengths.argsort(descending=True)
+    first = 0
+    while first < len(order):
+        longest = int(lengths[order[first]])
+        block = order[first : first + max(1, _SCAN_NUMBERS // longest)]
+        first += len(block)
+        # [longest, responses], the last token of each response on top; above a response's start it repeats itself
+        places = (ends[block] - 1)[None, :] - torch.minimum(torch.arange(longest)[:, None], lengths[block][None, :] - 1)
+        scan = terms[places].double()
+        for later, present in zip(scan[:-1], scan[1:], strict=True):
+            present += discount * later
+        inside = torch.arange(longest)[:, None] < lengths[block][None, :]
+        sums[places[inside]] = scan[inside].to(terms.dtype)
+    return sums
+
+
+def _check_lengths(lengths: Tensor) -> None:
+    if bool((lengths < 1).any()):
+        sample = int((lengths < 1).nonzero()[0])
+        raise ValueError(f"response_length=0 for sample {sample}; its reward has no token to sit on: drop it")
+
+
+def _check_tokens(name: str, tokens: Tensor, lengths: Tensor) -> None:
+    if tokens.shape != (int(lengths.sum()),):
+        raise ValueError(f"{name} has shape {tuple(tokens.shape)} for {int(lengths.sum())} response tokens")
 
 
 def _groups(group_ids: Tensor) -> tuple[Tensor, Tensor]:

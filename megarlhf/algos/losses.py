@@ -5,7 +5,6 @@ by one denominator of the whole global batch, so the gradient is the same for ev
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -97,10 +96,8 @@ def sft_loss(log_probs: Tensor) -> Tensor:
     return -log_probs
 
 
-def token_weights(
-    lengths: Sequence[int], *, aggregation: Aggregation, max_length: int | None = None
-) -> tuple[list[Tensor], float]:
-    """Weight of each token and the denominator of a batch, so that sum(weight * loss) / denominator is its loss.
+def token_weights(lengths: Tensor, *, aggregation: Aggregation, max_length: int | None = None) -> tuple[Tensor, float]:
+    """Weight of each sample's tokens and the denominator of a batch: sum(weight * loss) / denominator is its loss.
 
     | aggregation | weight | denominator | loss |
     |---|---|---|---|
@@ -111,58 +108,28 @@ def token_weights(
     The weights of a sample depend on that sample alone, and denominators of parts add up to that of the whole.
 
     Args:
-        lengths: target tokens of each sample in the global batch (one optimizer step), each at least 1.
+        lengths: [b] int64, target tokens of each sample in the global batch (one optimizer step), each at least 1.
         max_length: the generation limit in tokens; for "constant" and no other.
     Returns:
-        one tensor [length] float32 per sample, and the denominator.
+        [b] float32, the same weight for all tokens of a sample, and the denominator.
     Raises:
         ValueError: no sample, an empty sample, an unknown aggregation, or max_length missing or not wanted.
     """
-    if not lengths or min(lengths) < 1:
+    if not len(lengths) or int(lengths.min()) < 1:
         raise ValueError(
-            f"lengths={list(lengths)}: a batch needs a sample, and each sample a token, for a mean to exist"
+            f"lengths={lengths.tolist()}: a batch needs a sample, and each sample a token, for a mean to exist"
         )
     if (aggregation == "constant") != (max_length is not None):
         raise ValueError(
             f"aggregation={aggregation} with max_length={max_length}: only constant takes one, and needs it"
         )
     if aggregation == "token":
-        return [torch.ones(length) for length in lengths], float(sum(lengths))
+        return torch.ones(len(lengths)), float(lengths.sum())
     if aggregation == "sequence":
-        return [torch.full((length,), 1.0 / length) for length in lengths], float(len(lengths))
+        return lengths.float().reciprocal(), float(len(lengths))
     if max_length is not None:
-        return [torch.ones(length) for length in lengths], float(len(lengths) * max_length)
+        return torch.ones(len(lengths)), float(len(lengths) * max_length)
     raise ValueError(f"aggregation={aggregation} is unknown: use token, sequence or constant")
-
-
-def aggregate(per_token: Tensor, weights: Tensor, denominator: float | Tensor) -> Tensor:
-    """This part's share of the batch loss: sum(per_token * weights) / denominator.
-
-    Args:
-        per_token: [t] float; entries of weight 0 do not count, not even NaN.
-        weights: [t] float, from `token_weights`, 0 at positions without a target.
-        denominator: of the whole global batch, not of this part.
-    Returns:
-        [] scalar; the shares of all parts add up to the loss.
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if per_token.shape != weights.shape:
-        raise ValueError(f"weights has shape {tuple(weights.shape)} and loss {tuple(per_token.shape)}: must be equal")
-    return torch.where(weights != 0, per_token * weights, 0.0).sum() / denominator
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy of the next-token distribution, -sum p * log p, where one process holds the whole vocabulary.
-
-    Args:
-        logits: [..., vocabulary] float; -inf marks a token that cannot come.
-    Returns:
-        [...] float, nats. Differentiable.
-    """
-    log_probs = logits.log_softmax(dim=-1)
-    finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)  # 0 * -inf is NaN, the limit of p * log p is 0
-    return -(log_probs.exp() * finite).sum(dim=-1)
 
 
 def approx_kl(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from megarlhf.config.arguments import OptimizerArguments
 from megarlhf.config.command_line import to_yaml
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.supervised_arguments import ParityConfig
-from megarlhf.engine.engine import MegatronEngine, PackingOptions
+from megarlhf.data.dealing import PackingOptions
+from megarlhf.engine.engine import MegatronEngine
 from megarlhf.parallel.device import num_cores
 from megarlhf.parallel.groups import destroy_groups, initialize_groups
 from megarlhf.trainers import parity

@@ -112,7 +112,8 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
     batch, layout = config.batch, config.layout
     total = _total_steps(config, data)
 
-    from megarlhf.engine.engine import MegatronEngine, PackingOptions
+    from megarlhf.data.dealing import PackingOptions
+    from megarlhf.engine.engine import MegatronEngine
     from megarlhf.engine.export import export_hf
     from megarlhf.parallel.groups import destroy_groups, initialize_groups
     from megarlhf.trainers import supervised

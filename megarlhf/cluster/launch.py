@@ -17,13 +17,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.resource_manager import ResourceManager
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync, TrainingGroup
-from megarlhf.cluster.serialization import register_tensors
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import visible_devices_environment
 from megarlhf.planner.placement import PlacementPlan, Role, Worker
 from megarlhf.rollout.engine import engine_environment
+from megarlhf.trainers.experience import packing_options
 from megarlhf.trainers.roles import RewardRole, Roles
 
 
@@ -71,7 +71,14 @@ def start(
                 groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
         training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
         meeting = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
-        _start_workers(groups, meeting, config.cluster.start_timeout_seconds)
+        places = _start_workers(groups, meeting, config.cluster.start_timeout_seconds)
+        packing = packing_options(config, share_prompt_prefix=share_prompt_prefix)
+
+        def training_group(role: Role) -> TrainingGroup:
+            layout = config.layout_of(role)
+            own = packing.for_pipeline(layout.pipeline_model_parallel_size, layout.virtual_stages)
+            return TrainingGroup(groups[role], places[role], packing=own)
+
         checkpoints = CheckpointGroup(
             Path(config.logging.save).absolute() / "checkpoints",
             training,
@@ -89,8 +96,8 @@ def start(
                 ),
                 rollout=RolloutGroup(groups["rollout"], n_samples_per_prompt=config.batch.n_samples_per_prompt),
                 reward=reward,
-                actor=TrainingGroup(groups["actor"]),
-                critic=TrainingGroup(groups["critic"]) if "critic" in groups else None,
+                actor=training_group("actor"),
+                critic=training_group("critic") if "critic" in groups else None,
                 sync=SharedMemorySync(groups["actor"], groups["rollout"]),
                 checkpoint=checkpoints,
             ),
@@ -115,7 +122,6 @@ def _start_ray(config: PPOConfig, plan: PlacementPlan, stack: ExitStack) -> None
     else:
         ray.init(address=config.cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
     stack.callback(ray.shutdown)
-    register_tensors()
 
 
 def _reserve(plan: PlacementPlan, timeout_seconds: float) -> Any:
@@ -172,11 +178,14 @@ def _spec(
     )
 
 
-def _start_workers(groups: dict[Role, Any], meeting: str, timeout_seconds: float) -> None:
-    """All roles load side by side; the ranks of a role meet in a file in the directory `meeting`, not at a port."""
+def _start_workers(groups: dict[Role, Any], meeting: str, timeout_seconds: float) -> dict[Role, list[Any]]:
+    """All roles load side by side; the ranks of a role meet in a file in the directory `meeting`, not at a port.
+
+    Returns:
+        What each role's workers say of themselves.
+    """
     started = []
     for role, group in groups.items():
         arguments = () if role == "rollout" else (f"file://{meeting}/{role}",)
-        started.append((group, group.submit("start", *arguments)))
-    for group, refs in started:
-        group.wait_for(refs, "start", timeout_seconds=timeout_seconds)
+        started.append((role, group.submit("start", *arguments)))
+    return {role: groups[role].wait_for(refs, "start", timeout_seconds=timeout_seconds) for role, refs in started}

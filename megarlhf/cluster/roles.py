@@ -1,55 +1,87 @@
 """The loop's roles over groups of worker processes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import ray
 
+from megarlhf.algos.kl import KLEstimator
 from megarlhf.cluster.group import WorkerGroup
+from megarlhf.cluster.workers import Place
+from megarlhf.data.dealing import Deal, PackingOptions
 from megarlhf.data.shared_tensors import checksum
-from megarlhf.data.types import Prompt, Sample, TrainingRow
+from megarlhf.data.types import Floats, Prompt, Rollout, Sample
 from megarlhf.engine import checkpoint_files
-from megarlhf.trainers.roles import UpdateResult
-
-
-def _merge(results: Sequence[dict[int, Tensor]], count: int) -> list[Tensor]:
-    """Per-row results of all data-parallel replicas, in row order."""
-    merged: dict[int, Tensor] = {}
-    for part in results:
-        merged.update(part)
-    return [merged[i] for i in range(count)]
+from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
 class TrainingGroup:
-    """The actor (with its reference) or the critic, as ActorRole and CriticRole ask."""
+    """The actor (with its reference) or the critic, as ActorRole and CriticRole ask.
 
-    def __init__(self, workers: WorkerGroup) -> None:
-        self.workers = workers
+    Args:
+        places: of the processes, in rank order.
+        packing: as the role's engines pack.
+    """
 
-    def log_probs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
+    def __init__(self, workers: WorkerGroup, places: Sequence[Place], *, packing: PackingOptions) -> None:
+        self.workers, self._places, self._packing = workers, list(places), packing
+        self._num_replicas = 1 + max(place.dp_rank for place in places)
+
+    def begin(self, rollout: Rollout, parts: Sequence[Sequence[int]]) -> None:
+        """See TrainingRole."""
+        self._deal = Deal(rollout.samples, parts, num_ranks=self._num_replicas, packing=self._packing)
+        given = [
+            ray.put((share, [rollout.tokens[group] for group in share.groups.tolist()])) for share in self._deal.shares
+        ]
+        self._call("begin", [(reference,) for reference in given])
+
+    def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats]) -> None:
+        """See TrainingRole."""
+        own_fields, own_scalars = self._split(fields), self._split(scalars, per_row=True)
+        pairs = zip(own_fields, own_scalars, strict=True)
+        self._call("keep", [(ray.put(tokens), ray.put(rows)) for tokens, rows in pairs])
+
+    def _split(self, values: Mapping[str, Floats], *, per_row: bool = False) -> list[dict[str, Floats]]:
+        """Each replica's part of every array."""
+        parts = {name: self._deal.split(whole, per_row=per_row) for name, whole in values.items()}
+        return [{name: part[replica] for name, part in parts.items()} for replica in range(self._num_replicas)]
+
+    def log_probs(self) -> LogProbDifference:
         """See ActorRole."""
-        return _merge(self.workers.call("log_probs", list(rows)), len(rows))
+        return reduce(add, [found for found in self.workers.call("log_probs") if found is not None])
 
-    def ref_log_probs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
+    def ref_log_probs(self) -> None:
         """See ActorRole."""
-        return _merge(self.workers.call("ref_log_probs", list(rows)), len(rows))
+        self.workers.call("ref_log_probs")
 
-    def values(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
+    def kl(self, estimator: KLEstimator) -> Floats:
+        """See ActorRole."""
+        return self._join(self.workers.call("kl", estimator))
+
+    def values(self) -> Floats:
         """See CriticRole."""
-        return _merge(self.workers.call("values", list(rows)), len(rows))
+        return self._join(self.workers.call("values"))
 
-    def update(self, rows: Sequence[TrainingRow], *, denominator: float) -> UpdateResult:
-        """See ActorRole and CriticRole."""
-        results = self.workers.call("update", list(rows), denominator)
-        first = results[0]
-        return UpdateResult(
-            loss=first.loss,
-            metrics=first.metrics,
-            grad_norm=first.grad_norm,
-            learning_rate=first.learning_rate,
-            outputs=_merge([result.outputs for result in results], len(rows)),
-        )
+    def update(self, part: int, *, denominator: float) -> UpdateResult:
+        """See TrainingRole."""
+        results: list[UpdateResult] = self.workers.call("update", part, denominator)
+        differences = [result.difference for result in results if result.difference is not None]
+        return replace(results[0], difference=reduce(add, differences) if differences else None)
+
+    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Call a method on every process with the arguments of its data-parallel replica."""
+        pairs = zip(self.workers.handles, self._places, strict=True)
+        refs = [getattr(handle, method).remote(*arguments[place.dp_rank]) for handle, place in pairs]
+        self.workers.wait_for(refs, method)
+
+    def _join(self, results: Sequence[Floats | None]) -> Floats:
+        pairs = zip(self._places, results, strict=True)
+        by_replica = {place.dp_rank: found for place, found in pairs if found is not None}
+        return self._deal.join([by_replica[replica] for replica in range(self._num_replicas)])
 
 
 class RolloutGroup:
@@ -58,22 +90,39 @@ class RolloutGroup:
     def __init__(self, workers: WorkerGroup, *, n_samples_per_prompt: int) -> None:
         self.workers, self.n_samples = workers, n_samples_per_prompt
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         """See RolloutRole."""
         return self._generate(prompts, self.n_samples, step, greedy=False)
 
     def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """See RolloutRole."""
-        return self._generate(prompts, 1, 0, greedy=True)
+        return self._generate(prompts, 1, 0, greedy=True).samples
 
-    def _generate(self, prompts: Sequence[Prompt], n_samples: int, step: int, *, greedy: bool) -> list[Sample]:
-        refs, count = [], len(self.workers.handles)
+    def _generate(self, prompts: Sequence[Prompt], n_samples: int, step: int, *, greedy: bool) -> Rollout:
+        refs, dealt, count = [], [], len(self.workers.handles)
         for engine, handle in enumerate(self.workers.handles[: len(prompts)]):
             groups = list(range(engine, len(prompts), count))
-            refs.append(handle.generate.remote([prompts[g] for g in groups], groups, n_samples, step, greedy))
+            dealt += groups
+            tokens = [prompts[group].token_ids for group in groups]
+            refs.append(handle.generate.remote(tokens, groups, n_samples, step, greedy))
         parts = self.workers.wait_for(refs, "generate")
-        samples = [sample for part in parts for sample in part]
-        return sorted(samples, key=lambda sample: (sample.group_id, sample.sample_id))
+        found = dict(zip(dealt, (group for part in parts for group in part), strict=True))
+        samples = [
+            Sample(
+                prompt=prompts[group_id],
+                group_id=group_id,
+                sample_id=sample_id,
+                response_length=int(group.lengths[sample_id]),
+                response_text=text,
+                stop_text=group.stop_texts[sample_id],
+                finish_reason=group.finish_reasons[sample_id],
+                weight_version=group.weight_version,
+            )
+            for group_id in range(len(prompts))
+            for group in (found[group_id][0],)
+            for sample_id, text in enumerate(group.texts)
+        ]
+        return Rollout(samples=samples, tokens=tuple(found[group_id][1] for group_id in range(len(prompts))))
 
 
 class SharedMemorySync:

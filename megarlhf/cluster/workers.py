@@ -3,14 +3,28 @@
 import faulthandler
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import ray
+
+from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.data.dealing import RankRows, Share
 from megarlhf.data.shared_tensors import Block
-from megarlhf.data.types import Prompt, Sample, TrainingRow
+from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
+from megarlhf.trainers.roles import LogProbDifference, UpdateResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a training process stands among its role's."""
+
+    dp_rank: int
+    holds_results: bool  # the one process of a data-parallel replica whose results count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +63,10 @@ class MegatronWorker:
         redirect_output(spec.log_file)
         import torch
 
-        from megarlhf.cluster.serialization import register_tensors
-
-        register_tensors()
         torch.set_num_threads(spec.threads)
         self.spec = spec
 
-    def start(self, init_method: str) -> None:
+    def start(self, init_method: str) -> Place:
         """Join the role's groups and load the model."""
         from megarlhf.parallel.device import freeze_garbage_collector
         from megarlhf.parallel.groups import initialize_groups
@@ -77,23 +88,66 @@ class MegatronWorker:
         self.objective = build_objective(spec.config, spec.role)
         self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
+        return Place(dp_rank=self.engine.ranks.dp_rank, holds_results=self.engine.ranks.holds_results)
 
-    def log_probs(self, rows: Sequence[TrainingRow]) -> dict[int, Any]:
-        """See MegatronEngine.log_probs."""
-        return self.engine.log_probs(rows)
+    def begin(self, given: tuple[Share, list[Any]]) -> None:
+        """Take this rank's rows of a step.
 
-    def ref_log_probs(self, rows: Sequence[TrainingRow]) -> dict[int, Any]:
-        """Log-probs under the reference model."""
+        Args:
+            given: what is dealt to its replica, and references to the tokens of the share's groups.
+        """
+        share, references = given
+        engine = self.engine
+        self.rows = RankRows(share, ray.get(references), engine.pack, one_length=engine.packing.one_length)
+
+    def keep(self, fields: Mapping[str, Floats], scalars: Mapping[str, Floats]) -> None:
+        """See TrainingRole; of this rank's rows."""
+        self.rows.keep(fields, scalars=scalars)
+
+    def log_probs(self) -> LogProbDifference | None:
+        """Keep `old_log_probs`; their difference to the inference engine's, where results count."""
+        found = self._forward("old_log_probs")
+        return None if found is None else LogProbDifference.between(found, self.rows.rows.fields["rollout_log_probs"])
+
+    def ref_log_probs(self) -> None:
+        """Keep `ref_log_probs`."""
         with self.engine.reference_weights():
-            return self.engine.log_probs(rows)
+            self._forward("ref_log_probs")
 
-    def values(self, rows: Sequence[TrainingRow]) -> dict[int, Any]:
-        """See MegatronEngine.values."""
-        return self.engine.values(rows)
+    def kl(self, estimator: KLEstimator) -> Floats | None:
+        """See ActorRole; of this rank's rows, where results count."""
+        import torch
 
-    def update(self, rows: Sequence[TrainingRow], denominator: float) -> Any:
-        """One optimizer step; a StepResult."""
-        return self.engine.train_step(rows, self.objective, denominator=denominator)
+        if not self.engine.ranks.holds_results:
+            return None
+        own, reference = (torch.from_numpy(self.rows.rows.fields[f"{name}_log_probs"]) for name in ("old", "ref"))
+        return np.asarray(kl_estimate(own, reference, estimator=estimator))
+
+    def values(self) -> Floats | None:
+        """Keep `old_values` and return them, where results count."""
+        return self._forward("old_values")
+
+    def _forward(self, name: str) -> Floats | None:
+        found = self.engine.forward(self.rows.batches())
+        if not self.engine.ranks.is_last_stage:
+            return None
+        field = self.rows.keep_values(name, found)
+        return field if self.engine.ranks.holds_results else None
+
+    def update(self, part: int, denominator: float) -> UpdateResult:
+        """One optimizer step."""
+        done = self.engine.step(self.rows.batches(part), self.objective, denominator=denominator)
+        difference = None
+        if self.spec.role == "actor" and self.engine.ranks.holds_results:
+            engine = self.rows.rows.fields["rollout_log_probs"][done.outputs.indices]
+            difference = LogProbDifference.between(done.outputs.values, engine)
+        return UpdateResult(
+            loss=done.loss,
+            metrics=done.metrics,
+            grad_norm=done.grad_norm,
+            learning_rate=done.learning_rate,
+            difference=difference,
+        )
 
     def share_weights(self) -> list[Block]:
         """Hold this rank's share of the weights in shared memory from now on; what lies where."""
@@ -166,12 +220,12 @@ class RolloutWorker:
         )
 
     def generate(
-        self, prompts: Sequence[Prompt], group_ids: Sequence[int], n_samples: int, step: int, greedy: bool
-    ) -> list[Sample]:
-        """Samples of each prompt, group by group."""
+        self, prompts: Sequence[TokenIds], group_ids: Sequence[int], n_samples: int, step: int, greedy: bool
+    ) -> list[tuple[GeneratedGroup, Any]]:
+        """Samples of each prompt, and a reference to their tokens."""
         config = self.spec.config
-        return self.engine.generate(
-            list(prompts),
+        groups = self.engine.generate(
+            prompts,
             group_ids=list(group_ids),
             n_samples=n_samples,
             max_tokens=config.rollout.generate_max_len,
@@ -181,6 +235,7 @@ class RolloutWorker:
             step=step,
             greedy=greedy,
         )
+        return [(replace(group, tokens=None), None if greedy else ray.put(group.tokens)) for group in groups]
 
     def connect_weights(self, blocks: Sequence[Block]) -> None:
         """See RolloutEngine.connect_weights."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +13,7 @@ from megarlhf.data.loading import load_rows
 from megarlhf.data.rows import json_value
 from megarlhf.data.templates import encode_prompts, make_renderer
 from megarlhf.data.token_ids import check_vocabulary, digest
-from megarlhf.data.types import Prompt
+from megarlhf.data.types import Ints, Prompt, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class PromptData:
     @cached_property
     def digest(self) -> str:
         """Hex digest of all prompts' tokens and labels in their order; equal on every machine."""
-        return digest([prompt.token_ids for prompt in self.prompts], [prompt.label for prompt in self.prompts])
+        return digest(*_flat(self.prompts), [prompt.label for prompt in self.prompts])
 
 
 def load_prompts(
@@ -81,7 +82,7 @@ def load_prompts(
 
     rows.collect(check)
     prompts = [
-        Prompt(index=index, text=text, token_ids=tuple(ids), label=label)
+        Prompt(index=index, text=text, token_ids=np.array(ids, dtype=np.int32), label=label)
         for index, ((text, label), ids) in enumerate(zip(rendered, encoded, strict=True))
         if len(ids) <= prompt_max_len
     ]
@@ -93,8 +94,14 @@ def load_prompts(
         )
     if vocab_size is not None:
         places = [prompt.index for prompt in prompts]
-        check_vocabulary([prompt.token_ids for prompt in prompts], places, tokenizer, rows=rows, vocab_size=vocab_size)
+        check_vocabulary(*_flat(prompts), places, tokenizer, rows=rows, vocab_size=vocab_size)
     return PromptData(prompts=prompts, num_dropped=len(rows) - len(prompts))
+
+
+def _flat(prompts: list[Prompt]) -> tuple[TokenIds, Ints]:
+    """Tokens of all prompts, and the place after the last one of each."""
+    ends = np.cumsum([len(prompt.token_ids) for prompt in prompts])
+    return np.concatenate([prompt.token_ids for prompt in prompts]), ends
 
 
 class PromptSampler:

@@ -3,26 +3,27 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.loading import load_rows
 from megarlhf.data.rows import Rows, check_text
 from megarlhf.data.templates import Renderer, encode, encode_prompts, make_renderer
 from megarlhf.data.token_ids import check_vocabulary, digest
-from megarlhf.data.types import TrainingRow
+from megarlhf.data.types import TrainingRows, training_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTData:
     """Rows that fit, and how many did not."""
 
-    rows: list[TrainingRow]
+    rows: TrainingRows
     num_dropped: int  # rows longer than max_len
 
     @cached_property
     def digest(self) -> str:
         """Hex digest of all rows' tokens and prompt lengths in their order; equal on every machine."""
-        return digest([row.input_ids for row in self.rows], [row.prompt_length for row in self.rows])
+        return digest(self.rows.input_ids, np.cumsum(self.rows.lengths), self.rows.prompt_lengths.tolist())
 
 
 def load_sft_rows(
@@ -57,7 +58,7 @@ def load_sft_rows(
         max_samples: read only the first so many rows; None reads all.
         vocab_size: tokens that the model has embeddings for; None does not compare.
     Returns:
-        Rows whose group_id is their place in the file, with no fields.
+        Rows, each a unit of its own, with no fields.
     Raises:
         ValueError: a missing or empty value, settings that do not fit together, every row too long, or a token that the
             model has no embedding for.
@@ -82,26 +83,26 @@ def load_sft_rows(
 
     encoded = _encode_pairs(tokenizer, rows.collect(render), apply_chat_template=apply_chat_template, rows=rows)
 
-    def training_row(index: int) -> TrainingRow:
+    def prompt_length(index: int) -> int:
         prompt_ids, response_ids = encoded[index]
-        input_ids = (*prompt_ids, *response_ids)
-        prompt_length = 1 if pretrain_mode else len(prompt_ids)
-        if not 1 <= prompt_length < len(input_ids):
+        length = 1 if pretrain_mode else len(prompt_ids)
+        if not 1 <= length < len(prompt_ids) + len(response_ids):
             raise ValueError(f"input_key={input_key} is empty: remove it")
-        return TrainingRow(input_ids=input_ids, prompt_length=prompt_length, group_id=index)
+        return length
 
-    all_rows = rows.collect(training_row)
-    kept = [row for row in all_rows if len(row.input_ids) <= max_len]
+    prompt_lengths = rows.collect(prompt_length)
+    sizes = [len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in encoded]
+    kept = [index for index, size in enumerate(sizes) if size <= max_len]
     if not kept:
-        shortest = min(len(row.input_ids) for row in all_rows)
         raise ValueError(
-            f"max_len={max_len} drops all {len(rows)} rows of {path}, the shortest of which has {shortest} tokens: "
+            f"max_len={max_len} drops all {len(rows)} rows of {path}, the shortest of which has {min(sizes)} tokens: "
             "raise max_len"
         )
+    found = training_rows([sum(encoded[index], []) for index in kept], [prompt_lengths[index] for index in kept])
     if vocab_size is not None:
-        places = [row.group_id for row in kept]
-        check_vocabulary([row.input_ids for row in kept], places, tokenizer, rows=rows, vocab_size=vocab_size)
-    return SFTData(rows=kept, num_dropped=len(rows) - len(kept))
+        ends = np.cumsum(found.lengths)
+        check_vocabulary(found.input_ids, ends, kept, tokenizer, rows=rows, vocab_size=vocab_size)
+    return SFTData(rows=found, num_dropped=len(rows) - len(kept))
 
 
 def _plain_response(response: object, output_key: str | None) -> str:

@@ -3,29 +3,24 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.rows import Rows
+from megarlhf.data.types import Ints, TokenIds
 
 _SHOWN_TOKENS = 5
 
 
-def flatten(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """All token ids in one line, and the place after the last one of each sequence."""
-    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.fromiter(chain.from_iterable(sequences), dtype=np.int32, count=total), ends
+def digest(ids: TokenIds, ends: Ints, labels: Sequence[Any]) -> str:
+    """Hex digest of token sequences and a JSON value for each, in their order; equal on every machine.
 
-
-def digest(sequences: Sequence[Sequence[int]], labels: Sequence[Any]) -> str:
-    """Hex digest of token sequences and a JSON value for each, in their order; equal on every machine."""
-    ids, ends = flatten(sequences)
+    Args:
+        ids: of all sequences, behind one another.
+        ends: place after the last one of each sequence.
+    """
     total = hashlib.blake2b(len(ends).to_bytes(8, "little"), digest_size=16)
     total.update(ends.astype("<i8").tobytes())
     total.update(ids.astype("<i4").tobytes())
@@ -34,7 +29,8 @@ def digest(sequences: Sequence[Sequence[int]], labels: Sequence[Any]) -> str:
 
 
 def check_vocabulary(
-    sequences: Sequence[Sequence[int]],
+    ids: TokenIds,
+    ends: Ints,
     indices: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -48,13 +44,12 @@ def check_vocabulary(
     the model.
 
     Args:
-        sequences: token ids of rows.
+        ids, ends: of rows, as for `digest`.
         indices: place of each among `rows`.
         vocab_size: of the model's config.json.
     Raises:
         ValueError: ids from vocab_size on, named with their text and one row in which they occur.
     """
-    ids, ends = flatten(sequences)
     outside = np.flatnonzero(ids >= vocab_size)
     if not len(outside):
         return

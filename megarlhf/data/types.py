@@ -1,35 +1,63 @@
-"""The records that cross between phases: prompts, samples, experience and packed micro-batches.
+"""The records that cross between phases: prompts, samples, rows and packed micro-batches.
 
-Sequences are ragged: one list or tensor per sample, never padded. A mask is named for what True selects.
+Ragged sequences are flat: one array of all tokens behind one another, and the length of each. A mask is named for what
+True selects.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+Ints = NDArray[np.int64]
+TokenIds = NDArray[np.int32]
+Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
     """One row of the prompt data, tokenized."""
 
     index: int  # row in the data file, stable across runs
     text: str  # rendered prompt, as the model reads it
-    token_ids: tuple[int, ...]  # tokens of `text`
+    token_ids: TokenIds  # [p] tokens of `text`
     label: Any  # reference answer for the reward, any JSON value; None where the data has none
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupTokens:
+    """The tokens of one prompt's samples, as an inference engine generated them; sample by sample in both arrays."""
+
+    prompt_ids: TokenIds  # [p]
+    response_ids: TokenIds  # [sum of lengths] generated tokens, each response's stop token included
+    rollout_log_probs: Floats  # [sum of lengths] log p of each of them, as the inference engine computed it
+    lengths: Ints  # [n_samples] tokens of each response
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GeneratedGroup:
+    """One prompt's samples as an inference engine gives them."""
+
+    tokens: GroupTokens | None  # None where they travel by themselves
+    lengths: Ints  # [n_samples] tokens of each response
+    texts: list[str]  # decoded responses
+    stop_texts: list[str]  # the stop token at the end of each text, where special tokens are in it
+    finish_reasons: list[FinishReason]
+    weight_version: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One generated response, with what its scoring and training need."""
+    """What scoring and planning need of one generated response; its tokens are in its group's GroupTokens."""
 
     prompt: Prompt
     group_id: int  # place of the prompt in its rollout batch; equal for the samples of one prompt
     sample_id: int  # 0 .. n_samples_per_prompt - 1 inside the group
-    response_ids: tuple[int, ...]  # generated tokens, the stop token included
-    rollout_log_probs: tuple[float, ...]  # log p of each response token as the inference engine computed it
+    response_length: int  # generated tokens, the stop token included
     response_text: str  # decoded response; special tokens are in it with reward_skip_special_tokens=False
     finish_reason: FinishReason  # "stop": a stop token came; "length": cut at the limit
     weight_version: int  # policy version that generated it
@@ -38,18 +66,131 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRow:
-    """One sequence for the engine. Fields are aligned with its targets, the tokens from `prompt_length` on."""
+class Rollout:
+    """Samples of one step, and where their tokens are."""
 
-    input_ids: tuple[int, ...]  # prompt and response tokens
-    prompt_length: int  # tokens before the first target, at least 1
-    group_id: int  # rows with one group_id begin with the same prompt and may share its computation
-    fields: dict[str, Tensor] = field(default_factory=dict)  # name -> [num_targets] float32, such as advantages
+    samples: list[Sample]
+    tokens: tuple[Any, ...]  # by group_id: GroupTokens, or a reference to them that a training role can resolve
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingRows:
+    """Sequences for the engine.
+
+    A row's targets are its tokens from its prompt_length on; "targets" below are those of all rows, row by row.
+    """
+
+    input_ids: TokenIds  # [sum of lengths] prompts and targets
+    lengths: Ints  # [n] tokens of each row
+    prompt_lengths: Ints  # [n] tokens before the first target, at least 1
+    unit_ids: Ints  # [n] rows of one unit meet in one micro-batch; they may share the computation of their prompt
+    loss_mask: NDArray[np.bool_] | None = None  # [targets] those that the loss looks at; None: all
+    fields: Mapping[str, Floats] = field(default_factory=dict)  # name -> [targets] or [targets, k], such as advantages
+    scalars: Mapping[str, Floats] = field(default_factory=dict)  # name -> [n], one number for all targets of a row
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     @property
-    def num_targets(self) -> int:
-        """Tokens that the loss looks at."""
-        return len(self.input_ids) - self.prompt_length
+    def num_targets(self) -> Ints:
+        """[n] targets of each row."""
+        return self.lengths - self.prompt_lengths
+
+    def take(self, indices: Sequence[int] | Ints) -> "TrainingRows":
+        """The rows of these indices, in their order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        tokens = spans(starts_of(self.lengths)[chosen], self.lengths[chosen])
+        targets = spans(starts_of(self.num_targets)[chosen], self.num_targets[chosen])
+        return TrainingRows(
+            input_ids=self.input_ids[tokens],
+            lengths=self.lengths[chosen],
+            prompt_lengths=self.prompt_lengths[chosen],
+            unit_ids=self.unit_ids[chosen],
+            loss_mask=None if self.loss_mask is None else self.loss_mask[targets],
+            fields={name: values[targets] for name, values in self.fields.items()},
+            scalars={name: values[chosen] for name, values in self.scalars.items()},
+        )
+
+    def with_fields(
+        self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats] | None = None
+    ) -> "TrainingRows":
+        """The same rows with more fields and scalars, or others of the same names.
+
+        Raises:
+            ValueError: a field without a value for each target, or a scalar without one for each row.
+        """
+        total = int(self.num_targets.sum())
+        for each, given, expected in (("targets", fields, total), ("rows", scalars or {}, len(self))):
+            for name, values in given.items():
+                if len(values) != expected:
+                    raise ValueError(f"{name} has {len(values)} values for {expected} {each}")
+        return replace(self, fields={**self.fields, **fields}, scalars={**self.scalars, **(scalars or {})})
+
+
+def training_rows(
+    input_ids: Sequence[Sequence[int] | TokenIds],
+    prompt_lengths: Sequence[int],
+    *,
+    unit_ids: Sequence[int] | None = None,
+    fields: Mapping[str, Sequence[Any]] | None = None,
+) -> TrainingRows:
+    """Rows from one sequence each.
+
+    Args:
+        input_ids: tokens of each row.
+        prompt_lengths: of each row.
+        unit_ids: of each row; None makes each a unit of its own.
+        fields: name -> one array or tensor [num_targets] for each row.
+    Raises:
+        ValueError: a row without a prompt token or without a target, or a field of another length than its targets.
+    """
+    lengths = np.fromiter(map(len, input_ids), dtype=np.int64, count=len(input_ids))
+    prompts = np.asarray(prompt_lengths, dtype=np.int64)
+    wrong = np.flatnonzero((prompts < 1) | (prompts >= lengths))
+    if len(wrong):
+        row = wrong[0]
+        raise ValueError(f"row {row} has {prompts[row]} prompt tokens of {lengths[row]}: it needs one, and a target")
+    rows = TrainingRows(
+        input_ids=np.concatenate([np.asarray(ids, dtype=np.int32) for ids in input_ids]),
+        lengths=lengths,
+        prompt_lengths=prompts,
+        unit_ids=np.arange(len(lengths)) if unit_ids is None else np.asarray(unit_ids, dtype=np.int64),
+    )
+    joined = {}
+    for name, values in (fields or {}).items():
+        for row, (value, expected) in enumerate(zip(values, rows.num_targets, strict=True)):
+            if len(value) != expected:
+                raise ValueError(f"row {row}: field {name} has {len(value)} values for {expected} targets")
+        joined[name] = np.concatenate([np.asarray(value, dtype=np.float32) for value in values])
+    return rows.with_fields(joined)
+
+
+def starts_of(lengths: Ints) -> Ints:
+    """Where each of the sequences of these lengths starts in their flat array."""
+    return np.cumsum(lengths) - lengths
+
+
+def spans(starts: Ints, lengths: Ints) -> Ints:
+    """Indices of several runs, one run behind the other: starts[0], starts[0] + 1, ..., starts[1], ..."""
+    within: Ints = np.arange(int(lengths.sum()))
+    return within + np.repeat(starts - starts_of(lengths), lengths)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TargetPlaces:
+    """Where the targets of a micro-batch's rows lie; in the order of the line."""
+
+    positions: Ints  # [m] in the whole line
+    indices: Ints  # [m] among the targets of the rows that it was packed of
+    rows: Ints  # [m] index of the row among those
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TargetValues:
+    """Numbers of some targets of a batch of rows, such as those that one rank computes."""
+
+    indices: Ints  # [m] among the targets of all rows
+    values: Floats  # [m]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +199,7 @@ class MicroBatch:
 
     A segment is a run of tokens that attends causally to itself and, where it shares a prompt, to all of that
     prompt's segment as well. Under context parallelism the tensors are one rank's part of the line
-    (parallel/context.py), while cu_seqlens, prefix_segments and rows speak of the whole line.
+    (parallel/context.py), while cu_seqlens, prefix_segments and places speak of the whole line.
     """
 
     tokens: Tensor  # [t] int64, inputs
@@ -66,7 +207,8 @@ class MicroBatch:
     position_ids: Tensor  # [t] int64, place inside the sequence; continues after a shared prompt
     cu_seqlens: Tensor  # [num_segments + 1] int32, segment boundaries
     prefix_segments: tuple[int | None, ...]  # per segment: the segment it continues, None where it starts afresh
-    target_mask: Tensor  # [t] bool, True where `targets` belongs to a row's response
-    fields: dict[str, Tensor]  # name -> [t] float32, zero outside target_mask
-    rows: tuple[tuple[int, int, int], ...]  # (row index in the caller's list, start, stop) of its targets in the line
+    target_mask: Tensor  # [t] bool, True where `targets` is a row's target that its loss looks at
+    fields: dict[str, Tensor]  # name -> [t] or [t, k] float32, zero outside the rows' targets
+    row_ids: Tensor  # [t] int64, the row whose target is predicted, an index among those packed of; -1 where none is
+    places: TargetPlaces
     context_size: int = 1  # ranks that share the line

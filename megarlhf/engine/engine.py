@@ -1,7 +1,8 @@
 """The Megatron engine: one model of one role, as this rank holds it.
 
-Callers hand over whole global batches of rows; the engine takes its data-parallel share by a plan that every rank
-computes alike, packs it, runs Megatron-Core's schedule and gives back per-row results on the ranks that hold them.
+Callers hand over this rank's packed lines, or rows that every rank has, of which the engine takes its data-parallel
+share by a plan that every rank computes alike. It runs Megatron-Core's schedule and gives back a number for each target
+on the ranks of the last stage.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -20,8 +22,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megarlhf.data.packing import pack_rows, plan_micro_batches, unpack
-from megarlhf.data.types import MicroBatch, TrainingRow
+from megarlhf.data.dealing import PackingOptions
+from megarlhf.data.packing import fill_fields, join_values, pack_rows, unpack
+from megarlhf.data.planning import plan_micro_batches
+from megarlhf.data.types import MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler, gradient_norm
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
@@ -36,16 +40,6 @@ from megarlhf.parallel.device import current_device, device_kind, release_memory
 from megarlhf.parallel.groups import current_ranks
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 
-RowResults = dict[int, Tensor]  # index in the caller's rows -> [num_targets] float32 on the CPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackingOptions:
-    """How rows become micro-batches."""
-
-    max_tokens: int  # packed tokens in a micro-batch, at most
-    share_prefix: bool  # compute the prompt of rows with one group_id once
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -55,7 +49,7 @@ class StepResult:
     metrics: dict[str, float]
     grad_norm: float
     learning_rate: float
-    outputs: RowResults  # log-probs or values of the training forward, on ranks that hold results
+    outputs: TargetValues  # log-probs or values of the training forward, of this rank's rows, on the last stage
 
 
 class MegatronEngine:
@@ -78,8 +72,9 @@ class MegatronEngine:
         temperature: float = 1.0,
         seed: int = 42,
     ) -> None:
-        self.pretrain, self.head, self.packing = Path(pretrain), head, packing
+        self.pretrain, self.head = Path(pretrain), head
         self.ranks = current_ranks()
+        self.packing = packing.for_pipeline(self.ranks.pp_size, self.ranks.vpp_size)
         self.hf, source = read_checkpoint(pretrain)
         arch = find_architecture(self.hf)
         check_computing(arch, self.hf)
@@ -124,37 +119,39 @@ class MegatronEngine:
         self.optimizer.reload_model_params()
         self.scheduler = build_scheduler(self.optimizer, options)
 
-    def micro_batches(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
-        """This rank's share of `rows`, packed; every rank has the same number of micro-batches."""
-        share, ranks = self.packing.share_prefix, self.ranks
-        interleaved = ranks.vpp_size > 1
-        plan = plan_micro_batches(
+    def pack(self, rows: TrainingRows, indices: Sequence[int], min_length: int = 1) -> MicroBatch:
+        """One line of these rows, whole, as this layout needs it; see pack_rows."""
+        return pack_rows(
             rows,
-            num_ranks=ranks.dp_size,
-            max_tokens=self.packing.max_tokens,
-            share_prefix=share,
-            per_rank_multiple=ranks.pp_size if interleaved else 1,
+            indices,
+            share_prefix=self.packing.share_prefix,
+            pad_to_multiple=self._pad,
+            context_size=self.ranks.cp_size,
+            min_length=min_length,
         )
 
-        def pack(indices: Sequence[int], min_length: int) -> MicroBatch:
-            return pack_rows(
-                rows,
-                indices,
-                share_prefix=share,
-                pad_to_multiple=self._pad,
-                context_size=ranks.cp_size,
-                min_length=min_length,
-            )
+    def micro_batches(self, rows: TrainingRows, indices: Sequence[int] | None = None) -> list[MicroBatch]:
+        """This rank's share of rows that every rank has, as whole packed lines; as many micro-batches as on any rank.
 
-        mine = plan[ranks.dp_rank]
-        batches = [pack(indices, 1) for indices in mine]
-        if interleaved:
+        Args:
+            indices: of the rows to pack; None: all.
+        """
+        chosen = np.arange(len(rows)) if indices is None else np.asarray(indices, dtype=np.int64)
+        plan = plan_micro_batches(
+            rows.lengths[chosen],
+            rows.prompt_lengths[chosen],
+            rows.unit_ids[chosen],
+            num_ranks=self.ranks.dp_size,
+            max_tokens=self.packing.max_tokens,
+            share_prefix=self.packing.share_prefix,
+            per_rank_multiple=self.packing.per_rank_multiple,
+        )
+        mine: list[list[int]] = [chosen[places].tolist() for places in plan[self.ranks.dp_rank]]
+        batches = [self.pack(rows, indices) for indices in mine]
+        if self.packing.one_length:
             longest = max(len(batch.tokens) for batch in batches)
-            batches = [
-                batch if len(batch.tokens) == longest else pack(indices, longest)
-                for batch, indices in zip(batches, mine, strict=True)
-            ]
-        return [context_part(batch, ranks.cp_rank, ranks.cp_size) for batch in batches]
+            batches = [self.pack(rows, indices, longest) for indices in mine]
+        return [fill_fields(batch, rows) for batch in batches]
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters of every chunk, with unique names."""
@@ -176,52 +173,60 @@ class MegatronEngine:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def log_probs(self, rows: Sequence[TrainingRow]) -> RowResults:
-        """Log-probability of each row's targets under the current weights, on ranks that hold results.
+    def log_probs(self, rows: TrainingRows) -> TargetValues:
+        """Log-probability of each target under the current weights; of this rank's rows, on the last stage.
 
         Rows' fields are not looked at. Temperature is the rollout's.
+
+        Args:
+            rows: of all data-parallel ranks; every rank has them.
         """
-        assert self.head == "lm"
-        return self._forward(rows, "log_probs")
+        return self.forward(self.micro_batches(rows))
 
-    def values(self, rows: Sequence[TrainingRow]) -> RowResults:
-        """Value of the state before each of the row's targets, on ranks that hold results."""
+    def values(self, rows: TrainingRows) -> TargetValues:
+        """Value of the state before each target; otherwise as `log_probs`."""
         assert self.head == "value"
-        return self._forward(rows, "values")
+        return self.forward(self.micro_batches(rows))
 
-    def _forward(self, rows: Sequence[TrainingRow], name: str) -> RowResults:
-        batches = self.micro_batches(rows)
+    def forward(self, batches: list[MicroBatch]) -> TargetValues:
+        """Log-probs, or the value head's values, of this rank's lines; empty before the last stage."""
         for chunk in self.chunks:
             chunk.eval()
-        collected = run_forward(self.model, batches, self._outputs)
-        return self._results(batches, collected, name)
+        collected = run_forward(self.model, self._own_parts(batches), self._outputs)
+        return self._results(batches, collected)
 
-    def _results(self, batches: list[MicroBatch], outputs: list[TokenOutputs], name: str) -> RowResults:
-        results: RowResults = {}
-        if self.ranks.computes_results:
-            for batch, computed in zip(batches, outputs, strict=True):
-                line = self._whole_line(batch, getattr(computed, name).detach())
-                if self.ranks.holds_results:
-                    results.update(unpack(batch, line.cpu()))
-        return results
+    def _own_parts(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        return [context_part(batch, self.ranks.cp_rank, self.ranks.cp_size) for batch in batches]
+
+    def _results(self, batches: list[MicroBatch], outputs: list[TokenOutputs]) -> TargetValues:
+        if not self.ranks.is_last_stage:
+            return join_values([])
+        name = "values" if self.head == "value" else "log_probs"
+        pairs = zip(batches, outputs, strict=True)
+        lines = [(batch, self._whole_line(batch, getattr(computed, name).detach())) for batch, computed in pairs]
+        return join_values([unpack(batch, line.cpu()) for batch, line in lines])
 
     def _whole_line(self, batch: MicroBatch, part: Tensor) -> Tensor:
         """Values of every context rank's tokens; all of the group call it."""
-        if batch.context_size == 1:
+        if self.ranks.cp_size == 1:
             return part
-        parts = [torch.empty_like(part) for _ in range(batch.context_size)]
+        parts = [torch.empty_like(part) for _ in range(self.ranks.cp_size)]
         dist.all_gather(parts, part.contiguous(), group=parallel_state.get_context_parallel_group())
         return join_context(parts, batch.cu_seqlens)
 
-    def train_step(self, rows: Sequence[TrainingRow], objective: Objective, *, denominator: float) -> StepResult:
-        """One optimizer step on sum(loss over all rows) / denominator.
+    def train_step(self, rows: TrainingRows, objective: Objective, *, denominator: float) -> StepResult:
+        """`step` on rows that every rank has."""
+        return self.step(self.micro_batches(rows), objective, denominator=denominator)
+
+    def step(self, batches: list[MicroBatch], objective: Objective, *, denominator: float) -> StepResult:
+        """One optimizer step on sum(loss over all ranks' lines) / denominator.
 
         A metric that is not finite is reported as it is.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite, on every rank; nothing has changed.
         """
-        loss, metrics, outputs = self.accumulate_gradients(rows, objective, denominator=denominator)
+        loss, metrics, outputs = self.accumulate_gradients(batches, objective, denominator=denominator)
         grad_norm = gradient_norm(self.optimizer)
         if not math.isfinite(grad_norm):
             raise NonFiniteError(f"loss={loss}, gradient norm {grad_norm}; the step was not taken")
@@ -231,35 +236,36 @@ class MegatronEngine:
         return StepResult(loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs)
 
     def accumulate_gradients(
-        self, rows: Sequence[TrainingRow], objective: Objective, *, denominator: float
-    ) -> tuple[float, dict[str, float], RowResults]:
+        self, batches: list[MicroBatch], objective: Objective, *, denominator: float
+    ) -> tuple[float, dict[str, float], TargetValues]:
         """Forward and backward; gradients stay in the model's buffers, reduced over every group.
 
         Raises:
             NonFiniteError: the loss is not finite, on every rank.
         """
-        batches = self.micro_batches(rows)
+        parts = self._own_parts(batches)
         for chunk, wrapped in zip(self.chunks, self.model, strict=True):
             chunk.train()
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self._routers is not None:
             self._routers.start()
-        unit = self._balance_loss_unit(batches)
+        unit = self._balance_loss_unit(parts)
         self.config.grad_scale_func = None if unit is None else lambda gradient: gradient / unit
-        stored = run_forward_backward(self.model, batches, self._outputs, objective, denominator / (unit or 1.0))
-        sums = torch.zeros(2 + len(objective.metric_names), dtype=torch.float64, device=current_device())
+        stored = run_forward_backward(self.model, parts, self._outputs, objective, denominator / (unit or 1.0))
+        names = objective.metric_names
+        sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=current_device())
         if self.ranks.computes_results:
             for _, micro_sums in stored:
                 sums += micro_sums
         dist.all_reduce(sums)
-        num_targets, total, *totals = sums.tolist()
+        total, *values = sums.tolist()
         loss = total / denominator
-        reported = {name: value / num_targets for name, value in zip(objective.metric_names, totals, strict=True)}
+        pairs = zip(names, values[: len(names)], values[len(names) :], strict=True)
+        reported = {name: value / count for name, value, count in pairs if count}
         if not math.isfinite(loss):
             raise NonFiniteError(f"loss={loss}, {reported}; the step was not taken")
-        name = "values" if self.head == "value" else "log_probs"
-        outputs = self._results(batches, [computed for computed, _ in stored], name)
+        outputs = self._results(batches, [computed for computed, _ in stored])
         if self._routers is not None:
             experts, top_k = self.config.num_moe_experts, self.config.moe_router_topk
             reported |= self._routers.metrics(experts, top_k, current_device())

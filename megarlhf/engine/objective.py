@@ -21,16 +21,17 @@ class TokenOutputs:
     values: Tensor | None = None  # [t] float32
 
 
-Loss = Callable[[TokenOutputs, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+Metrics = dict[str, tuple[Tensor, Tensor | int]]  # name -> sum over the micro-batch, and how many numbers it is of
+Loss = Callable[[TokenOutputs, MicroBatch], tuple[Tensor, Metrics]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """A loss and the metrics it reports.
 
-    `loss` returns a sum over the micro-batch's targets and a sum for each of `metric_names`. The engine divides the
-    loss by the global denominator and metrics by the number of targets, so the gradient and the metrics are the same
-    for every split into ranks and micro-batches.
+    `loss` returns a sum over the micro-batch, and a sum and a count for each of `metric_names`. The engine divides the
+    loss by the global denominator, and each metric's sum over all micro-batches by its count over all of them, so the
+    gradient and the metrics are the same for every split into ranks and micro-batches.
     """
 
     loss: Loss

@@ -57,15 +57,16 @@ def run_forward_backward(
     """Add the gradient of sum(loss) / denominator to the model's buffers and reduce it.
 
     Returns:
-        On the last stage, per micro-batch (TokenOutputs, [number of targets, loss, *metrics] sums); elsewhere an empty
-        list.
+        On the last stage, per micro-batch (TokenOutputs, [loss, *sums of metrics, *counts of metrics]); elsewhere an
+        empty list.
     """
 
     def loss(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Any]:
         computed = outputs(output, batch)
         total, metrics = objective.loss(computed, batch)
-        reported = [batch.target_mask.sum(), total, *(metrics[name] for name in objective.metric_names)]
-        sums = torch.stack([value.detach().double() for value in reported])
+        pairs = [metrics[name] for name in objective.metric_names]
+        reported = [total, *(value for value, _ in pairs), *(count for _, count in pairs)]
+        sums = torch.stack([torch.as_tensor(v, device=total.device).detach().double() for v in reported])
         return total / denominator, torch.zeros((), dtype=torch.int, device=total.device), (computed, sums)
 
     return _run(chunks, batches, loss, forward_only=False)
@@ -75,7 +76,7 @@ def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any
     """Megatron-Core's schedule for one chunk of layers per rank, or the interleaved one for several."""
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(iterator)
+        batch = to_device(next(iterator), device)
         output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=packed_params(batch))
         if forward_only:
             return output, lambda result, non_loss_data: finish(result, batch)
@@ -83,7 +84,6 @@ def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any
 
     device = current_device()
     longest = max(int(batch.cu_seqlens[-1]) for batch in batches)
-    batches = [to_device(batch, device) for batch in batches]
     run = get_forward_backward_func()
     return run(
         forward_step_func=forward_step,
@@ -110,6 +110,7 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
         prefix_segments=batch.prefix_segments,
         target_mask=batch.target_mask.to(device),
         fields={name: value.to(device) for name, value in batch.fields.items()},
-        rows=batch.rows,
+        row_ids=batch.row_ids.to(device),
+        places=batch.places,
         context_size=batch.context_size,
     )

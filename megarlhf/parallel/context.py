@@ -36,6 +36,7 @@ def context_part(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         position_ids=micro_batch.position_ids[mine],
         target_mask=micro_batch.target_mask[mine],
         fields={name: line[mine] for name, line in micro_batch.fields.items()},
+        row_ids=micro_batch.row_ids[mine],
         context_size=size,
     )
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import psutil
 import torch
 from transformers import AutoTokenizer
 
 from megarlhf.data.shared_tensors import Block
-from megarlhf.data.types import Prompt, Sample
+from megarlhf.data.types import GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.models.hf_files import read_checkpoint
 from megarlhf.rollout.decoding import response_texts
 from megarlhf.rollout.sampling import request_seed
@@ -138,7 +139,7 @@ class RolloutEngine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[TokenIds],
         *,
         group_ids: Sequence[int],
         n_samples: int,
@@ -150,12 +151,12 @@ class RolloutEngine:
         greedy: bool = False,
         top_p: float = 1.0,
         top_k: int = -1,
-    ) -> list[Sample]:
+    ) -> list[GeneratedGroup]:
         """Answer each prompt `n_samples` times.
 
         Args:
             prompts: at least one token each.
-            group_ids: the samples' group_id, one per prompt: its place in the step's batch over all engines.
+            group_ids: one per prompt: its place in the step's batch over all engines.
             max_tokens: longest response, the stop token included.
             temperature: above 0; ignored when greedy.
             stop_token_ids: a response ends with the first of these tokens; no others stop it.
@@ -163,8 +164,8 @@ class RolloutEngine:
             greedy: the likeliest token each time.
             top_p, top_k: of the sampled distribution; 1.0 and -1 leave it whole.
         Returns:
-            len(prompts) * n_samples samples, those of a prompt together in order of sample_id. The log-probs are of
-            the distribution sampled from (for greedy: of the model's own).
+            The samples of each prompt. The log-probs are of the distribution sampled from (for greedy: of the model's
+            own).
         Raises:
             ValueError: a prompt that leaves no room for max_tokens, or a temperature of 0 without `greedy`.
         """
@@ -172,7 +173,7 @@ class RolloutEngine:
 
         if not greedy and temperature <= 0:
             raise ValueError(f"temperature={temperature} is not above 0 (logits are divided by it): use greedy=True")
-        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+        longest = max(map(len, prompts), default=0)
         if longest + max_tokens > self.max_model_len:
             raise ValueError(
                 f"max_tokens={max_tokens} with a prompt of {longest} tokens is more than max_model_len="
@@ -180,7 +181,6 @@ class RolloutEngine:
             )
         if self.weight_version < 0:
             raise RuntimeError("the last weight update failed halfway: update the weights before generating")
-        requests = [(p, g, i) for p, g in zip(prompts, group_ids, strict=True) for i in range(n_samples)]
         parameters = [
             SamplingParams(
                 temperature=0.0 if greedy else temperature,
@@ -191,36 +191,49 @@ class RolloutEngine:
                 stop_token_ids=list(stop_token_ids),
                 ignore_eos=True,  # else vLLM adds the model configuration's end token to them
                 logprobs=0,  # of the sampled token alone
+                flat_logprobs=True,  # one list for a response, not an object for each token
                 detokenize=False,
             )
-            for _, group_id, sample_id in requests
+            for group_id in group_ids
+            for sample_id in range(n_samples)
         ]
-        inputs = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _, _ in requests]
-        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        return [self._sample(*request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
+        inputs = [TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts for _ in range(n_samples)]
+        completions = [output.outputs[0] for output in self._llm.generate(inputs, parameters, use_tqdm=False)]
+        starts = range(0, len(completions), n_samples)
+        return [
+            self._group(prompt, completions[start : start + n_samples])
+            for prompt, start in zip(prompts, starts, strict=True)
+        ]
 
-    def _sample(self, prompt: Prompt, group_id: int, sample_id: int, completion: Any) -> Sample:
-        """A record of vLLM's CompletionOutput."""
-        if completion.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a response with finish_reason={completion.finish_reason!r}")
-        tokens = tuple(completion.token_ids)
-        text, stop_text = response_texts(
-            self._tokenizer,
-            tokens,
-            stopped=completion.finish_reason == "stop",
-            skip_special_tokens=self._skip_special_tokens,
-        )
-        return Sample(
-            prompt=prompt,
-            group_id=group_id,
-            sample_id=sample_id,
-            response_ids=tokens,
-            rollout_log_probs=tuple(
-                float(place[token].logprob) for place, token in zip(completion.logprobs, tokens, strict=True)
+    def _group(self, prompt: TokenIds, completions: Sequence[Any]) -> GeneratedGroup:
+        """A record of vLLM's CompletionOutputs for one prompt."""
+        for completion in completions:
+            if completion.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended a response with finish_reason={completion.finish_reason!r}")
+        lengths = np.array([len(completion.token_ids) for completion in completions], dtype=np.int64)
+        log_probs = [np.array(completion.logprobs.logprobs, dtype=np.float32) for completion in completions]
+        if [len(values) for values in log_probs] != lengths.tolist():
+            raise RuntimeError("vLLM did not give one log-prob for each generated token")
+        texts = [
+            response_texts(
+                self._tokenizer,
+                completion.token_ids,
+                stopped=completion.finish_reason == "stop",
+                skip_special_tokens=self._skip_special_tokens,
+            )
+            for completion in completions
+        ]
+        return GeneratedGroup(
+            tokens=GroupTokens(
+                prompt_ids=prompt,
+                response_ids=np.concatenate([np.array(c.token_ids, dtype=np.int32) for c in completions]),
+                rollout_log_probs=np.concatenate(log_probs),
+                lengths=lengths,
             ),
-            response_text=text,
-            stop_text=stop_text,
-            finish_reason=completion.finish_reason,
+            lengths=lengths,
+            texts=[text for text, _ in texts],
+            stop_texts=[stop for _, stop in texts],
+            finish_reasons=[completion.finish_reason for completion in completions],
             weight_version=self.weight_version,
         )
 

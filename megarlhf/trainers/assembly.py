@@ -4,11 +4,12 @@ from megarlhf.config.arguments import ModelArguments, PPOConfig, SharedOptimizer
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.tokenizer import load_tokenizer
-from megarlhf.engine.engine import MegatronEngine, PackingOptions
+from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions
 from megarlhf.parallel.groups import ParallelSizes
+from megarlhf.trainers.experience import packing_options
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.value import value_objective
 
@@ -16,19 +17,14 @@ from megarlhf.trainers.value import value_objective
 def build_engine(config: PPOConfig, role: str, *, share_prompt_prefix: bool) -> MegatronEngine:
     """The actor's or the critic's engine in a process whose groups are set up."""
     critic, layout = role == "critic", config.layout_of(role)
-    batch, rollout = config.batch, config.rollout
-    longest = rollout.prompt_max_len + rollout.generate_max_len
     rate = config.optimizer.critic_learning_rate if critic else config.optimizer.actor_learning_rate
     return MegatronEngine(
         (config.model.critic_pretrain or config.model.pretrain) if critic else config.model.pretrain,
         head="value" if critic else "lm",
         model=model_options(layout, config.model),
-        packing=PackingOptions(
-            max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest,
-            share_prefix=share_prompt_prefix,
-        ),
+        packing=packing_options(config, share_prompt_prefix=share_prompt_prefix),
         optimizer=optimizer_options(config.optimizer, layout, rate, optimizer_steps(config, role)),
-        temperature=rollout.temperature,
+        temperature=config.rollout.temperature,
         seed=config.model.seed,
     )
 

@@ -20,7 +20,7 @@ def evaluate(roles: Roles, prompts: Sequence[Prompt] | None, timers: Timers) -> 
         scored: list[Sample] = roles.reward.score(roles.rollout.generate_greedy(prompts))
     rewards = [sample.reward for sample in scored if sample.reward is not None]
     metrics = {
-        "eval/response_length_mean": sum(len(s.response_ids) for s in scored) / len(scored),
+        "eval/response_length_mean": sum(sample.response_length for sample in scored) / len(scored),
         "eval/no_result_count": float(len(scored) - len(rewards)),
     }
     if rewards:

@@ -1,42 +1,50 @@
-"""From scored samples to what the updates need: log-probs, values, KL, advantages, weighted rows."""
+"""From scored samples to what the updates need: log-probs, values, KL, advantages, weights."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from random import Random
 
 import torch
 from torch import Tensor
 
 from megarlhf.algos.advantages import compute_advantages
-from megarlhf.algos.kl import kl_estimate
 from megarlhf.algos.losses import Aggregation, token_weights
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
-from megarlhf.data.types import Sample, TrainingRow
-from megarlhf.trainers.roles import ActorRole, CriticRole, UpdateResult
+from megarlhf.data.dealing import PackingOptions
+from megarlhf.data.types import Floats, Rollout, Sample
+from megarlhf.trainers.roles import ActorRole, CriticRole, LogProbDifference, UpdateResult
 from megarlhf.trainers.state import LoopState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """One rollout batch, ready to train on. Lists have one entry per sample, tensors one number per response token."""
+    """One rollout batch, ready to train on.
+
+    Arrays and tensors have one number for each response token, in the order of the samples.
+    """
 
     samples: list[Sample]
-    log_probs: list[Tensor] | None  # under the policy before the updates; None: the single update computes them
-    ref_log_probs: list[Tensor] | None
-    values: list[Tensor] | None
-    kl: list[Tensor] | None  # estimate per token, where log_probs and ref_log_probs are known
-    advantages: list[Tensor]
-    returns: list[Tensor]
+    parts: list[list[int]]  # indices of the samples of each optimizer step of an epoch
+    difference: LogProbDifference | None  # None: the first update measures it
+    has_reference: bool
+    values: Floats | None
+    kl: Floats | None  # estimate, where the policy's log-probs before the updates and the reference's are known
+    advantages: Tensor
+    returns: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """[n] int64 response tokens of each sample."""
+        return torch.tensor([sample.response_length for sample in self.samples])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Updates:
-    """Results of a step's optimizer steps, and which samples each took."""
+    """Results of a step's optimizer steps."""
 
     actor: list[UpdateResult] = field(default_factory=list)
     critic: list[UpdateResult] = field(default_factory=list)
-    indices: list[list[int]] = field(default_factory=list)
 
 
 class NoSamplesError(RuntimeError):
@@ -84,62 +92,70 @@ def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig)
         )
 
 
-def to_rows(samples: Sequence[Sample]) -> list[TrainingRow]:
-    """Rows without fields, for forward passes."""
-    return [
-        TrainingRow(
-            input_ids=(*s.prompt.token_ids, *s.response_ids),
-            prompt_length=len(s.prompt.token_ids),
-            group_id=s.group_id,
-        )
-        for s in samples
-    ]
+def packing_options(config: PPOConfig, *, share_prompt_prefix: bool) -> PackingOptions:
+    """The flags of micro-batches."""
+    batch, rollout = config.batch, config.rollout
+    longest = rollout.prompt_max_len + rollout.generate_max_len
+    return PackingOptions(
+        max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest,
+        share_prefix=share_prompt_prefix,
+    )
 
 
 def make_experience(
-    samples: list[Sample],
+    rollout: Rollout,
     actor: ActorRole,
     critic: CriticRole | None,
     config: PPOConfig,
     *,
+    step: int,
     kl_coef: float,
     reward_scale: tuple[float, float] = (0.0, 1.0),
 ) -> Experience:
-    """Run the forward passes that the estimator needs and compute advantages.
+    """Run the forward passes that the estimator needs, compute advantages, and give both roles what their losses need.
 
     Args:
-        samples: with rewards.
+        rollout: samples with rewards.
         kl_coef: present coefficient of the KL penalty.
         reward_scale: (shift, scale): rewards enter as (reward - shift) / scale.
     """
-    algorithm = config.algorithm
-    rows = to_rows(samples)
-    log_probs = actor.log_probs(rows) if needs_old_log_probs(config) else None
-    ref_log_probs = actor.ref_log_probs(rows) if algorithm.init_kl_coef > 0 else None
-    values = critic.values(rows) if critic is not None else None
-    kl = None
-    if log_probs is not None and ref_log_probs is not None:
-        pairs = zip(log_probs, ref_log_probs, strict=True)
-        kl = [kl_estimate(own, ref, estimator=algorithm.kl_estimator) for own, ref in pairs]
+    algorithm, samples = config.algorithm, rollout.samples
+    parts = deal_parts(samples, config, step=step)
+    actor.begin(rollout, parts)
+    difference = actor.log_probs() if needs_old_log_probs(config) else None
+    has_reference = algorithm.init_kl_coef > 0
+    if has_reference:
+        actor.ref_log_probs()
+    kl = actor.kl(algorithm.kl_estimator) if has_reference and difference is not None else None
+    values = None
+    if critic is not None:
+        critic.begin(rollout, parts)
+        values = critic.values()
     shift, scale = reward_scale
-    rewards = torch.tensor([(sample.reward - shift) / scale for sample in samples if sample.reward is not None])
+    lengths = torch.tensor([sample.response_length for sample in samples])
     result = compute_advantages(
         algorithm.advantage_estimator,
-        rewards=rewards,
+        rewards=torch.tensor([(sample.reward - shift) / scale for sample in samples if sample.reward is not None]),
         group_ids=torch.tensor([sample.group_id for sample in samples]),
-        kl=None if algorithm.use_kl_loss else kl,
-        lengths=[len(sample.response_ids) for sample in samples],
-        values=values,
+        kl=None if algorithm.use_kl_loss or kl is None else torch.from_numpy(kl),
+        lengths=lengths,
+        values=None if values is None else torch.from_numpy(values),
         kl_coef=0.0 if algorithm.use_kl_loss else kl_coef,
         gamma=algorithm.gamma,
         lambd=algorithm.lambd,
         clip_range=algorithm.reward_clip_range,
         normalize=algorithm.normalize_advantages,
     )
+    weights, _ = loss_weights(lengths, config, critic=False)
+    actor.keep({"advantages": result.advantages.numpy()}, scalars={"weights": weights.numpy()})
+    if critic is not None:
+        weights, _ = loss_weights(lengths, config, critic=True)
+        critic.keep({"returns": result.returns.numpy()}, scalars={"weights": weights.numpy()})
     return Experience(
         samples=samples,
-        log_probs=log_probs,
-        ref_log_probs=ref_log_probs,
+        parts=parts,
+        difference=difference,
+        has_reference=has_reference,
         values=values,
         kl=kl,
         advantages=result.advantages,
@@ -147,56 +163,48 @@ def make_experience(
     )
 
 
-def mini_batches(experience: Experience, config: PPOConfig, *, step: int) -> Iterator[list[int]]:
-    """Sample indices of each optimizer step: max_epochs shuffles, each dealt into equal parts.
+def deal_parts(samples: Sequence[Sample], config: PPOConfig, *, step: int) -> list[list[int]]:
+    """Sample indices of each optimizer step of an epoch: a shuffle, dealt into equal parts.
 
     A part has about global_batch_size samples: where samples are left without a reward there are fewer parts, in
     proportion. The samples of one prompt stay together where a part holds whole groups.
     """
     batch = config.batch
-    parts = max(1, round(len(experience.samples) / batch.global_batch_size))
+    count = max(1, round(len(samples) / batch.global_batch_size))
     whole_groups = batch.global_batch_size % batch.n_samples_per_prompt == 0
     units: dict[int, list[int]] = {}
-    for index, sample in enumerate(experience.samples):
+    for index, sample in enumerate(samples):
         units.setdefault(sample.group_id if whole_groups else index, []).append(index)
-    random = Random(f"{config.model.seed}-{step}")
-    for _ in range(batch.max_epochs):
-        order = list(units)
-        if parts > 1:
-            random.shuffle(order)
-        for part in range(parts):
-            first, last = len(order) * part // parts, len(order) * (part + 1) // parts
-            chosen = [index for unit in order[first:last] for index in units[unit]]
-            if chosen:
-                yield chosen
+    order = list(units.values())
+    if count > 1:
+        Random(f"{config.model.seed}-{step}").shuffle(order)
+    cuts = [len(order) * part // count for part in range(count + 1)]
+    parts = [[i for unit in order[a:b] for i in unit] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [part for part in parts if part]
 
 
-def training_rows(
-    experience: Experience, indices: Sequence[int], config: PPOConfig, *, critic: bool
-) -> tuple[list[TrainingRow], float]:
-    """Rows of one optimizer step with the fields of the actor's or the critic's loss, and their denominator.
+def update_order(num_parts: int, config: PPOConfig, *, step: int) -> list[int]:
+    """Parts in the order of the step's optimizer steps: each once an epoch, from the second epoch on shuffled.
+
+    The samples of a part stay together from epoch to epoch, so that its micro-batches do.
+    """
+    random, order = Random(f"{config.model.seed}-{step}-order"), list(range(num_parts))
+    for _ in range(config.batch.max_epochs - 1):
+        order += random.sample(range(num_parts), num_parts)
+    return order
+
+
+def loss_weights(lengths: Tensor, config: PPOConfig, *, critic: bool) -> tuple[Tensor, float]:
+    """Weight of each sample's tokens in the actor's or the critic's loss, and the denominator of these samples.
 
     Dr. GRPO's denominator is the longest response that may be generated.
+
+    Args:
+        lengths: [n] int64 response tokens.
     """
     algorithm = config.algorithm
-    samples = [experience.samples[i] for i in indices]
     aggregation: Aggregation = algorithm.critic_loss_aggregation if critic else algorithm.loss_aggregation
     if algorithm.advantage_estimator == "dr_grpo":
         aggregation = "constant"
-    weights, denominator = token_weights(
-        [len(s.response_ids) for s in samples],
-        aggregation=aggregation,
-        max_length=config.rollout.generate_max_len if aggregation == "constant" else None,
-    )
-    columns: dict[str, list[Tensor] | None]
-    if critic:
-        columns = {"old_values": experience.values, "returns": experience.returns}
-    else:
-        columns = {"advantages": experience.advantages, "old_log_probs": experience.log_probs}
-        if algorithm.use_kl_loss:
-            columns["ref_log_probs"] = experience.ref_log_probs
-    rows = []
-    for row, index, weight in zip(to_rows(samples), indices, weights, strict=True):
-        fields = {name: column[index] for name, column in columns.items() if column is not None}
-        rows.append(replace(row, fields=fields | {"weights": weight}))
-    return rows, denominator
+    limit = config.rollout.generate_max_len if aggregation == "constant" else None
+    return token_weights(lengths, aggregation=aggregation, max_length=limit)

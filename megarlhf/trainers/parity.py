@@ -18,8 +18,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megarlhf.data.planning import prompt_units
 from megarlhf.data.tensor_file import TensorFile
-from megarlhf.data.types import TrainingRow
+from megarlhf.data.types import TargetValues, TrainingRows, training_rows
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import main_weight
@@ -42,7 +43,7 @@ Record = Callable[[str, Iterator[Part]], None]  # "gradients" or "step" (how far
 
 def parity_rows(
     vocab_size: int, *, groups: int = 3, samples: int = 3, longest: int = 12, seed: int = 5
-) -> list[TrainingRow]:
+) -> TrainingRows:
     """Groups of samples with equal prompts, ragged responses and every field that a loss may ask for.
 
     `old_log_probs` and `ref_log_probs` are distances from the model's own, to be added by `anchored`.
@@ -55,25 +56,45 @@ def parity_rows(
     def draw(low: int, high: int, count: int) -> list[int]:
         return torch.randint(low, high, (count,), generator=generator).tolist()
 
-    rows = []
+    ids: list[list[int]] = []
+    prompts, units = list[int](), list[int]()
+    fields: dict[str, list[Tensor]] = {}
     for group in range(groups):
         prompt = draw(3, vocab_size, 3 + 2 * group * max(1, longest // 12))
         for length in draw(2, longest, samples):
-            names = ("advantages", "old_log_probs", "ref_log_probs", "old_values", "returns")
-            fields = {name: torch.randn(length, generator=generator) for name in names}
-            fields["weights"] = torch.full((length,), 1.0 / length)
-            ids = (*prompt, *draw(3, vocab_size, length))
-            rows.append(TrainingRow(input_ids=ids, prompt_length=len(prompt), group_id=group, fields=fields))
-    return rows
+            for name in ("advantages", "old_log_probs", "ref_log_probs", "old_values", "returns"):
+                fields.setdefault(name, []).append(torch.randn(length, generator=generator))
+            fields.setdefault("weights", []).append(torch.full((length,), 1.0 / length))
+            ids.append([*prompt, *draw(3, vocab_size, length)])
+            prompts.append(len(prompt))
+            units.append(group)
+    return training_rows(ids, prompts, unit_ids=units, fields=fields)
 
 
-def anchored(rows: list[TrainingRow], log_probs: dict[int, Tensor]) -> list[TrainingRow]:
-    """Rows with old and reference log-probs near the model's own, where ratios are moderate and some are clipped."""
+def anchored(rows: TrainingRows, log_probs: Tensor) -> TrainingRows:
+    """Rows with old and reference log-probs near the model's own, where ratios are moderate and some are clipped.
+
+    Args:
+        log_probs: [targets] of the model.
+    """
     names = ("old_log_probs", "ref_log_probs")
-    return [
-        replace(row, fields=row.fields | {name: row.fields[name] + log_probs[index] for name in names})
-        for index, row in enumerate(rows)
-    ]
+    return rows.with_fields({name: rows.fields[name] + log_probs.numpy() for name in names})
+
+
+def fitting(engine: MegatronEngine, rows: TrainingRows) -> TrainingRows:
+    """Rows whose units fit into the engine's micro-batches: groups that share a prompt are cut where they must be."""
+    packing = engine.packing
+    if not packing.share_prefix:
+        return rows
+    units = prompt_units(
+        rows.lengths,
+        rows.prompt_lengths,
+        rows.unit_ids,
+        num_ranks=engine.ranks.dp_size,
+        max_tokens=packing.max_tokens,
+        per_rank_multiple=packing.per_rank_multiple,
+    )
+    return replace(rows, unit_ids=units)
 
 
 def parity_objective(name: ObjectiveName) -> Objective:
@@ -94,9 +115,9 @@ def parity_objective(name: ObjectiveName) -> Objective:
     )
 
 
-def parity_denominator(name: ObjectiveName, rows: list[TrainingRow]) -> float:
+def parity_denominator(name: ObjectiveName, rows: TrainingRows) -> float:
     """What the trainers divide this loss by: targets for supervised training, else the rows' own weights add to one."""
-    return float(sum(row.num_targets for row in rows) if name == "sft" else len(rows))
+    return float(rows.num_targets.sum() if name == "sft" else len(rows))
 
 
 @contextmanager
@@ -135,15 +156,16 @@ def _parts(engine: MegatronEngine, tensor_of: Callable[[Any], Tensor], *, buffer
                 yield shard.hf_name, shard.index, shard.view.float().reshape(shape)
 
 
-def _forward(engine: MegatronEngine, rows: list[TrainingRow]) -> dict[int, Tensor]:
+def _forward(engine: MegatronEngine, rows: TrainingRows) -> TargetValues:
     return engine.values(rows) if engine.head == "value" else engine.log_probs(rows)
 
 
-def _train(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], record: Record) -> dict[str, Any]:
+def _train(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, record: Record) -> dict[str, Any]:
     """What is compared after the forward pass; gradients and weights go through `record` while they exist."""
     denominator, objective = parity_denominator(name, rows), parity_objective(name)
     with whole_gradients(engine):
-        loss, metrics, outputs = engine.accumulate_gradients(rows, objective, denominator=denominator)
+        batches = engine.micro_batches(rows)
+        loss, metrics, outputs = engine.accumulate_gradients(batches, objective, denominator=denominator)
     found: dict[str, Any] = {"loss": loss, "metrics": metrics, "training": outputs}
     record("gradients", hf_parts(engine, gradients=True))
     before = [part.to("cpu", copy=True) for _, _, part in main_parts(engine)]
@@ -153,7 +175,7 @@ def _train(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow],
     return found | {"after": _forward(engine, rows)}
 
 
-def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], directory: Path) -> None:
+def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, directory: Path) -> None:
     """What one process computes, for `compare`; the engine takes a step."""
 
     def record(quantity: str, parts: Iterator[Part]) -> None:
@@ -163,13 +185,14 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: list[Trai
 
     directory.mkdir()
     specs = engine.weights.tensor_specs(dict.fromkeys(engine.weights.hf_shapes, torch.float32))
+    rows = fitting(engine, rows)
     forward = _forward(engine, rows)
-    found = _train(engine, name, anchored(rows, forward), record) | {"forward": forward}
-    tokens = {
-        f"{quantity}.{row}": values.contiguous()
-        for quantity in ("forward", "training", "after")
-        for row, values in found[quantity].items()
-    }
+    flat = torch.empty(int(rows.num_targets.sum()))
+    flat[forward.indices] = torch.from_numpy(forward.values)
+    found = _train(engine, name, anchored(rows, flat), record) | {"forward": forward}
+    tokens = {quantity: torch.empty_like(flat) for quantity in ("forward", "training", "after")}
+    for quantity, whole in tokens.items():
+        whole[found[quantity].indices] = torch.from_numpy(found[quantity].values)
     save_file(tokens, directory / "tokens.safetensors")
     numbers = {quantity: found[quantity] for quantity in ("loss", "metrics", "grad norm")}
     (directory / "numbers.json").write_text(json.dumps(numbers))
@@ -212,7 +235,7 @@ class _Differences:
         return dict(zip(QUANTITIES, largest.tolist(), strict=True))
 
 
-def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow], directory: Path) -> dict[str, float]:
+def compare(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, directory: Path) -> dict[str, float]:
     """Largest difference to the reference of each of QUANTITIES, equal on every rank; the engine takes a step.
 
     "by tensor" is a gradient's difference relative to the largest gradient of its tensor (at least a thousandth of the
@@ -221,17 +244,18 @@ def compare(engine: MegatronEngine, name: ObjectiveName, rows: list[TrainingRow]
     result that is not a number counts as infinitely far off. Router metrics are left out: they count padding.
     """
     differences = _Differences(directory)
-    tokens = load_file(directory / "tokens.safetensors")
+    tokens, rows = load_file(directory / "tokens.safetensors"), fitting(engine, rows)
     forward = _forward(engine, rows)
-    rows = anchored(rows, {index: tokens[f"forward.{index}"] for index in range(len(rows))})
+    rows = anchored(rows, tokens["forward"])
     found = _train(engine, name, rows, differences.record) | {"forward": forward}
     for quantity in ("forward", "training", "after"):
-        seen = torch.zeros(len(rows), device=current_device())
-        for row, values in found[quantity].items():
-            differences.note(quantity, values - tokens[f"{quantity}.{row}"])
-            seen[row] += 1
+        indices, values = found[quantity].indices, torch.from_numpy(found[quantity].values)
+        differences.note(quantity, values - tokens[quantity][indices])
+        seen = torch.zeros(len(tokens[quantity]), device=current_device())
+        if engine.ranks.holds_results:
+            seen[indices] += 1
         dist.all_reduce(seen)
-        differences.note(quantity, torch.where(seen == 1, 0.0, torch.inf))  # each row comes from one rank
+        differences.note(quantity, torch.where(seen == 1, 0.0, torch.inf))  # each target is one replica's
     numbers = json.loads((directory / "numbers.json").read_text())
     for quantity in ("loss", "grad norm"):
         differences.note(quantity, torch.tensor(found[quantity] - numbers[quantity]))
@@ -254,7 +278,6 @@ def scales(directory: Path) -> dict[str, float]:
     with TensorFile.open(directory / "gradients.safetensors") as file:
         gradient = _largest(file)
     tokens = load_file(directory / "tokens.safetensors")
-    rows = [name.removeprefix("forward.") for name in tokens if name.startswith("forward.")]
-    moved = max(float((tokens[f"after.{row}"] - tokens[f"forward.{row}"]).abs().max()) for row in rows)
+    moved = float((tokens["after"] - tokens["forward"]).abs().max())
     numbers = json.loads((directory / "numbers.json").read_text())
     return {"gradients": gradient, "moved": moved, "loss": numbers["loss"], "grad norm": numbers["grad norm"]}

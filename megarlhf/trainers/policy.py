@@ -7,7 +7,7 @@ from torch import Tensor
 from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.algos.losses import approx_kl, policy_loss
 from megarlhf.data.types import MicroBatch
-from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def policy_objective(options: PolicyLossOptions) -> Objective:
     very policy that this forward pass computes, whose ratio is then 1; `ref_log_probs` where kl_loss_coef is not 0.
     """
 
-    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         mask, fields = batch.target_mask, batch.fields
         assert outputs.log_probs is not None and outputs.entropy is not None
         log_probs, entropy, weights = outputs.log_probs[mask], outputs.entropy[mask], fields["weights"][mask]
@@ -57,6 +57,6 @@ def policy_objective(options: PolicyLossOptions) -> Objective:
             "ratio_mean": (detached - old).exp(),
             "kl": kl.detach(),
         }
-        return (total * weights).sum(), {name: value.sum() for name, value in metrics.items()}
+        return (total * weights).sum(), {name: (value.sum(), len(value)) for name, value in metrics.items()}
 
     return Objective(loss=loss, metric_names=("clip_frac", "entropy", "approx_kl", "ratio_mean", "kl"))

@@ -1,13 +1,38 @@
 """What the RL loop works with. On a cluster each role is a group of processes; in a unit test, a plain object."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
 
-from megarlhf.data.types import Prompt, Sample, TrainingRow
+from megarlhf.algos.kl import KLEstimator
+from megarlhf.data.types import Floats, Prompt, Rollout, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogProbDifference:
+    """How far the trainer's log-probs of response tokens are from the inference engine's, as sums over tokens."""
+
+    num_tokens: int
+    absolute: float  # sum of |trainer - engine|, nats
+    largest: float  # of these
+
+    @staticmethod
+    def between(trainer: Floats, engine: Floats) -> "LogProbDifference":
+        """Of the same tokens: [t] and [t]."""
+        difference = np.abs(trainer.astype(np.float64) - engine)
+        largest = float(difference.max()) if len(difference) else 0.0
+        return LogProbDifference(num_tokens=len(difference), absolute=float(difference.sum()), largest=largest)
+
+    def __add__(self, other: "LogProbDifference") -> "LogProbDifference":
+        """Of both sets of tokens."""
+        return LogProbDifference(
+            num_tokens=self.num_tokens + other.num_tokens,
+            absolute=self.absolute + other.absolute,
+            largest=float(np.maximum(self.largest, other.largest)),  # which keeps a NaN
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +43,7 @@ class UpdateResult:
     metrics: dict[str, float]
     grad_norm: float
     learning_rate: float
-    outputs: list[Tensor]  # per row, in the caller's order: log-probs or values before the step
+    difference: LogProbDifference | None = None  # of the actor's log-probs before the step
 
 
 class RoleFailedError(RuntimeError):
@@ -36,7 +61,7 @@ class RoleFailedError(RuntimeError):
 class RolloutRole(Protocol):
     """The inference engines."""
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         """n_samples_per_prompt samples of each prompt; seeds depend on (run seed, step, place, sample) alone."""
 
     def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
@@ -50,27 +75,44 @@ class RewardRole(Protocol):
         """The samples with their rewards; None where there is no result."""
 
 
-class ActorRole(Protocol):
+class TrainingRole(Protocol):
+    """A model in training. What it computes of a step's samples stays with their tokens, where they are trained on.
+
+    Arrays have one number for each response token of the step's samples, in the order of the samples.
+    """
+
+    def begin(self, rollout: Rollout, parts: Sequence[Sequence[int]]) -> None:
+        """Take the step's samples for all calls until the next.
+
+        Args:
+            parts: indices of the samples of each optimizer step; together all of them, once.
+        """
+
+    def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats]) -> None:
+        """Give the samples fields of the loss: numbers for each response token, and [n] for each sample."""
+
+    def update(self, part: int, *, denominator: float) -> UpdateResult:
+        """One optimizer step on one of the parts."""
+
+
+class ActorRole(TrainingRole, Protocol):
     """The policy in training, and the reference beside it."""
 
-    def log_probs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
-        """Per row: [num_targets] log-probs under the present weights."""
+    def log_probs(self) -> LogProbDifference:
+        """Keep `old_log_probs`: log-probs under the present weights."""
 
-    def ref_log_probs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
-        """Per row: [num_targets] log-probs under the reference."""
+    def ref_log_probs(self) -> None:
+        """Keep `ref_log_probs`: log-probs under the reference."""
 
-    def update(self, rows: Sequence[TrainingRow], *, denominator: float) -> UpdateResult:
-        """One optimizer step."""
+    def kl(self, estimator: KLEstimator) -> Floats:
+        """Estimated KL at each token, of old_log_probs to ref_log_probs; both are kept already."""
 
 
-class CriticRole(Protocol):
+class CriticRole(TrainingRole, Protocol):
     """The value function in training."""
 
-    def values(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
-        """Per row: [num_targets] values of the states before its targets."""
-
-    def update(self, rows: Sequence[TrainingRow], *, denominator: float) -> UpdateResult:
-        """One optimizer step."""
+    def values(self) -> Floats:
+        """Keep `old_values`, values of the states before each token, and return them."""
 
 
 class WeightSyncRole(Protocol):

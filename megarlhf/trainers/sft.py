@@ -4,13 +4,13 @@ from torch import Tensor
 
 from megarlhf.algos.losses import sft_loss
 from megarlhf.data.types import MicroBatch
-from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
 
 
 def sft_objective() -> Objective:
     """-log p of each target, summed; the engine divides by the number of targets in the global batch."""
 
-    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         assert outputs.log_probs is not None
         return sft_loss(outputs.log_probs[batch.target_mask]).sum(), {}
 

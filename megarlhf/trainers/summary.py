@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from megarlhf.algos.losses import explained_variance
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.types import Sample
 from megarlhf.trainers.experience import Experience, Updates
-from megarlhf.trainers.roles import UpdateResult
+from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 logger = logging.getLogger(__name__)
 STOP_FACTOR = 10.0  # a log-prob difference this many times the budget ends the run
@@ -28,7 +28,7 @@ def sample_metrics(scored: Sequence[Sample], usable: Sequence[Sample]) -> dict[s
         usable: those with a result that can be trained on; no reward is reported without any.
     """
     rewards = torch.tensor([sample.reward for sample in usable if sample.reward is not None], dtype=torch.float64)
-    lengths = [len(sample.response_ids) for sample in scored]
+    lengths = [sample.response_length for sample in scored]
     moments = {}
     if len(rewards):
         moments = {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std(correction=0))}
@@ -43,7 +43,7 @@ def sample_metrics(scored: Sequence[Sample], usable: Sequence[Sample]) -> dict[s
 
 def training_metrics(experience: Experience, updates: Updates) -> dict[str, float]:
     """Advantages, KL and losses of one step that was trained."""
-    advantages, returns = torch.cat(experience.advantages), torch.cat(experience.returns)
+    advantages, returns = experience.advantages, experience.returns
     metrics = {
         "advantage/mean": float(advantages.mean()),
         "advantage/std": float(advantages.std(unbiased=False)),
@@ -53,11 +53,11 @@ def training_metrics(experience: Experience, updates: Updates) -> dict[str, floa
     }
     kl_in_loss = metrics.pop("policy/kl", None)
     if experience.kl is not None:
-        metrics["kl/mean"] = float(torch.cat(experience.kl).mean())
-    elif experience.ref_log_probs is not None and kl_in_loss is not None:
+        metrics["kl/mean"] = float(experience.kl.mean(dtype="float64"))
+    elif experience.has_reference and kl_in_loss is not None:
         metrics["kl/mean"] = kl_in_loss
     if experience.values is not None:
-        variance = explained_variance(torch.cat(experience.values), returns)
+        variance = explained_variance(torch.from_numpy(experience.values), returns)
         if variance == variance:  # undefined (NaN) while all returns are equal
             metrics["critic/explained_variance"] = variance
     return metrics
@@ -79,18 +79,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def check_log_prob_difference(samples: Sequence[Sample], trainer: Sequence[Tensor], budget: float) -> dict[str, float]:
+def check_log_prob_difference(difference: LogProbDifference, config: PPOConfig) -> dict[str, float]:
     """|trainer - inference engine| of the same tokens under the same weights; past the budget it warns.
 
-    Args:
-        trainer: log-probs of each sample's response as the trainer computes them.
-        budget: nats.
     Raises:
         LogProbDifferenceError: the largest is past STOP_FACTOR budgets.
     """
-    pairs = zip(trainer, samples, strict=True)
-    differences = torch.cat([(own - torch.tensor(s.rollout_log_probs)).abs() for own, s in pairs])
-    largest = float(differences.max())
+    largest, budget = difference.largest, config.rollout.logprob_diff_budget
     sentence = (
         f"rollout/logprob_diff_max={largest:.3g} is past logprob_diff_budget={budget}: the inference engine does not "
         "compute with the trainer's weights, or in another precision"
@@ -99,13 +94,14 @@ def check_log_prob_difference(samples: Sequence[Sample], trainer: Sequence[Tenso
         raise LogProbDifferenceError(f"{sentence}; it is past {STOP_FACTOR:g} budgets, so the run stops")
     if largest > budget:
         logger.warning("%s", sentence)
-    return {"rollout/logprob_diff_mean": float(differences.mean()), "rollout/logprob_diff_max": largest}
+    mean = difference.absolute / difference.num_tokens
+    return {"rollout/logprob_diff_mean": mean, "rollout/logprob_diff_max": largest}
 
 
 def speed(samples: Sequence[Sample], *, seconds: float) -> dict[str, float]:
     """Response tokens and samples over the step's wall time."""
     return {
-        "perf/tokens_per_second": sum(len(s.response_ids) for s in samples) / seconds,
+        "perf/tokens_per_second": sum(sample.response_length for sample in samples) / seconds,
         "perf/samples_per_second": len(samples) / seconds,
         "time/step_seconds": seconds,
     }

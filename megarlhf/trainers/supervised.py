@@ -1,18 +1,19 @@
 """The supervised loop: one process per rank, every rank runs it; the objective is a parameter."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.prompts import PromptSampler
-from megarlhf.data.types import TrainingRow
+from megarlhf.data.types import TrainingRows
 from megarlhf.engine import checkpoint, checkpoint_files
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
@@ -33,8 +34,8 @@ def train(
     config: SFTConfig,
     engine: MegatronEngine,
     objective: Objective,
-    rows: Sequence[TrainingRow],
-    eval_rows: Sequence[TrainingRow] | None,
+    rows: TrainingRows,
+    eval_rows: TrainingRows | None,
     sinks: Sinks | None,
     should_stop: Callable[[], bool],
     *,
@@ -73,10 +74,11 @@ def train(
         started = time.perf_counter()
         if sinks is not None:
             sinks.phase("train")
-        batch = [rows[i] for i in sampler.batch(step - 1)]
+        batch = sampler.batch(step - 1)
         try:
             with timers("train"):
-                result = engine.train_step(batch, objective, denominator=float(sum(row.num_targets for row in batch)))
+                denominator = float(rows.num_targets[batch].sum())
+                result = engine.step(engine.micro_batches(rows, batch), objective, denominator=denominator)
         except NonFiniteError:  # on every rank, and the weights are still those of the step before
             save(step - 1)
             raise
@@ -88,12 +90,12 @@ def train(
             "data/epoch": sampler.epoch(step),
             **{f"sft/{name}": value for name, value in result.metrics.items()},
             "time/step_seconds": seconds,
-            "perf/tokens_per_second": sum(len(row.input_ids) for row in batch) / seconds,
+            "perf/tokens_per_second": float(rows.lengths[batch].sum()) / seconds,
             "perf/samples_per_second": len(batch) / seconds,
         }
         stopping = _agree(should_stop())
         last = step == total_steps or stopping
-        if eval_rows and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
+        if eval_rows is not None and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
             with timers("eval"):
                 metrics["sft/eval_loss"] = mean_loss(engine, eval_rows)
         problem = _log(sinks, step, metrics | timers.pop())
@@ -116,12 +118,13 @@ def _log(sinks: Sinks | None, step: int, metrics: dict[str, float]) -> Exception
     return None
 
 
-def mean_loss(engine: MegatronEngine, rows: Sequence[TrainingRow]) -> float:
+def mean_loss(engine: MegatronEngine, rows: TrainingRows) -> float:
     """Cross-entropy per target over `rows`, in nats; the same on every rank."""
-    total = sum(float(-log_probs.double().sum()) for log_probs in engine.log_probs(rows).values())
+    found = engine.log_probs(rows).values
+    total = -found.sum(dtype=np.float64) if engine.ranks.holds_results else 0.0
     summed = torch.tensor(total, dtype=torch.float64, device=current_device())
     dist.all_reduce(summed)
-    return float(summed) / sum(row.num_targets for row in rows)
+    return float(summed) / int(rows.num_targets.sum())
 
 
 def save_checkpoint(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from megarlhf.algos.losses import value_loss
 from megarlhf.data.types import MicroBatch
-from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
 
 
 def value_objective(*, value_clip: float) -> Objective:
@@ -13,14 +13,14 @@ def value_objective(*, value_clip: float) -> Objective:
     Fields of the micro-batch: `old_values`, `returns`, `weights`.
     """
 
-    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         mask, fields = batch.target_mask, batch.fields
         assert outputs.values is not None
         values, weights = outputs.values[mask], fields["weights"][mask]
         per_token, clipped = value_loss(
             values, fields["old_values"][mask], fields["returns"][mask], value_clip=value_clip
         )
-        metrics = {"clip_frac": clipped.float().sum(), "value_mean": values.detach().sum()}
-        return (per_token * weights).sum(), metrics
+        metrics = {"clip_frac": clipped.float(), "value_mean": values.detach()}
+        return (per_token * weights).sum(), {name: (value.sum(), len(value)) for name, value in metrics.items()}
 
     return Objective(loss=loss, metric_names=("clip_frac", "value_mean"))

@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megarlhf.data.shared_tensors import SharedTensors, checksum
+from megarlhf.data.types import TargetValues, TrainingRows, starts_of
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.sharing import SharedWeights
 from megarlhf.parallel.groups import gathered
 from megarlhf.trainers.parity import (
     ObjectiveName,
     compare,
+    fitting,
     hf_parts,
     parity_denominator,
     parity_objective,
@@ -28,9 +30,17 @@ from tests.tiny_models import VOCAB_SIZE
 Parts = list[tuple[str, tuple[slice, ...], Tensor]]  # HF name, this rank's part of it, the numbers
 
 
-def make_rows(*, seed: int = 5) -> list:
+def make_rows(*, seed: int = 5) -> TrainingRows:
     """Nine short rows in three groups."""
     return parity_rows(VOCAB_SIZE, seed=seed)
+
+
+def by_row(rows: TrainingRows, found: TargetValues) -> dict[int, Tensor]:
+    """Values of the rows that a rank has, one tensor [num_targets] each."""
+    places = {int(index): place for place, index in enumerate(found.indices)}
+    starts, values = starts_of(rows.num_targets), torch.from_numpy(found.values)
+    spans = {row: range(int(starts[row]), int(starts[row]) + int(rows.num_targets[row])) for row in range(len(rows))}
+    return {row: values[[places[i] for i in span]] for row, span in spans.items() if span[0] in places}
 
 
 def build_for(objective: str, layout: Layout, model_dir: Path) -> MegatronEngine:
@@ -72,12 +82,12 @@ def differences_to(source: Path, layout: Layout, model_dir: Path, objective: Obj
     """Largest differences of an engine's results to those in `source`, and of its reference model after the step."""
     engine, rows = build_for(objective, layout, model_dir), make_rows()
     engine.keep_reference()
-    differences = compare(engine, objective, rows, source)
+    differences, rows = compare(engine, objective, rows, source), fitting(engine, rows)
     with engine.reference_weights():
         found = engine.values(rows) if engine.head == "value" else engine.log_probs(rows)
     expected = load_file(source / "tokens.safetensors")
-    kept = [float((values - expected[f"forward.{row}"]).abs().max()) for row, values in found.items()]
-    return differences | {"reference": max(kept, default=0.0)}
+    kept = (torch.from_numpy(found.values) - expected["forward"][found.indices]).abs()
+    return differences | {"reference": float(kept.max()) if len(kept) else 0.0}
 
 
 def sabotaged_case(
@@ -118,8 +128,10 @@ def conformance_case(
     with world(SINGLE, rank, init_method):
         head = "value" if objective == "critic" else "lm"
         engine, rows = build(layout, model_dir, head=head, temperature=temperature), make_rows()
-        result = Result(forward=engine.values(rows) if objective == "critic" else engine.log_probs(rows))
-        engine.accumulate_gradients(rows, parity_objective(objective), denominator=parity_denominator(objective, rows))
+        found = engine.values(rows) if objective == "critic" else engine.log_probs(rows)
+        result, batches = Result(forward=by_row(rows, found)), engine.micro_batches(rows)
+        denominator = parity_denominator(objective, rows)
+        engine.accumulate_gradients(batches, parity_objective(objective), denominator=denominator)
         result.gradients = parts(engine, gradients=True)
         return result
 

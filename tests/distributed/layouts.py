@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megarlhf.engine.engine import MegatronEngine, PackingOptions
+from megarlhf.data.dealing import PackingOptions
+from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions
 from megarlhf.parallel.groups import ParallelSizes, destroy_groups, initialize_groups

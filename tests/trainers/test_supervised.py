@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megarlhf.config.arguments import LoggingArguments, ModelArguments
 from megarlhf.config.supervised_arguments import SFTConfig, SFTDataArguments, SupervisedBatchArguments
 from megarlhf.data.types import TrainingRow
-from megarlhf.engine.engine import MegatronEngine, PackingOptions
+from megarlhf.data.dealing import PackingOptions
+from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.metrics.sinks import Sinks
