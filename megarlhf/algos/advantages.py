@@ -15,7 +15,8 @@ from megarlhf.algos.whitening import whiten
 
 GROUP_STD_EPS = 1e-6  # in reward units; the statistics run in float64, so equal rewards give 0 and not 1e-7 / 1e-6
 WHITEN_EPS = 1e-8  # in squared advantage units
-_SCAN_NUMBERS = 1 << 22  # of a block of responses that one scan goes through together
+_RUN = 32  # tokens that are summed by one product
+_SCAN_NUMBERS = 1 << 18  # float64 numbers of the responses that are summed side by side: they stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,23 +242,28 @@ def compute_advantages(
 def _discounted_sums_to_end(terms: Tensor, lengths: Tensor, *, discount: float) -> Tensor:
     """S_t = terms_t + discount * S_{t+1} inside each response, summed in float64.
 
-    Responses go side by side in blocks of similar length, one step of the scan for all of a block.
+    Responses of similar length go side by side, cut into runs of _RUN tokens: a product with powers of the discount
+    sums inside all runs at once, then each run takes over the sum of the one behind it.
     """
-    sums = torch.empty_like(terms)
-    ends, order = lengths.cumsum(0), lengths.argsort(descending=True)
-    first = 0
-    while first < len(order):
-        longest = int(lengths[order[first]])
-        block = order[first : first + max(1, _SCAN_NUMBERS // longest)]
-        first += len(block)
-        # [longest, responses], the last token of each response on top; above a response's start it repeats itself
-        places = (ends[block] - 1)[None, :] - torch.minimum(torch.arange(longest)[:, None], lengths[block][None, :] - 1)
-        scan = terms[places].double()
-        for later, present in zip(scan[:-1], scan[1:], strict=True):
-            present += discount * later
-        inside = torch.arange(longest)[:, None] < lengths[block][None, :]
-        sums[places[inside]] = scan[inside].to(terms.dtype)
-    return sums
+    rows = terms.split(lengths.tolist())
+    sums: list[Tensor] = [terms] * len(rows)
+    order = lengths.argsort(descending=True).tolist()
+    powers = discount ** torch.arange(_RUN + 1, dtype=torch.float64)
+    distance = torch.arange(_RUN)[:, None] - torch.arange(_RUN)[None, :]  # from the later token, [_RUN, _RUN]
+    weights = torch.where(distance >= 0, powers[distance.clamp(min=0)], 0.0)
+    while order:
+        longest = -(-len(rows[order[0]]) // _RUN) * _RUN
+        block, order = order[: max(1, _SCAN_NUMBERS // longest)], order[max(1, _SCAN_NUMBERS // longest) :]
+        padded = torch.zeros(len(block), longest, dtype=torch.float64)  # the last token of each at the end
+        for place, row in zip(padded, block, strict=True):
+            place[longest - len(rows[row]) :] = rows[row]
+        runs = padded.view(len(block), -1, _RUN) @ weights
+        for run in range(runs.shape[1] - 2, -1, -1):
+            runs[:, run].addcmul_(runs[:, run + 1, :1], powers.flip(0)[None, :-1])
+        found = runs.view(len(block), longest).to(terms.dtype)
+        for place, row in zip(found, block, strict=True):
+            sums[row] = place[longest - len(rows[row]) :]
+    return torch.cat(sums)
 
 
 def _check_lengths(lengths: Tensor) -> None:

@@ -19,6 +19,7 @@ def whiten(values: Tensor, *, eps: float) -> Tensor:
     """
     if not values.numel():
         raise ValueError("nothing to whiten: the batch has no tokens")
-    exact = values.double()
-    inverse_std = (exact.var(correction=0) + eps).rsqrt()
-    return ((exact - exact.mean()) * inverse_std).to(values.dtype)
+    centred = values.double()
+    centred -= centred.mean()
+    variance = centred.dot(centred) / len(centred)
+    return centred.mul_((variance + eps).rsqrt()).to(values.dtype)

@@ -19,7 +19,6 @@ from megarlhf.data.types import (
     Sample,
     TargetValues,
     TrainingRows,
-    spans,
     starts_of,
 )
 
@@ -97,17 +96,25 @@ class Deal:
 
     def split(self, values: Floats, *, per_row: bool = False) -> list[Floats]:
         """Each rank's part of one number for every target of every sample, or `per_row` for every sample."""
-        return [values[rows if per_row else self._targets(rows)] for rows in self.rows]
+        if per_row:
+            return [values[rows] for rows in self.rows]
+        empty = values[:0]
+        return [np.concatenate([empty, *(values[a:b] for a, b in self._runs(rows))]) for rows in self.rows]
 
     def join(self, parts: Sequence[Floats]) -> Floats:
         """The inverse of `split` of numbers for targets."""
         whole = np.empty(int(self.num_targets.sum()), dtype=np.float32)
         for rows, values in zip(self.rows, parts, strict=True):
-            whole[self._targets(rows)] = values
+            first = 0
+            for start, stop in self._runs(rows):
+                whole[start:stop] = values[first : first + stop - start]
+                first += stop - start
         return whole
 
-    def _targets(self, rows: Ints) -> Ints:
-        return spans(starts_of(self.num_targets)[rows], self.num_targets[rows])
+    def _runs(self, rows: Ints) -> list[tuple[int, int]]:
+        """First and past the last target of each of these samples."""
+        starts = starts_of(self.num_targets)[rows]
+        return list(zip(starts.tolist(), (starts + self.num_targets[rows]).tolist(), strict=True))
 
 
 def _flat(plan: Sequence[Sequence[Sequence[int]]]) -> Ints:
@@ -179,7 +186,9 @@ class RankRows:
 
     def keep_values(self, name: str, values: TargetValues) -> Floats:
         """Add a field that this rank has computed, for every target; returns it."""
-        field = np.empty(int(self.rows.num_targets.sum()), dtype=np.float32)
-        field[values.indices] = values.values
+        field, first = np.empty(int(self.rows.num_targets.sum()), dtype=np.float32), 0
+        for start, length in zip(values.starts.tolist(), values.lengths.tolist(), strict=True):
+            field[start : start + length] = values.values[first : first + length]
+            first += length
         self.keep({name: field})
         return field

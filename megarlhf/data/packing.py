@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megarlhf.data.planning import members_of
-from megarlhf.data.types import Ints, MicroBatch, TargetPlaces, TargetValues, TrainingRows, spans, starts_of
+from megarlhf.data.types import Ints, MicroBatch, TargetPlaces, TargetValues, TrainingRows, starts_of
 
 
 def pack_rows(
@@ -78,11 +78,13 @@ def fill_fields(batch: MicroBatch, rows: TrainingRows) -> MicroBatch:
     fields = {}
     for name, values in rows.fields.items():
         line = np.zeros((length, *values.shape[1:]), dtype=np.float32)
-        line[places.positions] = values[places.indices]
+        for _, position, start, size in _runs(places):
+            line[position : position + size] = values[start : start + size]
         fields[name] = torch.from_numpy(line)
     for name, values in rows.scalars.items():
         line = np.zeros(length, dtype=np.float32)
-        line[places.positions] = values[places.rows]
+        for row, position, _, size in _runs(places):
+            line[position : position + size] = values[row]
         fields[name] = torch.from_numpy(line)
     return replace(batch, fields=fields)
 
@@ -95,16 +97,25 @@ def unpack(batch: MicroBatch, values: Tensor) -> TargetValues:
     """
     length = int(batch.cu_seqlens[-1])
     assert values.shape == (length,), f"values {list(values.shape)} of a line of {length}"
-    return TargetValues(indices=batch.places.indices, values=values.float().numpy()[batch.places.positions])
+    line, places = values.float().numpy(), batch.places
+    parts = [line[position : position + size] for _, position, _, size in _runs(places)]
+    return TargetValues(starts=places.starts, lengths=places.lengths, values=np.concatenate([line[:0], *parts]))
 
 
 def join_values(parts: Sequence[TargetValues]) -> TargetValues:
     """Values of several micro-batches of the same rows."""
-    if not parts:
-        return TargetValues(indices=np.empty(0, dtype=np.int64), values=np.empty(0, dtype=np.float32))
+    none, empty = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
     return TargetValues(
-        indices=np.concatenate([part.indices for part in parts]), values=np.concatenate([part.values for part in parts])
+        starts=np.concatenate([none, *(part.starts for part in parts)]),
+        lengths=np.concatenate([none, *(part.lengths for part in parts)]),
+        values=np.concatenate([empty, *(part.values for part in parts)]),
     )
+
+
+def _runs(places: TargetPlaces) -> list[tuple[int, int, int, int]]:
+    """Row, first position, first target and length of each run."""
+    columns = (places.rows, places.positions, places.starts, places.lengths)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 class _Segments:
@@ -135,26 +146,31 @@ def _line(
     padding: int,
 ) -> MicroBatch:
     """The line of these segments, each padded to its length in `padded`, with `padding` positions behind."""
-    begins = starts_of(padded)
-    total = int(padded.sum()) + padding
-    tokens, targets = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
-    sources, places = spans(np.array(segments.starts, dtype=np.int64), lengths), spans(begins, lengths)
-    tokens[places], targets[places] = rows.input_ids[sources], rows.input_ids[sources + 1]
+    begins, total = starts_of(padded), int(padded.sum()) + padding
+    tokens, targets, positions = (np.zeros(total, dtype=np.int64) for _ in range(3))
+    for begin, source, length, size, first in zip(
+        begins.tolist(), segments.starts, segments.lengths, padded.tolist(), segments.positions, strict=True
+    ):
+        tokens[begin : begin + length] = rows.input_ids[source : source + length]
+        targets[begin : begin + length] = rows.input_ids[source + 1 : source + 1 + length]
+        positions[begin : begin + size] = np.arange(first, first + size)
     if padding:
+        positions[total - padding :] = np.arange(padding)
         padded = np.append(padded, padding)
-    positions = spans(np.array([*segments.positions, *([0] if padding else [])], dtype=np.int64), padded)
     owners = np.array(segments.rows, dtype=np.int64)
-    owning = owners >= 0
-    own = owners[owning]
+    own = owners[owners >= 0]
     counts = rows.num_targets[own]
-    target_places = TargetPlaces(
-        positions=spans((begins + lengths)[owning] - counts, counts),
-        indices=spans(starts_of(rows.num_targets)[own], counts),
-        rows=np.repeat(own, counts),
+    places = TargetPlaces(
+        rows=own,
+        positions=(begins + lengths)[owners >= 0] - counts,
+        starts=starts_of(rows.num_targets)[own],
+        lengths=counts,
     )
     row_ids, target_mask = np.full(total, -1, dtype=np.int64), np.zeros(total, dtype=np.bool_)
-    row_ids[target_places.positions] = target_places.rows
-    target_mask[target_places.positions] = True if rows.loss_mask is None else rows.loss_mask[target_places.indices]
+    for row, position, start, size in _runs(places):
+        row_ids[position : position + size] = row
+        looked_at = True if rows.loss_mask is None else rows.loss_mask[start : start + size]
+        target_mask[position : position + size] = looked_at
     boundaries = np.concatenate([[0], np.cumsum(padded)]).astype(np.int32)
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
@@ -165,7 +181,7 @@ def _line(
         target_mask=torch.from_numpy(target_mask),
         fields={},
         row_ids=torch.from_numpy(row_ids),
-        places=target_places,
+        places=places,
     )
 
 

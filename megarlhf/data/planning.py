@@ -138,10 +138,12 @@ def packed_length(lengths: Ints, prompt_lengths: Ints, unit_ids: Ints, *, share_
 
 
 def _unit(rows: list[int], lengths: Ints, prompt_lengths: Ints, *, share_prefix: bool) -> _Unit:
-    own = (lengths[rows] - prompt_lengths[rows]) if share_prefix else lengths[rows] - 1
     prefix = int(prompt_lengths[rows[0]]) - 1 if share_prefix else 0
-    num_tokens = prefix + int(own.sum())
-    pairs = prefix * (prefix + 1) / 2 + float((prefix * own + own * (own + 1) / 2).sum())
+    num_tokens, pairs = prefix, prefix * (prefix + 1) / 2
+    for row in rows:
+        own = int(lengths[row]) - int(prompt_lengths[row] if share_prefix else 1)
+        num_tokens += own
+        pairs += prefix * own + own * (own + 1) / 2
     return _Unit(num_tokens + pairs / _PAIRS_PER_TOKEN, num_tokens, rows)
 
 

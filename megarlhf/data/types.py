@@ -178,19 +178,26 @@ def spans(starts: Ints, lengths: Ints) -> Ints:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TargetPlaces:
-    """Where the targets of a micro-batch's rows lie; in the order of the line."""
+    """Where the targets of a micro-batch's rows lie, one run a row, in the order of the line."""
 
-    positions: Ints  # [m] in the whole line
-    indices: Ints  # [m] among the targets of the rows that it was packed of
-    rows: Ints  # [m] index of the row among those
+    rows: Ints  # [r] index among the rows that it was packed of
+    positions: Ints  # [r] first position in the whole line
+    starts: Ints  # [r] index of the first among the targets of those rows
+    lengths: Ints  # [r]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TargetValues:
-    """Numbers of some targets of a batch of rows, such as those that one rank computes."""
+    """Numbers of the targets of some rows of a batch, such as those that one rank computes."""
 
-    indices: Ints  # [m] among the targets of all rows
-    values: Floats  # [m]
+    starts: Ints  # [r] index of each row's first target among the targets of all rows
+    lengths: Ints  # [r]
+    values: Floats  # [sum of lengths]
+
+    @property
+    def indices(self) -> Ints:
+        """[sum of lengths] index of each among the targets of all rows."""
+        return spans(self.starts, self.lengths)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from megarlhf.algos.advantages import (
 REWARDS = torch.tensor([1.0, 4.0, 0.0, 6.0, 2.0])
 GROUP_IDS = torch.tensor([7, 2, 7, 2, 7])  # group 7: 1, 0, 2; group 2: 4, 6
 LENGTHS = [2, 1, 3, 2, 1]
+SIZES = torch.tensor(LENGTHS)
 KL = [torch.tensor([0.5, -0.1]), torch.tensor([0.2]), torch.tensor([0.1, 0.0, 0.3]), torch.zeros(2), torch.ones(1)]
 VALUES = [torch.linspace(-1, 1, length) for length in LENGTHS]
 
@@ -30,9 +31,9 @@ def compute(estimator: str, *, normalize: bool = False, gamma: float = 1.0, kl_c
         estimator,
         rewards=REWARDS,
         group_ids=GROUP_IDS,
-        kl=KL,
-        lengths=LENGTHS,
-        values=VALUES if estimator == "gae" else None,
+        kl=torch.cat(KL),
+        lengths=SIZES,
+        values=torch.cat(VALUES) if estimator == "gae" else None,
         kl_coef=kl_coef,
         gamma=gamma,
         lambd=0.9,
@@ -41,10 +42,14 @@ def compute(estimator: str, *, normalize: bool = False, gamma: float = 1.0, kl_c
     )
 
 
-def assert_ragged_close(actual: Sequence[Tensor], expected: Sequence[Sequence[float]]) -> None:
-    assert [tensor.dtype for tensor in actual] == [torch.float32] * len(expected)
-    for tensor, row in zip(actual, expected, strict=True):
-        assert tensor.tolist() == pytest.approx(list(row), abs=1e-5)
+def assert_ragged_close(actual: Tensor, expected: Sequence[Sequence[float]]) -> None:
+    assert actual.dtype == torch.float32
+    assert actual.tolist() == pytest.approx([x for row in expected for x in row], abs=1e-5)
+
+
+def one(*numbers: float) -> tuple[Tensor, Tensor]:
+    """The numbers of one response, and its length."""
+    return torch.tensor(numbers), torch.tensor([len(numbers)])
 
 
 def slow_returns(outcomes: Sequence[float], *, gamma: float, kl_coef: float) -> list[list[float]]:
@@ -57,70 +62,71 @@ def slow_returns(outcomes: Sequence[float], *, gamma: float, kl_coef: float) -> 
 
 
 def test_token_rewards_by_hand() -> None:
-    tokens = token_rewards(KL[:2], torch.tensor([2.0, -30.0]), [2, 1], kl_coef=0.1, clip_range=(-10, 10))
+    kl, lengths = torch.cat(KL[:2]), torch.tensor([2, 1])
+    tokens = token_rewards(kl, torch.tensor([2.0, -30.0]), lengths, kl_coef=0.1, clip_range=(-10, 10))
     assert_ragged_close(tokens, [[-0.05, 2.01], [-10.02]])
 
 
 def test_token_rewards_leave_inputs_alone_and_skip_a_kl_of_weight_zero() -> None:
-    kl = [torch.tensor([float("inf"), 1.0])]
-    assert_ragged_close(token_rewards(kl, torch.tensor([2.0]), [2], kl_coef=0.0, clip_range=None), [[0.0, 2.0]])
-    token_rewards(kl, torch.tensor([2.0]), [2], kl_coef=1.0, clip_range=None)
-    assert kl[0].tolist() == [float("inf"), 1.0]
-    assert_ragged_close(
-        token_rewards(None, torch.tensor([20.0]), [3], kl_coef=1.0, clip_range=None), [[0.0, 0.0, 20.0]]
-    )
+    kl, lengths = one(float("inf"), 1.0)
+    assert_ragged_close(token_rewards(kl, torch.tensor([2.0]), lengths, kl_coef=0.0, clip_range=None), [[0.0, 2.0]])
+    token_rewards(kl, torch.tensor([2.0]), lengths, kl_coef=1.0, clip_range=None)
+    assert kl.tolist() == [float("inf"), 1.0]
+    rewards = token_rewards(None, torch.tensor([20.0]), torch.tensor([3]), kl_coef=1.0, clip_range=None)
+    assert_ragged_close(rewards, [[0.0, 0.0, 20.0]])
 
 
 def test_token_rewards_refuse_empty_responses_and_wrong_lengths() -> None:
     with pytest.raises(ValueError, match="response_length=0 for sample 1"):
-        token_rewards(None, torch.ones(2), [3, 0], kl_coef=0.0, clip_range=None)
-    with pytest.raises(ValueError, match="kl must have one value per response token"):
-        token_rewards([torch.ones(3)], torch.ones(1), [2], kl_coef=0.1, clip_range=None)
-    with pytest.raises(ValueError, match="zip"):
-        token_rewards(None, torch.ones(3), [2, 2], kl_coef=0.0, clip_range=None)
+        token_rewards(None, torch.ones(2), torch.tensor([3, 0]), kl_coef=0.0, clip_range=None)
+    with pytest.raises(ValueError, match=r"kl has shape \(3,\) for 2 response tokens"):
+        token_rewards(torch.ones(3), torch.ones(1), torch.tensor([2]), kl_coef=0.1, clip_range=None)
 
 
 def test_gae_by_hand() -> None:
     # deltas: 0.9 * 0.4 - 0.5 = -0.14, 0.9 * 0.6 - 0.4 = 0.14, 1 - 0.6 = 0.4; gamma * lambda = 0.72
-    rewards, values = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.4, 0.6])
-    advantages, returns = gae(rewards, values, gamma=0.9, lambd=0.8)
+    rewards, lengths = one(0.0, 0.0, 1.0)
+    advantages, returns = gae(rewards, torch.tensor([0.5, 0.4, 0.6]), lengths, gamma=0.9, lambd=0.8)
     assert advantages.tolist() == pytest.approx([0.16816, 0.428, 0.4])
     assert returns.tolist() == pytest.approx([0.66816, 0.828, 1.0])
 
 
-def test_gae_bootstraps_a_cut_response() -> None:
-    advantages, returns = gae(torch.zeros(1), torch.tensor([0.5]), gamma=0.9, lambd=0.8, bootstrap_value=2.0)
-    assert advantages.item() == pytest.approx(1.3)
-    assert returns.item() == pytest.approx(1.8)
-
-
-def test_gae_matches_its_definition() -> None:
-    torch.manual_seed(0)
-    rewards, values, gamma, lambd = torch.randn(17), torch.randn(17), 0.97, 0.8
-    v = [*values.tolist(), 0.3]
-    deltas = [rewards[t].item() + gamma * v[t + 1] - v[t] for t in range(17)]
-    expected = [sum((gamma * lambd) ** (s - t) * deltas[s] for s in range(t, 17)) for t in range(17)]
-    advantages, returns = gae(rewards, values, gamma=gamma, lambd=lambd, bootstrap_value=0.3)
+@pytest.mark.parametrize("numbers", [8, 40, 1 << 22])
+def test_gae_matches_its_definition_response_by_response(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of one, of some and of all responses."""
+    monkeypatch.setattr("megarlhf.algos.advantages._SCAN_NUMBERS", numbers)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([17, 1, 33, 70, 2, 64])  # runs are of 32 tokens
+    rewards, values = (torch.randn(int(lengths.sum()), generator=generator) for _ in range(2))
+    gamma, lambd = 0.97, 0.8
+    expected: list[float] = []
+    for r, v in zip(rewards.split(lengths.tolist()), values.split(lengths.tolist()), strict=True):
+        later = [*v.tolist()[1:], 0.0]
+        deltas = [r[t].item() + gamma * later[t] - v[t].item() for t in range(len(r))]
+        expected += [sum((gamma * lambd) ** (s - t) * deltas[s] for s in range(t, len(r))) for t in range(len(r))]
+    advantages, returns = gae(rewards, values, lengths, gamma=gamma, lambd=lambd)
     assert advantages.tolist() == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(returns - values, advantages)
 
 
 def test_gae_with_lambda_one_returns_the_reward_to_go_whatever_the_values() -> None:
-    rewards = torch.tensor([1.0, 2.0, 4.0])
-    _, returns = gae(rewards, torch.randn(3), gamma=0.5, lambd=1.0)
-    assert returns.tolist() == pytest.approx(discounted_returns(rewards, gamma=0.5).tolist(), abs=1e-6)
+    rewards, lengths = one(1.0, 2.0, 4.0)
+    _, returns = gae(rewards, torch.randn(3), lengths, gamma=0.5, lambd=1.0)
+    assert returns.tolist() == pytest.approx(discounted_returns(rewards, lengths, gamma=0.5).tolist(), abs=1e-6)
 
 
 def test_gae_holds_no_gradient_and_refuses_values_that_would_broadcast() -> None:
-    advantages, returns = gae(torch.ones(3), torch.ones(3, requires_grad=True), gamma=1.0, lambd=1.0)
+    ones, lengths = one(1.0, 1.0, 1.0)
+    advantages, returns = gae(ones, torch.ones(3, requires_grad=True), lengths, gamma=1.0, lambd=1.0)
     assert not advantages.requires_grad and not returns.requires_grad
     with pytest.raises(ValueError, match="values has shape"):
-        gae(torch.ones(3), torch.ones(1), gamma=1.0, lambd=1.0)
+        gae(ones, torch.ones(1), lengths, gamma=1.0, lambd=1.0)
 
 
 def test_discounted_returns_by_hand() -> None:
-    assert discounted_returns(torch.tensor([1.0, 2.0, 4.0]), gamma=0.5).tolist() == [3.0, 4.0, 4.0]
-    assert discounted_returns(torch.tensor([1.0, 2.0, 4.0]), gamma=0.0).tolist() == [1.0, 2.0, 4.0]
+    rewards, lengths = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([3, 2])
+    assert discounted_returns(rewards, lengths, gamma=0.5).tolist() == [3.0, 4.0, 4.0, 16.0, 16.0]
+    assert discounted_returns(rewards, lengths, gamma=0.0).tolist() == rewards.tolist()
 
 
 def test_group_baselines_by_hand_in_any_order_and_size() -> None:
@@ -200,26 +206,26 @@ def test_grpo_family_broadcasts_the_outcome_and_is_never_whitened(
 @pytest.mark.parametrize("estimator", ["gae", "reinforce", "reinforce_baseline", "rloo"])
 def test_normalize_whitens_advantages_and_leaves_returns(estimator: str) -> None:
     plain, normalized = compute(estimator), compute(estimator, normalize=True)
-    tokens = [x for tensor in plain.advantages for x in tensor.tolist()]
+    tokens = plain.advantages.tolist()
     mean, std = statistics.fmean(tokens), statistics.pstdev(tokens)
-    assert_ragged_close(normalized.advantages, [[(x - mean) / std for x in a.tolist()] for a in plain.advantages])
-    assert_ragged_close(normalized.returns, [r.tolist() for r in plain.returns])
+    assert_ragged_close(normalized.advantages, [[(x - mean) / std for x in tokens]])
+    assert_ragged_close(normalized.returns, [plain.returns.tolist()])
 
 
 def test_gae_estimator_uses_values_per_sample() -> None:
     result = compute("gae", gamma=0.9)
-    rewards = token_rewards(KL, REWARDS, LENGTHS, kl_coef=0.1, clip_range=(-5.0, 5.0))
+    rewards = token_rewards(torch.cat(KL), REWARDS, SIZES, kl_coef=0.1, clip_range=(-5.0, 5.0)).split(LENGTHS)
     for i, (reward, value) in enumerate(zip(rewards, VALUES, strict=True)):
-        advantages, returns = gae(reward, value, gamma=0.9, lambd=0.9)
-        assert result.advantages[i].tolist() == advantages.tolist()
-        assert result.returns[i].tolist() == returns.tolist()
+        advantages, returns = gae(reward, value, SIZES[i : i + 1], gamma=0.9, lambd=0.9)
+        assert result.advantages.split(LENGTHS)[i].tolist() == advantages.tolist()
+        assert result.returns.split(LENGTHS)[i].tolist() == returns.tolist()
 
 
 def test_no_kl_is_a_kl_of_weight_zero() -> None:
-    arguments = {"rewards": REWARDS, "group_ids": GROUP_IDS, "lengths": LENGTHS, "values": None}
+    arguments = {"rewards": REWARDS, "group_ids": GROUP_IDS, "lengths": SIZES, "values": None}
     numbers = {"gamma": 0.9, "lambd": 1.0, "clip_range": (-5.0, 5.0), "normalize": False}
     result = compute_advantages("rloo", kl=None, kl_coef=0.1, **arguments, **numbers)  # type: ignore[arg-type]
-    assert_ragged_close(result.advantages, [a.tolist() for a in compute("rloo", gamma=0.9, kl_coef=0.0).advantages])
+    assert_ragged_close(result.advantages, [compute("rloo", gamma=0.9, kl_coef=0.0).advantages.tolist()])
 
 
 @pytest.mark.parametrize(
@@ -227,19 +233,19 @@ def test_no_kl_is_a_kl_of_weight_zero() -> None:
     [
         ("ppo", REWARDS, None, "advantage_estimator=ppo is unknown"),
         ("gae", REWARDS, None, "advantage_estimator=gae without critic values"),
-        ("rloo", REWARDS, VALUES, "advantage_estimator=rloo with critic values"),
+        ("rloo", REWARDS, torch.cat(VALUES), "advantage_estimator=rloo with critic values"),
         ("rloo", torch.tensor([1.0, float("nan"), 0.0, 6.0, float("inf")]), None, "reward=nan for 2 of 5 samples"),
-        ("gae", REWARDS, VALUES[:4], "zip"),
+        ("gae", REWARDS, torch.cat(VALUES[:4]), r"values has shape \(8,\) for 9"),
     ],
 )
-def test_compute_advantages_refuses(estimator: str, rewards: Tensor, values: list[Tensor] | None, message: str) -> None:
+def test_compute_advantages_refuses(estimator: str, rewards: Tensor, values: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compute_advantages(
             estimator,
             rewards=rewards,
             group_ids=GROUP_IDS,
             kl=None,
-            lengths=LENGTHS,
+            lengths=SIZES,
             values=values,
             kl_coef=0.0,
             gamma=1.0,

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from megarlhf.algos.losses import (
     Aggregation,
-    aggregate,
     approx_kl,
-    entropy_from_logits,
     explained_variance,
     policy_loss,
     sft_loss,
@@ -112,7 +110,6 @@ def test_gradients_match_finite_differences() -> None:
         lambda y: policy_loss(y, old, target, clip_eps_low=0.2, clip_eps_high=0.3, dual_clip=2.0)[0], (x,)
     )
     assert torch.autograd.gradcheck(lambda y: value_loss(y, old, target, value_clip=0.2)[0], (x,))
-    assert torch.autograd.gradcheck(lambda y: entropy_from_logits(y.view(4, 5)), (x,))
     assert torch.autograd.gradcheck(lambda y: approx_kl(y, old), (x,))
 
 
@@ -133,39 +130,29 @@ def test_sft_loss_is_cross_entropy() -> None:
     ],
 )
 def test_aggregations_by_hand(aggregation: Aggregation, max_length: int | None, expected: float) -> None:
-    weights, denominator = token_weights([3, 1], aggregation=aggregation, max_length=max_length)
-    assert [tuple(weight.shape) for weight in weights] == [(3,), (1,)]
-    loss = aggregate(torch.tensor([1.0, 2.0, 3.0, 10.0]), torch.cat(weights), denominator)
-    assert loss.item() == pytest.approx(expected)
+    weights, denominator = token_weights(torch.tensor([3, 1]), aggregation=aggregation, max_length=max_length)
+    losses = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    assert (losses * weights.repeat_interleave(torch.tensor([3, 1]))).sum() / denominator == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("aggregation", "max_length"), [("token", None), ("sequence", None), ("constant", 16)])
 def test_every_split_gives_the_same_loss_and_gradient(aggregation: Aggregation, max_length: int | None) -> None:
-    rng, lengths = random.Random(0), [5, 1, 9, 2, 7, 3]
-    losses = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in lengths]
-    weights, denominator = token_weights(lengths, aggregation=aggregation, max_length=max_length)
-    whole = aggregate(torch.cat(losses), torch.cat(weights), denominator)
-    whole_grads = torch.autograd.grad(whole, losses)
+    rng, lengths = random.Random(0), torch.tensor([5, 1, 9, 2, 7, 3])
+    losses = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in lengths.tolist()]
+
+    def share(indices: list[int], denominator: float) -> tuple[Tensor, float]:
+        weights, own = token_weights(lengths[indices], aggregation=aggregation, max_length=max_length)
+        return sum(losses[i].sum() * w for i, w in zip(indices, weights, strict=True)) / denominator, own
+
+    _, denominator = token_weights(lengths, aggregation=aggregation, max_length=max_length)
+    whole, _ = share(list(range(6)), denominator)
+    whole_grads = torch.autograd.grad(whole, losses, retain_graph=True)
     for _ in range(5):
-        order = rng.sample(range(6), 6)
-        cut = rng.randint(1, 5)
-        parts, part_denominators = [], []
-        for indices in (order[:cut], order[cut:]):
-            own, own_denominator = token_weights(
-                [lengths[i] for i in indices], aggregation=aggregation, max_length=max_length
-            )
-            parts.append(aggregate(torch.cat([losses[i] for i in indices]), torch.cat(own), denominator))
-            part_denominators.append(own_denominator)
-        assert sum(part_denominators) == denominator
-        torch.testing.assert_close(parts[0] + parts[1], whole)
-        torch.testing.assert_close(torch.autograd.grad(parts[0] + parts[1], losses), whole_grads)
-
-
-def test_aggregate_ignores_positions_without_weight_and_refuses_to_broadcast() -> None:
-    assert aggregate(torch.tensor([2.0, math.nan]), torch.tensor([1.0, 0.0]), 4.0).item() == 0.5
-    assert aggregate(torch.ones(2), torch.ones(2), torch.tensor(4.0)).item() == 0.5
-    with pytest.raises(ValueError, match="weights has shape"):
-        aggregate(torch.ones(2), torch.ones(2, 1), 1.0)
+        order, cut = rng.sample(range(6), 6), rng.randint(1, 5)
+        (first, own), (second, other) = (share(part, denominator) for part in (order[:cut], order[cut:]))
+        assert own + other == denominator
+        torch.testing.assert_close(first + second, whole)
+        torch.testing.assert_close(torch.autograd.grad(first + second, losses), whole_grads)
 
 
 @pytest.mark.parametrize(
@@ -180,23 +167,7 @@ def test_aggregate_ignores_positions_without_weight_and_refuses_to_broadcast() -
 )
 def test_token_weights_refuse(lengths: list[int], aggregation: Any, max_length: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        token_weights(lengths, aggregation=aggregation, max_length=max_length)
-
-
-def test_entropy_matches_a_loop() -> None:
-    logits = torch.randn(3, 5, dtype=torch.float64)
-    for row, entropy in zip(logits.tolist(), entropy_from_logits(logits).tolist(), strict=True):
-        total = sum(math.exp(x) for x in row)
-        assert entropy == pytest.approx(-sum(math.exp(x) / total * math.log(math.exp(x) / total) for x in row))
-
-
-def test_entropy_at_the_edges() -> None:
-    assert entropy_from_logits(torch.zeros(8)).item() == pytest.approx(math.log(8))
-    logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, -500.0, -1000.0]], requires_grad=True)
-    entropy = entropy_from_logits(logits)
-    assert entropy.tolist() == pytest.approx([math.log(2), 0.0])
-    (grad,) = torch.autograd.grad(entropy.sum(), logits)
-    assert grad.isfinite().all()
+        token_weights(torch.tensor(lengths), aggregation=aggregation, max_length=max_length)
 
 
 def test_approx_kl_is_that_of_the_old_policy_to_the_new() -> None:

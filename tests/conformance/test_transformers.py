@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from tests.distributed.cases import Result, assemble, conformance_case, make_rows
+from tests.distributed.cases import Result, assemble, conformance_case, make_rows, sequences
 from tests.distributed.layouts import SINGLE, Layout
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
@@ -61,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
 PACKINGS = {
     "packed": Layout(max_tokens=200),
     "shared-prefix": Layout(share_prefix=True, max_tokens=200),
-    "one by one": Layout(max_tokens=max(len(row.input_ids) for row in make_rows())),  # two hardly fit
+    "one by one": Layout(max_tokens=int(make_rows().lengths.max())),  # two hardly fit
 }
 
 # Of a family's first model every packing, of the others that differ in a few fields one.
@@ -77,11 +77,11 @@ def sft_gradients(
     Gradients come under the names of a checkpoint, where experts lie one by one: saved as if they were the weights.
     """
     rows, log_probs = make_rows(), []
-    denominator = sum(row.num_targets for row in rows)
-    for row in rows:
-        ids = torch.tensor([row.input_ids])
-        logits = model(ids[:, :-1]).logits[0, row.prompt_length - 1 :] / temperature
-        chosen = logits.log_softmax(-1).gather(-1, ids[0, row.prompt_length :, None])[:, 0]
+    denominator = int(rows.num_targets.sum())
+    for tokens, prompt_length in sequences(rows):
+        ids = torch.tensor([tokens])
+        logits = model(ids[:, :-1]).logits[0, prompt_length - 1 :] / temperature
+        chosen = logits.log_softmax(-1).gather(-1, ids[0, prompt_length:, None])[:, 0]
         (-chosen.sum() / denominator).backward()
         log_probs.append(chosen.detach())
     for parameter in model.parameters():

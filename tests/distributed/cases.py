@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -33,6 +34,12 @@ Parts = list[tuple[str, tuple[slice, ...], Tensor]]  # HF name, this rank's part
 def make_rows(*, seed: int = 5) -> TrainingRows:
     """Nine short rows in three groups."""
     return parity_rows(VOCAB_SIZE, seed=seed)
+
+
+def sequences(rows: TrainingRows) -> list[tuple[list[int], int]]:
+    """Tokens and prompt length of each row."""
+    ids = np.split(rows.input_ids, np.cumsum(rows.lengths)[:-1])
+    return [(tokens.tolist(), int(length)) for tokens, length in zip(ids, rows.prompt_lengths, strict=True)]
 
 
 def by_row(rows: TrainingRows, found: TargetValues) -> dict[int, Tensor]:

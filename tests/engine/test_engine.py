@@ -3,17 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megarlhf.data.packing import plan_micro_batches
-from megarlhf.data.types import TrainingRow
+from megarlhf.data.planning import plan_micro_batches
+from megarlhf.data.types import TrainingRows, training_rows
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import NonFiniteError
 from megarlhf.trainers.parity import parity_objective, whole_gradients
-from tests.distributed.cases import assemble, make_rows, parts
+from tests.distributed.cases import assemble, make_rows, parts, sequences
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
@@ -163,15 +164,15 @@ def balance_gradients(
     with world(layout, rank, init_method):
         engine, rows = build(layout, model_dir), balanced_rows()
         with whole_gradients(engine):
-            _, metrics, _ = engine.accumulate_gradients(rows, parity_objective("sft"), denominator=30.0)
+            batches = engine.micro_batches(rows)
+            _, metrics, _ = engine.accumulate_gradients(batches, parity_objective("sft"), denominator=30.0)
         return parts(engine, gradients=True), metrics
 
 
-def balanced_rows() -> list[TrainingRow]:
+def balanced_rows() -> TrainingRows:
     """Two micro-batches of 48 tokens, which no layout needs to pad."""
     generator = torch.Generator().manual_seed(9)
-    ids = [tuple(torch.randint(3, 100, (13,), generator=generator).tolist()) for _ in range(8)]
-    return [TrainingRow(input_ids=i, prompt_length=3, group_id=n) for n, i in enumerate(ids)]
+    return training_rows([torch.randint(3, 100, (13,), generator=generator).tolist() for _ in range(8)], [3] * 8)
 
 
 def balance_loss(probs: Tensor) -> Tensor:
@@ -191,13 +192,12 @@ def test_balance_loss_is_that_of_its_formula_in_every_layout(ranks: RankPool, tm
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     rows = balanced_rows()
-    batches = [
-        plan for rank in plan_micro_batches(rows, num_ranks=1, max_tokens=48, share_prefix=False) for plan in rank
-    ]
+    sizes = rows.lengths, rows.prompt_lengths, rows.unit_ids
+    (batches,) = plan_micro_batches(*sizes, num_ranks=1, max_tokens=48, share_prefix=False)
     total: Tensor | float = 0.0
     seen: list[list[Tensor]] = [[] for _ in range(4)]
     for batch in batches:
-        ids = torch.tensor([rows[i].input_ids[:-1] for i in batch])
+        ids = torch.tensor([sequences(rows)[i][0][:-1] for i in batch])
         for layer, logits in enumerate(model(ids, output_router_logits=True).router_logits):
             seen[layer].append(logits.reshape(-1, 4).softmax(-1))
             total = total + balance_loss(seen[layer][-1])
@@ -224,7 +224,7 @@ def poisoned_step(rank: int, world_size: int, init_method: str, model_dir: Path)
     """An advantage that is NaN: the message, and whether every weight is as it was."""
     with world(SINGLE, rank, init_method):
         engine, rows = build(SINGLE, model_dir), make_rows()
-        rows[4].fields["advantages"][0] = torch.nan
+        rows.fields["advantages"][20] = np.nan
         before = [p.detach().clone() for _, p in engine.named_parameters()]
         with pytest.raises(NonFiniteError) as raised:
             engine.train_step(rows, parity_objective("actor"), denominator=9.0)

@@ -11,15 +11,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megarlhf.data.packing import join_values
 from megarlhf.engine.engine import MegatronEngine, StepResult
 from megarlhf.engine.optimizer import OptimizerOptions, build_scheduler, main_weight
 from megarlhf.trainers.sft import sft_objective
-from tests.distributed.cases import Parts, assemble, make_rows, parts
+from tests.distributed.cases import Parts, assemble, make_rows, parts, sequences
 from tests.distributed.layouts import Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
 
 DENOMINATOR, TEMPERATURE, STEPS = 40.0, 0.7, 6
+NONE = join_values([])
 # Every number differs from its default. The warm-up takes two steps and a bit, so three.
 OPTIONS = OptimizerOptions(
     learning_rate=4e-3,
@@ -109,7 +111,7 @@ def take_steps(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir, options=options, temperature=TEMPERATURE)
         results = [
-            replace(engine.train_step(make_rows(seed=step), sft_objective(), denominator=DENOMINATOR), outputs={})
+            replace(engine.train_step(make_rows(seed=step), sft_objective(), denominator=DENOMINATOR), outputs=NONE)
             for step in range(STEPS)
         ]
         names = ("exp_avg", "exp_avg_sq") if world_size == 1 else ()
@@ -123,10 +125,10 @@ def transformers_model(model_dir: Path) -> Any:
 def transformers_loss(model: Any, step: int) -> Tensor:
     """The supervised loss of a step's rows, one row at a time."""
     total = torch.zeros((), dtype=torch.float64)
-    for row in make_rows(seed=step):
-        ids = torch.tensor(row.input_ids)
+    for tokens, prompt_length in sequences(make_rows(seed=step)):
+        ids = torch.tensor(tokens)
         logits = model(ids[None, :-1]).logits[0] / TEMPERATURE
-        log_probs = logits.log_softmax(-1).gather(1, ids[1:, None])[row.prompt_length - 1 :]
+        log_probs = logits.log_softmax(-1).gather(1, ids[1:, None])[prompt_length - 1 :]
         total = total - log_probs.double().sum()
     return total / DENOMINATOR
 
@@ -219,7 +221,7 @@ def bf16_steps(
         optimizer, first = adamw(copies, OPTIONS), None
         for step in range(STEPS):
             rows = make_rows(seed=step)
-            engine.accumulate_gradients(rows, sft_objective(), denominator=DENOMINATOR)
+            engine.accumulate_gradients(engine.micro_batches(rows), sft_objective(), denominator=DENOMINATOR)
             first = first or parts(engine, gradients=True)
             for name, parameter in engine.named_parameters():
                 copies[name].grad = parameter.main_grad.clone()

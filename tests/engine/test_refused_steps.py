@@ -14,7 +14,7 @@ from torch import Tensor
 from megarlhf.data.types import MicroBatch
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import MegatronEngine, NonFiniteError
-from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.trainers.sft import sft_objective
 from tests.distributed.cases import make_rows
@@ -145,10 +145,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks: RankPool, tmp_path
 def overflowing_metric(rank: int, world_size: int, init_method: str, model_dir: Path) -> tuple[float, list[bool]]:
     """A step whose metrics are infinite and NaN: the metric, and which weights moved."""
 
-    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         total, _ = sft_objective().loss(outputs, batch)
         infinite, undefined = total.detach() * math.inf, total.detach() * math.nan
-        return total, {"ratio_mean": infinite, "kl": undefined, "entropy": total.detach()}
+        return total, {"ratio_mean": (infinite, 3), "kl": (undefined, 3), "entropy": (total.detach(), 3)}
 
     with world(Layout(), rank, init_method):
         engine = build(Layout(), model_dir, options=OPTIONS)
@@ -156,10 +156,8 @@ def overflowing_metric(rank: int, world_size: int, init_method: str, model_dir: 
         objective, rows = Objective(loss=loss, metric_names=("ratio_mean", "kl", "entropy")), make_rows()
         result = engine.train_step(rows, objective, denominator=DENOMINATOR)
         assert math.isfinite(result.loss) and math.isnan(result.metrics["kl"])
-        targets = sum(row.num_targets for row in rows)  # what metrics are divided by, unlike the loss
-        assert targets != DENOMINATOR and result.metrics["entropy"] == pytest.approx(
-            result.loss * DENOMINATOR / targets
-        )
+        count = 3 * len(engine.micro_batches(rows))  # a metric is divided by its own count, unlike the loss
+        assert count != DENOMINATOR and result.metrics["entropy"] == pytest.approx(result.loss * DENOMINATOR / count)
         return result.metrics["ratio_mean"], [not torch.equal(p, before[name]) for name, p in engine.named_parameters()]
 
 

@@ -14,7 +14,7 @@ from megarlhf.models.hf_files import read_checkpoint
 from megarlhf.models.names import check_names
 from megarlhf.models.registry import check_engine_head, find_architecture
 from megarlhf.trainers.parity import parity_objective
-from tests.distributed.cases import make_rows
+from tests.distributed.cases import by_row, make_rows, sequences
 from tests.distributed.layouts import LAYOUTS, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model, store_head
@@ -79,7 +79,8 @@ def log_probs_and_export(
         found = engine.log_probs(make_rows())
         engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
         export_hf(engine, target)
-        return found, engine.weights.hf_names()
+        held = by_row(make_rows(), found) if engine.ranks.holds_results else {}
+        return held, engine.weights.hf_names()
 
 
 @pytest.mark.parametrize("head", ["equal", "other"])
@@ -91,10 +92,10 @@ def test_log_probs_and_export_of_every_layout(ranks: RankPool, tmp_path: Path, n
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     rows, found = make_rows(), {k: v for part, _ in results for k, v in part.items()}
     assert len(found) == len(rows)
-    for index, row in enumerate(rows):
-        ids = torch.tensor([row.input_ids])
-        logits = model(ids[:, :-1]).logits[0, row.prompt_length - 1 :].log_softmax(-1)
-        expected = logits.gather(-1, ids[0, row.prompt_length :, None])[:, 0]
+    for index, (tokens, prompt_length) in enumerate(sequences(rows)):
+        ids = torch.tensor([tokens])
+        logits = model(ids[:, :-1]).logits[0, prompt_length - 1 :].log_softmax(-1)
+        expected = logits.gather(-1, ids[0, prompt_length:, None])[:, 0]
         torch.testing.assert_close(found[index], expected.detach(), atol=1e-5, rtol=0)
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert ("lm_head.weight" in written) == (head == "other")

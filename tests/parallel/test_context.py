@@ -1,10 +1,11 @@
 """Which part of a line each context rank has, and the ring's arithmetic without a ring."""
 
+import numpy as np
 import pytest
 import torch
 
-from megarlhf.data.packing import pack_rows, unpack
-from megarlhf.data.types import TrainingRow
+from megarlhf.data.packing import fill_fields, pack_rows, unpack
+from megarlhf.data.types import TrainingRows, training_rows
 from megarlhf.parallel.attention import context_blocks
 from megarlhf.parallel.context import context_indices, context_part, join_context
 
@@ -15,34 +16,40 @@ def test_each_rank_has_an_early_and_a_late_chunk_of_every_segment() -> None:
     assert context_indices(boundaries, 1, 2).tolist() == [1, 2, 6, 7, 8, 9]
 
 
-def make_row(length: int, seed: int) -> TrainingRow:
-    ids = tuple(torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
-    fields = {"advantages": torch.arange(length - 2.0) + 100 * seed}
-    return TrainingRow(input_ids=ids, prompt_length=2, group_id=seed, fields=fields)
+def make_rows(*lengths: int) -> TrainingRows:
+    """Rows with prompts of two tokens."""
+    ids = [
+        torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed, length in enumerate(lengths)
+    ]
+    advantages = [torch.arange(length - 2.0) + 100 * seed for seed, length in enumerate(lengths)]
+    return training_rows(ids, [2] * len(ids), fields={"advantages": advantages})
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_parts_join_to_the_line_and_rows_come_back(size: int) -> None:
-    rows = [make_row(length, seed) for seed, length in enumerate((5, 12, 9, 3))]
+    rows = make_rows(5, 12, 9, 3)
     whole = pack_rows(rows, [0, 1, 2, 3], share_prefix=False, context_size=size, pad_to_multiple=2)
+    whole = fill_fields(whole, rows)
     lengths = (whole.cu_seqlens[1:] - whole.cu_seqlens[:-1]).tolist()
     assert all(length % (2 * size) == 0 for length in lengths)
     assert len(whole.tokens) % (2 * size) == 0, "sequence parallelism divides each rank's part"
     parts = [context_part(whole, rank, size) for rank in range(size)]
     assert {len(part.tokens) for part in parts} == {len(whole.tokens) // size}
-    for name in ("tokens", "targets", "position_ids", "target_mask"):
+    for name in ("tokens", "targets", "position_ids", "target_mask", "row_ids"):
         joined = join_context([getattr(part, name) for part in parts], whole.cu_seqlens)
         assert torch.equal(joined, getattr(whole, name)), name
     advantages = join_context([part.fields["advantages"] for part in parts], whole.cu_seqlens)
-    for index, values in unpack(whole, advantages).items():
-        assert torch.equal(values, rows[index].fields["advantages"])
-    for index, start, stop in whole.rows:
-        assert whole.targets[start:stop].tolist() == list(rows[index].input_ids[2:])
+    found = unpack(whole, advantages)
+    assert sorted(found.indices) == list(range(sum((3, 10, 7, 1))))
+    assert found.values.tolist() == rows.fields["advantages"][found.indices].tolist()
+    own = np.concatenate([ids[2:] for ids in np.split(rows.input_ids, np.cumsum(rows.lengths)[:-1])])
+    assert unpack(whole, whole.targets).values.tolist() == own[found.indices].tolist()
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_masks_let_each_query_see_its_own_segment_up_to_itself(size: int) -> None:
-    rows = [make_row(length, seed) for seed, length in enumerate((7, 300, 13))]
+    rows = make_rows(7, 300, 13)
     whole = pack_rows(rows, [0, 1, 2], share_prefix=False, context_size=size)
     segment = torch.repeat_interleave(torch.arange(len(whole.cu_seqlens) - 1), whole.cu_seqlens.diff().long())
     for rank in range(size):

@@ -1,14 +1,14 @@
 """The loop's roles as plain objects that write down what happens to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from megarlhf.algos.kl import KLEstimator
 from megarlhf.config.arguments import (
     AlgorithmArguments,
     BatchArguments,
@@ -20,8 +20,11 @@ from megarlhf.config.arguments import (
     RewardArguments,
     RolloutArguments,
 )
-from megarlhf.data.types import Prompt, Sample, TrainingRow
-from megarlhf.trainers.roles import Roles, UpdateResult
+from megarlhf.data.dealing import Deal, PackingOptions, rows_of
+from megarlhf.data.types import Floats, GroupTokens, Prompt, Rollout, Sample, TrainingRows
+from megarlhf.trainers.roles import LogProbDifference, Roles, UpdateResult
+
+PACKING = PackingOptions(max_tokens=64, share_prefix=False)
 
 
 def make_config(
@@ -49,7 +52,27 @@ def make_config(
 
 def make_prompts(count: int = 6) -> list[Prompt]:
     """Prompts of two tokens."""
-    return [Prompt(index=i, text=f"p{i}", token_ids=(10 + i, 3), label=str(i)) for i in range(count)]
+    ids = [np.array([10 + i, 3], dtype=np.int32) for i in range(count)]
+    return [Prompt(index=i, text=f"p{i}", token_ids=ids[i], label=str(i)) for i in range(count)]
+
+
+def tokens_of(samples: Sequence[Sample], *, log_prob: float = -1.0) -> tuple[GroupTokens | None, ...]:
+    """Tokens of samples by group: 20, 21, ...; samples that are not there have one token."""
+    groups: list[GroupTokens | None] = []
+    for group in range(1 + max(sample.group_id for sample in samples)):
+        members = {sample.sample_id: sample for sample in samples if sample.group_id == group}
+        lengths = [members[i].response_length if i in members else 1 for i in range(1 + max(members, default=0))]
+        groups.append(
+            GroupTokens(
+                prompt_ids=next(iter(members.values())).prompt.token_ids,
+                response_ids=np.concatenate([20 + np.arange(length, dtype=np.int32) for length in lengths]),
+                rollout_log_probs=np.full(sum(lengths), log_prob, dtype=np.float32),
+                lengths=np.array(lengths),
+            )
+            if members
+            else None
+        )
+    return tuple(groups)
 
 
 class PlainRoles:
@@ -57,8 +80,9 @@ class PlainRoles:
 
     def __init__(self, *, without_result: Sequence[tuple[int, int]] = (), difference: float = 0.0) -> None:
         self.events: list[str] = []
-        self.updates: list[tuple[str, list[TrainingRow], float]] = []
+        self.updates: list[tuple[str, TrainingRows, float]] = []
         self.saved: dict[int, dict[str, Any]] = {}
+        self.prompts: list[Prompt] = []  # of the last rollout
         self.phase, self.version = "none", -1
         self.last_saved: int | None = None
         self._without_result, self._difference = set(without_result), difference
@@ -93,11 +117,16 @@ class PlainRoles:
         self.events.append("rescue")
         return self._enter("train")
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         assert self.phase == "rollout"
         assert self.version == step - 1, "samples must come from the weights of the step before"
         self.events.append(f"generate {step}")
-        return [self._sample(p, g, s, step) for g, p in enumerate(prompts) for s in range(2)]
+        return self.rollout_of(prompts, step)
+
+    def rollout_of(self, prompts: Sequence[Prompt], step: int) -> Rollout:
+        self.prompts = list(prompts)
+        samples = [self._sample(p, g, s, step) for g, p in enumerate(prompts) for s in range(2)]
+        return Rollout(samples=samples, tokens=tokens_of(samples))
 
     def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
         assert self.phase == "rollout"
@@ -105,13 +134,11 @@ class PlainRoles:
         return [self._sample(p, g, 0, 0) for g, p in enumerate(prompts)]
 
     def _sample(self, prompt: Prompt, group: int, sample: int, step: int) -> Sample:
-        length = 1 + (group + sample + step) % 3
         return Sample(
             prompt=prompt,
             group_id=group,
             sample_id=sample,
-            response_ids=tuple(range(20, 20 + length)),
-            rollout_log_probs=(-1.0,) * length,
+            response_length=1 + (group + sample + step) % 3,
             response_text="r",
             finish_reason="stop" if sample else "length",
             weight_version=self.version,
@@ -135,9 +162,9 @@ class PlainRoles:
         self.last_saved = step
         self.saved[step] = run_state
 
-    def forward(self, rows: Sequence[TrainingRow], shift: float) -> list[Tensor]:
+    def forward(self, rows: TrainingRows, shift: float) -> Floats:
         assert self.phase == "train"
-        return [torch.full((row.num_targets,), -1.0 + shift) for row in rows]
+        return np.full(int(rows.num_targets.sum()), -1.0 + shift, dtype=np.float32)
 
     def before_update(self, name: str) -> None:
         """For subclasses that fail there."""
@@ -147,24 +174,45 @@ class PlainRoles:
 
 
 class _Training:
-    """Actor or critic."""
+    """Actor or critic, on one rank."""
 
     def __init__(self, parent: PlainRoles, name: str) -> None:
         self._parent, self._name = parent, name
 
-    def log_probs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
-        return self._parent.forward(rows, self._parent.difference())
+    def begin(self, rollout: Rollout, parts: Sequence[Sequence[int]]) -> None:
+        deal = Deal(rollout.samples, parts, num_ranks=1, packing=PACKING)
+        (share,) = deal.shares
+        self.rows = rows_of(share, [rollout.tokens[group] for group in share.groups])
+        self._plan = share.plan
 
-    def ref_log_probs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
-        return self._parent.forward(rows, -0.5)
+    def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats]) -> None:
+        self.rows = self.rows.with_fields(fields, scalars=scalars)
 
-    def values(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
-        return self._parent.forward(rows, 1.25)
+    def _forward(self, name: str, shift: float) -> Floats:
+        found = self._parent.forward(self.rows, shift)
+        self.keep({name: found}, scalars={})
+        return found
 
-    def update(self, rows: Sequence[TrainingRow], *, denominator: float) -> UpdateResult:
+    def log_probs(self) -> LogProbDifference:
+        found = self._forward("old_log_probs", self._parent.difference())
+        return LogProbDifference.between(found, self.rows.fields["rollout_log_probs"])
+
+    def ref_log_probs(self) -> None:
+        self._forward("ref_log_probs", -0.5)
+
+    def kl(self, estimator: KLEstimator) -> Floats:
+        assert estimator == "k1"
+        return self.rows.fields["old_log_probs"] - self.rows.fields["ref_log_probs"]
+
+    def values(self) -> Floats:
+        return self._forward("old_values", 1.25)
+
+    def update(self, part: int, *, denominator: float) -> UpdateResult:
         self._parent.before_update(self._name)
         self._parent.events.append(f"update {self._name}")
-        self._parent.updates.append((self._name, list(rows), denominator))
+        rows = self.rows.take(sorted(row for micro_batch in self._plan[part] for row in micro_batch))
+        self._parent.updates.append((self._name, rows, denominator))
         outputs = self._parent.forward(rows, self._parent.difference())
         metrics = {"clip_frac": 0.0, "value_mean": 0.0} if self._name == "critic" else {"clip_frac": 0.0, "kl": 0.5}
-        return UpdateResult(loss=1.0, metrics=metrics, grad_norm=1.0, learning_rate=0.1, outputs=outputs)
+        difference = LogProbDifference.between(outputs, rows.fields["rollout_log_probs"])
+        return UpdateResult(loss=1.0, metrics=metrics, grad_norm=1.0, learning_rate=0.1, difference=difference)

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.data.types import Sample
+from megarlhf.data.types import Rollout, Sample
 from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import summary
 from megarlhf.trainers.assembly import optimizer_steps
@@ -20,13 +21,14 @@ from megarlhf.trainers.evaluation import evaluate
 from megarlhf.trainers.experience import (
     Experience,
     Updates,
+    deal_parts,
+    loss_weights,
     make_experience,
-    mini_batches,
-    training_rows,
+    update_order,
     with_result,
 )
-from megarlhf.trainers.roles import UpdateResult
-from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
+from megarlhf.trainers.roles import LogProbDifference, UpdateResult
+from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts, tokens_of
 
 
 def samples_of(counts: Sequence[int]) -> list[Sample]:
@@ -44,10 +46,10 @@ def reward_of(group: int, sample: int) -> float:
 def experience_of(samples: list[Sample], **values: Any) -> Experience:
     """An experience whose per-token numbers name the sample they belong to."""
 
-    def column(offset: float) -> list[torch.Tensor]:
-        return [torch.full((len(s.response_ids),), float(offset + i)) for i, s in enumerate(samples)]
+    def column(offset: float) -> torch.Tensor:
+        return torch.cat([torch.full((s.response_length,), float(offset + i)) for i, s in enumerate(samples)])
 
-    known = {"log_probs": column(100), "ref_log_probs": column(200), "values": column(300), "kl": None}
+    known = {"values": column(300).numpy(), "kl": None, "parts": [], "difference": None, "has_reference": True}
     return Experience(samples=samples, advantages=column(400), returns=column(500), **(known | values))
 
 
@@ -67,38 +69,42 @@ def test_every_sample_comes_once_an_epoch_and_groups_stay_whole(
             "rollout_batch_size": 12,
         },
     )
-    experience = experience_of(samples_of(counts))
-    batches = list(mini_batches(experience, config, step=step))
-    drawn = [index for batch in batches for index in batch]
-    assert sorted(drawn) == sorted(list(range(len(experience.samples))) * epochs)
-    per_epoch = len(batches) // epochs
-    assert len(batches) == per_epoch * epochs
-    assert 1 <= per_epoch <= max(1, round(sum(counts) / (5 * per_step)))
-    for number, batch in enumerate(batches):
-        groups = {experience.samples[index].group_id for index in batch}
-        assert len(batch) == sum(counts[group] for group in groups), "a group is cut"
-        again = batches[(number // per_epoch) * per_epoch : (number // per_epoch + 1) * per_epoch]
-        assert sum(index in other for other in again for index in batch) == len(batch)
-    assert batches == list(mini_batches(experience, config, step=step))
+    samples = samples_of(counts)
+    parts = deal_parts(samples, config, step=step)
+    assert sorted(index for part in parts for index in part) == list(range(len(samples)))
+    assert 1 <= len(parts) <= max(1, round(sum(counts) / (5 * per_step)))
+    for part in parts:
+        groups = {samples[index].group_id for index in part}
+        assert len(part) == sum(counts[group] for group in groups), "a group is cut"
+    assert parts == deal_parts(samples, config, step=step)
+    order = update_order(len(parts), config, step=step)
+    assert order[: len(parts)] == list(range(len(parts)))
+    for epoch in range(epochs):
+        assert sorted(order[epoch * len(parts) : (epoch + 1) * len(parts)]) == list(range(len(parts)))
+    assert len(order) == epochs * len(parts) and order == update_order(len(parts), config, step=step)
 
 
 def test_the_order_changes_with_the_step_the_epoch_and_the_seed() -> None:
-    batch = {"rollout_batch_size": 12, "n_samples_per_prompt": 2, "global_batch_size": 4, "max_epochs": 2}
+    batch = {"rollout_batch_size": 12, "n_samples_per_prompt": 2, "global_batch_size": 4, "max_epochs": 3}
     config = make_config(Path("unused"), batch=batch)
-    experience = experience_of(samples_of([2] * 12))
-
-    def order(step: int, config: PPOConfig = config) -> list[list[int]]:
-        return list(mini_batches(experience, config, step=step))
-
-    assert order(1) != order(2)
-    assert order(1)[:6] != order(1)[6:]
-    assert order(1) != order(1, replace(config, model=replace(config.model, seed=43)))
+    other, samples = replace(config, model=replace(config.model, seed=43)), samples_of([2] * 12)
+    parts = [deal_parts(samples, c, step=step) for c, step in ((config, 1), (config, 2), (other, 1))]
+    assert parts[0] != parts[1] and parts[0] != parts[2] and len(parts[0]) == 6
+    orders = [update_order(6, c, step=step)[6:] for c, step in ((config, 1), (config, 2), (other, 1))]
+    assert orders[0] != orders[1] and orders[0] != orders[2] and orders[0][:6] != orders[0][6:]
 
 
 def test_samples_without_a_group_of_whole_batches_are_dealt_one_by_one() -> None:
     config = make_config(Path("unused"), batch={"n_samples_per_prompt": 2, "global_batch_size": 3, "max_epochs": 1})
-    experience = experience_of(samples_of([2, 2, 2]))
-    assert sorted(map(len, mini_batches(experience, config, step=1))) == [3, 3]
+    assert sorted(map(len, deal_parts(samples_of([2, 2, 2]), config, step=1))) == [3, 3]
+
+
+def experience_from(samples: list[Sample], config: PPOConfig, **options: Any) -> Experience:
+    """Of these samples, without a critic."""
+    plain, rollout = PlainRoles(), Rollout(samples=samples, tokens=tokens_of(samples))
+    plain.phase = "train"
+    actor = plain.roles(critic=False).actor
+    return make_experience(rollout, actor, None, config, step=1, kl_coef=0.0, **options)
 
 
 @pytest.mark.parametrize(
@@ -111,26 +117,23 @@ def test_samples_without_a_group_of_whole_batches_are_dealt_one_by_one() -> None
 def test_the_baseline_is_of_the_samples_of_the_same_prompt(estimator: str, expected: Any) -> None:
     options = {"advantage_estimator": estimator, "normalize_advantages": False, "init_kl_coef": 0.0}
     config = make_config(Path("unused"), algorithm=options)
-    plain, samples = PlainRoles(), samples_of([3, 2, 4])
-    plain.phase = "train"
-    experience = make_experience(samples, plain.roles(critic=False).actor, None, config, kl_coef=0.0)
+    samples = samples_of([3, 2, 4])
+    lengths = [sample.response_length for sample in samples]
+    advantages = experience_from(samples, config).advantages.split(lengths)
     for index, sample in enumerate(samples):
         others = [other.reward for other in samples if other.prompt.text == sample.prompt.text and other is not sample]
         wanted = expected(sample.reward, others)
         torch.testing.assert_close(
-            experience.advantages[index], torch.full((len(sample.response_ids),), float(wanted)), msg=str(index)
+            advantages[index], torch.full((sample.response_length,), float(wanted)), msg=str(index)
         )
 
 
 def test_normalized_rewards_are_shifted_and_scaled_before_they_are_clipped() -> None:
     options = {"advantage_estimator": "reinforce", "normalize_advantages": False, "init_kl_coef": 0.0}
     config = make_config(Path("unused"), algorithm=options | {"reward_clip_range": (-0.5, 0.75)})
-    plain = PlainRoles()
-    plain.phase = "train"
     samples = [replace(s, reward=r) for s, r in zip(samples_of([3]), (4.0, 6.5, 5.0), strict=True)]
-    actor = plain.roles(critic=False).actor
-    experience = make_experience(samples, actor, None, config, kl_coef=0.0, reward_scale=(5.0, 2.0))
-    assert [float(a[-1]) for a in experience.advantages] == [-0.5, 0.75, 0.0]  # (r - 5) / 2, clipped
+    experience = experience_from(samples, config, reward_scale=(5.0, 2.0))  # of 1, 2 and 3 tokens
+    assert experience.advantages[[0, 2, 5]].tolist() == [-0.5, 0.75, 0.0]  # (r - 5) / 2, clipped
 
 
 @pytest.mark.parametrize(
@@ -143,19 +146,43 @@ def test_normalized_rewards_are_shifted_and_scaled_before_they_are_clipped() -> 
         ({"advantage_estimator": "dr_grpo"}, False, (1.0, 1.0), 16.0),  # generate_max_len=8, two samples
     ],
 )
-def test_weights_denominators_and_fields_of_an_update(
+def test_weights_and_denominator_of_an_update(
     algorithm: dict[str, Any], critic: bool, weights: tuple[float, float], denominator: float
 ) -> None:
     config = make_config(Path("unused"), algorithm=algorithm)
-    samples = samples_of([4])  # of 1, 2, 3 and 1 tokens
-    rows, total = training_rows(experience_of(samples), [2, 0], config, critic=critic)
-    assert total == denominator
-    assert [float(row.fields["weights"][0]) for row in rows] == pytest.approx(weights)
-    assert [len(row.fields["weights"]) for row in rows] == [3, 1]
-    names = {"old_values": 300, "returns": 500} if critic else {"advantages": 400, "old_log_probs": 100}
-    for name, offset in names.items():
-        assert [float(row.fields[name][0]) for row in rows] == [offset + 2, offset], name
-    assert [row.input_ids for row in rows] == [(*samples[i].prompt.token_ids, *samples[i].response_ids) for i in (2, 0)]
+    found, total = loss_weights(torch.tensor([3, 1]), config, critic=critic)
+    assert total == denominator and found.tolist() == pytest.approx(weights)
+
+
+def test_each_role_is_given_what_its_loss_asks_for_of_the_same_samples() -> None:
+    options = {"advantage_estimator": "gae", "loss_aggregation": "sequence", "critic_loss_aggregation": "token"}
+    sizes = {"global_batch_size": 2}
+    config = make_config(Path("unused"), batch=sizes, algorithm=options | {"normalize_advantages": False})
+    plain, samples = PlainRoles(), samples_of([3, 2])
+    plain.phase, roles = "train", plain.roles(critic=True)
+    rollout = Rollout(samples=samples, tokens=tokens_of(samples))
+    assert roles.critic is not None
+    experience = make_experience(rollout, roles.actor, roles.critic, config, step=1, kl_coef=0.25)
+    parts = [experience.parts[0], experience.parts[1]]
+    assert sorted(sum(parts, [])) == [0, 1, 2, 3, 4]
+    lengths = [sample.response_length for sample in samples]
+    advantages, returns = experience.advantages.split(lengths), experience.returns.split(lengths)
+    for number, part in enumerate(parts):
+        roles.actor.update(number, denominator=1.0)
+        roles.critic.update(number, denominator=1.0)
+        (_, actor_rows, _), (_, critic_rows, _) = plain.updates[-2:]
+        order = sorted(part)
+        for rows in (actor_rows, critic_rows):
+            ids = [[*samples[i].prompt.token_ids, *range(20, 20 + lengths[i])] for i in order]
+            assert rows.input_ids.tolist() == sum(ids, [])
+        assert actor_rows.fields["advantages"].tolist() == torch.cat([advantages[i] for i in order]).tolist()
+        assert critic_rows.fields["returns"].tolist() == torch.cat([returns[i] for i in order]).tolist()
+        assert actor_rows.scalars["weights"].tolist() == pytest.approx([1 / lengths[i] for i in order])
+        assert critic_rows.scalars["weights"].tolist() == [1.0] * len(order)
+    # k1 of -1 against -1.5 at 0.25 a nat, values of 0.25 everywhere, lambda 0.95, gamma 1: by hand for one token
+    single = lengths.index(1)
+    assert advantages[single].tolist() == pytest.approx([samples[single].reward - 0.25 * 0.5 - 0.25])
+    assert returns[single].tolist() == pytest.approx([samples[single].reward - 0.25 * 0.5])
 
 
 def test_group_estimators_need_a_second_result_in_the_group() -> None:
@@ -174,7 +201,7 @@ def test_evaluation_counts_correct_answers_among_those_with_a_result() -> None:
 
     plain, prompts = Judged(), make_prompts(5)
     metrics = evaluate(plain.roles(critic=False), prompts, Timers())
-    lengths = [len(plain._sample(p, g, 0, 0).response_ids) for g, p in enumerate(prompts)]
+    lengths = [plain._sample(p, g, 0, 0).response_length for g, p in enumerate(prompts)]
     assert metrics == {
         "eval/accuracy": 2 / 4,
         "eval/no_result_count": 1.0,
@@ -195,20 +222,19 @@ def test_metrics_of_samples_and_training_by_value() -> None:
             "reward/mean": mean,
             "reward/std": math.sqrt(sum((r - mean) ** 2 for r in rewards) / 4),
             "reward/no_result_count": 1.0,
-            "rollout/response_length_mean": sum(len(s.response_ids) for s in scored) / 5,
+            "rollout/response_length_mean": sum(s.response_length for s in scored) / 5,
             "rollout/response_length_max": 3.0,
             "rollout/prompt_length_mean": 2.0,
             "rollout/truncated_frac": 2 / 5,  # sample 0 of either group
         }
     )
-    advantages = [torch.tensor([1.0, 3.0]), torch.tensor([-2.0])]
-    returns, values = [torch.tensor([2.0, 0.0]), torch.tensor([4.0])], [torch.tensor([1.5, 0.5]), torch.tensor([3.0])]
-    kl = [torch.tensor([0.25, 0.5]), torch.tensor([0.0])]
+    advantages, returns = torch.tensor([1.0, 3.0, -2.0]), torch.tensor([2.0, 0.0, 4.0])
+    values, kl = torch.tensor([1.5, 0.5, 3.0]).numpy(), torch.tensor([0.25, 0.5, 0.0]).numpy()
     experience = experience_of(scored[:2], values=values, kl=kl)
     experience = replace(experience, advantages=advantages, returns=returns)
 
     def result(loss: float, norm: float, rate: float, frac: float) -> UpdateResult:
-        return UpdateResult(loss=loss, metrics={"clip_frac": frac}, grad_norm=norm, learning_rate=rate, outputs=[])
+        return UpdateResult(loss=loss, metrics={"clip_frac": frac}, grad_norm=norm, learning_rate=rate)
 
     updates = Updates(
         actor=[result(1.0, 2.0, 0.1, 0.25), result(2.0, 4.0, 0.05, 0.75)], critic=[result(6.0, 8.0, 0.2, 0.5)]
@@ -234,7 +260,7 @@ def test_metrics_of_samples_and_training_by_value() -> None:
 
 def test_metrics_that_overflow_do_not_end_the_step() -> None:
     def result(ratio: float) -> UpdateResult:
-        return UpdateResult(loss=1e308, metrics={"ratio_mean": ratio}, grad_norm=1.0, learning_rate=0.1, outputs=[])
+        return UpdateResult(loss=1e308, metrics={"ratio_mean": ratio}, grad_norm=1.0, learning_rate=0.1)
 
     updates = Updates(actor=[result(math.inf), result(-math.inf)])
     metrics = summary.training_metrics(experience_of(samples_of([2])), updates)
@@ -246,22 +272,25 @@ def _variance(numbers: list[float]) -> float:
     return sum((n - mean) ** 2 for n in numbers) / len(numbers)
 
 
-def test_log_prob_differences_are_of_the_same_tokens(caplog: pytest.LogCaptureFixture) -> None:
-    samples = [
-        replace(s, rollout_log_probs=tuple(-0.1 * k for k in range(len(s.response_ids)))) for s in samples_of([3])
-    ]
-    trainer = [torch.tensor(s.rollout_log_probs) + shift for s, shift in zip(samples, (0.02, -0.04, 0.0), strict=True)]
-    metrics = summary.check_log_prob_difference(samples, trainer, 0.05)
-    assert metrics == pytest.approx(
-        {"rollout/logprob_diff_max": 0.04, "rollout/logprob_diff_mean": (0.02 + 2 * 0.04) / 6}
-    )
+def test_log_prob_differences_add_up(caplog: pytest.LogCaptureFixture) -> None:
+    engine = np.array([-0.1, -0.7, -1.3], dtype=np.float32)
+    first = LogProbDifference.between(engine[:1] + np.float32(0.02), engine[:1])
+    both = first + LogProbDifference.between(engine[1:] - np.float32(0.04), engine[1:])
+
+    def check(difference: LogProbDifference, budget: float) -> dict[str, float]:
+        config = make_config(Path("unused"))
+        rollout = replace(config.rollout, logprob_diff_budget=budget)
+        return summary.check_log_prob_difference(difference, replace(config, rollout=rollout))
+
+    expected = {"rollout/logprob_diff_max": 0.04, "rollout/logprob_diff_mean": (0.02 + 2 * 0.04) / 3}
+    assert check(both, 0.05) == pytest.approx(expected, rel=1e-5)
     assert not caplog.text
-    summary.check_log_prob_difference(samples, trainer, 0.03)
+    check(both, 0.03)
     assert "logprob_diff_max=0.04 is past logprob_diff_budget=0.03" in caplog.text
-    for bad in (0.0039, 0.5):
-        trainer[1][0] = math.nan if bad == 0.5 else trainer[1][0]
+    broken = LogProbDifference.between(np.array([np.nan], dtype=np.float32), engine[:1])
+    for bad, budget in ((both, 0.0039), (first + broken, 0.5), (broken + first, 0.5)):
         with pytest.raises(summary.LogProbDifferenceError):
-            summary.check_log_prob_difference(samples, trainer, bad)
+            check(bad, budget)
 
 
 def test_optimizer_steps_of_the_whole_run_leave_out_frozen_ones() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megarlhf.data.types import Prompt, Sample
+from megarlhf.data.types import Prompt, Rollout, Sample
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import rl
@@ -37,7 +37,7 @@ class Failing(PlainRoles):
         self._count("score")
         return super().score(samples)
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         self._count("generate")
         return super().generate(prompts, step=step)
 
@@ -186,7 +186,7 @@ def test_evaluation_and_saving_are_not_in_the_steps_time(tmp_path: Path, monkeyp
     class Clocked(PlainRoles):
         now = 0.0
 
-        def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
+        def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
             self.now += 3.0
             return super().generate(prompts, step=step)
 
@@ -211,7 +211,7 @@ def test_a_resumed_run_goes_on_with_the_next_prompts_whatever_the_batch_size(tmp
             super().__init__()
             self.drawn: list[int] = []
 
-        def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[Sample]:
+        def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
             self.drawn += [prompt.index for prompt in prompts]
             return super().generate(prompts, step=step)
 

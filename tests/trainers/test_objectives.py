@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 import megarlhf.trainers
 from megarlhf.algos.kl import KLEstimator
 from megarlhf.algos.losses import policy_loss
-from megarlhf.data.types import MicroBatch
+from megarlhf.data.types import MicroBatch, TargetPlaces
 from megarlhf.engine.objective import Objective, TokenOutputs
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.sft import sft_objective
@@ -178,7 +179,7 @@ def micro_batch(tokens: list[Token], garbage: float) -> tuple[dict[str, Tensor],
         for name, value in token.items():
             line[name][place] = value
     outputs = {name: line.pop(name).requires_grad_() for name in OUTPUTS if name in line}
-    whole = torch.zeros(length, dtype=torch.int64)
+    whole, none = torch.zeros(length, dtype=torch.int64), np.empty(0, dtype=np.int64)
     batch = MicroBatch(
         tokens=whole,
         targets=whole,
@@ -187,7 +188,8 @@ def micro_batch(tokens: list[Token], garbage: float) -> tuple[dict[str, Tensor],
         prefix_segments=(None,),
         target_mask=mask,
         fields=line,
-        rows=(),
+        row_ids=torch.where(mask, 0, -1),
+        places=TargetPlaces(positions=none, indices=none, rows=none),
     )
     return outputs, batch
 
@@ -214,8 +216,8 @@ def test_objective_is_its_scalar_loop(name: str, garbage: float) -> None:
     loss, metrics = case.objective.loss(TokenOutputs(**outputs), batch)
     assert loss.item() == pytest.approx(math.fsum(value for value, _, _ in expected), rel=1e-12)
     assert set(metrics) == set(case.objective.metric_names)
-    for metric, value in metrics.items():
-        assert not value.requires_grad
+    for metric, (value, count) in metrics.items():
+        assert not value.requires_grad and count == len(case.tokens)
         whole = math.fsum(metrics_of[metric] for _, metrics_of, _ in expected)
         assert value.item() == pytest.approx(whole, rel=1e-6, abs=1e-9), metric
     loss.backward()  # type: ignore[no-untyped-call]
@@ -250,8 +252,8 @@ def test_a_ratio_that_overflows_is_infinite_in_the_metric_alone() -> None:
     fields = {name: tensor.float() for name, tensor in batch.fields.items()}
     loss, metrics = objective.loss(TokenOutputs(**outputs), replace(batch, fields=fields))
     assert loss.item() == pytest.approx(-1.55 * 2.0 + 2.4 * 2.0)
-    assert metrics["ratio_mean"].item() == math.inf and metrics["approx_kl"].item() == math.inf
-    assert metrics["clip_frac"].item() == 2.0
+    assert metrics["ratio_mean"][0].item() == math.inf and metrics["approx_kl"][0].item() == math.inf
+    assert metrics["clip_frac"] == (2.0, 3)
     loss.backward()  # type: ignore[no-untyped-call]
     gradient = outputs["log_probs"].grad
     assert gradient is not None and not gradient.any()

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megarlhf.data.prompts import PromptData
+from megarlhf.data.types import starts_of
 from megarlhf.engine.engine import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
@@ -73,16 +75,15 @@ def test_fields_and_denominators_cover_every_sample_once(tmp_path: Path) -> None
     plain = PlainRoles()
     run(tmp_path, plain, batch={"train_iters": 1})
     for name, fields in (
-        ("actor", {"advantages", "old_log_probs", "weights"}),
-        ("critic", {"old_values", "returns", "weights"}),
+        ("actor", {"advantages", "old_log_probs", "ref_log_probs", "rollout_log_probs"}),
+        ("critic", {"old_values", "returns", "rollout_log_probs"}),
     ):
         updates = [(rows, total) for role, rows, total in plain.updates if role == name]
         assert sum(len(rows) for rows, _ in updates) == 8
         for rows, total in updates:
-            assert total == sum(row.num_targets for row in rows)
-            for row in rows:
-                assert set(row.fields) == fields
-                assert all(len(value) == row.num_targets for value in row.fields.values())
+            assert total == rows.num_targets.sum()
+            assert set(rows.fields) == fields and set(rows.scalars) == {"weights"}
+            assert all(len(value) == rows.num_targets.sum() for value in rows.fields.values())
 
 
 def test_single_update_with_kl_in_the_loss_needs_no_pass_before_it(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_single_update_with_kl_in_the_loss_needs_no_pass_before_it(tmp_path: Pat
     algorithm = {"advantage_estimator": "group_norm", "use_kl_loss": True, "kl_estimator": "k3"}
     rows = run(tmp_path, plain, batch={"train_iters": 1, "global_batch_size": 8}, algorithm=algorithm)
     ((_, trained, _),) = plain.updates
-    assert all("old_log_probs" not in row.fields and "ref_log_probs" in row.fields for row in trained)
+    assert "old_log_probs" not in trained.fields and "ref_log_probs" in trained.fields
     assert rows[1]["rollout/logprob_diff_max"] == 0.0  # from the update's own forward pass
     assert rows[1]["kl/mean"] == 0.5  # the loss reports it
 
@@ -102,8 +103,9 @@ def test_samples_without_result_are_left_out_and_counted(tmp_path: Path) -> None
     assert sum(len(trained) for role, trained, _ in plain.updates if role == "actor") == 6
     plain = PlainRoles(without_result=[(0, 0), (1, 1)])
     run(tmp_path / "group", plain, batch={"train_iters": 1}, algorithm={"advantage_estimator": "rloo"})
-    trained = [row.group_id for role, rows, _ in plain.updates if role == "actor" for row in rows]
-    assert sorted(trained) == [2, 2, 3, 3]  # groups 0 and 1 lost the comparison
+    trained = [rows.input_ids[starts_of(rows.lengths)] for role, rows, _ in plain.updates if role == "actor"]
+    drawn = [prompt.token_ids[0] for prompt in plain.prompts]
+    assert sorted(np.concatenate(trained)) == sorted(2 * drawn[2:])  # groups 0 and 1 lost the comparison
 
 
 def test_stop_signal_saves_and_leaves_after_the_step(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_samples_of_older_weights_are_refused(tmp_path: Path) -> None:
             return super().push(min(version, 1)) | {"sync/version": float(version)}
 
         def generate(self, prompts: Any, *, step: int) -> Any:
-            return [self._sample(p, g, s, step) for g, p in enumerate(prompts) for s in range(2)]
+            return self.rollout_of(prompts, step)
 
     with pytest.raises(RuntimeError, match=r"samples of weight versions \[1\] where .* version 2"):
         run(tmp_path, Stale())

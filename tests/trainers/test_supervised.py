@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megarlhf.config.arguments import LoggingArguments, ModelArguments
 from megarlhf.config.supervised_arguments import SFTConfig, SFTDataArguments, SupervisedBatchArguments
-from megarlhf.data.types import TrainingRow
 from megarlhf.data.dealing import PackingOptions
+from megarlhf.data.types import MicroBatch, TrainingRows, training_rows
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
 from megarlhf.engine.optimizer import OptimizerOptions
@@ -46,19 +46,15 @@ class Outcome:
 
     tensors: dict[str, torch.Tensor]  # weights, moments and step counts of the optimizer
     schedule: dict[str, Any]
-    drawn: list[list[int]]  # rows of each step, by group_id
+    drawn: list[list[int]]  # rows of each step
     error: str
 
 
-def make_rows(count: int = 11) -> list[TrainingRow]:
+def make_rows(count: int = 11) -> TrainingRows:
     """Ragged rows; 11 of them, so that epochs end inside a batch of 4."""
     generator = torch.Generator().manual_seed(8)
-
-    def row(index: int) -> TrainingRow:
-        ids = torch.randint(3, VOCAB_SIZE, (4 + index % 5,), generator=generator).tolist()
-        return TrainingRow(input_ids=tuple(ids), prompt_length=1 + index % 2, group_id=index)
-
-    return [row(index) for index in range(count)]
+    ids = [torch.randint(3, VOCAB_SIZE, (4 + index % 5,), generator=generator).tolist() for index in range(count)]
+    return training_rows(ids, [1 + index % 2 for index in range(count)])
 
 
 def run(rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, start: Start) -> Outcome:
@@ -86,18 +82,21 @@ def run(rank: int, world_size: int, init_method: str, layout: Layout, model_dir:
         if start.load is not None:
             progress = supervised.load(engine, config.logging, identity=identity)
         drawn: list[list[int]] = []
-        inner = engine.train_step
+        inner, pack = engine.step, engine.micro_batches
 
         def step_of() -> int:
             return progress.step + len(drawn)
 
-        def train_step(batch: list[TrainingRow], objective: Objective, *, denominator: float) -> Any:
-            drawn.append([row.group_id for row in batch])
+        def micro_batches(rows: TrainingRows, indices: list[int]) -> list[MicroBatch]:
+            drawn.append(indices)
+            return pack(rows, indices)
+
+        def step(batches: list[MicroBatch], objective: Objective, *, denominator: float) -> Any:
             if start.fails == "loss" and step_of() == 3:
                 raise NonFiniteError("loss=nan")
-            return inner(batch, objective, denominator=denominator)
+            return inner(batches, objective, denominator=denominator)
 
-        engine.train_step = train_step  # type: ignore[method-assign]
+        engine.step, engine.micro_batches = step, micro_batches  # type: ignore[method-assign]
         sinks = None
         if rank == 0:
             sinks = Sinks(start.save, total_steps=TOTAL, resumed_step=progress.step or None)

@@ -1,0 +1,36 @@
+"""Rows for the tests of planning, packing and dealing."""
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from megarlhf.data.types import TrainingRows, training_rows
+
+Row = tuple[list[int], list[int], int]  # prompt, response, unit_id
+
+
+def make_rows(rows: Sequence[Row], *, scales: Sequence[float] | None = None) -> TrainingRows:
+    """Rows whose field `advantages` counts 1, 2, ... in each, times its scale."""
+    factors = scales or [1.0] * len(rows)
+    return training_rows(
+        [[*prompt, *response] for prompt, response, _ in rows],
+        [len(prompt) for prompt, _, _ in rows],
+        unit_ids=[unit for _, _, unit in rows],
+        fields={
+            "advantages": [
+                [factor * (place + 1) for place in range(len(response))]
+                for (_, response, _), factor in zip(rows, factors, strict=True)
+            ]
+        },
+    )
+
+
+@st.composite
+def ragged_rows(draw: st.DrawFn) -> list[Row]:
+    """Up to five groups with prompts of their own."""
+    rows: list[Row] = []
+    for group in range(draw(st.integers(1, 5))):
+        prompt = [10 * group + place for place in range(draw(st.integers(1, 6)))]
+        lengths = draw(st.lists(st.integers(1, 8), min_size=1, max_size=5))
+        rows += [(prompt, list(range(100 + length, 100 + 2 * length)), group) for length in lengths]
+    return draw(st.permutations(rows))
