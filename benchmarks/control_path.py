@@ -37,6 +37,7 @@ class Costs:
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
+        """Count the seconds of the block."""
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
@@ -88,6 +89,7 @@ def generated(num_tokens: int) -> tuple[list[Sample], list[ray.ObjectRef]]:
 
 
 def pack(rows: TrainingRows, indices: list[int], min_length: int) -> MicroBatch:
+    """As MegatronEngine.pack without parallelism."""
     return pack_rows(rows, indices, share_prefix=False, min_length=min_length)
 
 
@@ -147,6 +149,7 @@ def step(samples: list[Sample], tokens: list[ray.ObjectRef], num_ranks: int) -> 
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="one small size, to see that it runs")
     smoke = parser.parse_args().smoke
