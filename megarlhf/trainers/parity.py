@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -82,10 +83,13 @@ def anchored(rows: TrainingRows, log_probs: Tensor) -> TrainingRows:
 
 
 def fitting(engine: MegatronEngine, rows: TrainingRows) -> TrainingRows:
-    """Rows whose units fit into the engine's micro-batches: groups that share a prompt are cut where they must be."""
+    """Rows whose units fit into the engine's micro-batches.
+
+    Groups that share a prompt's computation are cut where they must be; where nothing is shared each row is alone.
+    """
     packing = engine.packing
     if not packing.share_prefix:
-        return rows
+        return replace(rows, unit_ids=np.arange(len(rows)))
     units = prompt_units(
         rows.lengths,
         rows.prompt_lengths,

@@ -127,7 +127,7 @@ def test_values_of_a_reward_model(ranks: RankPool, tmp_path: Path, family: str) 
     model.score.weight.data.normal_(std=0.3)
     model.save_pretrained(tmp_path / "rm")
     result: Result = ranks.run(1, conformance_case, SINGLE, tmp_path / "rm", "critic", 1.0)[0]
-    for index, row in enumerate(make_rows()):
-        hidden = model.model(torch.tensor([row.input_ids[:-1]])).last_hidden_state[0]
-        values = (hidden @ model.score.weight.T)[row.prompt_length - 1 :, 0]
+    for index, (tokens, prompt_length) in enumerate(sequences(make_rows())):
+        hidden = model.model(torch.tensor([tokens[:-1]])).last_hidden_state[0]
+        values = (hidden @ model.score.weight.T)[prompt_length - 1 :, 0]
         torch.testing.assert_close(result.forward[index], values.detach(), atol=1e-5, rtol=0)

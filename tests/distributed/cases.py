@@ -134,7 +134,8 @@ def conformance_case(
     """Forward and gradients of one process, to compare with Transformers'."""
     with world(SINGLE, rank, init_method):
         head = "value" if objective == "critic" else "lm"
-        engine, rows = build(layout, model_dir, head=head, temperature=temperature), make_rows()
+        engine = build(layout, model_dir, head=head, temperature=temperature)
+        rows = fitting(engine, make_rows())
         found = engine.values(rows) if objective == "critic" else engine.log_probs(rows)
         result, batches = Result(forward=by_row(rows, found)), engine.micro_batches(rows)
         denominator = parity_denominator(objective, rows)
