@@ -245,7 +245,7 @@ def _discounted_sums_to_end(terms: Tensor, lengths: Tensor, *, discount: float) 
     Responses of similar length go side by side, cut into runs of _RUN tokens: a product with powers of the discount
     sums inside all runs at once, then each run takes over the sum of the one behind it.
     """
-    rows = terms.split(lengths.tolist())
+    rows = torch.split(terms, lengths.tolist())
     sums: list[Tensor] = [terms] * len(rows)
     order = lengths.argsort(descending=True).tolist()
     powers = discount ** torch.arange(_RUN + 1, dtype=torch.float64)
