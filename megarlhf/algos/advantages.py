@@ -15,6 +15,7 @@ from megarlhf.algos.whitening import whiten
 
 GROUP_STD_EPS = 1e-6  # in reward units; the statistics run in float64, so equal rewards give 0 and not 1e-7 / 1e-6
 WHITEN_EPS = 1e-8  # in squared advantage units
+_BLOCK_TOKENS = 1 << 19  # of samples whose advantages are computed together
 _RUN = 32  # tokens that are summed by one product
 _SCAN_NUMBERS = 1 << 18  # float64 numbers of the responses that are summed side by side: they stay in the cache
 
@@ -218,6 +219,10 @@ def compute_advantages(
             f"advantage_estimator={estimator} {'without' if values is None else 'with'} critic values; gae is built on "
             "them and the others have no use for them: pass values for gae and None otherwise"
         )
+    _check_lengths(lengths)
+    for name, numbers in (("kl", kl), ("values", values)):
+        if numbers is not None:
+            _check_tokens(name, numbers, lengths)
     finite = rewards.isfinite()
     if not bool(finite.all()):
         raise ValueError(
@@ -226,17 +231,32 @@ def compute_advantages(
         )
     outcomes = _OUTCOME_BASELINES[estimator](rewards.clamp(*clip_range), group_ids)
     on_last_token = torch.zeros_like(outcomes) if estimator in _BROADCAST else outcomes
-    per_token = token_rewards(kl, on_last_token, lengths, kl_coef=kl_coef, clip_range=None)
-    if values is not None:
-        advantages, returns = gae(per_token, values, lengths, gamma=gamma, lambd=lambd)
-    else:
-        advantages = discounted_returns(per_token, lengths, gamma=gamma)
+    pairs = []
+    for samples, tokens in _blocks(lengths):
+        sizes = lengths[samples]
+        penalties = None if kl is None else kl[tokens]
+        per_token = token_rewards(penalties, on_last_token[samples], sizes, kl_coef=kl_coef, clip_range=None)
+        if values is not None:
+            pairs.append(gae(per_token, values[tokens], sizes, gamma=gamma, lambd=lambd))
+            continue
+        returns = discounted_returns(per_token, sizes, gamma=gamma)
         if estimator in _BROADCAST:
-            advantages = advantages + torch.repeat_interleave(outcomes, lengths)
-        returns = advantages
+            returns += torch.repeat_interleave(outcomes[samples], sizes)
+        pairs.append((returns, returns))
+    advantages = torch.cat([own for own, _ in pairs])
+    returns = advantages if values is None else torch.cat([own for _, own in pairs])
     if normalize and estimator not in _BROADCAST:
         advantages = whiten(advantages, eps=WHITEN_EPS)
     return AdvantageResult(advantages=advantages, returns=returns)
+
+
+def _blocks(lengths: Tensor) -> list[tuple[slice, slice]]:
+    """Runs of samples and of their tokens, of about _BLOCK_TOKENS: what is computed of them on the way fits a cache."""
+    ends = lengths.cumsum(0)
+    cuts = [0, *(1 + (ends // _BLOCK_TOKENS).diff().nonzero()[:, 0]).tolist(), len(lengths)]
+    bounds = [0, *ends.tolist()]
+    runs = [(first, last) for first, last in zip(cuts[:-1], cuts[1:], strict=True) if first < last]
+    return [(slice(first, last), slice(bounds[first], bounds[last])) for first, last in runs]
 
 
 def _discounted_sums_to_end(terms: Tensor, lengths: Tensor, *, discount: float) -> Tensor:

@@ -212,6 +212,15 @@ def test_normalize_whitens_advantages_and_leaves_returns(estimator: str) -> None
     assert_ragged_close(normalized.returns, [plain.returns.tolist()])
 
 
+@pytest.mark.parametrize("block", [1, 3, 4])
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "group_norm"])
+def test_blocks_of_samples_change_nothing(estimator: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compute(estimator, gamma=0.9, normalize=True)
+    monkeypatch.setattr("megarlhf.algos.advantages._BLOCK_TOKENS", block)
+    parts = compute(estimator, gamma=0.9, normalize=True)
+    assert parts.advantages.tolist() == whole.advantages.tolist() and parts.returns.tolist() == whole.returns.tolist()
+
+
 def test_gae_estimator_uses_values_per_sample() -> None:
     result = compute("gae", gamma=0.9)
     rewards = token_rewards(torch.cat(KL), REWARDS, SIZES, kl_coef=0.1, clip_range=(-5.0, 5.0)).split(LENGTHS)
