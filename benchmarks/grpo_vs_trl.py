@@ -2,13 +2,14 @@
 
     python examples/smollm2.py models/smollm2
     python benchmarks/grpo_vs_trl.py --model models/smollm2          # about 10 minutes
+    python benchmarks/grpo_vs_trl.py --model models/smollm2 --long_prompts
     python benchmarks/grpo_vs_trl.py --smoke                         # one tiny step of each side, for CI
 
 A side is a process of its own, held to the same cores; sides take turns, so that a drift of the machine meets both.
-Every step has the same 4 prompts with 8 responses each of at most 64 tokens, sampled at temperature 1, fp32, one
-optimizer step, KL (k3) in the loss with weight 0.01. The first step of a process warms up and is left out; megarlhf's
-steps include the weight sync, neither side's include evaluation or checkpoints. Responses end where the model ends
-them, so a step's tokens vary: tokens/s stands beside samples/s.
+Every step has the same 4 prompts (--long_prompts: 2 of some 240 tokens) with 8 responses each of at most 64 tokens,
+sampled at temperature 1, fp32, one optimizer step, KL (k3) in the loss with weight 0.01. The first step of a process
+warms up and is left out; megarlhf's steps include the weight sync, neither side's include evaluation or checkpoints.
+Responses end where the model ends them, so a step's tokens vary: tokens/s stands beside samples/s.
 
 TRL generates with Transformers here: its vLLM mode needs a GPU. What is not named above is TRL's default, except that
 gradient checkpointing, which would slow it down, is off.
@@ -27,13 +28,26 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_PROMPTS, NUM_SAMPLES, MAX_TOKENS = 4, 8, 64
+NUM_SAMPLES, MAX_TOKENS = 8, 64
 BETA, LEARNING_RATE, SEED = 0.01, 1e-6, 1
 QUESTIONS = (
     "Why is the sky blue during the day?",
     "How does a bicycle stay upright while it moves?",
     "What should I pack for a week in the mountains?",
     "Write two sentences about a lighthouse in a storm.",
+)
+_NOTES = (
+    "The harbour office keeps three kinds of books. The first lists every ship that came in, with its captain, its "
+    "cargo and the day it left again. The second holds the weather of each morning and evening, written by whoever had "
+    "the watch, in a few words about wind, cloud and swell. The third is the oldest: it names the boats that the town "
+    "built itself, who paid for the timber, and what became of them. Last winter the cellar was flooded and the ink of "
+    "some pages ran. Two students now copy what can still be read into a table, one line for a page, and mark each "
+    "word that they had to guess. They have finished the ships and half of the weather. The boats are left, because "
+    "the handwriting changes four times and nobody is sure about the second hand."
+)
+LONG_QUESTIONS = (
+    f"{_NOTES}\n\nWhich of the three books should the students copy next, and how should they mark what they guess?",
+    f"{_NOTES}\n\nWrite a short letter in which the office asks the town for help with the oldest of the three books.",
 )
 SIDES = ("trl", "megarlhf")
 
@@ -73,12 +87,12 @@ def run_trl(options: argparse.Namespace, directory: Path) -> list[Step]:
         return reward_func(texts, [""] * len(texts), [None] * len(texts))
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    prompts = [q if options.smoke else [{"role": "user", "content": q}] for q in QUESTIONS]
+    prompts = [q if options.smoke else [{"role": "user", "content": q}] for q in _questions(options)]
     config = GRPOConfig(
         output_dir=str(directory),
         max_steps=options.steps + 1,
         per_device_train_batch_size=options.trl_micro_batch_size,
-        gradient_accumulation_steps=NUM_PROMPTS * NUM_SAMPLES // options.trl_micro_batch_size,
+        gradient_accumulation_steps=_num_responses(options) // options.trl_micro_batch_size,
         num_generations=NUM_SAMPLES,
         max_completion_length=_max_tokens(options),
         temperature=1.0,
@@ -104,7 +118,7 @@ def run_trl(options: argparse.Namespace, directory: Path) -> list[Step]:
     trainer.train()
     lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
     return [
-        {"seconds": end - start, "response_tokens": length * NUM_PROMPTS * NUM_SAMPLES}
+        {"seconds": end - start, "response_tokens": length * _num_responses(options)}
         for start, end, length in zip(starts, ends, lengths, strict=True)
     ]
 
@@ -112,7 +126,7 @@ def run_trl(options: argparse.Namespace, directory: Path) -> list[Step]:
 def run_megarlhf(options: argparse.Namespace, directory: Path) -> list[Step]:
     """`options.steps` + 1 steps of `megarlhf ppo` with GRPO, all of them, in order."""
     data = directory / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"input": question}) + "\n" for question in QUESTIONS))
+    data.write_text("".join(json.dumps({"input": question}) + "\n" for question in _questions(options)))
     flags = {
         "--pretrain": options.model,
         "--prompt_data": str(data),
@@ -121,11 +135,11 @@ def run_megarlhf(options: argparse.Namespace, directory: Path) -> list[Step]:
         "--seed": str(SEED),
         "--actor_num_gpus_per_node": str(options.ranks),
         "--train-iters": str(options.steps + 1),
-        "--rollout_batch_size": str(NUM_PROMPTS),
+        "--rollout_batch_size": str(len(_questions(options))),
         "--n_samples_per_prompt": str(NUM_SAMPLES),
-        "--global-batch-size": str(NUM_PROMPTS * NUM_SAMPLES),
+        "--global-batch-size": str(_num_responses(options)),
         "--micro-batch-size": str(NUM_SAMPLES),
-        "--prompt_max_len": "56",  # with the response, all that the smoke test's model knows
+        "--prompt_max_len": "320" if options.long_prompts else "56",  # of the smoke test's model, all that it knows
         "--generate_max_len": str(_max_tokens(options)),
         "--advantage_estimator": "group_norm",
         "--init_kl_coef": str(BETA),
@@ -140,7 +154,7 @@ def run_megarlhf(options: argparse.Namespace, directory: Path) -> list[Step]:
     return [
         {
             "seconds": row["time/step_seconds"] - row.get("time/eval_seconds", 0.0),
-            "response_tokens": row["rollout/response_length_mean"] * NUM_PROMPTS * NUM_SAMPLES,
+            "response_tokens": row["rollout/response_length_mean"] * _num_responses(options),
             **{phase: row[f"time/{phase}_seconds"] for phase in PHASES},
         }
         for row in rows
@@ -152,11 +166,20 @@ def _max_tokens(options: argparse.Namespace) -> int:
     return 8 if options.smoke else MAX_TOKENS
 
 
+def _questions(options: argparse.Namespace) -> tuple[str, ...]:
+    return LONG_QUESTIONS if options.long_prompts else QUESTIONS
+
+
+def _num_responses(options: argparse.Namespace) -> int:
+    return len(_questions(options)) * NUM_SAMPLES
+
+
 def run_side(side: str, options: argparse.Namespace) -> list[Step]:
     """A side in a fresh process on the first `options.threads` cores; its steps without the warm-up."""
     command = [sys.executable, __file__, "--side", side, "--model", str(options.model), "--steps", str(options.steps)]
     command += ["--threads", str(options.threads), "--ranks", str(options.ranks)]
     command += ["--trl_micro_batch_size", str(options.trl_micro_batch_size)] + ["--smoke"] * options.smoke
+    command += ["--long_prompts"] * options.long_prompts
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     done = subprocess.run(
         command,
@@ -184,7 +207,7 @@ def compare(options: argparse.Namespace) -> None:
     for side in SIDES:
         seconds = sum(step["seconds"] for step in steps[side])
         tokens = sum(step["response_tokens"] for step in steps[side])
-        rates[side] = (len(steps[side]) * NUM_PROMPTS * NUM_SAMPLES / seconds, tokens / seconds)
+        rates[side] = (len(steps[side]) * _num_responses(options) / seconds, tokens / seconds)
         middle = median(step["seconds"] for step in steps[side])
         print(
             f"{side:<10}{len(steps[side]):>6}{middle:>15.1f}{rates[side][0]:>11.2f}"
@@ -206,6 +229,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU cores")
     parser.add_argument("--ranks", type=int, default=1, help="megarlhf's data-parallel ranks, which divide the cores")
     parser.add_argument("--trl_micro_batch_size", type=int, default=8, help="TRL's per_device_train_batch_size")
+    parser.add_argument(
+        "--long_prompts", action="store_true", help="2 prompts of some 240 tokens instead of 4 short ones"
+    )
     parser.add_argument("--smoke", action="store_true", help="one step of a tiny model; the times mean nothing")
     parser.add_argument("--side", choices=SIDES, help="run only this side, in this process")
     options = parser.parse_args()

@@ -102,6 +102,25 @@ def unpack(batch: MicroBatch, values: Tensor) -> TargetValues:
     return TargetValues(starts=places.starts, lengths=places.lengths, values=np.concatenate([line[:0], *parts]))
 
 
+def add_values(batches: Sequence[MicroBatch], name: str, values: TargetValues) -> list[MicroBatch]:
+    """Whole lines with one more field.
+
+    Args:
+        values: of all of these lines' targets, line by line, as `join_values` of their `unpack`; empty where a rank
+            has none, which leaves the lines as they are.
+    """
+    if not len(values.values):
+        return list(batches)
+    filled, first = [], 0
+    for batch in batches:
+        line = torch.zeros(int(batch.cu_seqlens[-1]))
+        for _, position, _, size in _runs(batch.places):
+            line[position : position + size] = torch.from_numpy(values.values[first : first + size])
+            first += size
+        filled.append(replace(batch, fields=batch.fields | {name: line}))
+    return filled
+
+
 def join_values(parts: Sequence[TargetValues]) -> TargetValues:
     """Values of several micro-batches of the same rows."""
     none, empty = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)

@@ -243,6 +243,8 @@ class MegatronEngine:
         Raises:
             NonFiniteError: the loss is not finite, on every rank.
         """
+        if objective.prepare is not None:
+            batches = objective.prepare(self.forward, batches)
         parts = self._own_parts(batches)
         for chunk, wrapped in zip(self.chunks, self.model, strict=True):
             chunk.train()

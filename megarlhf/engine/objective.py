@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megarlhf.data.types import MicroBatch
+from megarlhf.data.types import MicroBatch, TargetValues
 
 
 class NonFiniteError(FloatingPointError):
@@ -25,6 +25,9 @@ Metrics = dict[str, tuple[Tensor, Tensor | int]]  # name -> sum over the micro-b
 Loss = Callable[[TokenOutputs, MicroBatch], tuple[Tensor, Metrics]]
 
 
+Forward = Callable[[list[MicroBatch]], TargetValues]  # log-probs or values of this rank's lines, on the last stage
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """A loss and the metrics it reports.
@@ -32,7 +35,11 @@ class Objective:
     `loss` returns a sum over the micro-batch, and a sum and a count for each of `metric_names`. The engine divides the
     loss by the global denominator, and each metric's sum over all micro-batches by its count over all of them, so the
     gradient and the metrics are the same for every split into ranks and micro-batches.
+
+    `prepare` runs before the first forward pass with gradients, with a function that runs the model without: it gives
+    the whole lines back with the fields that the loss asks for, such as what other weights make of the same tokens.
     """
 
     loss: Loss
     metric_names: tuple[str, ...]
+    prepare: Callable[[Forward, list[MicroBatch]], list[MicroBatch]] | None = None
