@@ -250,7 +250,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
             stop.listen()  # starting Ray takes SIGTERM
             state = LoopState.fresh(config.algorithm)
             if config.logging.load is not None:
-                state.restore(cluster.checkpoints.load(Path(config.logging.load) / "checkpoints"))
+                state.restore(cluster.load(Path(config.logging.load) / "checkpoints"))
             rl.train(config, cluster.roles, prompts, eval_prompts, state, sinks, timers, stop)
             sinks.phase("export")
             cluster.export(directory / "hf")

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import visible_devices_environment
+from megarlhf.planner.phases import PARTS
 from megarlhf.planner.placement import PlacementPlan, Role, Worker
 from megarlhf.rollout.engine import engine_environment
 from megarlhf.trainers.experience import packing_options
@@ -32,13 +34,19 @@ class Cluster:
     """A started run: roles for the loop, and what only set-up and the end need."""
 
     roles: Roles
+    phases: ResourceManager
     training: dict[str, Any]  # role name -> WorkerGroup
     checkpoints: CheckpointGroup
 
     def export(self, directory: Path) -> None:
         """Write the actor as a Hugging Face checkpoint."""
-        with self.roles.phases.train():
+        with self.phases.export():
             self.training["actor"].call("export", str(directory.absolute()))
+
+    def load(self, root: Path) -> dict[str, Any]:
+        """Bring every role to the latest checkpoint under `root`; see CheckpointGroup.load."""
+        with self.phases.checkpoint():
+            return self.checkpoints.load(root)
 
 
 @contextmanager
@@ -71,7 +79,9 @@ def start(
                 groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
         training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
         meeting = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
-        places = _start_workers(groups, meeting, config.cluster.start_timeout_seconds)
+        colocated = config.cluster.colocate_all_models
+        places = start_workers(groups, meeting, config.cluster.start_timeout_seconds, colocated=colocated)
+        phases = ResourceManager(list(training.values()), groups["rollout"], timers, colocated=colocated)
         packing = packing_options(config, share_prompt_prefix=share_prompt_prefix)
 
         def training_group(role: Role) -> TrainingGroup:
@@ -88,12 +98,7 @@ def start(
         )
         yield Cluster(
             roles=Roles(
-                phases=ResourceManager(
-                    list(training.values()),
-                    groups["rollout"],
-                    timers,
-                    colocated=config.cluster.colocate_all_models,
-                ),
+                phases=phases,
                 rollout=RolloutGroup(groups["rollout"], n_samples_per_prompt=config.batch.n_samples_per_prompt),
                 reward=reward,
                 actor=training_group("actor"),
@@ -101,6 +106,7 @@ def start(
                 sync=SharedMemorySync(groups["actor"], groups["rollout"]),
                 checkpoint=checkpoints,
             ),
+            phases=phases,
             training=training,
             checkpoints=checkpoints,
         )
@@ -178,14 +184,28 @@ def _spec(
     )
 
 
-def _start_workers(groups: dict[Role, Any], meeting: str, timeout_seconds: float) -> dict[Role, list[Any]]:
-    """All roles load side by side; the ranks of a role meet in a file in the directory `meeting`, not at a port.
+def start_workers(
+    groups: dict[Role, WorkerGroup], meeting: str, timeout_seconds: float, *, colocated: bool
+) -> dict[Role, list[Any]]:
+    """Load every role; the ranks of a role meet in a file in the directory `meeting`, not at a port.
+
+    Roles that share devices load in turn and sleep, the engines last: vLLM measures the whole device while it starts,
+    and would take what others allocate or free meanwhile for its own doing. Disjoint roles load side by side.
 
     Returns:
         What each role's workers say of themselves.
     """
-    started = []
+    deadline = time.monotonic() + timeout_seconds
+    started: dict[Role, list[Any]] = {}
+    found: dict[Role, list[Any]] = {}
     for role, group in groups.items():
-        arguments = () if role == "rollout" else (f"file://{meeting}/{role}",)
-        started.append((role, group.submit("start", *arguments)))
-    return {role: groups[role].wait_for(refs, "start", timeout_seconds=timeout_seconds) for role, refs in started}
+        started[role] = group.submit("start", *(() if role == "rollout" else (f"file://{meeting}/{role}",)))
+        if colocated:
+            found[role] = _wait(group, started.pop(role), deadline)
+            if role != "rollout":
+                group.call("sleep", PARTS)
+    return found | {role: _wait(groups[role], refs, deadline) for role, refs in started.items()}
+
+
+def _wait(group: WorkerGroup, started: list[Any], deadline: float) -> list[Any]:
+    return group.wait_for(started, "start", timeout_seconds=max(0.0, deadline - time.monotonic()))

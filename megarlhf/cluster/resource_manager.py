@@ -1,64 +1,104 @@
 """Who has the devices: phases that wake and put to sleep the roles that share them.
 
-The only place where anything sleeps or wakes. A phase may be entered again and again; its seconds are counted.
+The only place where a role is told to sleep or wake; planner/phases.py says who does in which phase. A phase may be
+entered again and again; its seconds are counted.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.metrics.timers import Timers
+from megarlhf.planner.phases import ENGINE_PARTS, PHASES, EnginePart, Part
+
+_Part = TypeVar("_Part", bound=str)
 
 
 class ResourceManager:
     """Phases over colocated or disjoint roles.
 
     Args:
-        training: groups that train; all awake at the start.
+        training: groups that train, the actor's first; where colocated all of them sleep at the start.
         rollout: the inference engines; awake at the start.
         colocated: the roles share devices, so that only the phase's own may be awake. Disjoint roles never sleep.
     """
 
     def __init__(self, training: list[WorkerGroup], rollout: WorkerGroup, timers: Timers, *, colocated: bool) -> None:
         self._training, self._rollout, self._timers, self._colocated = training, rollout, timers, colocated
-        self._awake = {group.role: True for group in [*training, rollout]}
+        self._awake: dict[str, tuple[Part, ...]] = {group.role: () for group in training}
+        self._engines_awake: tuple[EnginePart, ...] = ENGINE_PARTS
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
         """The inference engines have the devices."""
         with self._timers("rollout"):
-            self._give_devices(training=False, rollout=True)
+            self._give_devices("rollout")
             yield
 
     @contextmanager
     def train(self) -> Iterator[None]:
-        """The training roles have the devices."""
+        """The training roles have the devices; the engines' weights are dropped, so a sync comes next."""
         with self._timers("train"):
-            self._give_devices(training=True, rollout=False)
+            self._give_devices("train")
             yield
 
     @contextmanager
     def sync(self) -> Iterator[None]:
-        """Weights move: actor and engines are awake."""
+        """Weights move: the actor's and the engines' are awake, and nothing else."""
         with self._timers("sync"):
-            self._give_devices(training=True, rollout=True)
+            self._give_devices("sync")
             yield
 
     @contextmanager
+    def checkpoint(self) -> Iterator[None]:
+        """The training roles' state is saved or loaded."""
+        self._give_devices("checkpoint")
+        yield
+
+    @contextmanager
+    def export(self) -> Iterator[None]:
+        """The actor's weights are written."""
+        self._give_devices("export")
+        yield
+
+    @contextmanager
     def rescue(self) -> Iterator[None]:
-        """The run is failing: the engines, which may not answer, are ended; the training roles have the devices."""
+        """The run is failing: the engines, which may not answer, are ended, and the training roles are saved."""
         with self._timers("save"):
             self._rollout.kill()
-            self._awake[self._rollout.role] = False
-            self._give_devices(training=True, rollout=False)
+            self._engines_awake = ()
+            self._give_devices("checkpoint")
             yield
 
-    def _give_devices(self, *, training: bool, rollout: bool) -> None:
+    def memory(self) -> dict[str, float]:
+        """The most that each part of each training role has held so far on one of its devices, in GiB."""
+        found: dict[str, float] = {}
+        for group in self._training:
+            ranks = group.call("largest_bytes")
+            found |= {f"memory/{group.role}/{part}_gib": max(rank[part] for rank in ranks) / 2**30 for part in ranks[0]}
+        return found
+
+    def _give_devices(self, phase: str) -> None:
         if not self._colocated:
             return
-        wanted = {group.role: training for group in self._training} | {self._rollout.role: rollout}
-        groups = [*self._training, self._rollout]
-        for group in sorted(groups, key=lambda g: wanted[g.role]):  # first make room, then take it
-            if wanted[group.role] != self._awake[group.role]:
-                group.call("wake" if wanted[group.role] else "sleep")
+        awake = PHASES[phase]
+        wanted = {group.role: awake.actor if group.role == "actor" else awake.others for group in self._training}
+        for group in self._training:  # first make room, then take it
+            if leaving := _without(self._awake[group.role], wanted[group.role]):
+                group.call("sleep", leaving)
+                self._awake[group.role] = _without(self._awake[group.role], leaving)
+        if _without(self._engines_awake, awake.engines):
+            self._rollout.call("sleep", awake.keeps_weights)  # vLLM sleeps as a whole
+            self._engines_awake = ()
+        for group in self._training:
+            if coming := _without(wanted[group.role], self._awake[group.role]):
+                group.call("wake", coming)
                 self._awake[group.role] = wanted[group.role]
+        if waking := _without(awake.engines, self._engines_awake):
+            self._rollout.call("wake", waking)
+            self._engines_awake = awake.engines
+
+
+def _without(parts: tuple[_Part, ...], others: tuple[_Part, ...]) -> tuple[_Part, ...]:
+    return tuple(part for part in parts if part not in others)

@@ -3,7 +3,9 @@
 import faulthandler
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.dealing import RankRows, Share
 from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
+from megarlhf.planner.phases import EnginePart, Part
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
@@ -56,6 +59,11 @@ def redirect_output(path: str) -> None:
     faulthandler.enable(sys.stderr)
 
 
+def note(said: str) -> None:
+    """A line in this process's log, with the seconds since 1970."""
+    print(f"{time.time():.3f} {said}")
+
+
 class MegatronWorker:
     """One rank of the actor (with the reference beside it) or of the critic."""
 
@@ -63,11 +71,14 @@ class MegatronWorker:
         redirect_output(spec.log_file)
         import torch
 
+        from megarlhf.trainers import assembly  # noqa: F401  (seconds, which all roles spend side by side)
+
         torch.set_num_threads(spec.threads)
         self.spec = spec
 
     def start(self, init_method: str) -> Place:
         """Join the role's groups and load the model."""
+        note("start")
         from megarlhf.parallel.device import freeze_garbage_collector
         from megarlhf.parallel.groups import initialize_groups
         from megarlhf.trainers.assembly import build_engine, build_objective, chat_template, parallel_sizes
@@ -83,9 +94,11 @@ class MegatronWorker:
             timeout_minutes=layout.distributed_timeout_minutes,
         )
         self.engine = build_engine(spec.config, spec.role, share_prompt_prefix=spec.share_prompt_prefix)
-        if spec.role == "actor" and spec.config.algorithm.init_kl_coef > 0:
+        algorithm = spec.config.algorithm
+        if spec.role == "actor" and algorithm.init_kl_coef > 0:
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)
+        self._shares_device = spec.config.cluster.colocate_all_models and algorithm.advantage_estimator == "gae"
         self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
         return Place(dp_rank=self.engine.ranks.dp_rank, holds_results=self.engine.ranks.holds_results)
@@ -128,7 +141,8 @@ class MegatronWorker:
         return self._forward("old_values")
 
     def _forward(self, name: str) -> Floats | None:
-        found = self.engine.forward(self.rows.batches())
+        with self._giving_back():
+            found = self.engine.forward(self.rows.batches())
         if not self.engine.ranks.is_last_stage:
             return None
         field = self.rows.keep_values(name, found)
@@ -136,7 +150,8 @@ class MegatronWorker:
 
     def update(self, part: int, denominator: float) -> UpdateResult:
         """One optimizer step."""
-        done = self.engine.step(self.rows.batches(part), self.objective, denominator=denominator)
+        with self._giving_back():
+            done = self.engine.step(self.rows.batches(part), self.objective, denominator=denominator)
         difference = None
         if self.spec.role == "actor" and self.engine.ranks.holds_results:
             engine = self.rows.rows.fields["rollout_log_probs"][done.outputs.indices]
@@ -148,6 +163,15 @@ class MegatronWorker:
             learning_rate=done.learning_rate,
             difference=difference,
         )
+
+    @contextmanager
+    def _giving_back(self) -> Iterator[None]:
+        """Where another role is awake on the same device, what the block has freed goes back to it."""
+        from megarlhf.parallel.device import release_memory
+
+        yield
+        if self._shares_device:
+            release_memory()
 
     def share_weights(self) -> list[Block]:
         """Hold this rank's share of the weights in shared memory from now on; what lies where."""
@@ -183,13 +207,23 @@ class MegatronWorker:
 
         load_engine(self.engine, Path(directory), with_optimizer=not self.spec.config.logging.no_load_optim)
 
-    def sleep(self) -> None:
-        """Give the device to other roles."""
-        self.engine.sleep()
+    def sleep(self, parts: Sequence[Part]) -> None:
+        """Give the device's memory of these parts to other roles."""
+        self.engine.sleep(*parts)
+        self._note_bytes("sleep", parts)
 
-    def wake(self) -> None:
-        """Take the device back."""
-        self.engine.wake()
+    def wake(self, parts: Sequence[Part]) -> None:
+        """Take it back."""
+        self.engine.wake(*parts)
+        self._note_bytes("wake", parts)
+
+    def _note_bytes(self, told: str, parts: Sequence[Part]) -> None:
+        held = " ".join(f"{part}={held}" for part, held in self.engine.memory.num_bytes().items())
+        note(f"{told} {'+'.join(parts)}; bytes on the device: {held}")
+
+    def largest_bytes(self) -> dict[Part, int]:
+        """See DeviceMemory.largest_bytes."""
+        return self.engine.memory.largest_bytes()
 
 
 class RolloutWorker:
@@ -197,10 +231,13 @@ class RolloutWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         redirect_output(spec.log_file)
+        from megarlhf.rollout import weight_transfer  # noqa: F401  (vLLM: seconds, side by side with the other roles)
+
         self.spec = spec
 
     def start(self) -> None:
         """Load the engine; its weights are replaced by the first sync."""
+        note("start")
         from megarlhf.rollout.engine import RolloutEngine
 
         config, options = self.spec.config, self.spec.config.rollout
@@ -245,10 +282,12 @@ class RolloutWorker:
         """See RolloutEngine.update_weights."""
         return self.engine.update_weights(version, checksum)
 
-    def sleep(self) -> None:
-        """Give the device to other roles."""
-        self.engine.sleep()
+    def sleep(self, keep_weights: bool) -> None:
+        """See RolloutEngine.sleep."""
+        self.engine.sleep(keep_weights=keep_weights)
+        note(f"sleep, weights {'kept' if keep_weights else 'dropped'}")
 
-    def wake(self) -> None:
-        """Take the device back."""
-        self.engine.wake()
+    def wake(self, parts: Sequence[EnginePart]) -> None:
+        """See RolloutEngine.wake."""
+        self.engine.wake(parts)
+        note(f"wake {'+'.join(parts)}")

@@ -120,10 +120,20 @@ def move_to_shared_memory(tensors: Sequence[Tensor], pools: Sequence[Tensor]) ->
 
 def shared_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors of any device, in one new region of shared memory."""
-    if not tensors:
-        return []
     region = torch.empty(_region_bytes(tensors), dtype=torch.uint8)
-    region.untyped_storage().share_memory_()
+    if tensors:
+        region.untyped_storage().share_memory_()
+    return copies_in(region, tensors)
+
+
+def copies_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors of one device, in one new storage there."""
+    device = tensors[0].device if tensors else None
+    return copies_in(torch.empty(_region_bytes(tensors), dtype=torch.uint8, device=device), tensors)
+
+
+def copies_in(region: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors one after the other in a region of bytes, each aligned."""
     copies, start = [], 0
     for tensor in tensors:
         place = region[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

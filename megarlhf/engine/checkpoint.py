@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megarlhf.engine.engine import MegatronEngine
+from megarlhf.engine.optimizer import single_optimizers
 from megarlhf.parallel.device import current_device
 
 # Megatron-Core would start a manager process per rank, seconds each, for results of background saves. Saves here are
@@ -42,10 +43,6 @@ def _chunks(engine: MegatronEngine) -> dict[str, Any]:
     return {f"model{number}": chunk for number, chunk in enumerate(engine.chunks)}
 
 
-def _optimizers(engine: MegatronEngine) -> list[Any]:
-    return getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
-
-
 def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> dict[str, Any]:
     sharding = _sharding()
     state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=sharding) for key, chunk in _chunks(engine).items()}
@@ -55,7 +52,7 @@ def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> di
     if with_optimizer:
         if loading:
             # torch's AdamW has no state before its first step, and Megatron-Core needs tensors to load into
-            for optimizer in _optimizers(engine):
+            for optimizer in single_optimizers(engine.optimizer):
                 if hasattr(optimizer, "_init_optimizer_states_with_dummy_values"):
                     optimizer._init_optimizer_states_with_dummy_values()
         state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=sharding)
@@ -64,9 +61,8 @@ def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> di
 
 def _has_moments(engine: MegatronEngine) -> bool:
     """Whether the optimizer has made a step since it was built or loaded: before, it has no state to save."""
-    if engine.optimizer is None:
-        return False
-    found = torch.tensor(float(any(o.optimizer.state for o in _optimizers(engine))), device=current_device())
+    stepped = any(single.optimizer.state for single in single_optimizers(engine.optimizer))
+    found = torch.tensor(float(stepped), device=current_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)  # a rank's own shard may be empty
     return bool(found.item())
 

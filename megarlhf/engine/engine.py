@@ -8,7 +8,7 @@ on the ranks of the last stage.
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,16 @@ from megarlhf.data.dealing import PackingOptions
 from megarlhf.data.packing import fill_fields, join_values, pack_rows, unpack
 from megarlhf.data.planning import plan_micro_batches
 from megarlhf.data.types import MicroBatch, TargetValues, TrainingRows
+from megarlhf.engine.memory import DeviceMemory
 from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
-from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler, gradient_norm
+from megarlhf.engine.optimizer import (
+    OptimizerOptions,
+    build_optimizer,
+    build_scheduler,
+    gradient_norm,
+    optimizer_tensors,
+)
+from megarlhf.engine.reference import Reference
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
 from megarlhf.models.build import Head, ModelOptions, build_model
 from megarlhf.models.hf_files import read_checkpoint
@@ -36,9 +44,10 @@ from megarlhf.models.registry import check_computing, find_architecture
 from megarlhf.models.router_statistics import RouterStatistics
 from megarlhf.models.weights import ModelWeights
 from megarlhf.parallel.context import context_part, join_context
-from megarlhf.parallel.device import current_device, device_kind, release_memory
+from megarlhf.parallel.device import current_device, release_memory
 from megarlhf.parallel.groups import current_ranks
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
+from megarlhf.planner.phases import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +104,9 @@ class MegatronEngine:
         self._gathers_late = False  # parameters reach the other data-parallel ranks only in the next forward pass
         if optimizer is not None:
             self._add_optimizer(optimizer)
-        self._reference: dict[str, Tensor] = {}
+        self._reference: Reference | None = None
+        self.memory = DeviceMemory(self._parts())
+        self.memory.sleep("gradients")  # they are on the device inside an update alone
 
     def _add_optimizer(self, options: OptimizerOptions) -> None:
         ddp = DistributedDataParallelConfig(
@@ -190,6 +201,7 @@ class MegatronEngine:
 
     def forward(self, batches: list[MicroBatch]) -> TargetValues:
         """Log-probs, or the value head's values, of this rank's lines; empty before the last stage."""
+        self.memory.require("parameters")
         for chunk in self.chunks:
             chunk.eval()
         collected = run_forward(self.model, self._own_parts(batches), self._outputs)
@@ -226,19 +238,23 @@ class MegatronEngine:
         Raises:
             NonFiniteError: the loss or the gradient is not finite, on every rank; nothing has changed.
         """
-        loss, metrics, outputs = self.accumulate_gradients(batches, objective, denominator=denominator)
-        grad_norm = gradient_norm(self.optimizer)
-        if not math.isfinite(grad_norm):
-            raise NonFiniteError(f"loss={loss}, gradient norm {grad_norm}; the step was not taken")
-        self.scheduler.step(1)
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
+        self.memory.require("parameters", "optimizer")
+        try:
+            loss, metrics, outputs = self.accumulate_gradients(batches, objective, denominator=denominator)
+            grad_norm = gradient_norm(self.optimizer)
+            if not math.isfinite(grad_norm):
+                raise NonFiniteError(f"loss={loss}, gradient norm {grad_norm}; the step was not taken")
+            self.scheduler.step(1)
+            learning_rate = float(self.optimizer.param_groups[0]["lr"])
+            self.optimizer.step()
+        finally:
+            self.memory.sleep("gradients")
         return StepResult(loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs)
 
     def accumulate_gradients(
         self, batches: list[MicroBatch], objective: Objective, *, denominator: float
     ) -> tuple[float, dict[str, float], TargetValues]:
-        """Forward and backward; gradients stay in the model's buffers, reduced over every group.
+        """Forward and backward; gradients stay in the model's buffers, reduced over every group, and on the device.
 
         Raises:
             NonFiniteError: the loss is not finite, on every rank.
@@ -246,6 +262,7 @@ class MegatronEngine:
         if objective.prepare is not None:
             batches = objective.prepare(self.forward, batches)
         parts = self._own_parts(batches)
+        self.memory.wake("gradients")
         for chunk, wrapped in zip(self.chunks, self.model, strict=True):
             chunk.train()
             wrapped.zero_grad_buffer()
@@ -289,46 +306,50 @@ class MegatronEngine:
     def keep_reference(self) -> None:
         """Remember the present weights as the reference model."""
         self.settle()
-        self._reference = {name: p.detach().clone() for name, p in self.named_parameters()}
+        self.memory.wake("reference")  # an earlier one, which goes
+        self._reference = Reference(dict(self.named_parameters()))
+        self.memory.sleep("reference")
 
     @contextlib.contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Compute with the reference model inside the block: parameters point at its tensors, nothing is copied."""
-        assert self._reference, "keep_reference() comes first"
+        """Compute with the reference model inside the block, where alone it is on the device."""
+        assert self._reference is not None, "keep_reference() comes first"
         self.settle()
-        parameters = dict(self.named_parameters())
-        kept = {name: p.data for name, p in parameters.items()}
+        self.memory.wake("reference")
         try:
-            for name, p in parameters.items():
-                p.data = self._reference[name]
-            yield
+            with self._reference.in_place_of(dict(self.named_parameters())):
+                yield
         finally:
-            for name, p in parameters.items():
-                p.data = kept[name]
+            self.memory.sleep("reference", changed=False)
 
-    def sleep(self) -> None:
-        """Give the device's memory to the other roles: GPU buffers move to the host, freed pages to the system."""
-        if device_kind() == "gpu":
-            if self.optimizer is not None:
-                self.optimizer.offload_to_cpu()  # first: it may hold views of the buffers
-            self._buffers("offload_to_cpu")
-            self._move_reference(torch.device("cpu"))
+    def sleep(self, *parts: Part) -> None:
+        """Free the device's memory of these parts, for the other roles; all ranks call it."""
+        if self.memory.is_awake("parameters"):
+            self.settle()
+        self.memory.sleep(*parts)
         release_memory()
 
-    def wake(self) -> None:
+    def wake(self, *parts: Part) -> None:
         """Undo sleep()."""
-        if device_kind() == "gpu":
-            self._move_reference(current_device())
-            self._buffers("reload_from_cpu")
-            if self.optimizer is not None:
-                self.optimizer.restore_from_cpu()
+        self.memory.wake(*parts)
 
-    def _move_reference(self, device: torch.device) -> None:
-        self._reference = {name: tensor.to(device) for name, tensor in self._reference.items()}
+    def _parts(self) -> dict[Part, Callable[[], Iterable[Tensor]]]:
+        """For DeviceMemory. Parameters may be those of the reference, and what is stepped views of parameters."""
 
-    def _buffers(self, method: str) -> None:
-        for buffer in self._ddp_buffers():
-            getattr(buffer, method)(move_params=True, move_grads=True)
+        def parameters() -> Iterator[Tensor]:
+            yield from self.parameter_pools()
+            for chunk in self.chunks:
+                yield from chunk.parameters()
+                yield from chunk.buffers()
+            if self._reference is not None:
+                yield from self._reference.replaced.values()
+
+        return {
+            "reference": lambda: [] if self._reference is None else self._reference.tensors.values(),
+            "parameters": parameters,
+            "gradients": lambda: [buffer.grad_data for buffer in self._ddp_buffers()],
+            "optimizer": lambda: optimizer_tensors(self.optimizer),
+        }
 
     def _ddp_buffers(self) -> list[Any]:
         """Megatron-Core's buffers of parameters and gradients, experts' included."""

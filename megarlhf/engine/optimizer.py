@@ -1,6 +1,7 @@
 """Megatron-Core's optimizer and learning-rate schedule for one model."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +51,21 @@ def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool)
         overlap_param_gather=options.overlap_param_gather,
     )
     return get_megatron_optimizer(config, chunks)
+
+
+def single_optimizers(optimizer: Any) -> list[Any]:
+    """Megatron-Core's optimizers of parameters that are stepped alike; none where there is no optimizer."""
+    return [] if optimizer is None else getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+    """What the optimizer steps (parameters, or main weights beside them, or its shards of either) and remembers."""
+    for single in single_optimizers(optimizer):
+        if single.optimizer is not None:  # None: this rank steps none of these
+            for group in single.optimizer.param_groups:
+                yield from group["params"]
+            for state in single.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def gradient_norm(optimizer: Any) -> float:

@@ -13,6 +13,13 @@ _ROUTERS = {
     "moe_router_log_prob": "Log-prob that the routers give to the experts they choose, mean over tokens (nats)",
 }
 
+_MEMORY = {
+    "parameters": "Weights of the {role}, the most on one device so far; in the first step of a run (GiB)",
+    "gradients": "Gradients of the {role}, the most on one device so far; there in updates alone (GiB)",
+    "optimizer": "Running means and main weights of the {role}, the most on one device so far (GiB)",
+    "reference": "Reference beside the {role}, the most on one device so far; there while it computes alone (GiB)",
+}
+
 METRICS: dict[str, str] = {
     "reward/mean": "Mean outcome reward of the step's samples, before the KL penalty (reward units)",
     "reward/std": "Standard deviation of that reward over the samples (reward units)",
@@ -46,6 +53,11 @@ METRICS: dict[str, str] = {
     "rollout/logprob_diff_max": "Largest such difference in the step (nats)",
     "sync/version": "Policy version that the inference engines hold after the step (count)",
     "sync/bytes": "Weights that each inference engine reads, as the trainer holds them (bytes)",
+    **{
+        f"memory/{role}/{part}_gib": meaning.format(role=role)
+        for role in ("actor", "critic")
+        for part, meaning in _MEMORY.items()
+    },
     "time/rollout_seconds": "Generating responses (seconds)",
     "time/reward_seconds": "Scoring responses (seconds)",
     "time/experience_seconds": "Log-probs, reference log-probs and values of the samples (seconds)",

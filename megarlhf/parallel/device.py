@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 DeviceKind = Literal["cpu", "gpu"]
 
@@ -49,6 +50,11 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     else:
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def host_bytes(num_bytes: int) -> Tensor:
+    """[num_bytes] uint8 of host memory for copies of what is on the device; pinned where that is a GPU."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device_kind() == "gpu")
 
 
 def freeze_garbage_collector() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.models.hf_files import read_checkpoint
+from megarlhf.planner.phases import EnginePart
 from megarlhf.rollout.decoding import response_texts
 from megarlhf.rollout.sampling import request_seed
 
@@ -112,7 +113,6 @@ class RolloutEngine:
         self.weight_version = 0
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
         self._skip_special_tokens = skip_special_tokens
-        self._can_sleep: bool = current_platform.is_sleep_mode_available()
         cpu_only: dict[str, Any] = {}
         if current_platform.is_cpu():
             cpu_only = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": _CPU_BLOCK_TOKENS}
@@ -130,7 +130,7 @@ class RolloutEngine:
             enforce_eager=enforce_eager,
             gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=True,  # the samples of a prompt share its computation
-            enable_sleep_mode=self._can_sleep,
+            enable_sleep_mode=current_platform.is_sleep_mode_available(),  # a CPU refuses it, and sleeps without effect
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature, top-k and top-p
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WeightStatus.__name__}",
@@ -179,8 +179,10 @@ class RolloutEngine:
                 f"max_tokens={max_tokens} with a prompt of {longest} tokens is more than max_model_len="
                 f"{self.max_model_len}: drop longer prompts, or set generate_max_len lower"
             )
+        if self._llm.llm_engine.is_sleeping():
+            raise RuntimeError("the engine sleeps, or a part of it: wake it before generating")
         if self.weight_version < 0:
-            raise RuntimeError("the last weight update failed halfway: update the weights before generating")
+            raise RuntimeError("the weights are dropped, or their last update failed halfway: update them first")
         parameters = [
             SamplingParams(
                 temperature=0.0 if greedy else temperature,
@@ -275,15 +277,21 @@ class RolloutEngine:
             raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: were requests running?")
         return {**statuses[0], "seconds": time.perf_counter() - start}
 
-    def sleep(self) -> None:
-        """Give the GPU's memory to others until `wake`; weights wait in host memory. Nothing to give on a CPU."""
-        if self._can_sleep:
-            self._llm.sleep(level=1)
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Give the GPU's memory to others; what was computed for past prompts is forgotten.
 
-    def wake(self) -> None:
-        """Take the GPU's memory back."""
-        if self._can_sleep:
-            self._llm.wake_up()
+        vLLM does the same on a CPU, but that its worker frees nothing (v1/worker/cpu_worker.py, `sleep`).
+
+        Args:
+            keep_weights: they wait in host memory; else they are dropped, and an update must come before `generate`.
+        """
+        if not keep_weights:
+            self.weight_version = min(self._llm.collective_rpc("drop_weights"))
+        self._llm.sleep(level=1 if keep_weights else 2)
+
+    def wake(self, parts: Sequence[EnginePart]) -> None:
+        """Take the GPU's memory back for these parts; `update_weights` needs "weights", `generate` both."""
+        self._llm.wake_up(tags=list(parts))
 
     def info(self) -> dict[str, Any]:
         """What a launcher or a report wants to know of this engine."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from vllm.config.weight_transfer import WeightTransferConfig
 
 BACKEND = "megarlhf_shared_memory"
-MIXED_WEIGHTS = -1  # version of an engine whose update failed halfway
+NO_VERSION = -1  # of an engine whose update failed halfway, or whose weights are dropped
 
 
 @dataclass
@@ -276,7 +276,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         """vLLM's layerwise reload."""
         every = range(len(tensors.blocks))
         self._verify(run_side_by_side(tensors.digest, every, torch.get_num_threads()), update_info)
-        self.version = MIXED_WEIGHTS
+        self.version = NO_VERSION
         expected = {name for name, _ in self.model.named_parameters()}
         load_weights: Any = self.model.load_weights
         forget_expert_kernels(self.model)
@@ -302,7 +302,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         steps: list[Copy | Pack] = [*plan.copies, *plan.packs]  # the largest is among the copies: the embedding
         kernels = run_side_by_side(digest_and_pack, zip(steps, plan.blocks, strict=True), torch.get_num_threads())
         self._verify([digests[number] for number in range(len(tensors.blocks))], update_info)
-        self.version = MIXED_WEIGHTS
+        self.version = NO_VERSION
         for pack, kernel in zip(plan.packs, kernels[len(plan.copies) :], strict=True):
             pack.module.cpu_linear = kernel
         del kernels
@@ -317,9 +317,14 @@ class WeightStatus:
     weight_transfer_engine: SharedMemoryEngine
 
     def weight_status(self) -> dict[str, Any]:
-        """Version and checksum of this worker's weights and how they came; version -1: an update failed halfway."""
+        """Version (or NO_VERSION) and checksum of this worker's weights and how they came."""
         engine = self.weight_transfer_engine
         return {"version": engine.version, "checksum": engine.checksum, "applied": engine.applied}
+
+    def drop_weights(self) -> int:
+        """The weights will be lost in a sleep: their version from now on."""
+        self.weight_transfer_engine.version = NO_VERSION
+        return NO_VERSION
 
 
 register()  # a worker process imports this module for WeightStatus, before it looks for the backend

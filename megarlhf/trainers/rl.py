@@ -49,6 +49,7 @@ def train(
         first_step=state.step,
         consumed=state.consumed_prompts,
     )
+    first = state.step
     dropped = {"data/prompts_dropped": float(prompts.num_dropped)}
     with saved_on_failure(roles, state):
         with roles.phases.sync():
@@ -70,6 +71,8 @@ def train(
             sinks.phase("sync")
             with roles.phases.sync():
                 metrics |= roles.sync.push(step)
+            if step == first + 1:
+                metrics |= roles.phases.memory()
             metrics |= summary.speed(generated.samples, seconds=time.perf_counter() - started)
             last = step == batch.train_iters or should_stop()
             if last or (logging.eval_interval and step % logging.eval_interval == 0):
@@ -79,7 +82,7 @@ def train(
             # Logged first: a run killed in between continues from the checkpoint before, and logs this step again.
             if last or (logging.save_interval and step % logging.save_interval == 0):
                 sinks.phase("save")
-                with roles.phases.train(), timers("save"):
+                with roles.phases.checkpoint(), timers("save"):
                     roles.checkpoint.save(step, state.to_json())
             if last:
                 return

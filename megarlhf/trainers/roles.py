@@ -129,13 +129,19 @@ class Phases(Protocol):
         """The inference engines have the devices."""
 
     def train(self) -> AbstractContextManager[None]:
-        """The training roles have the devices."""
+        """The training roles have the devices; a sync comes before the next rollout."""
 
     def sync(self) -> AbstractContextManager[None]:
-        """Both are awake, to move weights."""
+        """The weights of actor and engines are awake, to be moved."""
+
+    def checkpoint(self) -> AbstractContextManager[None]:
+        """The training roles are awake, to be saved; the engines keep their weights."""
 
     def rescue(self) -> AbstractContextManager[None]:
-        """The run is failing: the inference engines are ended, and the training roles have the devices."""
+        """The run is failing: the inference engines are ended, and the training roles are awake, to be saved."""
+
+    def memory(self) -> dict[str, float]:
+        """Metrics: the most that each part of each training role has held on a device."""
 
 
 class CheckpointRole(Protocol):

@@ -1,4 +1,4 @@
-"""Phases, weight sync, dealing, merging and checkpoints over groups that note the order of calls."""
+"""Weight sync, dealing, merging and checkpoints over groups that note the order of calls."""
 
 import json
 import random
@@ -10,83 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.cluster.resource_manager import ResourceManager
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync, TrainingGroup, _merge
 from megarlhf.data.shared_tensors import checksum
 from megarlhf.data.types import Sample, TrainingRow
-from megarlhf.metrics.timers import Timers
 from tests.cluster.recorded_groups import RecordedGroup, makes_directory
 from tests.trainers.plain_roles import make_prompts
 
 Log = list[tuple[str, str, tuple[Any, ...]]]
 
 
-def manager(log: Log, *, colocated: bool) -> ResourceManager:
-    groups = [RecordedGroup(role, log) for role in ("actor", "critic", "rollout")]
-    return ResourceManager(groups[:2], groups[2], Timers(), colocated=colocated)
-
-
 def calls(log: Log) -> list[str]:
     return [f"{role} {method}" for role, method, _ in log]
-
-
-SLEEPS, WAKES = ["actor sleep", "critic sleep"], ["actor wake", "critic wake"]
-
-
-def test_who_leaves_sleeps_before_who_comes_wakes() -> None:
-    log: Log = []
-    phases = manager(log, colocated=True)
-    with phases.sync():
-        assert calls(log) == [], "all are awake at the start"
-    with phases.rollout():
-        assert calls(log) == SLEEPS
-    log.clear()
-    with phases.train():
-        assert calls(log) == ["rollout sleep", *WAKES]
-    log.clear()
-    with phases.rollout():
-        assert calls(log) == [*SLEEPS, "rollout wake"]
-    log.clear()
-    with phases.sync():
-        assert calls(log) == WAKES, "nobody sleeps while weights move"
-    log.clear()
-    with phases.sync(), phases.sync():
-        assert calls(log) == []
-
-
-def test_a_phase_inside_another_has_the_devices_and_nothing_is_given_twice() -> None:
-    log: Log = []
-    phases = manager(log, colocated=True)
-    with phases.train():
-        with phases.rollout():
-            assert calls(log) == ["rollout sleep", *SLEEPS, "rollout wake"]
-        log.clear()
-        with phases.rollout():
-            assert calls(log) == []
-    with phases.train():
-        assert calls(log) == ["rollout sleep", *WAKES]
-
-
-def test_disjoint_roles_never_sleep() -> None:
-    log: Log = []
-    phases = manager(log, colocated=False)
-    for phase in (phases.rollout, phases.train, phases.sync, phases.rollout):
-        with phase():
-            pass
-    assert calls(log) == []
-
-
-@pytest.mark.parametrize("colocated", [True, False])
-def test_a_rescue_ends_the_engines_and_asks_them_nothing_more(colocated: bool) -> None:
-    log: Log = []
-    phases = manager(log, colocated=colocated)
-    with phases.rollout():
-        log.clear()
-    with phases.rescue():
-        assert calls(log) == ["rollout kill", *(WAKES if colocated else [])]
-    log.clear()
-    with phases.train():
-        assert calls(log) == []
 
 
 def syncing(log: Log, answer: Callable[[int, tuple[Any, ...]], dict[str, Any]]) -> SharedMemorySync:

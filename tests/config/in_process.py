@@ -63,6 +63,8 @@ class FakeDDP:
 
     def __init__(self, config: Any, ddp: Any, chunk: Any, *, disable_bucketing: bool) -> None:
         self.ddp, self.chunk, self.no_sync = ddp, chunk, contextlib.nullcontext
+        self.buffers: list[Any] = []
+        self.expert_parallel_buffers: list[Any] = []
 
     def zero_grad_buffer(self) -> None: ...
 
@@ -74,6 +76,7 @@ class FakeOptimizer:
 
     def __init__(self, config: Any, chunks: Sequence[Any]) -> None:
         self.config, self.rates, self._chunks = config, [], chunks
+        self.chained_optimizers: list[Any] = []
         self.param_groups: list[dict[str, Any]] = [{"lr": 0.0, "weight_decay": 0.0}]
 
     def step(self) -> None:

@@ -232,9 +232,37 @@ def test_an_engine_that_knows_no_memory_says_so(engine: RolloutEngine) -> None:
     assert engine.weight_version == version
 
 
-def test_sleep_and_wake_leave_a_cpu_engine_as_it_is(engine: RolloutEngine) -> None:
+def test_an_engine_wakes_part_by_part_for_an_update(engine: RolloutEngine, model_dir: Path, way: str) -> None:
+    """The same calls as on a GPU, where each of them frees or takes memory."""
+    model = perturbed(model_dir, seed=7)
+    shared = SharedModel(model, cut=way == "cut")
+    engine.connect_weights(shared.blocks)
+    engine.sleep(keep_weights=False)
+    assert engine.info()["weight_status"][0]["version"] == engine.weight_version == -1
+    with pytest.raises(RuntimeError, match="the engine sleeps"):
+        engine.generate(PROMPTS, **OPTIONS)
+    engine.wake(["weights"])
+    update(engine, shared, 13)
+    with pytest.raises(RuntimeError, match="the engine sleeps"):
+        engine.generate(PROMPTS, **OPTIONS)
+    engine.wake(["kv_cache"])
+    samples = engine.generate(PROMPTS, **OPTIONS)
+    assert {s.weight_version for s in samples} == {13}
+    assert worst_difference(model, samples) < 1e-4
+
+
+def test_an_engine_keeps_its_weights_in_a_sleep_or_refuses_to_answer(engine: RolloutEngine, model_dir: Path) -> None:
+    shared = SharedModel(perturbed(model_dir, seed=8))
+    engine.connect_weights(shared.blocks)
+    update(engine, shared, 14)
     before = [s.response_ids for s in engine.generate(PROMPTS, **OPTIONS)]
-    engine.sleep()
-    engine.wake()
+    engine.sleep(keep_weights=True)
+    engine.wake(["weights", "kv_cache"])
+    samples = engine.generate(PROMPTS, **OPTIONS)
+    assert [s.response_ids for s in samples] == before and {s.weight_version for s in samples} == {14}
+    engine.sleep(keep_weights=False)
+    engine.wake(["weights", "kv_cache"])
+    with pytest.raises(RuntimeError, match="the weights are dropped"):
+        engine.generate(PROMPTS, **OPTIONS)
+    update(engine, shared, 15)
     assert [s.response_ids for s in engine.generate(PROMPTS, **OPTIONS)] == before
-    assert engine.info()["weight_version"] == engine.weight_version

@@ -113,9 +113,15 @@ class PlainRoles:
     def sync(self) -> Any:
         return self._enter("sync")
 
+    def checkpoint(self) -> Any:
+        return self._enter("checkpoint")
+
     def rescue(self) -> Any:
         self.events.append("rescue")
-        return self._enter("train")
+        return self._enter("checkpoint")
+
+    def memory(self) -> dict[str, float]:
+        return {"memory/actor/parameters_gib": 0.5}
 
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         assert self.phase == "rollout"
@@ -157,7 +163,7 @@ class PlainRoles:
         return {"sync/version": float(version)}
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
-        assert self.phase == "train", "weights are on the device in this phase alone"
+        assert self.phase == "checkpoint", "what is saved is on the device, and the engines keep their weights"
         self.events.append(f"save {step}")
         self.last_saved = step
         self.saved[step] = run_state
