@@ -53,6 +53,7 @@ class FakeLLM:
         self.parameters: list[Any] = []
         self._status: dict[str, Any] = {}
         self.given_weights: list[dict[str, Any]] = []
+        self.llm_engine = types.SimpleNamespace(is_sleeping=lambda: False)
 
     def generate(self, inputs: Sequence[Any], parameters: Sequence[Any], *, use_tqdm: bool) -> list[Any]:
         self.parameters.append(parameters)
@@ -78,15 +79,15 @@ class FakeLLM:
 
     def finish_weight_update(self) -> None: ...
 
-    def collective_rpc(self, name: str) -> list[dict[str, Any]]:
-        return [self._status]
+    def collective_rpc(self, name: str) -> list[Any]:
+        return [self._status] if name == "weight_status" else [-1]
 
     def reset_prefix_cache(self) -> bool:
         return True
 
     def sleep(self, *, level: int) -> None: ...
 
-    def wake_up(self) -> None: ...
+    def wake_up(self, *, tags: list[str]) -> None: ...
 
 
 def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
@@ -119,6 +120,7 @@ def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         patch.setattr(module, name, value)
     patch.setattr(serialization, "register_tensors", lambda: None)
     patch.setattr(device, "freeze_garbage_collector", lambda: None)
+    patch.setattr(device, "release_memory", lambda: None)
     patch.setenv("RAY_AUTH_TOKEN", "none")
 
 

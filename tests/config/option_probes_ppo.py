@@ -128,7 +128,7 @@ CLUSTER = {
     "vllm_tensor_parallel_size": Probe(value=2, seen=llm("tensor_parallel_size")),
     "ray_address": Probe(value="ray://10.1.2.3:4", seen=given("ray.init", "address")),
     "start_timeout_seconds": Probe(value=71.0, seen=lambda t: (t.waits[0], round(t.waits[1])), expected=(71.0, 71)),
-    "phase_timeout_seconds": Probe(value=1717.0, seen=lambda t: {round(wait) for wait in t.waits[5:]}, expected={1717}),
+    "phase_timeout_seconds": Probe(value=1717.0, seen=lambda t: {round(wait) for wait in t.waits[7:]}, expected={1717}),
 }
 
 BATCH = {
