@@ -189,7 +189,7 @@ def micro_batch(tokens: list[Token], garbage: float) -> tuple[dict[str, Tensor],
         target_mask=mask,
         fields=line,
         row_ids=torch.where(mask, 0, -1),
-        places=TargetPlaces(positions=none, indices=none, rows=none),
+        places=TargetPlaces(rows=none, positions=none, starts=none, lengths=none),
     )
     return outputs, batch
 
