@@ -44,6 +44,7 @@ class Block:
     length: int  # numbers
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
+    position: int = 0  # of the block's tensors among all: readers take tensors in this order, in equal places as listed
 
     @property
     def num_bytes(self) -> int:
@@ -142,7 +143,7 @@ def copies_in(region: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def describe_block(tensor: Tensor, pieces: Sequence[Piece]) -> Block:
+def describe_block(tensor: Tensor, pieces: Sequence[Piece], *, position: int = 0) -> Block:
     """A contiguous tensor that lies in shared memory, as other processes find it."""
     assert tensor.is_contiguous() and _is_shared(tensor)
     descriptor, _ = tensor.untyped_storage()._share_fd_cpu_()  # the storage's own; it stays open as long as that lives
@@ -152,6 +153,7 @@ def describe_block(tensor: Tensor, pieces: Sequence[Piece]) -> Block:
         length=tensor.numel(),
         dtype=tensor.dtype,
         pieces=tuple(pieces),
+        position=position,
     )
 
 
@@ -172,7 +174,7 @@ class SharedTensors:
         ]
         self._bytes = [bytes_of(memory) for memory in self._memory]
         self._pieces: dict[str, list[tuple[int, Piece]]] = {}  # with the number of their block
-        for number, block in enumerate(blocks):
+        for number, block in sorted(enumerate(blocks), key=lambda entry: entry[1].position):
             for piece in block.pieces:
                 self._pieces.setdefault(piece.name, []).append((number, piece))
         for name, parts in self._pieces.items():
@@ -184,7 +186,7 @@ class SharedTensors:
 
     @property
     def names(self) -> list[str]:
-        """Tensor names in the order of the blocks."""
+        """Tensor names, in the order of their blocks' positions."""
         return list(self._pieces)
 
     def shape(self, name: str) -> tuple[int, ...]:

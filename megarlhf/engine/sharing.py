@@ -50,8 +50,10 @@ class SharedWeights:
             move_to_shared_memory(data, pools)
         self._shared: list[Tensor] = [t.data for t in data] if self._on_cpu else shared_copies(data)
         self._bytes = [bytes_of(shared) for shared in self._shared]
+        places = {name: place for place, name in enumerate(engine.weights.hf_names())}
         self.blocks: list[Block] = [
-            describe_block(shared, held) for shared, (_, held) in zip(self._shared, pieces, strict=True)
+            describe_block(shared, held, position=places[held[0].name])
+            for shared, (_, held) in zip(self._shared, pieces, strict=True)
         ]
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ weight sync and the converters all read the same table, so the two directions ca
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import groupby
 from typing import Any, Literal
 
 from megarlhf.models.hf_files import HFConfig
@@ -123,8 +124,9 @@ class ArchSpec:
                 for layer, experts in enumerate(has_experts):
                     yield from (w.at(layer=layer) for w in present(self.layer_weights))
                     parts = present(self.moe_weights if experts else self.dense_weights)
-                    for part in (w.at(layer=layer) for w in parts):
-                        yield from (part.at(expert=e) for e in range(num_experts)) if part.expert else (part,)
+                    for by_expert, group in groupby((w.at(layer=layer) for w in parts), key=lambda w: w.expert):
+                        own = list(group)
+                        yield from (w.at(expert=e) for e in range(num_experts) for w in own) if by_expert else own
             yield weight
         if head == "value":
             yield VALUE_HEAD

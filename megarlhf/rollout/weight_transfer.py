@@ -7,7 +7,10 @@ the version and the checksum, and reads while the ranks wait. Two ways lead into
   oneDNN kernel). The new kernels are packed straight from the trainer's memory, or from a copy in the cache where the
   trainer cuts or arranges a weight otherwise, while the checksum is computed from the same cached bytes. They are put
   in place only once the checksum is right. It holds both sets for a moment.
-- loader, everywhere else: vLLM's own layerwise reload, which shards, converts and processes by itself.
+- loader, everywhere else: vLLM's own layerwise reload, which shards, converts and processes by itself. It keeps the
+  tensors of a layer until the last has come, so they come in the order of the trainer's table, layer by layer,
+  whichever rank holds them: it never keeps more than the experts of one layer. Rows that pad a vocabulary never come;
+  `expect_no_padding` says so, or the embedding and the head would be kept to the end.
 
 vLLM 0.32's reload leaves two things wrong on a CPU. The kernel of a tied output head is packed when the model is first
 loaded and never again: `repack_output_heads` does it after every update. Experts' weights are packed at the first load
@@ -137,6 +140,14 @@ def forget_expert_kernels(model: nn.Module) -> None:
             method: Any = getattr(module, "quant_method", None)
             if isinstance(method, UnquantizedFusedMoEMethod):
                 method.moe_kernel = None
+
+
+def expect_no_padding(model: nn.Module) -> None:
+    """Let a reload that has begun count an embedding or head as complete without the rows that pad its vocabulary."""
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding):
+            weight: Any = module.weight
+            weight.weight_loader_numel = module.shard_indices.num_org_elements * weight.shape[1]
 
 
 def _fused_names(model: nn.Module, module_name: str, parameter_name: str) -> list[str]:
@@ -281,6 +292,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         load_weights: Any = self.model.load_weights
         forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
+        expect_no_padding(self.model)
         try:
             loaded = load_weights((name, tensors.read(name)) for name in tensors.names)
         finally:

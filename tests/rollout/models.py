@@ -14,9 +14,10 @@ from megarlhf.data.types import Prompt, Sample
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 
-def make_engine_model(directory: Path, *, family: str = "llama", tied: bool = True) -> Path:
+def make_engine_model(directory: Path, *, family: str = "llama", tied: bool = True, num_layers: int = 2) -> Path:
     """A tiny model whose tokens are the words t0, t1, ...; head_dim 32, which vLLM's CPU attention needs."""
-    make_model(directory, family=family, tied=tied, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    sizes = {"num_hidden_layers": num_layers, "num_attention_heads": 2, "num_key_value_heads": 2}
+    make_model(directory, family=family, tied=tied, **sizes)
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB_SIZE)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t2").save_pretrained(directory)
     return directory
