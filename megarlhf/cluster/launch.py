@@ -17,7 +17,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.resource_manager import ResourceManager
-from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync, TrainingGroup
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
+from megarlhf.cluster.weight_sync import weight_sync
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.metrics.timers import Timers
@@ -103,7 +104,11 @@ def start(
                 reward=reward,
                 actor=training_group("actor"),
                 critic=training_group("critic") if "critic" in groups else None,
-                sync=SharedMemorySync(groups["actor"], groups["rollout"]),
+                sync=weight_sync(
+                    groups["actor"],
+                    groups["rollout"],
+                    nodes={worker.node for role in ("actor", "rollout") for worker in plan.of(role)},
+                ),
                 checkpoint=checkpoints,
             ),
             phases=phases,

@@ -13,7 +13,6 @@ from megarlhf.algos.kl import KLEstimator
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import Place
 from megarlhf.data.dealing import Deal, PackingOptions
-from megarlhf.data.shared_tensors import checksum
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
 from megarlhf.engine import checkpoint_files
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
@@ -123,33 +122,6 @@ class RolloutGroup:
             for sample_id, text in enumerate(group.texts)
         ]
         return Rollout(samples=samples, tokens=tuple(found[group_id][1] for group_id in range(len(prompts))))
-
-
-class SharedMemorySync:
-    """Weights are read where the actor's ranks hold them: in shared memory, from the first sync on."""
-
-    def __init__(self, actor: WorkerGroup, rollout: WorkerGroup) -> None:
-        self.actor, self.rollout = actor, rollout
-        self._num_bytes = 0
-
-    def push(self, version: int) -> dict[str, float]:
-        """See WeightSyncRole.
-
-        Raises:
-            RuntimeError: an engine reports another version or checksum than was sent.
-        """
-        if not self._num_bytes:
-            blocks = [block for part in self.actor.call("share_weights") for block in part]
-            self.rollout.call("connect_weights", blocks)
-            self._num_bytes = sum(block.num_bytes for block in blocks)
-        sent = checksum(digest for part in self.actor.call("refresh_shared_weights") for digest in part)
-        for engine, reply in enumerate(self.rollout.call("update_weights", version, sent)):
-            if (reply["version"], reply["checksum"]) != (version, sent):
-                raise RuntimeError(
-                    f"rollout engine {engine} holds weights version {reply['version']} with checksum "
-                    f"{reply['checksum']}; version {version} with {sent} was sent"
-                )
-        return {"sync/version": float(version), "sync/bytes": float(self._num_bytes)}
 
 
 class CheckpointGroup:

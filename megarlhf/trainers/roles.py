@@ -116,10 +116,28 @@ class CriticRole(TrainingRole, Protocol):
 
 
 class WeightSyncRole(Protocol):
-    """Brings the actor's weights to the inference engines."""
+    """Brings the actor's weights to the inference engines; the loop does not know how.
+
+    What every transport keeps:
+
+    - All weights have a version. Samples carry the version that generated them, and the loop refuses any other.
+    - A checksum covers all of them. The trainer computes it where it holds them, each engine from what it has received,
+      and an engine whose checksum differs raises; one that is left with a mixture of versions refuses to generate.
+    - `push` returns only when every engine has reported back the version and the checksum that were sent.
+    - Tensors have Hugging Face names and come in the order of the architecture's table, layer by layer.
+    """
 
     def push(self, version: int) -> dict[str, float]:
-        """Move, verify, and return metrics; the engines answer with this version from now on."""
+        """Move the weights as they are now; the engines answer with this version from now on.
+
+        Args:
+            version: the last finished step, 0 before the first.
+        Returns:
+            Metrics: sync/version and sync/bytes, the bytes of all weights.
+        Raises:
+            RuntimeError: an engine reports another version or checksum.
+            RoleFailedError: a process died, or refused what it was sent.
+        """
 
 
 class Phases(Protocol):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync, TrainingGroup, _merge
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
+from megarlhf.cluster.weight_sync import SharedMemorySync
 from megarlhf.data.shared_tensors import checksum
 from megarlhf.data.types import Sample, TrainingRow
 from tests.cluster.recorded_groups import RecordedGroup, makes_directory

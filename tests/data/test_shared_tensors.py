@@ -70,6 +70,17 @@ def test_interleaved_parts_are_put_together() -> None:
     assert tensors.joined(["k"]) is None and tensors.joined(["q", "k"]) is None
 
 
+def test_tensors_are_named_by_position_and_digested_as_listed() -> None:
+    values = [torch.full((2,), float(i)) for i in range(4)]
+    blocks = [
+        replace(shared(v, [whole_piece(n, v)]), position=p)
+        for v, n, p in zip(values, "dbac", (7, 1, 0, 1), strict=True)
+    ]
+    tensors = SharedTensors(blocks)
+    assert tensors.names == ["a", "b", "c", "d"]  # in equal places as listed
+    assert [tensors.digest(number) for number in range(4)] == [digest(bytes_of(value)) for value in values]
+
+
 def test_parts_in_several_blocks_and_columns() -> None:
     whole = torch.randn(6, 4)
     columns = [whole[:, :2].contiguous(), whole[:, 2:].contiguous()]
