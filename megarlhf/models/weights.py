@@ -18,7 +18,7 @@ from megarlhf.models.families import head_dim
 from megarlhf.models.hf_files import HFConfig, HFWeights
 from megarlhf.models.names import is_tied, model_maps, model_shapes
 from megarlhf.models.shards import AttentionShape, Shard, shards_of
-from megarlhf.parallel.groups import Ranks
+from megarlhf.parallel.groups import Ranks, gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,33 +156,53 @@ class ModelWeights:
 
     @torch.no_grad()
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole HF tensors one after another, equal on every rank; every rank must iterate to the end.
+        """Whole HF tensors one after another, in the table's order, on rank 0 of the world; nothing on other ranks.
 
-        For transports that take a stream of tensors. Each is summed over the ranks that hold its parts: tensor and
-        pipeline ranks, for experts the expert-parallel ones as well.
+        For transports that take a stream of tensors. Each number is sent once, by the rank that hands it out, and no
+        rank holds more than one tensor and its parts beside its weights. All ranks iterate, and to the end: a rank
+        that stops leaves the others waiting.
         """
-        from megatron.core import parallel_state as mpu
+        own = {
+            shard.hf_name: shard
+            for bound in self.handed_out()
+            for shard in self.shards(bound, bound.param.data)
+            if shard.view.numel()
+        }
+        parts: dict[str, dict[int, _Part]] = {}
+        for rank, held in enumerate(gathered({name: (s.index, s.view.dtype) for name, s in own.items()})):
+            for name, part in held.items():
+                parts.setdefault(name, {})[rank] = part
+        for name, shape in self.hf_shapes.items():
+            if self.ranks.world_rank == 0:
+                yield name, _received(shape, parts[name], own.get(name), device=self.bound[0].param.device)
+            elif name in own:
+                _exchange([dist.P2POp(dist.isend, own[name].view.contiguous(), 0)])
 
-        dtype = next(bound.param.dtype for bound in self.bound if not bound.weight.buffer)
-        device = self.bound[0].param.device
-        by_hf = {bound.weight.hf: bound for bound in self.bound if bound.exported}
-        shapes = self.hf_shapes
-        for weight in self._maps:
-            bound = by_hf.get(weight.hf)
-            shards = self.shards(bound, bound.param.data) if bound is not None else []
-            for position, name in enumerate(weight.hf):
-                whole = torch.zeros(shapes[name], dtype=torch.float32 if weight.buffer else dtype, device=device)
-                owner = bound is not None and (weight.split is not Split.REPLICATED or self.ranks.tp_rank == 0)
-                if owner and shards[position].view.numel():
-                    shards[position].emit(whole)
-                # Parts do not overlap, so the sum of bytes over their holders is the whole tensor, bit for bit.
-                holders = (
-                    mpu.get_expert_tensor_model_pipeline_parallel_group()
-                    if weight.expert
-                    else mpu.get_model_parallel_group()
-                )
-                dist.all_reduce(whole.view(torch.uint8), group=holders)
-                yield name, whole
+
+_Part = tuple[tuple[slice, ...], torch.dtype]  # place in the HF tensor, and the type of its numbers
+
+
+def _received(shape: tuple[int, ...], parts: Mapping[int, _Part], own: Shard | None, *, device: torch.device) -> Tensor:
+    """Rank 0's side: a whole tensor of the parts that ranks hold, `own` being rank 0's."""
+    (dtype,) = {dtype for _, dtype in parts.values()}
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    places = {rank: whole[index] for rank, (index, _) in parts.items()}
+    assert sum(place.numel() for place in places.values()) == whole.numel(), "each number is handed out once"
+    if own is not None:
+        own.emit(whole)
+    others = {rank: place for rank, place in places.items() if rank != 0}
+    buffers = {rank: place.contiguous() for rank, place in others.items()}  # the place itself where it is contiguous
+    _exchange([dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in buffers.items()])
+    for rank, place in others.items():
+        if buffers[rank] is not place:
+            place.copy_(buffers[rank])
+    return whole
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    """Send and receive, and wait for all; one communicator of the whole world carries them where that is NCCL's."""
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait()
 
 
 def attention_shape(hf: HFConfig) -> AttentionShape:

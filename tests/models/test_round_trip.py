@@ -1,6 +1,9 @@
 """HF -> Megatron -> HF changes no bit, in any layout."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,15 +31,24 @@ ALL_LAYOUTS = DENSE | MOE | LATENT
 Tensors = dict[str, bytes]
 
 
-def round_trips(
-    rank: int, world_size: int, init_method: str, layout: Layout, sources: list[Path]
-) -> list[tuple[Tensors, Tensors]]:
+@dataclass(frozen=True, kw_only=True)
+class Trip:
+    """What one rank has done with a model."""
+
+    streamed: Tensors  # by iter_hf_weights
+    order: list[str]  # of the table
+    shared: Tensors  # as read from all ranks' memory
+    sent_bytes: int  # of the stream
+    held_bytes: int  # handed out by this rank
+
+
+def round_trips(rank: int, world_size: int, init_method: str, layout: Layout, sources: list[Path]) -> list[Trip]:
     """Load each model, write a file from every rank, stream the weights, and read them from the ranks' memory."""
     with world(layout, rank, init_method):
         return [round_trip(rank, layout, source) for source in sources]
 
 
-def round_trip(rank: int, layout: Layout, source: Path) -> tuple[Tensors, Tensors]:
+def round_trip(rank: int, layout: Layout, source: Path) -> Trip:
     import torch.distributed as dist
 
     engine, target = build(layout, source, optimizer=False), source / "out.safetensors"
@@ -44,8 +56,24 @@ def round_trip(rank: int, layout: Layout, source: Path) -> tuple[Tensors, Tensor
         TensorFile.create(target, engine.weights.tensor_specs(engine.source_dtypes)).close()
     dist.barrier()
     engine.weights.write(TensorFile.open(target, writable=True))
-    stream = {name: tensor.numpy().tobytes() for name, tensor in engine.weights.iter_hf_weights()}
-    return stream, {name: tensor.numpy().tobytes() for name, tensor in read_shared(SharedWeights(engine)).items()}
+    sent_bytes, exchange = 0, dist.batch_isend_irecv
+
+    def counted(operations: list[dist.P2POp]) -> Any:
+        nonlocal sent_bytes
+        sent_bytes += sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return exchange(operations)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", counted)
+        streamed = {name: tensor.numpy().tobytes() for name, tensor in engine.weights.iter_hf_weights()}
+    shared = SharedWeights(engine)
+    return Trip(
+        streamed=streamed,
+        order=engine.weights.hf_names(),
+        shared={name: tensor.numpy().tobytes() for name, tensor in read_shared(shared).items()},
+        sent_bytes=sent_bytes,
+        held_bytes=sum(math.prod(p.size) * b.dtype.itemsize for b in shared.blocks for p in b.pieces),
+    )
 
 
 class RoundTrips:
@@ -53,14 +81,14 @@ class RoundTrips:
 
     def __init__(self, ranks: RankPool, root: Path) -> None:
         self._ranks, self._root = ranks, root
-        self._found: dict[str, dict[tuple[str, bool], list[tuple[Tensors, Tensors]]]] = {}
+        self._found: dict[str, dict[tuple[str, bool], list[Trip]]] = {}
 
     def directory(self, family: str, tied: bool, name: str) -> Path:
         """Where the model lies, and what the ranks have written of it."""
         return self._root / f"{family}-{tied}-{name}"
 
-    def found(self, family: str, tied: bool, name: str) -> list[tuple[Tensors, Tensors]]:
-        """By rank what it has streamed and shared."""
+    def found(self, family: str, tied: bool, name: str) -> list[Trip]:
+        """By rank."""
         if name not in self._found:
             models = [(family, tied) for family, tied, layout in CASES if layout == name]
             sources = [
@@ -80,8 +108,12 @@ def trips(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> RoundTri
 def test_round_trip_is_bit_exact(trips: RoundTrips, family: str, tied: bool, name: str) -> None:
     found, directory = trips.found(family, tied, name), trips.directory(family, tied, name)
     expected, written = load_file(directory / "model.safetensors"), load_file(directory / "out.safetensors")
-    assert all(set(names) == set(expected) for names in (written, *(shared for _, shared in found)))
+    assert all(set(names) == set(expected) for names in (written, *(trip.shared for trip in found)))
     for tensor_name, tensor in expected.items():
         assert torch.equal(written[tensor_name], tensor), tensor_name
-        for stream, shared in found:
-            assert stream[tensor_name] == shared[tensor_name] == tensor.numpy().tobytes(), tensor_name
+        assert found[0].streamed[tensor_name] == tensor.numpy().tobytes(), tensor_name
+        assert all(trip.shared[tensor_name] == tensor.numpy().tobytes() for trip in found), tensor_name
+    first, *others = found
+    assert list(first.streamed) == first.order and first.sent_bytes == 0
+    assert all(not trip.streamed and trip.sent_bytes == trip.held_bytes > 0 for trip in others), "each number once"
+    assert sum(trip.held_bytes for trip in found) == sum(tensor.nbytes for tensor in expected.values())
