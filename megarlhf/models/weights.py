@@ -160,7 +160,7 @@ class ModelWeights:
 
         For transports that take a stream of tensors. Each number is sent once, by the rank that hands it out, and no
         rank holds more than one tensor and its parts beside its weights. All ranks iterate, and to the end: a rank
-        that stops leaves the others waiting.
+        that stops leaves the others waiting. The caller settles the engine before.
         """
         own = {
             shard.hf_name: shard
