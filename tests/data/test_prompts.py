@@ -37,8 +37,9 @@ def test_plain_text_gets_bos_but_no_eos(write_jsonl: Write, tokenizer: PreTraine
     data = load(write_jsonl([{"input": "ab", "label": 7}, {"input": "<s>c"}]), tokenizer)
     first, second = data.prompts
     assert (first.index, first.text, first.label) == (0, "ab", 7)
-    assert tokenizer.convert_ids_to_tokens(list(first.token_ids)) == ["<s>", "a", "b"]
-    assert tokenizer.convert_ids_to_tokens(list(second.token_ids)) == ["<s>", "c"]
+    assert tokenizer.convert_ids_to_tokens(first.token_ids.tolist()) == ["<s>", "a", "b"]
+    assert tokenizer.convert_ids_to_tokens(second.token_ids.tolist()) == ["<s>", "c"]
+    assert first.token_ids.dtype == np.int32
     assert second.label is None
 
 
@@ -51,7 +52,7 @@ def test_input_template_and_chat_template(write_jsonl: Write, tokenizer: PreTrai
         "<s><|user|>x</s>\n<|assistant|>",
         "<s><|user|>{y}</s>\n<|assistant|>",
     ]
-    assert Counter(chat[0].token_ids)[0] == 1, "one BOS, the template's own"
+    assert Counter(chat[0].token_ids.tolist())[0] == 1, "one BOS, the template's own"
 
 
 def test_long_prompts_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,11 +4,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.sft import SFTData, load_sft_rows
-from megarlhf.data.types import TrainingRow
+from megarlhf.data.types import TrainingRows
 
 Write = Callable[[list[Any]], str]
 
@@ -26,39 +27,47 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> SFTDa
     return load_sft_rows(path, tokenizer, **(settings | changes))
 
 
-def split(tokenizer: PreTrainedTokenizerBase, row: TrainingRow) -> tuple[list[str], list[str]]:
-    tokens = tokenizer.convert_ids_to_tokens(list(row.input_ids))
-    return tokens[: row.prompt_length], tokens[row.prompt_length :]
+def split(tokenizer: PreTrainedTokenizerBase, rows: TrainingRows) -> list[tuple[list[str], list[str]]]:
+    """Prompt and targets of each row."""
+    found, tokens = [], tokenizer.convert_ids_to_tokens(rows.input_ids.tolist())
+    for length, prompt_length in zip(rows.lengths.tolist(), rows.prompt_lengths.tolist(), strict=True):
+        found.append((tokens[:prompt_length], tokens[prompt_length:length]))
+        tokens = tokens[length:]
+    assert not tokens, "every token is a row's"
+    return found
 
 
 def test_loss_is_on_the_answer_and_one_eos(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_jsonl([{"input": "ab", "output": "cd"}, {"input": "a", "output": "d</s></s>"}])
-    first, second = load(path, tokenizer, input_template="{}:").rows
-    assert split(tokenizer, first) == (["<s>", "a", "b", ":"], ["c", "d", "</s>"])
-    assert split(tokenizer, second) == (["<s>", "a", ":"], ["d", "</s>"])
-    assert (first.group_id, second.group_id, first.fields) == (0, 1, {})
+    rows = load(path, tokenizer, input_template="{}:").rows
+    assert split(tokenizer, rows) == [
+        (["<s>", "a", "b", ":"], ["c", "d", "</s>"]),
+        (["<s>", "a", ":"], ["d", "</s>"]),
+    ]
+    assert (rows.unit_ids.tolist(), rows.loss_mask, rows.fields, rows.scalars) == ([0, 1], None, {}, {})
+    assert rows.input_ids.dtype == np.int32
 
 
 def test_prompt_tokens_are_those_of_the_prompt_alone(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     """As one text " P" is one token; generation starts after the prompt's own space."""
     path = write_jsonl([{"input": "A: ", "output": "P"}, {"input": "A:", "output": " P"}])
-    apart, joint = load(path, tokenizer).rows
-    assert split(tokenizer, apart) == (["<s>", "A", ":", "Ġ"], ["P", "</s>"])
-    assert split(tokenizer, joint) == (["<s>", "A", ":"], ["ĠP", "</s>"])
+    apart, joint = split(tokenizer, load(path, tokenizer).rows)
+    assert apart == (["<s>", "A", ":", "Ġ"], ["P", "</s>"])
+    assert joint == (["<s>", "A", ":"], ["ĠP", "</s>"])
 
 
 def test_chat_with_an_output_column(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     answer = [{"role": "assistant", "content": "b"}]
     path = write_jsonl([{"input": "a", "output": "b"}, {"input": [{"role": "user", "content": "a"}], "output": answer}])
-    for row in load(path, tokenizer, apply_chat_template=True).rows:
-        assert split(tokenizer, row) == (["<s>", "<|user|>", "a", "</s>", "Ċ", "<|assistant|>"], ["b", "</s>"])
+    rows = split(tokenizer, load(path, tokenizer, apply_chat_template=True).rows)
+    assert rows == [(["<s>", "<|user|>", "a", "</s>", "Ċ", "<|assistant|>"], ["b", "</s>"])] * 2
 
 
 def test_whole_chat_trains_its_last_turn(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     chat = [{"role": role, "content": content} for role, content in turns]
     data = load(write_jsonl([{"input": chat}]), tokenizer, output_key=None, apply_chat_template=True)
-    prompt, response = split(tokenizer, data.rows[0])
+    ((prompt, response),) = split(tokenizer, data.rows)
     assert response == ["d", "</s>"]
     assert "b" in prompt
     assert prompt[-3:] == ["</s>", "Ċ", "<|assistant|>"]
@@ -68,16 +77,17 @@ def test_pretrain_mode_trains_everything_after_the_first_token(
     write_jsonl: Write, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     path = write_jsonl([{"input": "ab", "output": "c"}])
-    row = load(path, tokenizer, pretrain_mode=True).rows[0]
-    assert split(tokenizer, row) == (["<s>"], ["a", "b", "c", "</s>"])
-    row = load(path, tokenizer, pretrain_mode=True, output_key=None).rows[0]
-    assert split(tokenizer, row) == (["<s>"], ["a", "b", "</s>"])
+    rows = load(path, tokenizer, pretrain_mode=True).rows
+    assert split(tokenizer, rows) == [(["<s>"], ["a", "b", "c", "</s>"])]
+    rows = load(path, tokenizer, pretrain_mode=True, output_key=None).rows
+    assert split(tokenizer, rows) == [(["<s>"], ["a", "b", "</s>"])]
 
 
 def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_jsonl([{"input": "a", "output": "b" * length} for length in (1, 3, 2)])
     data = load(path, tokenizer, max_len=5)  # BOS, a, answer, EOS: 4, 6, 5 tokens
-    assert ([row.group_id for row in data.rows], data.num_dropped) == ([0, 2], 1)
+    kept = [(["<s>", "a"], ["b", "</s>"]), (["<s>", "a"], ["b", "b", "</s>"])]
+    assert (split(tokenizer, data.rows), data.num_dropped) == (kept, 1)
     assert len(load(path, tokenizer, max_samples=1).rows) == 1
     with pytest.raises(ValueError, match="max_len=3 drops all 3 rows .* 4 tokens"):
         load(path, tokenizer, max_len=3)

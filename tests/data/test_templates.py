@@ -89,7 +89,7 @@ def test_text_parts_are_read_as_the_template_can(
         max_samples=None,
     ).rows
     assert (
-        "".join(own.convert_ids_to_tokens(list(rows[0].input_ids))).replace("Ċ", "\n")
+        "".join(own.convert_ids_to_tokens(rows.input_ids.tolist())).replace("Ċ", "\n")
         == f"<|user|>{joined}</s><|assistant|>c</s>"
     )
 

@@ -5,12 +5,13 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.sft import SFTData
-from megarlhf.data.types import Prompt, TrainingRow
+from megarlhf.data.types import Prompt, training_rows
 from tests.data.test_prompts import load as load_prompt_file
 from tests.data.test_sft import load as load_sft_file
 
@@ -18,13 +19,15 @@ Write = Callable[[list[Any]], str]
 
 
 def prompt_data(*rows: tuple[tuple[int, ...], Any]) -> PromptData:
-    prompts = [Prompt(index=i, text="", token_ids=ids, label=label) for i, (ids, label) in enumerate(rows)]
+    prompts = [
+        Prompt(index=i, text="", token_ids=np.array(ids, dtype=np.int32), label=label)
+        for i, (ids, label) in enumerate(rows)
+    ]
     return PromptData(prompts=prompts, num_dropped=0)
 
 
 def sft_data(*rows: tuple[tuple[int, ...], int]) -> SFTData:
-    made = [TrainingRow(input_ids=ids, prompt_length=length, group_id=i) for i, (ids, length) in enumerate(rows)]
-    return SFTData(rows=made, num_dropped=0)
+    return SFTData(rows=training_rows([ids for ids, _ in rows], [length for _, length in rows]), num_dropped=0)
 
 
 def test_digest_is_of_lengths_tokens_and_labels() -> None:

@@ -2,19 +2,20 @@
 
 from typing import Any
 
+import numpy as np
+
 from megarlhf.data.types import Prompt, Sample
 
 
 def samples(*responses: str, label: Any = "7", stop_text: str = "") -> list[Sample]:
     """Samples with these responses and one label."""
-    prompt = Prompt(index=0, text="Q: ", token_ids=(1,), label=label)
+    prompt = Prompt(index=0, text="Q: ", token_ids=np.array([1], dtype=np.int32), label=label)
     return [
         Sample(
             prompt=prompt,
             group_id=0,
             sample_id=index,
-            response_ids=(2,),
-            rollout_log_probs=(0.0,),
+            response_length=1,
             response_text=response,
             stop_text=stop_text,
             finish_reason="stop",
