@@ -1,8 +1,11 @@
-"""Tiny model directories with tokenizers, weights in shared memory, and log-probs by Transformers."""
+"""Tiny model directories with tokenizers, weights in shared memory, single answers, and log-probs by Transformers."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -10,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from megarlhf.data.shared_tensors import Block, Piece, bytes_of, checksum, describe_block, digest, shared_copies
-from megarlhf.data.types import Prompt, Sample
+from megarlhf.data.types import FinishReason, GeneratedGroup, TokenIds
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 
@@ -95,17 +98,56 @@ def _pieces(fused: dict[str, torch.Tensor], parts: dict[str, torch.Tensor], half
     return pieces
 
 
-def transformers_log_probs(model: PreTrainedModel, sample: Sample, temperature: float) -> torch.Tensor:
-    """[num_response_tokens] log-probs of a sample's tokens at this temperature."""
-    prompt = len(sample.prompt.token_ids)
-    tokens = torch.tensor([sample.prompt.token_ids + sample.response_ids])
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One sample of a group, in plain numbers."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    rollout_log_probs: tuple[float, ...]
+    text: str
+    stop_text: str
+    finish_reason: FinishReason
+    weight_version: int
+
+
+def answers(groups: Sequence[GeneratedGroup]) -> list[Answer]:
+    """All samples, group by group; what a group says of itself agrees."""
+    found = []
+    for group in groups:
+        tokens = group.tokens
+        assert tokens is not None and group.lengths.tolist() == tokens.lengths.tolist()
+        assert len(tokens.response_ids) == len(tokens.rollout_log_probs) == tokens.lengths.sum()
+        kinds = (tokens.prompt_ids.dtype, tokens.response_ids.dtype, tokens.rollout_log_probs.dtype)
+        assert kinds == (np.int32, np.int32, np.float32)
+        start = 0
+        columns = (group.lengths.tolist(), group.texts, group.stop_texts, group.finish_reasons)
+        for length, text, stop_text, reason in zip(*columns, strict=True):
+            found.append(
+                Answer(
+                    prompt_ids=tuple(tokens.prompt_ids.tolist()),
+                    response_ids=tuple(tokens.response_ids[start : start + length].tolist()),
+                    rollout_log_probs=tuple(tokens.rollout_log_probs[start : start + length].tolist()),
+                    text=text,
+                    stop_text=stop_text,
+                    finish_reason=reason,
+                    weight_version=group.weight_version,
+                )
+            )
+            start += length
+    return found
+
+
+def transformers_log_probs(model: PreTrainedModel, answer: Answer, temperature: float) -> torch.Tensor:
+    """[num_response_tokens] log-probs of an answer's tokens at this temperature."""
+    prompt = len(answer.prompt_ids)
+    tokens = torch.tensor([answer.prompt_ids + answer.response_ids])
     with torch.no_grad():
         log_probs = (model(tokens).logits[0, prompt - 1 : -1] / temperature).log_softmax(-1)
     return log_probs.gather(-1, tokens[0, prompt:, None])[:, 0]
 
 
-def make_prompts(lengths: list[int]) -> list[Prompt]:
+def make_prompts(lengths: list[int]) -> list[TokenIds]:
     """Prompts of random tokens."""
     generator = torch.Generator().manual_seed(0)
-    tokens = [tuple(torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()) for n in lengths]
-    return [Prompt(index=10 + i, text="", token_ids=ids, label=None) for i, ids in enumerate(tokens)]
+    return [torch.randint(3, VOCAB_SIZE, (n,), generator=generator, dtype=torch.int32).numpy() for n in lengths]

@@ -4,7 +4,7 @@ Importing vLLM and loading the engine takes about 10 seconds.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megarlhf.data.types import Sample
+from megarlhf.data.types import TokenIds
 from megarlhf.rollout import weight_transfer
 from megarlhf.rollout.engine import RolloutEngine, engine_environment
-from tests.rollout.models import SharedModel, make_engine_model, make_prompts, perturbed, transformers_log_probs
+from tests.rollout.models import (
+    Answer,
+    SharedModel,
+    answers,
+    make_engine_model,
+    make_prompts,
+    perturbed,
+    transformers_log_probs,
+)
 
 PROMPTS = make_prompts([5, 40, 70])
 OPTIONS: dict[str, Any] = {
@@ -46,7 +54,12 @@ def engine(model_dir: Path) -> Iterator[RolloutEngine]:
     os.environ.update(environment)
 
 
-def worst_difference(model: torch.nn.Module, samples: list[Sample], temperature: float = 1.0) -> float:
+def generate(engine: RolloutEngine, prompts: Sequence[TokenIds] = PROMPTS, **changes: Any) -> list[Answer]:
+    """All samples, prompt by prompt, with some of OPTIONS changed."""
+    return answers(engine.generate(prompts, **OPTIONS | changes))
+
+
+def worst_difference(model: torch.nn.Module, samples: list[Answer], temperature: float = 1.0) -> float:
     """Largest |log-prob of the engine - log-prob of Transformers| over all tokens."""
     return max(
         float((transformers_log_probs(model, s, temperature) - torch.tensor(s.rollout_log_probs)).abs().max())
@@ -59,42 +72,49 @@ def test_log_probs_are_those_of_the_sampled_distribution(
     engine: RolloutEngine, model_dir: Path, temperature: float
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    samples = engine.generate(PROMPTS, **OPTIONS | {"temperature": temperature})
+    samples = generate(engine, temperature=temperature)
     assert worst_difference(model, samples, temperature) < 1e-4
     assert worst_difference(model, samples, 1.7 - temperature) > 1e-2  # at the other temperature
 
 
 def test_samples_are_ordered_and_complete(engine: RolloutEngine) -> None:
-    samples = engine.generate(PROMPTS, **OPTIONS | {"group_ids": [7, 8, 9]})
-    assert [(s.group_id, s.sample_id) for s in samples] == [(g, i) for g in (7, 8, 9) for i in range(4)]
-    assert [s.prompt for s in samples] == [p for p in PROMPTS for _ in range(4)]
+    groups = engine.generate(PROMPTS, **OPTIONS | {"group_ids": [7, 8, 9]})
+    assert [len(group.lengths) for group in groups] == [4, 4, 4]
+    samples = answers(groups)
+    assert [s.prompt_ids for s in samples] == [tuple(p.tolist()) for p in PROMPTS for _ in range(4)]
     assert {s.weight_version for s in samples} == {0}
     for sample in samples:
         assert len(sample.response_ids) == len(sample.rollout_log_probs) <= 12
-        assert sample.reward is None
+    for place, group_id in enumerate((7, 8, 9)):  # each sample's seed is its own group's and number's
+        for number in range(4):
+            seeds = OPTIONS | {"group_ids": [group_id], "n_samples": number + 1}
+            alone = answers(engine.generate(PROMPTS[place : place + 1], **seeds))
+            assert alone[number].response_ids == samples[4 * place + number].response_ids
 
 
 def test_seeds_decide_the_tokens(engine: RolloutEngine) -> None:
     def tokens(**changes: Any) -> list[tuple[int, ...]]:
-        return [s.response_ids for s in engine.generate(PROMPTS, **OPTIONS | changes)]
+        return [s.response_ids for s in generate(engine, **changes)]
 
     first = tokens()
     assert tokens() == first
     assert len(set(first[:4])) == 4
     assert not set(first) & set(tokens(step=4))
     assert not set(first) & set(tokens(run_seed=43))
-    alone = engine.generate(PROMPTS[1:2], **OPTIONS | {"group_ids": [1]})
+    alone = generate(engine, PROMPTS[1:2], group_ids=[1])
     assert [s.response_ids for s in alone] == first[4:8]
-    twice = engine.generate([PROMPTS[1]] * 2, **OPTIONS | {"group_ids": [1, 5]})
+    twice = generate(engine, [PROMPTS[1]] * 2, group_ids=[1, 5])
     assert len({s.response_ids for s in twice}) == 8  # a prompt that a batch holds twice is answered twice
 
 
-def test_stop_token_ends_a_response_and_is_kept(engine: RolloutEngine, model_dir: Path) -> None:
-    whole = engine.generate(PROMPTS, **OPTIONS | {"stop_token_ids": []})
+def test_stop_token_ends_a_response_and_is_kept(
+    engine: RolloutEngine, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generate(engine, stop_token_ids=[])
     assert {s.finish_reason for s in whole} == {"length"}
     assert {len(s.response_ids) for s in whole} == {12}
     stop = whole[0].response_ids[5]
-    cut = engine.generate(PROMPTS, **OPTIONS | {"stop_token_ids": [stop]})
+    cut = generate(engine, stop_token_ids=[stop])
     for sample, full in zip(cut, whole, strict=True):
         end = full.response_ids.index(stop) + 1 if stop in full.response_ids else 12
         assert sample.response_ids == full.response_ids[:end]
@@ -102,13 +122,20 @@ def test_stop_token_ends_a_response_and_is_kept(engine: RolloutEngine, model_dir
     assert cut[0].finish_reason == "stop"
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     assert worst_difference(model, cut) < 1e-4  # the stop token's included
-    assert whole[0].response_text == " ".join(f"t{i}" for i in whole[0].response_ids if i != 2)
+    for sample in whole + cut:
+        assert sample.text == " ".join(f"t{i}" for i in sample.response_ids if i not in (0, 2))
+        assert sample.stop_text == "", "it is told where special tokens are in the text alone"
+    monkeypatch.setattr(engine, "_skip_special_tokens", False)
+    for sample in generate(engine, stop_token_ids=[stop]):
+        assert sample.text == " ".join(f"t{i}" for i in sample.response_ids)
+        space = " " if len(sample.response_ids) > 1 else ""
+        assert sample.stop_text == (f"{space}t{stop}" if sample.finish_reason == "stop" else "")
 
 
 def test_greedy_takes_the_likeliest_token(engine: RolloutEngine, model_dir: Path) -> None:
-    (sample,) = engine.generate(PROMPTS[:1], **OPTIONS | {"group_ids": [0], "n_samples": 1, "greedy": True})
+    (sample,) = generate(engine, PROMPTS[:1], group_ids=[0], n_samples=1, greedy=True)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    tokens = list(sample.prompt.token_ids)
+    tokens = list(sample.prompt_ids)
     for token in sample.response_ids:
         assert int(model(torch.tensor([tokens])).logits[0, -1].argmax()) == token
         tokens.append(token)
@@ -116,7 +143,7 @@ def test_greedy_takes_the_likeliest_token(engine: RolloutEngine, model_dir: Path
 
 
 def test_top_k_log_probs_are_renormalised(engine: RolloutEngine) -> None:
-    samples = engine.generate(PROMPTS, **OPTIONS | {"top_k": 1})
+    samples = generate(engine, top_k=1)
     assert all(log_prob == 0 for s in samples for log_prob in s.rollout_log_probs)
 
 
@@ -125,12 +152,12 @@ def test_top_k_log_probs_are_renormalised(engine: RolloutEngine) -> None:
     [
         ({"max_tokens": 59}, "max_tokens=59 with a prompt of 70 tokens .* max_model_len=128"),
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"group_ids": [0]}, "shorter"),
+        ({"group_ids": [0]}, r"prompts \(12\) and params \(4\) must be the same"),
     ],
 )
 def test_generate_refuses(engine: RolloutEngine, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        engine.generate(PROMPTS, **OPTIONS | changes)
+        generate(engine, **changes)
 
 
 def test_longer_than_the_model_is_refused_before_vllm_starts(model_dir: Path) -> None:
@@ -163,16 +190,16 @@ def test_update_brings_new_weights(engine: RolloutEngine, model_dir: Path, way: 
     reported = update(engine, shared, 5)
     assert (reported["version"], reported["checksum"]) == (5, shared.checksum()) and reported["seconds"] > 0
     assert reported["applied"] == ("loader" if way == "loader" else "direct")
-    samples = engine.generate(PROMPTS, **OPTIONS)
+    samples = generate(engine)
     assert worst_difference(model, samples) < 1e-4
     assert {s.weight_version for s in samples} == {5}
 
     # Changed in place, as the trainer does at every later step: nothing in the engine looks into its memory.
     model = perturbed(model_dir, seed=2)
     shared.write(model)
-    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) > 1e-2
+    assert worst_difference(model, generate(engine)) > 1e-2
     update(engine, shared, 6)
-    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
+    assert worst_difference(model, generate(engine)) < 1e-4
 
 
 def test_without_repacking_the_tied_head_stays_stale(
@@ -185,9 +212,9 @@ def test_without_repacking_the_tied_head_stays_stale(
     with monkeypatch.context() as patch:
         patch.setattr(weight_transfer, "repack_output_heads", lambda model: None)
         update(engine, shared, 7)
-    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) > 1e-2
+    assert worst_difference(model, generate(engine)) > 1e-2
     update(engine, shared, 8)
-    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
+    assert worst_difference(model, generate(engine)) < 1e-4
 
 
 def test_wrong_checksum_changes_nothing(engine: RolloutEngine, model_dir: Path, way: str) -> None:
@@ -203,7 +230,7 @@ def test_wrong_checksum_changes_nothing(engine: RolloutEngine, model_dir: Path, 
     shared.write(other)
     with pytest.raises(ValueError, match=f"checksum={sent} of weight version 10 does not match"):
         engine.update_weights(10, sent)
-    samples = engine.generate(PROMPTS, **OPTIONS)
+    samples = generate(engine)
     assert {s.weight_version for s in samples} == {9}
     assert worst_difference(model, samples) < 1e-4
 
@@ -217,11 +244,11 @@ def test_a_missing_weight_is_refused_and_whole_weights_repair(engine: RolloutEng
     with pytest.raises(RuntimeError, match=r"lacks weights of the model: model\.norm\.weight"):
         update(engine, partial, 11)
     with pytest.raises(RuntimeError, match="failed halfway"):
-        engine.generate(PROMPTS, **OPTIONS)
+        generate(engine)
     whole = SharedModel(model)
     engine.connect_weights(whole.blocks)
     update(engine, whole, 12)
-    assert worst_difference(model, engine.generate(PROMPTS, **OPTIONS)) < 1e-4
+    assert worst_difference(model, generate(engine)) < 1e-4
 
 
 def test_an_engine_that_knows_no_memory_says_so(engine: RolloutEngine) -> None:
@@ -240,13 +267,13 @@ def test_an_engine_wakes_part_by_part_for_an_update(engine: RolloutEngine, model
     engine.sleep(keep_weights=False)
     assert engine.info()["weight_status"][0]["version"] == engine.weight_version == -1
     with pytest.raises(RuntimeError, match="the engine sleeps"):
-        engine.generate(PROMPTS, **OPTIONS)
+        generate(engine)
     engine.wake(["weights"])
     update(engine, shared, 13)
     with pytest.raises(RuntimeError, match="the engine sleeps"):
-        engine.generate(PROMPTS, **OPTIONS)
+        generate(engine)
     engine.wake(["kv_cache"])
-    samples = engine.generate(PROMPTS, **OPTIONS)
+    samples = generate(engine)
     assert {s.weight_version for s in samples} == {13}
     assert worst_difference(model, samples) < 1e-4
 
@@ -255,14 +282,14 @@ def test_an_engine_keeps_its_weights_in_a_sleep_or_refuses_to_answer(engine: Rol
     shared = SharedModel(perturbed(model_dir, seed=8))
     engine.connect_weights(shared.blocks)
     update(engine, shared, 14)
-    before = [s.response_ids for s in engine.generate(PROMPTS, **OPTIONS)]
+    before = [s.response_ids for s in generate(engine)]
     engine.sleep(keep_weights=True)
     engine.wake(["weights", "kv_cache"])
-    samples = engine.generate(PROMPTS, **OPTIONS)
+    samples = generate(engine)
     assert [s.response_ids for s in samples] == before and {s.weight_version for s in samples} == {14}
     engine.sleep(keep_weights=False)
     engine.wake(["weights", "kv_cache"])
     with pytest.raises(RuntimeError, match="the weights are dropped"):
-        engine.generate(PROMPTS, **OPTIONS)
+        generate(engine)
     update(engine, shared, 15)
-    assert [s.response_ids for s in engine.generate(PROMPTS, **OPTIONS)] == before
+    assert [s.response_ids for s in generate(engine)] == before

@@ -10,10 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megarlhf.data.types import Sample
 from megarlhf.rollout import weight_transfer
 from megarlhf.rollout.engine import RolloutEngine
-from tests.rollout.models import SharedModel, make_engine_model, make_prompts, perturbed, transformers_log_probs
+from tests.rollout.models import (
+    Answer,
+    SharedModel,
+    answers,
+    make_engine_model,
+    make_prompts,
+    perturbed,
+    transformers_log_probs,
+)
 from tests.tiny_models import store_head
 
 pytestmark = pytest.mark.slow
@@ -33,8 +40,8 @@ def start(model_dir: Path, **options: Any) -> RolloutEngine:
     return RolloutEngine(model_dir, seed=0, max_model_len=128, max_num_seqs=16, kv_cache_gib=0.1, **options)
 
 
-def generate(engine: RolloutEngine) -> list[Sample]:
-    return engine.generate(
+def generate(engine: RolloutEngine) -> list[Answer]:
+    groups = engine.generate(
         PROMPTS,
         group_ids=[0, 1, 2],
         n_samples=2,
@@ -44,9 +51,10 @@ def generate(engine: RolloutEngine) -> list[Sample]:
         run_seed=1,
         step=0,
     )
+    return answers(groups)
 
 
-def assert_parity(samples: list[Sample], model: torch.nn.Module, *, atol: float = 1e-4) -> None:
+def assert_parity(samples: list[Answer], model: torch.nn.Module, *, atol: float = 1e-4) -> None:
     for sample in samples:
         ours = torch.tensor(sample.rollout_log_probs)
         torch.testing.assert_close(ours, transformers_log_probs(model, sample, 1.0), atol=atol, rtol=0)
