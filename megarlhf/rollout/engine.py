@@ -196,7 +196,7 @@ class RolloutEngine:
                 flat_logprobs=True,  # one list for a response, not an object for each token
                 detokenize=False,
             )
-            for group_id in group_ids
+            for _, group_id in zip(prompts, group_ids, strict=True)
             for sample_id in range(n_samples)
         ]
         inputs = [TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts for _ in range(n_samples)]

@@ -116,8 +116,9 @@ def run_forward_backward(
     for batch in batches:
         computed = token_outputs(chunks, batch, outputs.keywords)
         total, metrics = objective.loss(computed, batch)
-        reported = [batch.target_mask.sum(), total, *(metrics[name] for name in objective.metric_names)]
-        results.append((computed, torch.stack([value.detach().double() for value in reported])))
+        pairs = [metrics[name] for name in objective.metric_names]
+        reported = [total, *(value for value, _ in pairs), *(count for _, count in pairs)]
+        results.append((computed, torch.stack([torch.as_tensor(value).detach().double() for value in reported])))
     return results
 
 
@@ -174,19 +175,24 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         trace.engines[trace.process] = self
         trace.given["engines"].append((trace.process[0], self.head))
 
-    def forward(self: Any, rows: Any, name: str) -> Any:
-        trace.given[f"forward {trace.process[0]}"].append((len(rows), len(self.micro_batches(rows))))
-        return forward_whole(self, rows, name)
+    def forward(self: Any, batches: Any) -> Any:
+        num_rows = len({row for batch in batches for row in batch.places.rows.tolist()})
+        trace.given[f"forward {trace.process[0]}"].append((num_rows, len(batches)))
+        return forward_whole(self, batches)
 
-    def train(self: Any, rows: Any, objective: Any, *, denominator: float) -> Any:
+    def step(self: Any, batches: Any, objective: Any, *, denominator: float) -> Any:
         trace.given[f"denominator {trace.process[0]}"].append(denominator)
-        trace.given[f"rows {trace.process[0]}"].append(list(rows))
-        return train_whole(self, rows, objective, denominator=denominator)
+        return step_whole(self, batches, objective, denominator=denominator)
 
-    forward_whole, train_whole = engine.MegatronEngine._forward, engine.MegatronEngine.train_step
-    patch.setattr(engine.MegatronEngine, "train_step", train)
-    patch.setattr(engine.MegatronEngine, "__init__", remember)
-    patch.setattr(engine.MegatronEngine, "_forward", forward)
+    def share(self: Any, rows: Any, indices: Any = None) -> Any:
+        if indices is not None:  # a supervised optimizer step's
+            trace.given[f"rows {trace.process[0]}"].append(rows.take(indices))
+        return share_whole(self, rows, indices)
+
+    cls = engine.MegatronEngine
+    forward_whole, step_whole, share_whole = cls.forward, cls.step, cls.micro_batches
+    for name, method in (("__init__", remember), ("forward", forward), ("step", step), ("micro_batches", share)):
+        patch.setattr(cls, name, method)
     patch_files(patch, trace)
 
 

@@ -188,7 +188,7 @@ class FakeScorer:
         self._trace.given["scored"].append(samples)
         lost = self._trace.given["reward"][0]["rule_pattern"]
         keep = 1.0 if lost is None else float(lost)  # part of the samples with a result
-        rewards = [(sum(s.response_ids) % 7 + s.prompt.index) / 4 for s in samples]
+        rewards = [(sum(map(ord, s.response_text)) % 7 + s.prompt.index) / 4 for s in samples]
         return [
             replace(s, reward=r if i < keep * len(samples) else None)
             for i, (s, r) in enumerate(zip(samples, rewards, strict=True))

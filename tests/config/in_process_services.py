@@ -10,7 +10,7 @@ import pytest
 import ray
 
 import megarlhf.rollout
-from megarlhf.cluster import launch, serialization, workers
+from megarlhf.cluster import launch, workers
 from megarlhf.parallel import device
 from megarlhf.rollout import engine as rollout_engine
 from tests.config.in_process import Trace, log_prob
@@ -66,8 +66,8 @@ class FakeLLM:
         if length < parameters.max_tokens:
             tokens, reason = [*tokens[:-1], parameters.stop_token_ids[0]], "stop"
         temperature = parameters.temperature or 1.0
-        places = [{token: types.SimpleNamespace(logprob=log_prob(token, temperature) + SHIFT)} for token in tokens]
-        return types.SimpleNamespace(token_ids=tokens, logprobs=places, finish_reason=reason)
+        log_probs = types.SimpleNamespace(logprobs=[log_prob(token, temperature) + SHIFT for token in tokens])
+        return types.SimpleNamespace(token_ids=tokens, logprobs=log_probs, finish_reason=reason)
 
     def init_weight_transfer_engine(self, info: dict[str, Any]) -> None: ...
 
@@ -108,17 +108,15 @@ def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (ray, "init", lambda **options: trace.given["ray.init"].append(options)),
         (ray, "shutdown", lambda: None),
         (ray, "put", Ref),
-        (ray, "get", lambda ref: ref.value),
+        (ray, "get", lambda refs: [ref.value for ref in refs] if isinstance(refs, list) else refs.value),
         (ray, "wait", wait),
         (ray, "kill", lambda handle: None),
         (ray, "remote", remote),
-        (launch, "register_tensors", lambda: None),
         (launch, "placement_group", lambda bundles, strategy: types.SimpleNamespace(ready=lambda: Ref(True))),
         (launch, "PlacementGroupSchedulingStrategy", lambda **options: None),
         (workers, "redirect_output", lambda path: None),
     ):
         patch.setattr(module, name, value)
-    patch.setattr(serialization, "register_tensors", lambda: None)
     patch.setattr(device, "freeze_garbage_collector", lambda: None)
     patch.setattr(device, "release_memory", lambda: None)
     patch.setenv("RAY_AUTH_TOKEN", "none")

@@ -1,5 +1,7 @@
 """Every option of `megarlhf sft` and `megarlhf parity`: what it is set to, and where a run shows it."""
 
+import numpy as np
+
 from tests.config.in_process import Trace
 from tests.config.in_process_programs import TEMPLATE
 from tests.config.option_probes import (
@@ -30,7 +32,9 @@ def sft_ranks(number: int) -> Options:
 
 def rows(trace: Trace) -> list[tuple[int, ...]]:
     """What was trained on, step by step."""
-    return [row.input_ids for batch in trace.given["rows actor"] for row in batch]
+    batches = trace.given["rows actor"]
+    parts = [np.split(batch.input_ids, np.cumsum(batch.lengths)[:-1]) for batch in batches]
+    return [tuple(ids.tolist()) for part in parts for ids in part]
 
 
 def decoded(trace: Trace) -> set[str]:
@@ -41,7 +45,7 @@ def decoded(trace: Trace) -> set[str]:
 
 def targets(trace: Trace) -> set[int]:
     """Tokens without a loss at the start of each row."""
-    return {row.prompt_length for batch in trace.given["rows actor"] for row in batch}
+    return {length for batch in trace.given["rows actor"] for length in batch.prompt_lengths.tolist()}
 
 
 IGNORED_CRITIC = Probe(value="{}/other", seen=refused("critic_pretrain", "is ignored"), expected=True)
