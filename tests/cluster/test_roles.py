@@ -1,19 +1,18 @@
-"""Weight sync, dealing, merging and checkpoints over groups that note the order of calls."""
+"""Weight sync, dealing of prompts and checkpoints over groups that note the order of calls."""
 
 import json
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
-from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup
 from megarlhf.cluster.weight_sync import SharedMemorySync
 from megarlhf.data.shared_tensors import checksum
-from megarlhf.data.types import Sample, TrainingRow
+from megarlhf.data.types import GeneratedGroup, Prompt, Sample
 from tests.cluster.recorded_groups import RecordedGroup, makes_directory
 from tests.trainers.plain_roles import make_prompts
 
@@ -61,27 +60,40 @@ def test_an_engine_with_other_weights_is_named(wrong: dict[str, Any]) -> None:
 
 
 def engines(log: Log, number: int) -> RolloutGroup:
-    def generate(rank: int, args: tuple[Any, ...]) -> list[Sample]:
+    """Engines whose answers name group and sample."""
+
+    def generate(rank: int, args: tuple[Any, ...]) -> list[tuple[GeneratedGroup, str]]:
         prompts, groups, n_samples, step, greedy = args
-        made = [
-            Sample(
-                prompt=prompt,
-                group_id=group,
-                sample_id=s,
-                response_ids=(step,),
-                rollout_log_probs=(0.0,),
-                response_text=str(greedy),
-                finish_reason="stop",
-                weight_version=rank,
+        numbers = range(n_samples)
+        return [
+            (
+                GeneratedGroup(
+                    tokens=None,
+                    lengths=np.array([100 * step + 10 * group + s for s in numbers]),
+                    texts=[f"{prompt.tolist()} {group} {s} {greedy}" for s in numbers],
+                    stop_texts=[f"stop {group} {s}" for s in numbers],
+                    finish_reasons=["stop" if (group + s) % 2 else "length" for s in numbers],
+                    weight_version=rank,
+                ),
+                f"tokens of {group}",
             )
             for prompt, group in zip(prompts, groups, strict=True)
-            for s in range(n_samples)
         ]
-        random.Random(3).shuffle(made)
-        return made
 
     group = RecordedGroup("rollout", log, ranks=number, generate=generate)
     return RolloutGroup(group, n_samples_per_prompt=3)
+
+
+def check_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], *, step: int, greedy: bool) -> None:
+    """Every sample's record is its own."""
+    for sample in samples:
+        group, number = sample.group_id, sample.sample_id
+        assert sample.prompt is prompts[group], "a group's baseline is of its own prompt"
+        assert sample.response_length == 100 * step + 10 * group + number
+        assert sample.response_text == f"{prompts[group].token_ids.tolist()} {group} {number} {greedy}"
+        assert sample.stop_text == f"stop {group} {number}"
+        assert sample.finish_reason == ("stop" if (group + number) % 2 else "length")
+        assert sample.reward is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
@@ -89,52 +101,26 @@ def engines(log: Log, number: int) -> RolloutGroup:
 def test_prompts_are_dealt_evenly_and_samples_come_back_in_order(number: int, count: int) -> None:
     log: Log = []
     prompts = make_prompts(count)
-    samples = engines(log, number).generate(prompts, step=11)
+    rollout = engines(log, number).generate(prompts, step=11)
+    samples = rollout.samples
     assert [(s.group_id, s.sample_id) for s in samples] == [(g, s) for g in range(count) for s in range(3)]
-    assert all(s.prompt is prompts[s.group_id] for s in samples), "a group's baseline is of its own prompt"
-    assert {s.response_ids for s in samples} == {(11,)} and {s.response_text for s in samples} == {"False"}
+    check_samples(samples, prompts, step=11, greedy=False)
+    assert rollout.tokens == tuple(f"tokens of {group}" for group in range(count)), "where each group's tokens are"
     dealt = [len(args[0]) for _, _, args in log]
     assert sum(dealt) == count and max(dealt) - min(dealt) <= 1 and len(dealt) == min(number, count)
     for group in range(count):
         assert len({s.weight_version for s in samples if s.group_id == group}) == 1, "on one engine"
-    for _, _, (given, groups, *_) in log:
-        assert [prompts.index(prompt) for prompt in given] == groups
+    for role, _, (given, groups, *_) in log:
+        assert all(ids is prompts[group].token_ids for ids, group in zip(given, groups, strict=True))
+        assert {s.weight_version for s in samples if s.group_id in groups} == {int(role.split()[1])}
 
 
 def test_greedy_answers_are_one_a_prompt() -> None:
     log: Log = []
-    samples = engines(log, 2).generate_greedy(make_prompts(5))
+    prompts = make_prompts(5)
+    samples = engines(log, 2).generate_greedy(prompts)
     assert [(s.group_id, s.sample_id) for s in samples] == [(g, 0) for g in range(5)]
-    assert {s.response_text for s in samples} == {"True"}
-
-
-def test_results_of_all_replicas_are_merged_in_the_order_of_the_rows() -> None:
-    parts = [{3: torch.tensor(3.0), 0: torch.tensor(0.0)}, {}, {2: torch.tensor(2.0), 1: torch.tensor(1.0)}]
-    assert [float(part) for part in _merge(parts, 4)] == [0.0, 1.0, 2.0, 3.0]
-    with pytest.raises(KeyError):
-        _merge(parts[:2], 4)  # a row that no replica computed
-
-
-def test_every_rank_of_a_role_gets_all_rows_and_the_denominator() -> None:
-    log: Log = []
-    rows = [TrainingRow(input_ids=(1, 2, 3 + i), prompt_length=1, group_id=i) for i in range(3)]
-
-    def update(rank: int, args: tuple[Any, ...]) -> Any:
-        outputs = {i: torch.tensor(10.0 * rank + i) for i in range(3) if i % 2 == rank}
-        return SimpleNamespace(loss=1.5, metrics={"m": 2.5}, grad_norm=3.5, learning_rate=4.5, outputs=outputs)
-
-    def forward(rank: int, args: tuple[Any, ...]) -> Any:
-        return {i: torch.tensor(float(i)) for i in range(3) if i % 2 == rank}
-
-    names = ("log_probs", "ref_log_probs", "values")
-    group = RecordedGroup("actor", log, ranks=2, update=update, **dict.fromkeys(names, forward))
-    role = TrainingGroup(group)
-    result = role.update(rows, denominator=7.0)
-    assert (result.loss, result.metrics, result.grad_norm, result.learning_rate) == (1.5, {"m": 2.5}, 3.5, 4.5)
-    assert [float(output) for output in result.outputs] == [0.0, 11.0, 2.0]
-    for name in names:
-        assert [float(part) for part in getattr(role, name)(rows)] == [0.0, 1.0, 2.0]
-    assert log == [("actor", "update", (rows, 7.0)), *(("actor", name, (rows,)) for name in names)]
+    check_samples(samples, prompts, step=0, greedy=True)
 
 
 def checkpoints(root: Path, log: Log, **options: Any) -> CheckpointGroup:

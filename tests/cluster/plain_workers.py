@@ -1,0 +1,195 @@
+"""Worker processes of a training role without processes: real workers, over an engine that computes from token ids.
+
+Response tokens name their sample and place, and so does every number that is computed of them or given for them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from megarlhf.cluster.group import WorkerGroup
+from megarlhf.cluster.workers import MegatronWorker, Place
+from megarlhf.data.dealing import PackingOptions
+from megarlhf.data.packing import join_values, pack_rows, unpack
+from megarlhf.data.types import Floats, GroupTokens, MicroBatch, Prompt, Rollout, Sample, TargetValues, TrainingRows
+from megarlhf.engine.engine import StepResult
+
+PACKING = PackingOptions(max_tokens=40, share_prefix=False)
+WRONG = 1000.0  # what processes that compute along, and are not asked, are off by
+
+
+class Ref:
+    """An object in Ray's store."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> list[Ref]:
+    """Ray's objects are held here; all that were put."""
+    kept: list[Ref] = []
+
+    def put(value: Any) -> Ref:
+        assert not isinstance(value, Ref), "Ray takes no reference for an object"
+        kept.append(Ref(value))
+        return kept[-1]
+
+    def get(refs: Any) -> Any:
+        return [ref.value for ref in refs] if isinstance(refs, list) else refs.value
+
+    def wait(refs: Sequence[Ref], **options: Any) -> tuple[list[Ref], list[Ref]]:
+        return list(refs[-1:]), list(refs[:-1])  # the last is done first
+
+    monkeypatch.setattr(ray, "put", put)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", wait)
+    return kept
+
+
+def response(group: int, sample: int, length: int) -> list[int]:
+    return [10_000 * (group + 1) + 100 * sample + place for place in range(length)]
+
+
+def engines(token: Any) -> Any:
+    """The inference engine's log-prob of a token."""
+    return -token / 64
+
+
+def own(token: Any, *, steps: int = 0) -> Any:
+    """The trainer's, after so many optimizer steps."""
+    return engines(token) - (token % 7) / 8 + steps
+
+
+def reference(token: Any) -> Any:
+    """The reference's."""
+    return -token / 32
+
+
+def value(token: Any) -> Any:
+    """The critic's."""
+    return token / 16
+
+
+def advantage(token: Any) -> Any:
+    """What the driver gives for a token."""
+    return token / 4
+
+
+def weight(group: int, sample: int) -> float:
+    """What the driver gives for a sample."""
+    return group + sample / 8
+
+
+class PlainEngine:
+    """In the place of a MegatronEngine; keeps the lines of its optimizer steps."""
+
+    def __init__(self, head: str, kind: str, packing: PackingOptions) -> None:
+        self.packing, self._head, self._kind = packing, head, kind
+        self.ranks = SimpleNamespace(is_last_stage=kind != "first stage", holds_results=kind == "counts")
+        self.lines: list[tuple[list[MicroBatch], float]] = []
+        self._in_reference = False
+
+    def pack(self, rows: TrainingRows, indices: Sequence[int], min_length: int = 1) -> MicroBatch:
+        return pack_rows(rows, indices, share_prefix=self.packing.share_prefix, min_length=min_length)
+
+    def forward(self, batches: list[MicroBatch]) -> TargetValues:
+        if not self.ranks.is_last_stage:
+            return join_values([])
+        return join_values([unpack(batch, self._values(batch)) for batch in batches])
+
+    def _values(self, batch: MicroBatch) -> Any:
+        tokens = batch.targets.double()
+        if self._head == "value":
+            computed = value(tokens)
+        else:
+            computed = reference(tokens) if self._in_reference else own(tokens, steps=len(self.lines))
+        return computed if self.ranks.holds_results else computed + WRONG
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        self._in_reference = True
+        yield
+        self._in_reference = False
+
+    def step(self, batches: list[MicroBatch], objective: Any, *, denominator: float) -> StepResult:
+        outputs = self.forward(batches)
+        self.lines.append((batches, denominator))
+        number = float(len(self.lines))
+        return StepResult(
+            loss=1.5 * number, metrics={"m": 2.5}, grad_norm=3.5 * number, learning_rate=4.5, outputs=outputs
+        )
+
+
+class PlainWorkers(WorkerGroup):
+    """A role's processes, here: Ray resolves arguments that are references, and none inside others."""
+
+    def __init__(self, role: str, places: Sequence[tuple[int, str]], packing: PackingOptions) -> None:
+        self.given: list[tuple[str, int, tuple[Any, ...]]] = []  # method, rank and arguments of every call
+        self.workers = [self._worker(role, kind, packing) for _, kind in places]
+        handles = [_Handle(self, rank) for rank in range(len(places))]
+        super().__init__(role, handles, [], timeout_seconds=1.0)
+
+    @staticmethod
+    def _worker(role: str, kind: str, packing: PackingOptions) -> MegatronWorker:
+        worker = object.__new__(MegatronWorker)  # whose __init__ takes over the process's output
+        worker.spec = SimpleNamespace(role=role)
+        worker.engine = PlainEngine("value" if role == "critic" else "lm", kind, packing)
+        worker.objective = None
+        return worker
+
+
+class _Handle:
+    def __init__(self, group: PlainWorkers, rank: int) -> None:
+        self._group, self._rank = group, rank
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*arguments: Any) -> Ref:
+            self._group.given.append((method, self._rank, arguments))
+            resolved = [argument.value if isinstance(argument, Ref) else argument for argument in arguments]
+            return Ref(getattr(self._group.workers[self._rank], method)(*resolved))
+
+        return SimpleNamespace(remote=remote)
+
+
+def places_of(kinds: Sequence[tuple[int, str]]) -> list[Place]:
+    return [Place(dp_rank=replica, holds_results=kind == "counts") for replica, kind in kinds]
+
+
+def make_rollout(lengths: Sequence[Sequence[int]], *, without: Sequence[tuple[int, int]] = ()) -> Rollout:
+    """Groups of samples of these lengths; those in `without` are not to be trained on, but their tokens are there."""
+    samples, tokens = [], []
+    for group, sizes in enumerate(lengths):
+        prompt = np.arange(group + 1, dtype=np.int32) + 10 * group
+        ids = [token for sample, size in enumerate(sizes) for token in response(group, sample, size)]
+        tokens.append(
+            Ref(
+                GroupTokens(
+                    prompt_ids=prompt,
+                    response_ids=np.array(ids, dtype=np.int32),
+                    rollout_log_probs=np.array([engines(token) for token in ids], dtype=np.float32),
+                    lengths=np.array(sizes),
+                )
+            )
+        )
+        record = Prompt(index=group, text="", token_ids=prompt, label=None)
+        samples += [
+            Sample(
+                **{"prompt": record, "group_id": group, "sample_id": sample, "response_length": size},
+                **{"response_text": "", "finish_reason": "stop", "weight_version": 0},
+            )
+            for sample, size in enumerate(sizes)
+            if (group, sample) not in without
+        ]
+    return Rollout(samples=samples, tokens=tuple(tokens))
+
+
+def targets(samples: Sequence[Sample]) -> Floats:
+    """Response tokens of samples, one behind the other."""
+    ids = [token for s in samples for token in response(s.group_id, s.sample_id, s.response_length)]
+    return np.array(ids, dtype=np.float32)
