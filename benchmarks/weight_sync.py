@@ -46,6 +46,7 @@ def trainer(model_dir: Path, directory: Path, threads: int, pipe: Connection) ->
         model=ModelOptions(),
         packing=PackingOptions(max_tokens=512, share_prefix=False),
         optimizer=OptimizerOptions(learning_rate=1e-6, total_steps=1),
+        logprob_chunk_tokens=512,
     )
     weights = SharedWeights(engine)
     memory = torch.cat([parameter.detach().flatten() for _, parameter in engine.named_parameters()])

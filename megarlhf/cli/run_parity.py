@@ -96,6 +96,7 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
                 _LEARNING_RATE,
                 10,
             ),
+            logprob_chunk_tokens=options.max_tokens_per_micro_batch,
             temperature=0.7,
             seed=config.model.seed,
         )

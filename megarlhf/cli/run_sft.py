@@ -138,6 +138,7 @@ def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -
             max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len, share_prefix=False
         ),
         optimizer=optimizer_options(config.optimizer, layout, config.optimizer.learning_rate, total),
+        logprob_chunk_tokens=batch.logprob_chunk_tokens,
         seed=config.model.seed,
     )
     directory, progress = Path(config.logging.save), supervised.Progress()

@@ -75,6 +75,9 @@ class BatchArguments:
     max_tokens_per_micro_batch: int | None = None
     """Tokens in one forward and backward pass of a rank.
     None: micro_batch_size * (prompt_max_len + generate_max_len)."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose logits a rank holds at once, in fp32: fewer take less memory, and each chunk but a micro-batch's
+    last is computed twice in training."""
     max_epochs: int = 1
     """Times the samples of one step are trained on."""
     share_prompt_prefix: bool | None = None

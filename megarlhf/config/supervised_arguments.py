@@ -30,6 +30,9 @@ class SupervisedBatchArguments:
     """Sequences of full length in one forward and backward pass of a rank. Sequences are packed without padding."""
     max_tokens_per_micro_batch: int | None = None
     """Tokens in one forward and backward pass of a rank. None: micro_batch_size * max_len."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose logits a rank holds at once, in fp32: fewer take less memory, and each chunk but a micro-batch's
+    last is computed twice in training."""
     max_len: int = 2048
     """Longest sequence in tokens, prompt and response together."""
 

@@ -47,6 +47,7 @@ from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, release_memory
 from megarlhf.parallel.groups import current_ranks
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
+from megarlhf.parallel.vocab import OutputDistribution
 from megarlhf.planner.phases import Part
 
 
@@ -68,6 +69,7 @@ class MegatronEngine:
         pretrain: HF checkpoint directory that gives configuration and weights.
         head: "lm" or "value".
         optimizer: None for a model that only runs forward.
+        logprob_chunk_tokens: tokens whose logits exist at once.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class MegatronEngine:
         model: ModelOptions,
         packing: PackingOptions,
         optimizer: OptimizerOptions | None,
+        logprob_chunk_tokens: int,
         temperature: float = 1.0,
         seed: int = 42,
     ) -> None:
@@ -97,7 +100,13 @@ class MegatronEngine:
         self.config.finalize_model_grads_func = sum_gradients
         self._routers = RouterStatistics(self.chunks, self.hf.num_hidden_layers) if arch.is_moe(self.hf) else None
         self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.sequence_parallel else 1
-        self._outputs = partial(token_outputs, head=head, vocab_size=self.hf.vocab_size, temperature=temperature)
+        distribution = OutputDistribution(
+            vocab_size=self.hf.vocab_size,
+            chunk_tokens=logprob_chunk_tokens,
+            temperature=temperature,
+            soft_cap=arch.additions(self.hf).logit_soft_cap,
+        )
+        self._outputs = partial(token_outputs, model=self.chunks[-1], head=head, distribution=distribution)
         self.model: list[Any] = [Float16Module(self.config, c) if model.bf16 else c for c in self.chunks]
         self.optimizer: Any = None
         self.scheduler: Any = None

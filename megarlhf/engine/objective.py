@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megarlhf.data.types import MicroBatch, TargetValues
+from megarlhf.parallel.vocab import EntropyUse
 
 
 class NonFiniteError(FloatingPointError):
@@ -14,10 +15,13 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenOutputs:
-    """What the last pipeline stage computes for each packed position; None where the head has no such output."""
+    """What the last pipeline stage computes for each packed position; None where the head has no such output.
+
+    Log-probs and entropy are 0 where there is no target.
+    """
 
     log_probs: Tensor | None = None  # [t] float32, log p(target)
-    entropy: Tensor | None = None  # [t] float32, nats
+    entropy: Tensor | None = None  # [t] float32, nats; None where the objective has no use for it
     values: Tensor | None = None  # [t] float32
 
 
@@ -43,3 +47,4 @@ class Objective:
     loss: Loss
     metric_names: tuple[str, ...]
     prepare: Callable[[Forward, list[MicroBatch]], list[MicroBatch]] | None = None
+    entropy: EntropyUse = "unused"  # what `loss` does with the entropy of the policy

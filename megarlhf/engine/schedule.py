@@ -15,11 +15,12 @@ from torch import Tensor
 
 from megarlhf.data.types import MicroBatch
 from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.models.heads import output_weight
 from megarlhf.parallel.attention import packed_params
 from megarlhf.parallel.device import current_device
-from megarlhf.parallel.vocab import vocab_parallel_log_probs
+from megarlhf.parallel.vocab import EntropyUse, OutputDistribution, vocab_parallel_log_probs
 
-OutputFn = Callable[[Tensor, MicroBatch], TokenOutputs]
+OutputFn = Callable[[Tensor, MicroBatch, EntropyUse], TokenOutputs]
 
 
 def sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
@@ -27,24 +28,36 @@ def sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: 
     finalize_model_grads(model, None, **kwargs)
 
 
-def token_outputs(output: Tensor, batch: MicroBatch, *, head: str, vocab_size: int, temperature: float) -> TokenOutputs:
-    """Last stage's output, [1, t, v / tp] logits or [1, t, 1] values, as per-token numbers."""
+def token_outputs(
+    output: Tensor, batch: MicroBatch, entropy: EntropyUse, *, model: Any, head: str, distribution: OutputDistribution
+) -> TokenOutputs:
+    """Last stage's output, [1, t, h] hidden states or [1, t, 1] values, as per-token numbers.
+
+    Args:
+        model: the last chunk of layers, as GPTModel; hidden states are of its LMHead.
+    """
     if head == "value":
         return TokenOutputs(values=output.float().reshape(-1))
-    log_probs, entropy = vocab_parallel_log_probs(
-        output[0],
-        batch.targets,
-        vocab_size=vocab_size,
-        temperature=temperature,
+    weight, (places,) = output_weight(model), batch.target_mask.nonzero(as_tuple=True)
+    log_probs, entropies = vocab_parallel_log_probs(
+        output[0].index_select(0, places).to(weight.dtype),
+        weight,
+        batch.targets[places],
+        of=distribution,
+        entropy=entropy,
         group=parallel_state.get_tensor_model_parallel_group(),
     )
-    return TokenOutputs(log_probs=log_probs, entropy=entropy)
+
+    def on_line(values: Tensor) -> Tensor:
+        return values.new_zeros(len(batch.targets)).index_copy(0, places, values)
+
+    return TokenOutputs(log_probs=on_line(log_probs), entropy=None if entropies is None else on_line(entropies))
 
 
 def run_forward(chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn) -> list[Any]:
     """Forward only; the last stage returns the TokenOutputs of each micro-batch, other stages an empty list."""
     with torch.no_grad():
-        return _run(chunks, batches, outputs, forward_only=True)
+        return _run(chunks, batches, lambda output, batch: outputs(output, batch, "unused"), forward_only=True)
 
 
 def run_forward_backward(
@@ -62,7 +75,7 @@ def run_forward_backward(
     """
 
     def loss(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Any]:
-        computed = outputs(output, batch)
+        computed = outputs(output, batch, objective.entropy)
         total, metrics = objective.loss(computed, batch)
         pairs = [metrics[name] for name in objective.metric_names]
         reported = [total, *(value for value, _ in pairs), *(count for _, count in pairs)]

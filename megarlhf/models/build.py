@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megarlhf.models.arch import Additions, ArchSpec
 from megarlhf.models.families import head_dim, rope_parameters
-from megarlhf.models.heads import ValueHead
+from megarlhf.models.heads import LMHead, ValueHead
 from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.layers import FixedBiasRouter, NormedLinear, TwoRopeAttention, add_around
 from megarlhf.models.names import is_tied
@@ -206,7 +206,8 @@ def _build_chunk(
     if device_kind() == "cpu":
         use_segment_positions(model)
     add_around(model, additions)
-    if head == "value" and is_last:
-        model.output_layer = ValueHead(config)
+    if is_last:
+        model.output_layer = ValueHead(config) if head == "value" else LMHead(model.output_layer)
+    if is_last and head == "value":
         model.output_layer.initialize(seed)
     return model

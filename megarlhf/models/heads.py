@@ -1,10 +1,14 @@
-"""The critic's head: one value per token."""
+"""What takes the place of GPTModel's output layer: the language model's head, and the critic's, one value per token."""
 
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -13,6 +17,39 @@ def drawn_value_weights(hidden: int, seed: int) -> Tensor:
     """[1, hidden] float32: a new value head's weights, of standard deviation 1 / (hidden + 1)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, hidden, generator=generator) / (hidden + 1)
+
+
+class LMHead(ColumnParallelLinear):
+    """An output layer that hands on hidden states, so that no whole logits exist: parallel/vocab.py has the product.
+
+    It has the weights of the layer whose place it takes, with all that Megatron-Core has set on them, and saves them
+    as that layer does. Tied, on a stage that has the embedding, it has none (`output_weight`).
+    """
+
+    def __init__(self, layer: ColumnParallelLinear) -> None:
+        super().__init__(
+            layer.input_size,
+            layer.output_size,
+            config=layer.config,
+            init_method=layer.config.init_method,
+            bias=False,
+            skip_weight_param_allocation=True,
+            tp_group=layer.tp_group,
+        )
+        if layer.weight is not None:
+            self.weight = layer.weight
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """[s / tp or s, 1, h] hidden states -> ([s, 1, h] of all tokens, no bias), whose gradient is summed over TP."""
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, group=self.tp_group), None
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group), None
+
+
+def output_weight(model: Any) -> Tensor:
+    """[padded_vocab / tp, h]: the weights of an LMHead's product, the embedding's where it has none of its own."""
+    weight: Tensor | None = model.output_layer.weight
+    return model.shared_embedding_or_output_weight() if weight is None else weight
 
 
 class ValueHead(MegatronModule):

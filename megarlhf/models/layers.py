@@ -84,18 +84,11 @@ class FixedBiasRouter(TopKRouter):
 
 
 def add_around(chunk: Any, additions: Additions) -> None:
-    """Scale the embedding and cap the logits of a chunk of the model, where it has them."""
+    """Scale the embedding of a chunk of the model, where it has one."""
     if additions.embedding_scale != 1.0 and chunk.pre_process:
         chunk.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
-    if additions.logit_soft_cap is not None and chunk.post_process:
-        chunk.output_layer.register_forward_hook(partial(_cap_logits, additions.logit_soft_cap))
 
 
 def _scale_embedding(scale: float, _: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """The scale is rounded to the model's dtype, as in the training of the published weights."""
     return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
-
-
-def _cap_logits(cap: float, _: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    logits, bias = output
-    return cap * torch.tanh(logits / cap), bias

@@ -1,90 +1,269 @@
-"""Log-probabilities and entropy from logits whose vocabulary is split over the tensor-parallel group."""
+"""Log-probabilities and entropy from hidden states, where the vocabulary is split over the tensor-parallel group.
 
-from typing import Any
+Logits exist for one chunk of tokens at a time. Going forward each rank notes a few numbers per token; one collective
+after the last chunk merges those of all ranks. The last chunk's probabilities stay for the backward pass, which begins
+there: what fits one chunk is computed once. Earlier chunks are computed again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+EntropyUse = Literal["unused", "metric", "loss"]  # not computed; without a gradient; with one
 
-class _LogProbsAndEntropy(torch.autograd.Function):
-    """Forward: log p(target) and entropy; backward: one pass over the saved probabilities, in place."""
+_PARTS = 8  # what is computed beside a chunk's logits takes an eighth of their memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputDistribution:
+    """How an output layer's logits become a distribution of the next token: softmax(cap(logits) / temperature)."""
+
+    vocab_size: int  # tokens that exist; rows of the output layer beyond are padding and take no part
+    chunk_tokens: int  # tokens whose logits exist at once
+    temperature: float = 1.0
+    soft_cap: float | None = None  # a logit x becomes soft_cap * tanh(x / soft_cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """This rank's part of the output layer, and what is computed with it."""
+
+    of: OutputDistribution
+    entropy: EntropyUse
+    group: dist.ProcessGroup | None  # None: the output layer is whole
+
+    @property
+    def is_split(self) -> bool:
+        return self.group is not None and self.group.size() > 1
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """[v, h]: the rows of tokens that exist, which the last ranks may have fewer of, or none."""
+        return weight[: max(0, min(len(weight), self.of.vocab_size - self._first(weight)))]
+
+    def _first(self, weight: Tensor) -> int:
+        return self.group.rank() * len(weight) if self.group is not None else 0
+
+    def places(self, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Each target's row here (0 where it is another rank's), and whether it is here: [n] int64, [n] bool."""
+        local = targets - self._first(weight)
+        inside = (local >= 0) & (local < len(self.rows(weight)))
+        return torch.where(inside, local, 0), inside
+
+    def chunks(self, length: int) -> list[slice]:
+        """The chunks of `length` tokens, in order."""
+        size = self.of.chunk_tokens
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+    def scores(self, hidden: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
+        """[n, v] logits over the temperature, in the buffer; products and soft cap in the weights' dtype."""
+        scores = buffer[: len(hidden)]
+        exact = rows.dtype == scores.dtype
+        logits = torch.mm(hidden, rows.t(), out=scores) if exact else torch.mm(hidden, rows.t())
+        if self.of.soft_cap is not None:
+            logits.div_(self.of.soft_cap).tanh_().mul_(self.of.soft_cap)
+        if not exact:
+            scores.copy_(logits)
+        return scores if self.of.temperature == 1.0 else scores.div_(self.of.temperature)
+
+    def normalize(self, scores: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+        """Overwrite scores with exp(log-softmax over this rank's rows).
+
+        Returns:
+            [4, n]: the target's log-prob within this rank's rows (0 where it is elsewhere), the largest score, the log
+            of the summed exp(score - largest), the entropy of this rank's rows.
+        """
+        notes = scores.new_zeros(4, len(scores))
+        if not scores.shape[-1]:
+            notes[1] = -torch.inf
+            return notes
+        for part, _ in _parts(scores):
+            block, (local, inside) = scores[part], (tensor[part] for tensor in places)
+            log_probs = block.log_softmax(-1)
+            notes[0, part] = torch.where(inside, _at(log_probs, local), 0.0)
+            if self.is_split or self.of.soft_cap is not None:
+                notes[1, part], notes[2, part] = block.amax(-1), -log_probs.amax(-1)
+            torch.exp(log_probs, out=block)
+            if self.entropy != "unused":
+                notes[3, part] = -log_probs.mul_(block).sum(-1)
+        return notes
+
+    def merge(self, notes: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probs and entropy over the whole vocabulary, this rank's share of probability as a log, log-sum-exp."""
+        if not self.is_split:
+            return notes[0], notes[3], torch.zeros_like(notes[0]), notes[1] + notes[2]
+        assert self.group is not None
+        every = [torch.empty_like(notes) for _ in range(self.group.size())]
+        if notes.numel():
+            dist.all_gather(every, notes, group=self.group)
+        chosen, largest, log_sums, entropies = torch.stack(every, 1)  # each [tp, n]
+        top = largest.amax(0)
+        sums = largest - top + log_sums
+        total = sums.logsumexp(0)
+        log_shares = sums - total  # -inf for a rank that holds padding alone
+        log_probs = chosen.sum(0) + _at(log_shares.t(), owners)
+        shares = log_shares.exp()
+        entropy = (shares * entropies + torch.special.entr(shares)).sum(0)
+        return log_probs, entropy, log_shares[self.group.rank()], top + total
+
+    def to_gradient(
+        self, probs: Tensor, places: tuple[Tensor, Tensor], notes: Tensor, grads: tuple[Tensor, Tensor | None]
+    ) -> Tensor:
+        """The logits' gradient in the place of this rank's probabilities, [n, v] in their dtype.
+
+        Of log p(target): (one at the target) - p; of the entropy H: -p (log p + H).
+
+        Args:
+            notes: [4, n] the target's log-prob, entropy, the log of this rank's share of probability, log-sum-exp.
+            grads: of the log-probs and, with entropy "loss", of the entropy, each [n].
+        """
+        grad_chosen, grad_entropy = (None if grad is None else grad / self.of.temperature for grad in grads)
+        assert grad_chosen is not None
+        chosen, entropy, log_share, log_total = notes
+        for part, rows in _parts(probs):
+            block, (local, inside), share = probs[part], (tensor[part] for tensor in places), log_share[part, None]
+            factor, slope = -grad_chosen[part, None], None
+            if grad_entropy is not None or self.of.soft_cap is not None:
+                log_probs = block.clamp(min=torch.finfo(block.dtype).tiny).log_().add_(share)
+                if self.of.soft_cap is not None:
+                    slope = self._slope(log_probs + log_total[part, None])
+                if grad_entropy is not None:
+                    factor = log_probs.add_(entropy[part, None]).mul_(-grad_entropy[part, None]).add_(factor)
+            factor = factor * share.exp() if self.is_split else factor
+            at_target = _at(block, local) * _at(factor.expand_as(block), local) + grad_chosen[part]
+            block.mul_(factor)
+            if slope is not None:
+                block.mul_(slope)
+                at_target *= self._slope(chosen[part] + log_total[part])  # exact where exp(log p) is 0
+            block[rows, local] = torch.where(inside, at_target, _at(block, local))
+        return probs
+
+    def _slope(self, scores: Tensor) -> Tensor:
+        """Derivative of a capped logit by the logit, of logits over the temperature; overwrites them."""
+        assert self.of.soft_cap is not None
+        return scores.mul_(self.of.temperature / self.of.soft_cap).square_().neg_().add_(1.0)
+
+
+def _parts(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of a chunk's tokens, each an eighth of it, with numbers for the tokens of each; none for no columns."""
+    size = max(1, -(-len(scores) // _PARTS))
+    for start in range(0, len(scores) if scores.shape[-1] else 0, size):
+        stop = min(start + size, len(scores))
+        yield slice(start, stop), torch.arange(stop - start, device=scores.device)
+
+
+def _at(table: Tensor, columns: Tensor) -> Tensor:
+    """[n]: the entry of each row of [n, columns]."""
+    return table.gather(-1, columns[:, None])[:, 0]
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probs and entropy of hidden states, chunk by chunk; the backward pass runs once."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, vocab_start: int, temperature: float, group: dist.ProcessGroup | None
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, part: _Part, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        probs = logits.float() / temperature if temperature != 1.0 else logits.float().clone()  # [t, v/tp]
-        largest = probs.amax(-1) if probs.shape[-1] else probs.new_full(probs.shape[:-1], -torch.inf)
-        _all_reduce(largest, dist.ReduceOp.MAX, group)
-        probs -= largest[:, None]
-        local = targets - vocab_start
-        inside = (local >= 0) & (local < probs.shape[-1])
-        local = torch.where(inside, local, 0)
-        rows = torch.arange(len(targets), device=logits.device)
-        if probs.shape[-1]:
-            chosen = torch.where(inside, probs[rows, local], 0.0)
-        else:
-            chosen = probs.new_zeros(len(targets))
-        exponentials = probs.exp()
-        sums = torch.stack([exponentials.sum(-1), torch.einsum("tv,tv->t", exponentials, probs), chosen])  # [3, t]
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
-        total, weighted, chosen = sums
-        log_total = total.log()
-        log_probs, entropy = chosen - log_total, log_total - weighted / total
-        probabilities = exponentials.div_(total[:, None])
-        del probs
-        ctx.save_for_backward(probabilities, entropy, inside, local, rows)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        rows, places, chunks = part.rows(weight), part.places(targets, weight), part.chunks(len(hidden))
+        buffer = _buffer(hidden, rows, part)
+        notes = buffer.new_zeros(4, len(hidden))
+        for chunk in chunks:
+            scores = part.scores(hidden[chunk], rows, buffer)
+            notes[:, chunk] = part.normalize(scores, _of(places, chunk))
+        log_probs, entropy, log_share, log_total = part.merge(notes, targets // len(weight))
+        if keep:
+            ctx.save_for_backward(hidden, weight, targets, torch.stack([log_probs, entropy, log_share, log_total]))
+            ctx.part, ctx.buffer = part, buffer
         ctx.set_materialize_grads(False)
+        if part.entropy != "loss":
+            ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
-        grad_log_probs, grad_entropy = grads
-        grad, entropy, inside, local, rows = ctx.saved_tensors  # grad: [t, v/tp], overwritten
-        if grad_entropy is not None:
-            # dH/dz_v = -p_v (log p_v + H)
-            entropy_part = torch.special.xlogy(grad, grad).add_(grad * entropy[:, None]).mul_(-grad_entropy[:, None])
-        grad_target = grad_log_probs if grad_log_probs is not None else torch.zeros_like(entropy)
-        grad.mul_(-grad_target[:, None])
-        if grad.shape[-1]:
-            grad[rows, local] += torch.where(inside, grad_target, 0.0)
-        if grad_entropy is not None:
-            grad += entropy_part
-        if ctx.temperature != 1.0:
-            grad /= ctx.temperature
-        return grad.to(ctx.dtype), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, targets, notes = ctx.saved_tensors
+        part, buffer, ctx.buffer = ctx.part, ctx.buffer, None
+        rows, places, chunks = part.rows(weight), part.places(targets, weight), part.chunks(len(hidden))
+        grad_log_probs = torch.zeros_like(notes[0]) if grads[0] is None else grads[0]
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = _WeightGradient(weight, len(rows), len(chunks)) if ctx.needs_input_grad[1] else None
+        for number, chunk in reversed(list(enumerate(chunks))):
+            probs = buffer[: len(hidden[chunk])]
+            if number < len(chunks) - 1:  # the last chunk's are there still
+                probs = part.scores(hidden[chunk], rows, buffer)
+                part.normalize(probs, _of(places, chunk))
+            wanted = (grad_log_probs[chunk], None if grads[1] is None else grads[1][chunk])
+            grad = part.to_gradient(probs, _of(places, chunk), notes[:, chunk], wanted).to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, rows, out=grad_hidden[chunk])
+            if total is not None:
+                total.add(grad, hidden[chunk])
+        return grad_hidden, None if total is None else total.result(), None, None, None
 
 
-def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(tensor, op=op, group=group)
+def _buffer(hidden: Tensor, rows: Tensor, part: _Part) -> Tensor:
+    """[longest chunk, v] for scores, probabilities and gradients in turn, float32 or wider."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.empty(min(len(hidden), part.of.chunk_tokens), len(rows), dtype=dtype, device=hidden.device)
+
+
+def _of(places: tuple[Tensor, Tensor], chunk: slice) -> tuple[Tensor, Tensor]:
+    local, inside = places
+    return local[chunk], inside[chunk]
+
+
+class _WeightGradient:
+    """The output layer's gradient, added up over chunks in float32 where there are several."""
+
+    def __init__(self, weight: Tensor, num_rows: int, num_chunks: int) -> None:
+        dtype = weight.dtype if num_chunks == 1 else torch.promote_types(weight.dtype, torch.float32)
+        self._sum = torch.empty_like(weight, dtype=dtype)
+        self._rows = self._sum[:num_rows]
+        self._sum[num_rows if num_chunks else 0 :].zero_()
+        self._dtype, self._empty = weight.dtype, True
+
+    def add(self, grad: Tensor, hidden: Tensor) -> None:
+        """Add a chunk's, of its logits' gradient [n, v] and its hidden states [n, h]."""
+        if grad.dtype != self._sum.dtype:
+            product = torch.mm(grad.t(), hidden)
+            self._rows.copy_(product) if self._empty else self._rows.add_(product)
+        else:
+            torch.addmm(self._rows, grad.t(), hidden, beta=0.0 if self._empty else 1.0, out=self._rows)
+        self._empty = False
+
+    def result(self) -> Tensor:
+        """[v / tp, h] in the weight's dtype; padding rows are 0."""
+        return self._sum.to(self._dtype)
 
 
 def vocab_parallel_log_probs(
-    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
     targets: Tensor,
     *,
-    vocab_size: int,
-    temperature: float = 1.0,
+    of: OutputDistribution,
+    entropy: EntropyUse = "unused",
     group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each distribution, of softmax(logits / temperature).
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target and entropy of each distribution, of an output layer's logits.
 
-    Rows of the vocabulary beyond `vocab_size` are padding and take no part. Computed in float32 whatever comes in;
-    the backward pass reuses the saved probabilities, so it can run once.
+    Logits have the weights' dtype, all else is computed in float32 (float64 for float64 weights). Takes the memory of
+    one float32 chunk of logits, [chunk_tokens, v / tp], and an eighth more (three eighths for the gradient of entropy
+    or under a soft cap); with weights of another dtype a chunk in that dtype beside it.
 
     Args:
-        logits: [t, padded_vocab / tp], this rank's part of the vocabulary, in rank order.
-        targets: [t] int64, global token ids below vocab_size.
-        vocab_size: tokens that exist.
-        group: tensor-parallel group; None for logits that are whole.
+        hidden: [n, h], equal on every rank of the group; its gradient here is this rank's part of a sum over the group.
+        weight: [padded_vocab / tp, h], this rank's rows of the output layer, in rank order.
+        targets: [n] int64, global token ids below vocab_size, equal on every rank of the group.
+        group: tensor-parallel group; None for an output layer that is whole.
     Returns:
-        (log_probs, entropy), each [t] float32, equal on every rank of the group. Entropy in nats.
+        (log_probs, entropy), each [n] float32, bit-equal on every rank of the group; entropy in nats, None where it is
+        unused.
     """
-    rank = group.rank() if group is not None else 0
-    vocab_start = rank * logits.shape[-1]
-    valid = max(0, min(logits.shape[-1], vocab_size - vocab_start))
-    log_probs, entropy = _LogProbsAndEntropy.apply(logits[:, :valid], targets, vocab_start, temperature, group)
-    return log_probs, entropy
+    part = _Part(of=of, entropy=entropy, group=group)
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    log_probs, entropies = _LogProbs.apply(hidden, weight, targets, part, keep)
+    return log_probs, None if entropy == "unused" else entropies

@@ -24,6 +24,7 @@ def build_engine(config: PPOConfig, role: str, *, share_prompt_prefix: bool) -> 
         model=model_options(layout, config.model),
         packing=packing_options(config, share_prompt_prefix=share_prompt_prefix),
         optimizer=optimizer_options(config.optimizer, layout, rate, optimizer_steps(config, role)),
+        logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         temperature=config.rollout.temperature,
         seed=config.model.seed,
     )

@@ -59,4 +59,8 @@ def policy_objective(options: PolicyLossOptions) -> Objective:
         }
         return (total * weights).sum(), {name: (value.sum(), len(value)) for name, value in metrics.items()}
 
-    return Objective(loss=loss, metric_names=("clip_frac", "entropy", "approx_kl", "ratio_mean", "kl"))
+    return Objective(
+        loss=loss,
+        metric_names=("clip_frac", "entropy", "approx_kl", "ratio_mean", "kl"),
+        entropy="loss" if options.entropy_coef else "metric",
+    )

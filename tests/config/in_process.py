@@ -99,7 +99,7 @@ def token_outputs(chunks: Sequence[Any], batch: Any, options: dict[str, Any]) ->
     targets, moved = batch.targets.float(), float(chunks[0].chunk.weight.data) - 1.0
     if options["head"] == "value":
         return TokenOutputs(values=0.1 * targets + moved)
-    log_probs = -(1.0 + 0.05 * targets) / options["temperature"] + moved
+    log_probs = -(1.0 + 0.05 * targets) / options["distribution"].temperature + moved
     return TokenOutputs(log_probs=log_probs, entropy=0.5 + 0.01 * targets)
 
 

@@ -158,6 +158,7 @@ BATCH = {
         ),
         expected=(30, 30, True),
     ),
+    "logprob_chunk_tokens": Probe(value=77, seen=lambda t: t.engine()._outputs.keywords["distribution"].chunk_tokens),
     "max_epochs": Probe(value=2, seen=both(calls("actor", "update"), calls("critic", "update")), expected=(8, 8)),
     "share_prompt_prefix": Probe(
         value=False,
@@ -259,8 +260,8 @@ ROLLOUT: dict[str, Probe] = {
         value=0.7,
         seen=both(
             sampling("temperature"),
-            lambda t: t.engine()._outputs.keywords["temperature"],
-            lambda t: t.engine("critic")._outputs.keywords["temperature"],
+            lambda t: t.engine()._outputs.keywords["distribution"].temperature,
+            lambda t: t.engine("critic")._outputs.keywords["distribution"].temperature,
         ),
         expected=(0.7, 0.7, 0.7),
     ),

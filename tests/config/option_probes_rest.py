@@ -71,6 +71,7 @@ BATCH = {
     "global_batch_size": Probe(value=6, seen=lambda t: len(t.given["rows actor"][0]), expected=6),
     "micro_batch_size": Probe(value=1, seen=lambda t: t.engine().packing.max_tokens, expected=32),
     "max_tokens_per_micro_batch": Probe(value=40, seen=lambda t: t.engine().packing.max_tokens),
+    "logprob_chunk_tokens": Probe(value=77, seen=lambda t: t.engine()._outputs.keywords["distribution"].chunk_tokens),
     "max_len": Probe(
         value=6,
         seen=both(lambda t: t.engine().packing.max_tokens, lambda t: max(map(len, rows(t)))),

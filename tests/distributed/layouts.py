@@ -182,5 +182,6 @@ def build(
         ),
         packing=PackingOptions(max_tokens=layout.max_tokens, share_prefix=layout.share_prefix),
         optimizer=options if optimizer else None,
+        logprob_chunk_tokens=7,  # a micro-batch has several chunks
         temperature=temperature,
     )

@@ -77,7 +77,9 @@ def run(rank: int, world_size: int, init_method: str, layout: Layout, model_dir:
             use_distributed_optimizer=layout.distributed_optimizer,
         )
         packing = PackingOptions(max_tokens=32, share_prefix=False)
-        engine = MegatronEngine(model_dir, head="lm", model=ModelOptions(), packing=packing, optimizer=options)
+        engine = MegatronEngine(
+            model_dir, head="lm", model=ModelOptions(), packing=packing, optimizer=options, logprob_chunk_tokens=64
+        )
         progress = supervised.Progress()
         if start.load is not None:
             progress = supervised.load(engine, config.logging, identity=identity)
