@@ -84,20 +84,22 @@ class ResourceManager:
             return
         awake = PHASES[phase]
         wanted = {group.role: awake.actor if group.role == "actor" else awake.others for group in self._training}
-        for group in self._training:  # first make room, then take it
-            if leaving := _without(self._awake[group.role], wanted[group.role]):
-                group.call("sleep", leaving)
-                self._awake[group.role] = _without(self._awake[group.role], leaving)
+        # First make room, then take it.
+        self._tell("sleep", {role: _without(self._awake[role], parts) for role, parts in wanted.items()})
         if _without(self._engines_awake, awake.engines):
             self._rollout.call("sleep", awake.keeps_weights)  # vLLM sleeps as a whole
             self._engines_awake = ()
-        for group in self._training:
-            if coming := _without(wanted[group.role], self._awake[group.role]):
-                group.call("wake", coming)
-                self._awake[group.role] = wanted[group.role]
+        self._tell("wake", {role: _without(parts, self._awake[role]) for role, parts in wanted.items()})
+        self._awake = wanted
         if waking := _without(awake.engines, self._engines_awake):
             self._rollout.call("wake", waking)
             self._engines_awake = awake.engines
+
+    def _tell(self, method: str, parts: dict[str, tuple[Part, ...]]) -> None:
+        """Each training role that has something to do does it, all at a time."""
+        told = [(group, group.submit(method, moved)) for group in self._training if (moved := parts[group.role])]
+        for group, refs in told:
+            group.wait_for(refs, method)
 
 
 def _without(parts: tuple[_Part, ...], others: tuple[_Part, ...]) -> tuple[_Part, ...]:

@@ -167,11 +167,11 @@ class MegatronWorker:
     @contextmanager
     def _giving_back(self) -> Iterator[None]:
         """Where another role is awake on the same device, what the block has freed goes back to it."""
-        from megarlhf.parallel.device import release_memory
+        from megarlhf.parallel.device import release_cache
 
         yield
         if self._shares_device:
-            release_memory()
+            release_cache()
 
     def share_weights(self) -> list[Block]:
         """Hold this rank's share of the weights in shared memory from now on; what lies where."""

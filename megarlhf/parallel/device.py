@@ -44,8 +44,13 @@ def num_local_gpus() -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory back: CUDA's cache to the device, the heap that glibc keeps to the system."""
+    """Give back what is freed, with garbage that is in circles; see release_cache."""
     gc.collect()
+    release_cache()
+
+
+def release_cache() -> None:
+    """Give freed memory back: CUDA's cache to the device, the heap that glibc keeps to the system."""
     if device_kind() == "gpu":
         torch.cuda.empty_cache()
     else:

@@ -21,9 +21,7 @@ class Awake:
     actor: tuple[Part, ...] = ()
     others: tuple[Part, ...] = ()  # of each other training role
     engines: tuple[EnginePart, ...] = ()
-    keeps_weights: bool = (
-        True  # engines that fall asleep for the phase wake with their weights; else a sync must follow
-    )
+    keeps_weights: bool = True  # of engines that fall asleep for it; False: a sync must come before they answer
 
 
 PHASES: dict[str, Awake] = {

@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ class RecordedGroup:
     def call(self, method: str, *args: Any) -> list[Any]:
         self._log.append((self.role, method, args))
         return [self._answer(method, rank, args) for rank in range(len(self.handles))]
+
+    def submit(self, method: str, *args: Any) -> list[Any]:
+        self._log.append((self.role, method, args))
+        return [partial(self._answer, method, rank, args) for rank in range(len(self.handles))]
 
     def wait_for(self, refs: Sequence[Any], what: str) -> list[Any]:
         return [answer() for answer in refs]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -189,16 +190,22 @@ def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "run"
 
 
+def sorted_where_at_once(order: list[str]) -> list[str]:
+    """Training roles that are told alike are told at the same time, and answer in any order."""
+    runs = groupby(order, key=lambda entry: ("rollout" in entry, entry.split()[1]))
+    return [entry for _, run_of in runs for entry in sorted(run_of)]
+
+
 @pytest.mark.slow
 def test_real_engines_take_turns(finished: Path) -> None:
-    order = [f"{role} {told}" for role, told, _ in notes(finished / "logs")]
+    order = sorted_where_at_once([f"{role} {told}" for role, told, _ in notes(finished / "logs")])
     everything = "+".join(PARTS)
     sleeps = [f"{role} sleep parameters+optimizer" for role in ("actor", "critic")]
     wakes = [f"{role} wake parameters+optimizer" for role in ("actor", "critic")]
     generate = ["actor sleep parameters", "rollout wake kv_cache"]
     train = ["rollout sleep, weights dropped", *wakes]
     sync = ["actor sleep optimizer", sleeps[1], "rollout wake weights"]
-    assert order == [
+    expected = [
         *("actor start", f"actor sleep {everything}", "critic start", f"critic sleep {everything}", "rollout start"),
         *("rollout sleep, weights dropped", "actor wake parameters", "rollout wake weights"),
         *generate,
@@ -212,6 +219,7 @@ def test_real_engines_take_turns(finished: Path) -> None:
         *("rollout sleep, weights kept", *wakes),
         *("actor sleep optimizer", sleeps[1]),  # the export
     ]
+    assert order == sorted_where_at_once(expected)
 
 
 @pytest.mark.slow

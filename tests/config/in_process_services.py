@@ -118,7 +118,6 @@ def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
     ):
         patch.setattr(module, name, value)
     patch.setattr(device, "freeze_garbage_collector", lambda: None)
-    patch.setattr(device, "release_memory", lambda: None)
     patch.setenv("RAY_AUTH_TOKEN", "none")
 
 
