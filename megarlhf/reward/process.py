@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ class RewardProcess:
         """
         self._passed_variables = passed_variables
         self._popen: subprocess.Popen[bytes] | None = None
+        self._ending = threading.Lock()
         self._num_requests = 0
 
     @property
@@ -90,14 +92,21 @@ class RewardProcess:
         Returns:
             The worker's own exit status where it had ended before, or minus the number of the signal that ended it.
         """
-        popen, self._popen = self._popen, None
-        if popen is None:
-            return 0
-        assert popen.stdin is not None and popen.stdout is not None
-        os.killpg(popen.pid, signal.SIGKILL)
-        popen.stdin.close()
-        popen.stdout.close()
-        return popen.wait()
+        with self._ending:
+            popen, self._popen = self._popen, None
+            if popen is None:
+                return 0
+            assert popen.stdin is not None and popen.stdout is not None
+            os.killpg(popen.pid, signal.SIGKILL)
+            popen.stdin.close()
+            popen.stdout.close()
+            return popen.wait()
+
+    def interrupt(self) -> None:
+        """Have the request that another thread waits in raise WorkerLostError soon."""
+        with self._ending:  # until `kill` has waited for it, no other process can have its id
+            if self._popen is not None:
+                os.killpg(self._popen.pid, signal.SIGKILL)
 
 
 def worker_environment(environment: Mapping[str, str], passed_variables: Sequence[str]) -> dict[str, str]:

@@ -1,45 +1,37 @@
-"""Rewards for samples, from reward code in a process of its own that may raise, hang or die."""
+"""Rewards for samples, from reward code in processes of its own that may raise, hang or die."""
 
 import logging
-import math
 import re
-import time
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megarlhf.data.types import Sample
-from megarlhf.reward.process import RewardProcess, WorkerLostError
+from megarlhf.reward.pool import LOAD_TIMEOUT_SECONDS, ChunkScores, Outcome, PoolWorker, TimeLimit, chunks
+from megarlhf.reward.process import RewardProcess
 
 logger = logging.getLogger(__name__)
 
 RULES = ("math", "exact_match", "format")
-# Importing the reward code may load a model or a large library, which the limit of one call need not allow for.
-LOAD_TIMEOUT_SECONDS = 120.0
-# Calls that hang or kill the worker one after the other; then the rest of the batch is given up.
-MAX_CONSECUTIVE_LOSSES = 3
-# Scoring a batch one by one takes at most this many times the limit of a call, or this long for each sample, if that
-# is more. Samples that were not tried by then have no result.
+# Chunks in a row that a process gives up; then it takes no more of the batch.
+MAX_CHUNKS_GIVEN_UP = 2
+# A batch may take this many times the limit of a call more than its chunks, for scoring samples one by one.
 SINGLE_CALLS = 10
-SECONDS_PER_SAMPLE = 0.1
-_MAX_REASON = 1000  # characters
-
-_Outcome = tuple[float | None, str | None]  # a sample's reward, or why it has none
 
 
 class RewardScorer:
     """Scores samples by a built-in rule or by the user's `reward_func(queries, prompts, labels)`.
 
-    The code runs in a separate process, so that a hang or a crash costs a reward and not the trainer. The process
-    starts with `check` and again when it is needed after a loss; state that reward code keeps in memory does not
-    survive that. Of this process's environment it sees PASSED_VARIABLES (process.py) and what is named, and of other
-    processes nothing where the system allows that (separation.py). `close` ends it, as does the end of this process.
+    The code runs in separate processes, so that a hang or a crash costs a reward and not the trainer. The processes
+    start with `check` and again when they are needed after a loss; state that reward code keeps in memory does not
+    survive that, and each process has its own. Of this process's environment they see PASSED_VARIABLES (process.py)
+    and what is named, and of other processes nothing where the system allows that (separation.py). `close` ends them,
+    as does the end of this process.
 
-    A reward function gets the whole batch in one call. Where that raises, hangs or dies, it gets the samples one by
-    one, which costs only the guilty their reward. A rule judges samples one by one from the start.
+    Each process takes the next chunk of a batch as soon as it is free (pool.py).
     """
 
     def __init__(
@@ -49,6 +41,8 @@ class RewardScorer:
         rule: str | None,
         rule_pattern: str | None,
         timeout_seconds: float,
+        num_workers: int = 1,
+        chunk_size: int = 1024,
         passed_variables: Sequence[str] = (),
     ) -> None:
         """Check the settings; nothing is loaded before `check`.
@@ -57,144 +51,113 @@ class RewardScorer:
             function_path: Python file that defines `reward_func`; either this or `rule` is given.
             rule: one of RULES.
             rule_pattern: regular expression of the rule "format".
-            timeout_seconds: limit of one call, be it for a batch or for a sample.
+            timeout_seconds: limit of one call, be it for a chunk or for a sample.
+            num_workers: processes side by side.
+            chunk_size: samples in one call, at most.
             passed_variables: environment variables that the code sees besides PASSED_VARIABLES.
         Raises:
             ValueError: settings that do not fit together.
         """
         _check_settings(function_path, rule, rule_pattern, timeout_seconds)
         self.last_failures: list[str] = []  # what went wrong in the last `score`; a sample's entry names its place
-        self._settings = {"function_path": function_path, "rule": rule, "rule_pattern": rule_pattern}
         self._source = f"reward_function={function_path}" if rule is None else f"reward_rule={rule}"
-        self._has_batch_call = function_path is not None
         self._timeout_seconds = timeout_seconds
-        self._process = RewardProcess(passed_variables)
+        self._chunk_size = chunk_size
+        settings = {"function_path": function_path, "rule": rule, "rule_pattern": rule_pattern}
+        processes = [RewardProcess(passed_variables) for _ in range(num_workers)]
+        self._workers = [PoolWorker(process, settings, timeout_seconds=timeout_seconds) for process in processes]
         self._has_said_separation = False
-        weakref.finalize(self, self._process.kill)
+        weakref.finalize(self, _end, processes)
 
     def check(self) -> None:
-        """Start the process and load the reward code, unless that is done already.
+        """Start the processes and load the reward code in each, unless that is done already.
 
         Raises:
             ValueError: the code cannot be loaded: the file cannot be imported or defines no `reward_func`.
         """
-        reason = self._load()
-        if reason is not None:
-            raise ValueError(f"{self._source} cannot be loaded: {reason}")
+        limit, reasons = TimeLimit(LOAD_TIMEOUT_SECONDS), list[str]()
+
+        def load(worker: PoolWorker) -> None:
+            reason = worker.load(limit)
+            if reason is not None:
+                reasons.append(reason)
+
+        self._in_threads(load, limit)
+        if len(reasons) == len(self._workers):
+            raise ValueError(f"{self._source} cannot be loaded: {reasons[0]}")
+        if reasons:
+            raise ValueError(
+                f"reward_num_workers={len(self._workers)}: {self._source} cannot be loaded in {len(reasons)} of them: "
+                f"{reasons[0]}; set fewer"
+            )
 
     def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, in their order, with `reward` set; None where there is no result, whatever the reward code did.
 
-        It takes no longer than two calls may, plus the limit of scoring one by one (SINGLE_CALLS, SECONDS_PER_SAMPLE)
-        and of starting the process again.
+        It takes no longer than LOAD_TIMEOUT_SECONDS, and the limit of a call for each of the chunks that one process
+        has to score and SINGLE_CALLS times more.
         """
         self.last_failures = []
-        if not samples:
-            return []
-        outcomes = self._score_batch(samples) if self._has_batch_call else None
-        if outcomes is None:
-            outcomes = self._score_singly(samples)
+        size = min(self._chunk_size, -(-len(samples) // len(self._workers)))
+        parts = list(chunks(samples, size=size, max_size=self._chunk_size))
+        turns = -(-len(parts) // len(self._workers))
+        limit = TimeLimit(LOAD_TIMEOUT_SECONDS + (turns + SINGLE_CALLS) * self._timeout_seconds)
+        scores: dict[int, ChunkScores] = {}
+        left = iter(enumerate(parts))  # shared: whichever process is free takes the next
+
+        def work(worker: PoolWorker) -> None:
+            given_up = 0
+            while given_up < MAX_CHUNKS_GIVEN_UP and (taken := next(left, None)) is not None:
+                number, chunk = taken
+                scores[number] = worker.score(chunk, limit)
+                given_up = given_up + 1 if scores[number].given_up else 0
+
+        self._in_threads(work, limit)
+        outcomes: list[Outcome] = []
+        for number, chunk in enumerate(parts):
+            untried = (None, f"not tried after {MAX_CHUNKS_GIVEN_UP} chunks in a row in which calls hung or died")
+            found = scores.get(number, ChunkScores([untried] * len(chunk), None, False))
+            if found.failure is not None:
+                first, last = len(outcomes), len(outcomes) + len(chunk) - 1
+                self.last_failures.append(f"samples {first} to {last} in one call: {found.failure}")
+            outcomes += found.outcomes
+        if self.last_failures:
+            said = len(self.last_failures), len(parts), self.last_failures[0]
+            logger.warning("%d of %d calls failed, whose samples were scored one by one; %s", *said)
+        self._say_losses(outcomes)
+        return [replace(sample, reward=reward) for sample, (reward, _) in zip(samples, outcomes, strict=True)]
+
+    def close(self) -> None:
+        """End the processes and what they started. Scoring again starts others."""
+        _end([worker.process for worker in self._workers])
+
+    def _in_threads(self, function: Callable[[PoolWorker], None], limit: TimeLimit) -> None:
+        """Run the function for each process in a thread of its own; an interruption of this thread ends them all."""
+        with ThreadPoolExecutor(len(self._workers)) as pool:
+            try:
+                for future in [pool.submit(function, worker) for worker in self._workers]:
+                    future.result()
+            except BaseException:
+                limit.stop()
+                for worker in self._workers:
+                    worker.process.interrupt()
+                raise
+        said = next((worker.separation for worker in self._workers if worker.separation is not None), None)
+        if said is not None and not self._has_said_separation:
+            self._has_said_separation = True
+            _say_separation(*said)
+
+    def _say_losses(self, outcomes: Sequence[Outcome]) -> None:
         reasons = [reason for _, reason in outcomes if reason is not None]
         self.last_failures += [f"sample {i}: {reason}" for i, (_, reason) in enumerate(outcomes) if reason is not None]
         if reasons:
             listed = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
-            logger.warning("%d of %d samples have no reward: %s", len(reasons), len(samples), listed)
-        return [replace(sample, reward=reward) for sample, (reward, _) in zip(samples, outcomes, strict=True)]
-
-    def close(self) -> None:
-        """End the process and what it started. Scoring again starts another."""
-        self._process.kill()
-
-    def _load(self) -> str | None:
-        """See `check`; why the code cannot be loaded, None where it is."""
-        if self._process.is_running:
-            return None
-        try:
-            self._process.start()
-            reply = self._process.request(self._settings, timeout_seconds=LOAD_TIMEOUT_SECONDS)
-        except WorkerLostError as error:
-            return f"loading it {error}"
-        except OSError as error:  # no process, no memory
-            return f"its process cannot be started ({error})"
-        if reply.get("ready") is not True:
-            self._process.kill()
-            return str(reply.get("error"))[:_MAX_REASON]
-        if not self._has_said_separation:
-            self._has_said_separation = True
-            _say_separation(str(reply.get("separation")), str(reply.get("separation_reason")))
-        return None
-
-    def _score_batch(self, samples: Sequence[Sample]) -> list[_Outcome] | None:
-        """Reward and reason of each sample from one call; None where the call as a whole failed."""
-        try:
-            return self._call(samples)
-        except (WorkerLostError, _CallError) as error:
-            self.last_failures.append(f"batch of {len(samples)}: {error}")
-            logger.warning("a batch of %d rewards failed, scoring one by one: %s", len(samples), error)
-            return None
-
-    def _score_singly(self, samples: Sequence[Sample]) -> list[_Outcome]:
-        outcomes: list[_Outcome] = []
-        losses = 0
-        limit = max(SINGLE_CALLS * self._timeout_seconds, SECONDS_PER_SAMPLE * len(samples))
-        deadline = time.monotonic() + limit
-        for sample in samples:
-            if losses == MAX_CONSECUTIVE_LOSSES:
-                outcomes.append((None, f"not tried after {losses} calls in a row that hung or died"))
-                continue
-            if time.monotonic() > deadline:
-                outcomes.append((None, f"not tried within the {limit:g} seconds that scoring one by one may take"))
-                continue
-            try:
-                outcomes += self._call([sample])
-            except _CallError as error:
-                outcomes.append((None, str(error)))
-            except WorkerLostError as error:
-                outcomes.append((None, f"the reward {error}"))
-                losses += 1
-                continue
-            losses = 0
-        return outcomes
-
-    def _call(self, samples: Sequence[Sample]) -> list[_Outcome]:
-        reason = self._load()
-        if reason is not None:
-            raise WorkerLostError(f"code cannot be loaded any more: {reason}")
-        call = {
-            "queries": [sample.prompt.text + sample.response_text for sample in samples],
-            "prompts": [sample.prompt.text for sample in samples],
-            "responses": [sample.response_text for sample in samples],
-            "stop_texts": [sample.stop_text for sample in samples],
-            "labels": [sample.prompt.label for sample in samples],
-        }
-        reply = self._process.request(call, timeout_seconds=self._timeout_seconds)
-        if isinstance(reply.get("error"), str):
-            raise _CallError(reply["error"][:_MAX_REASON])
-        outcomes = _outcomes(reply, len(samples))
-        if outcomes is None:
-            self._process.kill()
-            raise WorkerLostError("wrote into the pipe of its process's answers (not the rewards of this call)")
-        return outcomes
+            logger.warning("%d of %d samples have no reward: %s", len(reasons), len(outcomes), listed)
 
 
-class _CallError(Exception):
-    """The reward code raised."""
-
-
-def _outcomes(reply: dict[str, Any], count: int) -> list[_Outcome] | None:
-    """Reward and reason of each sample, one of them None; None where the reply is anything else."""
-    rewards, reasons = reply.get("rewards"), reply.get("reasons")
-    if not (isinstance(rewards, list) and isinstance(reasons, list) and len(rewards) == len(reasons) == count):
-        return None
-    outcomes: list[_Outcome] = []
-    for reward, reason in zip(rewards, reasons, strict=True):
-        if isinstance(reward, float) and math.isfinite(reward) and reason is None:
-            outcomes.append((reward, None))
-        elif reward is None and isinstance(reason, str):
-            outcomes.append((None, reason[:_MAX_REASON]))
-        else:
-            return None
-    return outcomes
+def _end(processes: Sequence[RewardProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _say_separation(kind: str, reason: str) -> None:

@@ -1,12 +1,14 @@
 """The process that runs reward code: `python -m megarlhf.reward.worker`, one JSON object a line in and out.
 
 The first line says what to load: {"function_path", "rule", "rule_pattern"}; the answer is {"ready": true, "separation",
-"separation_reason"} (separation.py). Each later line is a call {"queries", "prompts", "responses", "stop_texts",
-"labels"}, all lists of one length; the answer is {"rewards", "reasons"} of that length, where a reward is null and has
-a reason if there is no result. Instead of either answer {"error": reason} says that the code could not be loaded or
-that the whole call failed. Every line has an "id", and its answer the same.
+"separation_reason"} (separation.py). Each later line is a call {"responses", "stop_texts", "prompt_places", "prompts",
+"labels"}: the first three are lists of one length, the last two have each prompt once, at the place that its responses
+name. The answer is {"rewards", "reasons"} with one of each for a response, where a reward is null and has a reason if
+there is no result. Instead of either answer {"error": reason} says that the code could not be loaded or that the whole
+call failed. Every line has an "id", and its answer the same.
 """
 
+import copy
 import json
 import os
 import resource
@@ -15,10 +17,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from megarlhf.reward.separation import separate
 from megarlhf.reward.user_function import Scores, load_function
+
+_READ_BYTES = 1 << 20  # at once, of lines of megabytes
 
 
 def main() -> None:
@@ -41,16 +45,30 @@ def main() -> None:
         call = json.loads(line)
         number = call.pop("id")
         try:
-            rewards, reasons = score(call)
+            rewards, reasons = score(_per_response(**call))
         except (Exception, SystemExit) as error:
             _send(replies, {"id": number, "error": f"the reward raised {_describe(error)}"})
         else:
             _send(replies, {"id": number, "rewards": rewards, "reasons": reasons})
 
 
-def _take_pipes() -> tuple[TextIO, TextIO]:
+def _per_response(
+    *, responses: list[str], stop_texts: list[str], prompt_places: list[int], prompts: list[str], labels: list[Any]
+) -> dict[str, list[Any]]:
+    """A call as lists of one length; no two responses share a label that reward code could change."""
+    texts = [prompts[place] for place in prompt_places]
+    return {
+        "queries": [prompt + response for prompt, response in zip(texts, responses, strict=True)],
+        "prompts": texts,
+        "responses": responses,
+        "stop_texts": stop_texts,
+        "labels": [copy.deepcopy(labels[place]) for place in prompt_places],
+    }
+
+
+def _take_pipes() -> tuple[BinaryIO, TextIO]:
     """Keep the pipes to the trainer to ourselves: reward code reads nothing, and what it prints goes to stderr."""
-    requests, replies = os.fdopen(os.dup(0), "r", encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    requests, replies = os.fdopen(os.dup(0), "rb", _READ_BYTES), os.fdopen(os.dup(1), "w", encoding="utf-8")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -1,10 +1,14 @@
 """Samples to score."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from megarlhf.data.types import Prompt, Sample
+from megarlhf.reward.scorer import RewardScorer
+
+MakeScorer = Callable[..., RewardScorer]  # of the text of a reward file and options, loaded (conftest.py)
 
 
 def samples(*responses: str, label: Any = "7", stop_text: str = "") -> list[Sample]:

@@ -8,45 +8,19 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from megarlhf.reward import pool as pool_module
 from megarlhf.reward import process as process_module
 from megarlhf.reward import scorer as scorer_module
 from megarlhf.reward.scorer import RewardScorer
-from tests.reward.samples import samples
+from tests.reward.samples import MakeScorer, samples
 
-MakeScorer = Callable[..., RewardScorer]
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def make_scorer(tmp_path: Path) -> Iterator[MakeScorer]:
-    """Scorer for the text of a reward file, closed at the end."""
-    made = []
-
-    def make(text: str, timeout_seconds: float = 20.0, passed_variables: Sequence[str] = ()) -> RewardScorer:
-        path = tmp_path / "my_reward.py"
-        path.write_text(text)
-        made.append(
-            RewardScorer(
-                function_path=str(path),
-                rule=None,
-                rule_pattern=None,
-                timeout_seconds=timeout_seconds,
-                passed_variables=passed_variables,
-            )
-        )
-        made[-1].check()
-        return made[-1]
-
-    yield make
-    for scorer in made:
-        scorer.close()
 
 
 def rewards(scorer: RewardScorer, *responses: str) -> list[float | None]:
@@ -98,7 +72,8 @@ process = RewardProcess()
 process.start()
 load = {"function_path": sys.argv[1], "rule": None, "rule_pattern": None}
 process.request(load, timeout_seconds=60)
-process.request({"queries": [""], "prompts": [""], "responses": [""], "labels": [""]}, timeout_seconds=60)
+call = {"responses": [""], "stop_texts": [""], "prompt_places": [0], "prompts": [""], "labels": [""]}
+process.request(call, timeout_seconds=60)
 """
 
 
@@ -138,7 +113,7 @@ def test_one_sample_that_raises_costs_only_itself(make_scorer: MakeScorer) -> No
     scorer = make_scorer(PER_SAMPLE)
     assert rewards(scorer, "a", "!raise KeyError('boom')", "!raise SystemExit(2)", "abc") == [1.0, None, None, 3.0]
     batch, first, second = scorer.last_failures
-    assert batch.startswith("batch of 4: ")
+    assert batch == "samples 0 to 3 in one call: the reward raised KeyError: 'boom'"
     assert first == "sample 1: the reward raised KeyError: 'boom'"
     assert second == "sample 2: the reward raised SystemExit: 2"
     assert rewards(scorer, "a") == [1.0]
@@ -228,14 +203,28 @@ def test_code_that_can_no_longer_be_loaded_gives_no_results_until_it_can(
     assert rewards(scorer, "abc") == [3.0]
 
 
-def test_scoring_one_by_one_has_a_limit_too(make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes its limit of 1 s; the first sample only makes the batch fail."""
-    monkeypatch.setattr(scorer_module, "SINGLE_CALLS", 0.2)
-    scorer = make_scorer(PER_SAMPLE, timeout_seconds=5.0)
-    slow = "!time.sleep(0.4)"
+def test_the_whole_call_has_one_limit(make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes its limit of 1.5 s: 1 to start, half a second for one chunk; what is scored one by one takes 0.4 each."""
+    scorer = make_scorer(PER_SAMPLE, timeout_seconds=0.5)
+    monkeypatch.setattr(scorer_module, "LOAD_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(scorer_module, "SINGLE_CALLS", 0)
+    slow, start = "!time.sleep(0.4)", time.monotonic()
     found = rewards(scorer, "!raise KeyError", *[slow] * 5)
     assert found == [None, 16.0, 16.0, 16.0, None, None]
-    assert "not tried within the 1 seconds that scoring one by one may take" in scorer.last_failures[-1]
+    assert 1.5 <= time.monotonic() - start < 3.0
+    late = "no result within the 1.5 seconds for all samples: raise reward_timeout_seconds"
+    assert scorer.last_failures[-2:] == [f"sample 4: {late}", f"sample 5: {late}"]
+
+
+def test_the_limit_grows_with_the_chunks_of_one_process(
+    make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Takes 1.6 s: four chunks of 0.4 s, where one chunk may take 1.5 s with the start."""
+    scorer = make_scorer(PER_SAMPLE, timeout_seconds=0.5, chunk_size=1)
+    monkeypatch.setattr(scorer_module, "LOAD_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(scorer_module, "SINGLE_CALLS", 0)
+    slow = [replace(sample, group_id=i) for i, sample in enumerate(samples(*["!time.sleep(0.4)"] * 4))]
+    assert [sample.reward for sample in scorer.score(slow)] == [16.0] * 4
 
 
 def test_gives_up_after_losses_in_a_row(make_scorer: MakeScorer) -> None:
@@ -361,7 +350,7 @@ def test_code_that_cannot_be_loaded_is_refused_at_once(make_scorer: MakeScorer, 
 
 
 def test_loading_has_a_limit(make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorer_module, "LOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(pool_module, "LOAD_TIMEOUT_SECONDS", 0.5)
     with pytest.raises(ValueError, match="limit of 0.5 seconds"):
         make_scorer("import time; time.sleep(60)")
 
