@@ -35,19 +35,28 @@ from megarlhf.reward.scorer import RewardScorer
 from megarlhf.trainers import rl
 from megarlhf.trainers.state import LoopState
 
+MAX_RULE_WORKERS = 8  # processes that score by a rule, where the user gives no number
+
 
 def resolve(config: PPOConfig) -> PPOConfig:
-    """Fill in what was left open: prompts are shared where several samples of one are trained together on a CPU."""
-    batch = config.batch
-    if batch.share_prompt_prefix is not None:
-        return config
+    """Fill in what was left open.
+
+    Prompts are shared where several samples of one are trained together on a CPU. A rule, which keeps nothing between
+    its calls, runs on all cores.
+    """
+    batch, reward = config.batch, config.reward
     share = (
         batch.n_samples_per_prompt > 1
         and batch.global_batch_size % batch.n_samples_per_prompt == 0
         and max(config.layout_of(role).context_parallel_size for role in ("actor", "critic")) == 1
         and device_kind() == "cpu"
     )
-    return dataclasses.replace(config, batch=dataclasses.replace(batch, share_prompt_prefix=share))
+    if batch.share_prompt_prefix is None:
+        batch = dataclasses.replace(batch, share_prompt_prefix=share)
+    if reward.reward_num_workers is None:
+        workers = 1 if reward.reward_rule is None else min(MAX_RULE_WORKERS, num_cores())
+        reward = dataclasses.replace(reward, reward_num_workers=workers)
+    return dataclasses.replace(config, batch=batch, reward=reward)
 
 
 def resolve_special_tokens(config: PPOConfig, labels: Sequence[Any]) -> PPOConfig:
@@ -202,11 +211,14 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     """Plan and run; returns the exit status."""
     config = resolve(config)
     plan = make_plan(config)
+    assert config.reward.reward_num_workers is not None  # resolved
     reward = RewardScorer(
         function_path=config.reward.reward_function,
         rule=config.reward.reward_rule,
         rule_pattern=config.reward.reward_format,
         timeout_seconds=config.reward.reward_timeout_seconds,
+        num_workers=config.reward.reward_num_workers,
+        chunk_size=config.reward.reward_chunk_size,
         passed_variables=config.reward.reward_env,
     )
     inputs = load_inputs(config, reward, dry_run=dry_run)

@@ -234,9 +234,16 @@ class RewardArguments:
     max_untrained_steps: int = 3
     """Steps in a row that may go untrained for that reason; then the run saves and stops."""
     reward_timeout_seconds: float = 30.0
-    """Seconds for one call of the reward code with all responses of a step. Past it they are scored one by one, each
-    within the same limit, all together within ten times the limit or 0.1 seconds a response, whichever is more; a
-    response that is not scored by then is left out of training."""
+    """Seconds for one call of the reward code. Past it the responses of the call are scored one by one, each within the
+    same limit. All responses of a step together have this limit for each call that one process gets, ten times the
+    limit for what is scored one by one, and 120 seconds; a response that has no reward by then is left out of
+    training."""
+    reward_num_workers: int | None = None
+    """Processes that run the reward code side by side; what it keeps in memory each has for itself. None: 1 for
+    reward_function, one for each core of this machine, but at most 8, for reward_rule."""
+    reward_chunk_size: int = 1024
+    """Responses in one call of the reward code, at most; with several processes a step's responses are also divided
+    among them. The responses to a prompt are in one call unless they are more than this."""
     reward_env: tuple[str, ...] = ()
     """Names of environment variables that the reward code sees, such as the key of a service that it calls, besides
     those that programs need (PATH, HOME, LANG, PYTHONPATH, HF_HOME, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, ...)."""

@@ -36,7 +36,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "vllm_num_engines vllm_tensor_parallel_size train_iters rollout_batch_size n_samples_per_prompt "
         "global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens max_epochs max_len "
         "prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
-        "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps",
+        "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "
+        "reward_chunk_size",
     ),
     ("at least 3", lambda v: v >= 3, "longest"),
     (

@@ -329,6 +329,8 @@ REWARD: dict[str, Probe] = {
         also={"reward_function": None, "reward_rule": "format", "reward_format": "0.25"},
     ),
     "reward_timeout_seconds": Probe(value=7.7, seen=given("reward", "timeout_seconds")),
+    "reward_num_workers": Probe(value=3, seen=given("reward", "num_workers")),
+    "reward_chunk_size": Probe(value=3, seen=given("reward", "chunk_size")),
     "reward_env": Probe(value=("KEY_OF_A_SERVICE",), seen=given("reward", "passed_variables")),
     "reward_skip_special_tokens": Probe(
         value=False,
