@@ -59,7 +59,9 @@ def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
             del phases["bf16"]
         for os.environ[_PHASE], world_size in phases.items():
             threads = max(1, num_cores() // world_size)
-            status = run_local_ranks("megarlhf.cli.parity", arguments, world_size=world_size, threads=threads)
+            status = run_local_ranks(
+                "megarlhf.cli.parity", arguments, world_size=world_size, threads=threads, environment={}
+            )
             if status:
                 return status
     return 0

@@ -1,5 +1,9 @@
-"""The run of train_sft.py, whose configuration is checked already: load, then train as one rank or start the ranks."""
+"""The run of train_sft.py, whose configuration is checked already: load, then train as one rank or start the ranks.
 
+Data is read and tokenized once on a machine, into files that all its ranks map.
+"""
+
+import json
 import math
 import os
 from collections.abc import Callable
@@ -10,7 +14,7 @@ from typing import Any
 
 from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
-from megarlhf.cli.local_ranks import MEETING, run_local_ranks
+from megarlhf.cli.local_ranks import INPUTS, MEETING, prepared_once, run_local_ranks
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     StopSignal,
@@ -40,12 +44,21 @@ def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
         meeting = os.environ.get(MEETING, "env://")
-        return _run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), meeting)
-    if world == 1:
-        with TemporaryDirectory(prefix="megarlhf-") as directory:
-            return _run_rank(config, 0, 1, f"file://{Path(directory) / 'ranks'}")
-    _load_inputs(config)  # every rank does it again, but a mistake is told once, before any starts
-    return run_local_ranks("megarlhf.cli.train_sft", arguments, world_size=world, threads=_threads(world))
+        minutes = config.layout.distributed_timeout_minutes
+        with prepared_once(partial(_prepare, config), timeout_minutes=minutes) as directory:
+            return _run_rank(config, directory, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), meeting)
+    with TemporaryDirectory(prefix="megarlhf-") as name:
+        directory = Path(name)
+        _prepare(config, directory)
+        if world == 1:
+            return _run_rank(config, directory, 0, 1, f"file://{directory / 'ranks'}")
+        return run_local_ranks(
+            "megarlhf.cli.train_sft",
+            arguments,
+            world_size=world,
+            threads=_threads(world),
+            environment={INPUTS: name},
+        )
 
 
 def _threads(world: int) -> int:
@@ -85,6 +98,24 @@ def _load_inputs(
     return data, evaluation[0] if evaluation else None, identity, continued
 
 
+def _prepare(config: SFTConfig, directory: Path) -> None:
+    """Load what a run reads, check it, and write it where the ranks find it.
+
+    Raises:
+        ConfigError: what is wrong with it.
+        OSError: no room for it.
+    """
+    data, evaluation, identity, continued = _load_inputs(config)
+    try:
+        data.save(directory / "training")
+        if evaluation is not None:
+            evaluation.save(directory / "evaluation")
+    except OSError as error:
+        error.add_note(f"tokenized data is written to {directory}, once on each machine: set TMPDIR to where it fits")
+        raise
+    (directory / "inputs.json").write_text(json.dumps({"identity": identity, "continued": continued}))
+
+
 def _total_steps(config: SFTConfig, data: SFTData) -> int:
     batch = config.batch
     return batch.train_iters or max(1, math.floor(len(data.rows) * batch.max_epochs / batch.global_batch_size))
@@ -107,8 +138,11 @@ def _load(config: SFTConfig, path: str) -> SFTData:
     )
 
 
-def _run_rank(config: SFTConfig, rank: int, world_size: int, init_method: str) -> int:
-    data, evaluation, identity, continued = _load_inputs(config)
+def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_method: str) -> int:
+    told = json.loads((inputs / "inputs.json").read_text())
+    identity, continued = told["identity"], told["continued"]
+    data = SFTData.open(inputs / "training")
+    evaluation = SFTData.open(inputs / "evaluation") if config.data.eval_dataset else None
     batch, layout = config.batch, config.layout
     total = _total_steps(config, data)
 

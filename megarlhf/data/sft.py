@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +13,8 @@ from megarlhf.data.rows import Rows, check_text
 from megarlhf.data.templates import Renderer, encode, encode_prompts, make_renderer
 from megarlhf.data.token_ids import check_vocabulary, digest
 from megarlhf.data.types import TrainingRows, training_rows
+
+_ARRAYS = ("input_ids", "lengths", "prompt_lengths", "unit_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,20 @@ class SFTData:
     def digest(self) -> str:
         """Hex digest of all rows' tokens and prompt lengths in their order; equal on every machine."""
         return digest(self.rows.input_ids, np.cumsum(self.rows.lengths), self.rows.prompt_lengths.tolist())
+
+    def save(self, directory: Path) -> None:
+        """Write the rows as .npy files into a directory, which is made, for `open`."""
+        assert self.rows.loss_mask is None and not self.rows.fields and not self.rows.scalars
+        directory.mkdir()
+        for name in _ARRAYS:
+            np.save(directory / f"{name}.npy", getattr(self.rows, name))
+        np.save(directory / "num_dropped.npy", self.num_dropped)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """What `save` has written; the arrays are the files themselves, read-only, once for all processes."""
+        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
+        return cls(rows=TrainingRows(**arrays), num_dropped=int(np.load(directory / "num_dropped.npy")))
 
 
 def load_sft_rows(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megarlhf.cli.disk import checkpoint_bytes
 from megarlhf.cli.main import main
 from megarlhf.data.tokenizer import load_tokenizer
-from tests.cluster.runs import metrics, run, start
+from tests.cluster.runs import Run, command, metrics, run, start
 
 Flags = dict[str, str | None]
 
@@ -74,6 +74,47 @@ def test_two_ranks_learn_evaluate_and_export(flags: Flags, assets: Path, tmp_pat
             found = exported.apply_chat_template(messages, tokenize=tokenize)
             assert found == trained.apply_chat_template(messages, tokenize=tokenize)
     assert (converted / "config.json").read_text() == (tmp_path / "run" / "hf" / "config.json").read_text()
+
+
+COUNT_READING = """
+import os, sys
+if "megarlhf.cli.train_sft" in sys.orig_argv:
+    from megarlhf.data import sft
+    load = sft.load_sft_rows
+    def counted(path, *arguments, **options):
+        with open(os.environ["READINGS"], "a") as file:
+            file.write(os.environ.get("RANK", "parent") + " " + os.path.basename(path) + chr(10))
+        return load(path, *arguments, **options)
+    sft.load_sft_rows = counted
+"""
+
+
+def test_data_is_tokenized_once_on_a_machine(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the parent, or by torchrun's rank 0; the ranks train on the same rows both times, and nothing stays behind."""
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "sitecustomize.py").write_text(COUNT_READING)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "python"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    losses = []
+    for start_of_run, reader in (
+        (None, "parent"),
+        (["torch.distributed.run", "--standalone", "--nproc-per-node=2"], 0),
+    ):
+        readings = tmp_path / f"readings by {reader}"
+        monkeypatch.setenv("READINGS", str(readings))
+        own = flags | {"--train-iters": "3", "--save": str(tmp_path / f"run of {reader}")}
+        words = command("train_sft", own)
+        if start_of_run is not None:
+            words[1:2] = ["-m", *start_of_run, "-m"]
+        process = Run(words)
+        assert process.wait(timeout=600) == 0, process.read()
+        assert "not writable" not in process.read()
+        assert readings.read_text().splitlines() == [f"{reader} sft.jsonl", f"{reader} eval.jsonl"]
+        rows = metrics(tmp_path / f"run of {reader}")
+        losses.append([rows[step]["sft/loss"] for step in (1, 2, 3)] + [rows[3]["sft/eval_loss"]])
+        assert not list((tmp_path / "temporary").glob("megarlhf-*"))
+    assert losses[0] == losses[1]
 
 
 def test_mistakes_are_told_once_before_any_rank_starts(flags: Flags, assets: Path, tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ class Programs:
         def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
             def ranks(module: str, arguments: Sequence[str], **options: Any) -> int:
                 trace.given["ranks"].append(options)
+                for name, value in options["environment"].items():
+                    patch.setenv(name, value)
                 for number in range(options["world_size"]):
                     patch.setenv("WORLD_SIZE", str(options["world_size"]))
                     patch.setenv("RANK", str(number))
