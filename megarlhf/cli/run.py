@@ -9,9 +9,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megarlhf.config.arguments import LoggingArguments
-from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.layouts import LayoutArguments, TransformerImpl
 from megarlhf.engine import checkpoint_files
-from megarlhf.parallel.device import device_kind
 
 if TYPE_CHECKING:
     from megarlhf.models.hf_files import HFConfig
@@ -39,17 +38,22 @@ class StopSignal:
 
 
 def check_weights(
-    model: tuple[str, LayoutArguments], *, critic: tuple[str, LayoutArguments] | None = None, generates: bool = False
+    model: tuple[str, LayoutArguments],
+    *,
+    transformer_impl: TransformerImpl,
+    critic: tuple[str, LayoutArguments] | None = None,
+    generates: bool = False,
 ) -> list["HFConfig"]:
     """Open the models that are trained: configurations, and the headers of their weights.
 
     Args:
         model, critic: directory and the layout that it is to have.
+        transformer_impl: what their layers are computed with.
         generates: vLLM loads the model too.
     Returns:
         The configuration of each, the model's first, with what its weights say of the output layer.
     Raises:
-        ValueError: an architecture that cannot be trained on this device, weight files that are not whole, or tensors
+        ValueError: an architecture that cannot be trained so, weight files that are not whole, or tensors
             that do not fit the configuration.
     """
     from megarlhf.models.hf_files import read_checkpoint
@@ -66,13 +70,8 @@ def check_weights(
         config, source = read_checkpoint(pretrain)
         arch = find_architecture(config)
         check_computing(arch, config)
-        if device_kind() == "gpu":
-            check_transformer_engine(
-                arch,
-                config,
-                context_parallel_size=layout.context_parallel_size,
-                cp_comm_type=layout.cp_comm_type,
-            )
+        if transformer_impl == "transformer_engine":
+            check_transformer_engine(arch, config, context_parallel_size=layout.context_parallel_size)
         check_names(arch, config, source, head)
         stored_dtypes(arch, config, source, head)
         if generates and head == "lm":

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.local_ranks import MEETING, run_local_ranks
 from megarlhf.cli.run import check_weights
 from megarlhf.config.arguments import OptimizerArguments
@@ -14,7 +15,7 @@ from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.supervised_arguments import ParityConfig
 from megarlhf.data.dealing import PackingOptions
 from megarlhf.engine.engine import MegatronEngine
-from megarlhf.parallel.device import num_cores
+from megarlhf.parallel.device import device_kind, num_cores
 from megarlhf.parallel.groups import destroy_groups, initialize_groups
 from megarlhf.trainers import parity
 from megarlhf.trainers.assembly import model_options, optimizer_options, parallel_sizes
@@ -45,13 +46,15 @@ _MOST_MOVEMENT = 0.5  # whatever bfloat16 allows: no step at all is off by 1, a 
 
 def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Start the ranks with the same arguments, or compute as one of them; returns the exit status."""
-    if dry_run:
-        check_weights((config.model.pretrain, config.layout))
-        print(to_yaml(config) + f"\n{config.world_size} rank(s) of the layout, beside one process")
-        return 0
     if _DIRECTORY in os.environ:
         return _run_rank(config, Path(os.environ[_DIRECTORY]))
-    check_weights((config.model.pretrain, config.layout))
+    device, shared = device_kind(), config.parity.share_prompt_prefix
+    impl = resolve_kernels(config, {"": config.layout}, share_prompt_prefix=shared, device=device)
+    models = check_weights((config.model.pretrain, config.layout), transformer_impl=impl)
+    print(kernel_lines(config.kernels, models, device=device), flush=True)
+    if dry_run:
+        print(to_yaml(config) + f"\n{config.world_size} rank(s) of the layout, beside one process")
+        return 0
     with TemporaryDirectory(prefix="megarlhf-parity-") as directory:
         os.environ[_DIRECTORY] = directory
         phases = {"reference": 1, "bf16": 1, "layout": config.world_size}
@@ -87,7 +90,7 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
         engine = MegatronEngine(
             config.model.pretrain,
             head="value" if name == "critic" else "lm",
-            model=model_options(layout, model),
+            model=model_options(layout, model, config.kernels),
             packing=PackingOptions(
                 max_tokens=options.max_tokens_per_micro_batch,
                 share_prefix=options.share_prompt_prefix and phase == "layout",

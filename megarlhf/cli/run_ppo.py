@@ -9,6 +9,7 @@ from typing import Any
 
 from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
+from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     StopSignal,
@@ -21,7 +22,7 @@ from megarlhf.cli.run import (
 )
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
-from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.layouts import LayoutArguments, TransformerImpl
 from megarlhf.data.prompts import PromptData, load_prompts
 from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens
 from megarlhf.data.types import Prompt
@@ -38,18 +39,18 @@ from megarlhf.trainers.state import LoopState
 MAX_RULE_WORKERS = 8  # processes that score by a rule, where the user gives no number
 
 
-def resolve(config: PPOConfig) -> PPOConfig:
+def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     """Fill in what was left open.
 
-    Prompts are shared where several samples of one are trained together on a CPU. A rule, which keeps nothing between
-    its calls, runs on all cores.
+    Prompts are shared where several samples of one are trained together, if layers can: TransformerEngine's attention
+    has no mask of a shared prompt. A rule, which keeps nothing between its calls, runs on all cores.
     """
     batch, reward = config.batch, config.reward
     share = (
         batch.n_samples_per_prompt > 1
         and batch.global_batch_size % batch.n_samples_per_prompt == 0
         and max(config.layout_of(role).context_parallel_size for role in ("actor", "critic")) == 1
-        and device_kind() == "cpu"
+        and transformer_impl == "local"
     )
     if batch.share_prompt_prefix is None:
         batch = dataclasses.replace(batch, share_prompt_prefix=share)
@@ -145,12 +146,15 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
     return prompts, evaluation[0].prompts if evaluation else None, tuple(stop.token_id for stop in stops)
 
 
-def _check_models(config: PPOConfig, *, dry_run: bool) -> list[HFConfig]:
+def _check_models(config: PPOConfig, transformer_impl: TransformerImpl, *, dry_run: bool) -> list[HFConfig]:
     """The weights of actor and critic, and where vLLM is to read the actor's; the configuration of each."""
     critic = (config.model.critic_pretrain or config.model.pretrain, config.layout_of("critic"))
     has_critic = config.algorithm.advantage_estimator == "gae"
     models = check_weights(
-        (config.model.pretrain, config.layout), critic=critic if has_critic else None, generates=True
+        (config.model.pretrain, config.layout),
+        transformer_impl=transformer_impl,
+        critic=critic if has_critic else None,
+        generates=True,
     )
     with machine_checks(dry_run=dry_run):
         check_shared_memory(models[0], bf16=config.model.bf16)
@@ -164,11 +168,12 @@ class Inputs:
     prompts: PromptData
     eval_prompts: list[Prompt] | None
     stop_tokens: tuple[int, ...]
+    models: list[HFConfig]  # the actor's, then the critic's
     identity: dict[str, Any]  # what a checkpoint must agree with
     continued: int | None  # step of the checkpoint to continue from
 
 
-def load_inputs(config: PPOConfig, reward: RewardScorer, *, dry_run: bool) -> Inputs:
+def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: TransformerImpl, *, dry_run: bool) -> Inputs:
     """Read and check all of it, for a dry run too.
 
     Raises:
@@ -182,7 +187,7 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, *, dry_run: bool) -> In
         [
             lambda: load_data(config),
             lambda: resumed_step(config.logging, identity),
-            lambda: _check_models(config, dry_run=dry_run),
+            lambda: _check_models(config, transformer_impl, dry_run=dry_run),
             reward.check,
         ]
     )
@@ -202,6 +207,7 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, *, dry_run: bool) -> In
         prompts=prompts,
         eval_prompts=eval_prompts,
         stop_tokens=stop_tokens,
+        models=models,
         identity=identity,
         continued=continued,
     )
@@ -209,7 +215,10 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, *, dry_run: bool) -> In
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:
     """Plan and run; returns the exit status."""
-    config = resolve(config)
+    layouts = {"": config.layout, "critic_": config.layout_of("critic")}
+    shared = bool(config.batch.share_prompt_prefix)
+    transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=device_kind())
+    config = resolve(config, transformer_impl)
     plan = make_plan(config)
     assert config.reward.reward_num_workers is not None  # resolved
     reward = RewardScorer(
@@ -221,19 +230,20 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         chunk_size=config.reward.reward_chunk_size,
         passed_variables=config.reward.reward_env,
     )
-    inputs = load_inputs(config, reward, dry_run=dry_run)
+    inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
+    decided = plan.table() + "\n" + kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
     prompts, eval_prompts = inputs.prompts, inputs.eval_prompts
     config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     if dry_run:
         reward.close()
-        print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n\n" + plan.table())
+        print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n\n" + decided)
         return 0
     batch = config.batch
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
     directory = open_run_directory(config.logging.save, to_yaml(config))
     stop, timers = StopSignal(), Timers()
-    print(plan.table())
+    print(decided)
     sinks = Sinks(
         directory,
         total_steps=batch.train_iters,

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
+from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.local_ranks import INPUTS, MEETING, prepared_once, run_local_ranks
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
@@ -31,15 +32,15 @@ from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.models.hf_files import read_config
-from megarlhf.parallel.device import num_cores
+from megarlhf.parallel.device import device_kind, num_cores
 
 
 def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Train as one rank, or start the local ranks with the same arguments; returns the exit status."""
     world = config.sft_cluster.num_gpus_per_node
     if dry_run:
-        _load_inputs(config, dry_run=True)
-        print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n")
+        inputs = _load_inputs(config, dry_run=True)
+        print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + f"\n{inputs.kernels}\n")
         print(f"{world} local rank(s), {_threads(world)} CPU thread(s) each")
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
@@ -65,21 +66,31 @@ def _threads(world: int) -> int:
     return max(1, num_cores() // world)
 
 
-def _load_inputs(
-    config: SFTConfig, *, dry_run: bool = False
-) -> tuple[SFTData, SFTData | None, dict[str, Any], int | None]:
-    """Training and evaluation rows, what a checkpoint must agree with, and the step to continue from.
+class _Inputs(NamedTuple):
+    """What a rank reads before it starts."""
+
+    data: SFTData
+    evaluation: SFTData | None
+    kernels: str  # what computes the layers, for the start log
+    identity: dict[str, Any]  # what a checkpoint must agree with
+    continued: int | None  # step of the checkpoint to continue from
+
+
+def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> _Inputs:
+    """Read and check all of it.
 
     Raises:
         ConfigError: what is wrong with each of them.
     """
+    device = device_kind()
+    impl = resolve_kernels(config, {"": config.layout}, share_prompt_prefix=False, device=device)
     identity = model_identity(config.model.pretrain, config.layout) | {"seed": config.model.seed}
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
     continued, models, data, *evaluation = all_or_errors(
         [
             partial(resumed_step, config.logging, identity),
-            partial(check_weights, (config.model.pretrain, config.layout)),
+            partial(check_weights, (config.model.pretrain, config.layout), transformer_impl=impl),
             *steps,
         ]
     )
@@ -95,7 +106,8 @@ def _load_inputs(
             first_step=continued or 0,
             last_step=_total_steps(config, data),
         )
-    return data, evaluation[0] if evaluation else None, identity, continued
+    kernels = kernel_lines(config.kernels, models, device=device)
+    return _Inputs(data, evaluation[0] if evaluation else None, kernels, identity, continued)
 
 
 def _prepare(config: SFTConfig, directory: Path) -> None:
@@ -105,7 +117,7 @@ def _prepare(config: SFTConfig, directory: Path) -> None:
         ConfigError: what is wrong with it.
         OSError: no room for it.
     """
-    data, evaluation, identity, continued = _load_inputs(config)
+    data, evaluation, kernels, identity, continued = _load_inputs(config)
     try:
         data.save(directory / "training")
         if evaluation is not None:
@@ -113,7 +125,8 @@ def _prepare(config: SFTConfig, directory: Path) -> None:
     except OSError as error:
         error.add_note(f"tokenized data is written to {directory}, once on each machine: set TMPDIR to where it fits")
         raise
-    (directory / "inputs.json").write_text(json.dumps({"identity": identity, "continued": continued}))
+    told = {"kernels": kernels, "identity": identity, "continued": continued}
+    (directory / "inputs.json").write_text(json.dumps(told))
 
 
 def _total_steps(config: SFTConfig, data: SFTData) -> int:
@@ -140,7 +153,7 @@ def _load(config: SFTConfig, path: str) -> SFTData:
 
 def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_method: str) -> int:
     told = json.loads((inputs / "inputs.json").read_text())
-    identity, continued = told["identity"], told["continued"]
+    kernels, identity, continued = told["kernels"], told["identity"], told["continued"]
     data = SFTData.open(inputs / "training")
     evaluation = SFTData.open(inputs / "evaluation") if config.data.eval_dataset else None
     batch, layout = config.batch, config.layout
@@ -167,7 +180,7 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
     engine = MegatronEngine(
         config.model.pretrain,
         head="lm",
-        model=model_options(layout, config.model),
+        model=model_options(layout, config.model, config.kernels),
         packing=PackingOptions(
             max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len, share_prefix=False
         ),
@@ -180,6 +193,7 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
         progress = supervised.load(engine, config.logging, identity=identity)
     sinks = None
     if rank == 0:
+        print(kernels)
         open_run_directory(config.logging.save, to_yaml(config))
         sinks = Sinks(
             directory,

@@ -9,7 +9,7 @@ layouts.py, and nowhere else.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from megarlhf.config.layouts import CriticLayoutArguments, LayoutArguments
+from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
 
 AdvantageEstimator = Literal["gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
 
@@ -289,6 +289,7 @@ class PPOConfig:
     model: ModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     critic_layout: CriticLayoutArguments = field(default_factory=CriticLayoutArguments)
+    kernels: KernelArguments = field(default_factory=KernelArguments)
     cluster: ClusterArguments = field(default_factory=ClusterArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)

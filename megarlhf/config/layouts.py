@@ -1,7 +1,9 @@
-"""How a model is cut: the options of a parallel layout, and those of the critic's own (see arguments.py)."""
+"""How a model is cut, its critic too, and what its layers are computed with: options beside those of arguments.py."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+TransformerImpl = Literal["local", "transformer_engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +75,20 @@ class CriticLayoutArguments:
     """Ranks that share each expert's matrices."""
     critic_sequence_parallel: bool | None = None
     """Split activations over tensor-parallel ranks. None: as the actor, where the critic's TP is above 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelArguments:
+    """What layers are computed with. Fusions are used where what they need is installed; the start log says so."""
+
+    transformer_impl: TransformerImpl | None = None
+    """Megatron-Core's layers over PyTorch alone (local) or TransformerEngine's (GPUs only).
+    None: transformer_engine on GPUs, local elsewhere."""
+    rope_fusion: bool = True
+    """Turn packed queries and keys by one kernel of TransformerEngine."""
+    gradient_accumulation_fusion: bool = True
+    """Add weight gradients to their fp32 sums inside the matrix product (apex)."""
+    bias_swiglu_fusion: bool = True
+    """Compute the gated activation of feed-forward layers as one compiled function (GPUs only)."""
+    bias_dropout_fusion: bool = True
+    """Add a layer's output to the residual as one compiled function (GPUs only)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megarlhf.config.arguments import LoggingArguments, ModelArguments, SharedOptimizerArguments
-from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.layouts import KernelArguments, LayoutArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,7 @@ class ParityConfig:
 
     model: ModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
+    kernels: KernelArguments = field(default_factory=KernelArguments)
     parity: ParityArguments = field(default_factory=ParityArguments)
 
     @property
@@ -117,6 +118,7 @@ class SFTConfig:
 
     model: ModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
+    kernels: KernelArguments = field(default_factory=KernelArguments)
     sft_cluster: SupervisedClusterArguments = field(default_factory=SupervisedClusterArguments)
     batch: SupervisedBatchArguments = field(default_factory=SupervisedBatchArguments)
     optimizer: SupervisedOptimizerArguments = field(default_factory=SupervisedOptimizerArguments)

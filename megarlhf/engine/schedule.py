@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megarlhf.data.types import MicroBatch
@@ -88,9 +89,12 @@ def run_forward_backward(
 def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
     """Megatron-Core's schedule for one chunk of layers per rank, or the interleaved one for several."""
 
+    impl = get_model_config(chunks[0]).transformer_impl
+
     def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         batch = to_device(next(iterator), device)
-        output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=packed_params(batch))
+        params = packed_params(batch, transformer_impl=impl)
+        output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=params)
         if forward_only:
             return output, lambda result, non_loss_data: finish(result, batch)
         return output, lambda result: finish(result, batch)

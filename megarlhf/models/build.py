@@ -1,7 +1,7 @@
 """This rank's part of a Megatron-Core GPTModel, for an HF configuration and a layout."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megarlhf.config.layouts import KernelArguments
 from megarlhf.models.arch import Additions, ArchSpec
+from megarlhf.models.backend import model_backend
 from megarlhf.models.families import head_dim, rope_parameters
 from megarlhf.models.heads import LMHead, ValueHead
 from megarlhf.models.hf_files import HFConfig
@@ -26,6 +28,7 @@ from megarlhf.parallel.megatron_versions import FREES_UNSENT_OUTPUTS, class_and_
 from megarlhf.parallel.rotary import use_segment_positions
 
 Head = Literal["lm", "value"]
+_FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion")
 _VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by; fixed, so that checkpoints fit every TP size
 
 
@@ -42,6 +45,7 @@ class ModelOptions:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    kernels: KernelArguments = field(default_factory=KernelArguments)
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -53,13 +57,14 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: ModelOptions) -> TransformerConfig:
     """Megatron-Core's configuration for this architecture and layout.
 
-    Numerics on the CPU take the unfused paths; dropout is off, as log-probs must be a function of the weights alone.
+    Dropout is off, as log-probs must be a function of the weights alone.
 
     Raises:
         ValueError: latent attention under tensor parallelism without sequence parallelism.
     """
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    on_gpu = device_kind() == "gpu"
+    device = device_kind()
+    on_gpu, backend = device == "gpu", model_backend(arch, hf, options.kernels, device=device)
     fields = {name: getattr(hf, hf_name) for name, hf_name in arch.config_fields.items()}
     fields |= arch.config_constants | arch.derived_config(hf)
     if arch.is_moe(hf):
@@ -68,7 +73,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
             "expert_tensor_parallel_size": ranks.etp_size,
             "moe_router_load_balancing_type": "aux_loss" if options.moe_aux_loss_coeff else "none",
             "moe_aux_loss_coeff": options.moe_aux_loss_coeff,
-            "moe_grouped_gemm": on_gpu,
+            "moe_grouped_gemm": backend.uses("moe_grouped_gemm"),
         }
     latent = fields.get("multi_latent_attention", False)
     if latent and ranks.tp_size > 1 and not options.sequence_parallel:
@@ -94,13 +99,11 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         attention_dropout=0.0,
         hidden_dropout=0.0,
         perform_initialization=False,
-        transformer_impl="transformer_engine" if on_gpu else "local",
+        transformer_impl=backend.transformer_impl,
         use_cpu_initialization=not on_gpu,
-        persist_layer_norm=on_gpu,
-        bias_dropout_fusion=on_gpu,
-        bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **{name: backend.uses(name) for name in _FUSIONS},
         calculate_per_token_loss=True,
         # With chunks neighbours exchange activations and gradients both ways at once. In one batch, or with shapes sent
         # ahead, the two mix where the pipeline has two ranks: lines are padded to one length instead.
@@ -118,21 +121,21 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
 
 def _block_spec(config: TransformerConfig, additions: Additions, vp_stage: int | None) -> Any:
     """Megatron-Core's layers of this chunk, with what it lacks put in through their specs."""
-    on_gpu = device_kind() == "gpu"
+    local = config.transformer_impl == "local"
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=vp_stage
+        config, use_transformer_engine=not local, normalization="RMSNorm", vp_stage=vp_stage
     )
     for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers of one kind share their spec
-        if not on_gpu:
+        if local:
             _use_segments(layer, config, additions)
-        _add_to_layer(layer.submodules, config, additions, norm=block.layer_norm if on_gpu else SegmentNorm)
-    if not on_gpu:
+        _add_to_layer(layer.submodules, config, additions, norm=SegmentNorm if local else block.layer_norm)
+    if local:
         block.layer_norm = SegmentNorm
     return block
 
 
 def _use_segments(layer: ModuleSpec, config: TransformerConfig, additions: Additions) -> None:
-    """The CPU's norms and attention."""
+    """Norms and attention over PyTorch alone."""
     parts, attention = layer.submodules, layer.submodules.self_attention
     parts.input_layernorm = parts.pre_mlp_layernorm = SegmentNorm
     attention.submodules.core_attention = ModuleSpec(
@@ -203,7 +206,7 @@ def _build_chunk(
         seq_len_interpolation_factor=rope["factor"] if rope.get("rope_type") == "linear" else None,
         vp_stage=vp_stage,
     )
-    if device_kind() == "cpu":
+    if config.transformer_impl == "local":
         use_segment_positions(model)
     add_around(model, additions)
     if is_last:

@@ -113,10 +113,11 @@ def check_engine_head(arch: ArchSpec, config: HFConfig, source: HFWeights) -> No
         raise ValueError(f"{place} stores no {LM_HEAD}, which vLLM's model needs beside the embedding: store it")
 
 
-def check_transformer_engine(
-    arch: ArchSpec, config: HFConfig, *, context_parallel_size: int, cp_comm_type: str
-) -> None:
-    """For GPUs, which compute with TransformerEngine's attention.
+def check_transformer_engine(arch: ArchSpec, config: HFConfig, *, context_parallel_size: int) -> None:
+    """For TransformerEngine's attention.
+
+    Its ring refuses windows (2.11, context_parallel.py:4026), and its all-gather, which takes them, no packed lines
+    (:2842).
 
     Raises:
         ValueError: what that attention cannot do.
@@ -124,11 +125,11 @@ def check_transformer_engine(
     errors = []
     cap, window = arch.additions(config).attention_soft_cap, arch.derived_config(config).get("window_size")
     if cap is not None:
-        errors.append(f"attn_logit_softcapping={cap}: TransformerEngine's attention has no soft cap, so not on GPUs")
-    if window and context_parallel_size > 1 and cp_comm_type == "p2p":
+        errors.append(f"attn_logit_softcapping={cap}: TransformerEngine's attention has no soft cap")
+    if window and context_parallel_size > 1:
         errors.append(
-            f"cp_comm_type=p2p: TransformerEngine's ring has no sliding window, of which layers see {window[0] + 1} "
-            "tokens: use all_gather"
+            f"context_parallel_size={context_parallel_size}: TransformerEngine's has no sliding window over packed "
+            f"lines, and layers see {window[0] + 1} tokens: use 1"
         )
     if errors:
-        raise ValueError(f"architecture {arch.hf_class}: " + "; ".join(errors))
+        raise ValueError(f"architecture {arch.hf_class}: {'; '.join(errors)}; or set transformer_impl=local")

@@ -1,7 +1,7 @@
-"""Packed attention: what each run of tokens may look at, for Megatron-Core's layers on this device.
+"""Packed attention: what each run of tokens may look at, for Megatron-Core's layers.
 
-On CUDA, TransformerEngine's attention takes Megatron-Core's own packed parameters. On the CPU Megatron-Core's local
-attention knows neither packing nor shared prompts; `SegmentAttention` is put in its place through the layer spec.
+TransformerEngine's attention takes Megatron-Core's own packed parameters. Megatron-Core's local attention knows neither
+packing nor shared prompts; `SegmentAttention`, plain PyTorch, is put in its place through the layer spec.
 """
 
 import math
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megarlhf.data.types import MicroBatch
 from megarlhf.parallel.context import context_indices
-from megarlhf.parallel.device import device_kind
 
 _BLOCK_TOKENS = 256  # short segments share one masked product up to this many queries
 
@@ -64,20 +63,24 @@ class SegmentParams(PackedSeqParams):
         return self._masks[window]
 
 
-def packed_params(batch: MicroBatch) -> PackedSeqParams:
-    """What Megatron-Core's layers need to know of a packed micro-batch on this device.
+def packed_params(batch: MicroBatch, *, transformer_impl: str) -> PackedSeqParams:
+    """What Megatron-Core's layers of that implementation need to know of a packed micro-batch.
 
     Raises:
-        NotImplementedError: a shared prompt on CUDA, whose attention has no such mask.
+        NotImplementedError: a shared prompt for TransformerEngine, whose attention has no such mask.
     """
-    if device_kind() == "gpu":
+    if transformer_impl == "transformer_engine":
         if any(prefix is not None for prefix in batch.prefix_segments):
             raise NotImplementedError("share_prompt_prefix=True: TransformerEngine's attention has no shared prefix")
         longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
+        # its context parallelism asserts that the padded lengths are given too; segments have no padding between them
+        padded = batch.cu_seqlens if batch.context_size > 1 else None
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
@@ -118,7 +121,8 @@ def _block(
     prefix = None if prefix_segment is None else (cu_seqlens[prefix_segment], cu_seqlens[prefix_segment + 1])
     positions, mask = position_ids[start:stop], None
     if prefix is not None or len(members) > 1:
-        owner = torch.cat([torch.full((cu_seqlens[m + 1] - cu_seqlens[m],), m) for m in members])
+        device = position_ids.device
+        owner = torch.cat([torch.full((cu_seqlens[m + 1] - cu_seqlens[m],), m, device=device) for m in members])
         mask = (owner[:, None] == owner[None, :]).tril()
     if prefix is None:
         return AttentionBlock(
@@ -147,7 +151,8 @@ def context_blocks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[AttentionB
     blocks = []
     for first, last in groups:
         inside = cu_seqlens[first : last + 1] - cu_seqlens[first]
-        owner = torch.repeat_interleave(torch.arange(last - first), (inside[1:] - inside[:-1]).long())
+        segments = torch.arange(last - first, device=inside.device)
+        owner = torch.repeat_interleave(segments, (inside[1:] - inside[:-1]).long())
         places = [context_indices(inside, r, size) for r in range(size)]
         queries, keys = places[rank], torch.cat(places)
         mask = (owner[queries][:, None] == owner[keys]) & (queries[:, None] >= keys)
@@ -182,12 +187,12 @@ class Scoring:
             causal = mask is None
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale)
         scores = self.scores(query, key)
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if mask is None else mask
+        seen = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril() if mask is None else mask
         return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).type_as(value) @ value
 
 
 class SegmentAttention(MegatronModule):
-    """Core attention over packed segments on the CPU, as torch's scaled dot product, block by block.
+    """Core attention over packed segments, as torch's scaled dot product, block by block.
 
     Takes and gives Megatron-Core's [t, 1, heads / tp, head_dim] layout; grouped queries are expanded by torch. Under
     context parallelism keys and values are gathered from the group (cp_comm_type "all_gather"), or travel around it

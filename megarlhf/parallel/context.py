@@ -20,7 +20,8 @@ def context_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         chunk = (stop - start) // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
-            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+            bounds = (start + number * chunk, start + (number + 1) * chunk)
+            parts.append(torch.arange(*bounds, device=cu_seqlens.device))
     return torch.cat(parts)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DeviceKind = Literal["cpu", "gpu"]
+WEIGHT_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"  # what Megatron-Core's fused gradient accumulation imports
 
 
 def device_kind() -> DeviceKind:

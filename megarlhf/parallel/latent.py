@@ -1,4 +1,4 @@
-"""Multi-latent attention (DeepSeek-V2, arXiv:2405.04434 section 2.1) on the CPU, laid out as with TransformerEngine."""
+"""Multi-latent attention (DeepSeek-V2, arXiv:2405.04434 section 2.1) without TransformerEngine, laid out as with it."""
 
 from typing import Any
 

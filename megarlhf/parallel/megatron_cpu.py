@@ -9,6 +9,7 @@ hook is never installed. Every rule must match something, so that an upgrade of 
 import contextlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ _RULES = {
     "pinned memory": (re.compile(r"pin_memory=True"), "pin_memory=False"),
     ".cuda()": (re.compile(r"\.cuda\((non_blocking=True)?\)"), ".cpu()"),
 }
+_MENDED = "steps_are_kept_apart"  # attribute of a module that _mend_optimizer has changed
 _matches: Counter[str] = Counter()
 
 
@@ -153,7 +155,7 @@ def install() -> bool:
 
 
 def verify() -> None:
-    """Import what training needs and check that every rewriting rule found its text.
+    """Import what training needs, mend what it lacks, and check that every rewriting rule found its text.
 
     Raises:
         RuntimeError: a rule matches nothing, so this megatron-core is not the one the rules were written for.
@@ -163,11 +165,28 @@ def verify() -> None:
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel  # noqa: F401
 
+    _mend_what_is_not_installed()
     idle = [name for name in _RULES if not _matches[name]]
     if device_kind() == "cpu" and idle:
         raise RuntimeError(
             f"megatron-core: the CPU rewriting rules {idle} match nothing; this version is not supported"
         )
+
+
+def _mend_what_is_not_installed() -> None:
+    """Without TransformerEngine, and without any fused Adam, on a GPU as on a CPU; again is a no-op."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    if importlib.util.find_spec("transformer_engine") is None:
+        # Where Megatron-Core puts mocks in place of TransformerEngine's layers, this module takes them for layers.
+        multi_latent_attention.HAVE_TE = False
+        bind_router_product(moe_utils)
+    if optimizer.USING_PYTORCH_OPTIMIZER and not hasattr(distrib_optimizer, _MENDED):
+        _mend_optimizer(distrib_optimizer)
+        setattr(distrib_optimizer, _MENDED, True)
 
 
 def _mend_random_state(megatron_random: Any) -> None:
@@ -199,7 +218,7 @@ def _mend_random_state(megatron_random: Any) -> None:
 def _mend_optimizer(distrib_optimizer: Any) -> None:
     """Keep torch AdamW's tensor `step` apart per parameter when a distributed optimizer is loaded.
 
-    The GPU optimizers hold one integer per group. With torch's AdamW Megatron-Core's loader gives every parameter the
+    The fused optimizers hold one integer per group. With torch's AdamW Megatron-Core's loader gives every parameter the
     same step tensor, which then advances once per parameter.
     """
     optimizer_class = distrib_optimizer.DistributedOptimizer
@@ -258,16 +277,8 @@ def _mend_mappings(mappings: Any) -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
 
 
-def _mend_latent_attention(multi_latent_attention: Any) -> None:
-    """Where Megatron-Core puts mocks in place of TransformerEngine's layers, this module takes them for layers."""
-    multi_latent_attention.HAVE_TE = False
-
-
 _MENDS = {
-    "megatron.core.transformer.multi_latent_attention": _mend_latent_attention,
     "megatron.core.tensor_parallel.mappings": _mend_mappings,
-    "megatron.core.transformer.moe.moe_utils": bind_router_product,
     "megatron.core.transformer.moe.token_dispatcher": _mend_dispatcher,
     "megatron.core.tensor_parallel.random": _mend_random_state,
-    "megatron.core.optimizer.distrib_optimizer": _mend_optimizer,
 }

@@ -1,4 +1,4 @@
-"""Rotary position embeddings of packed tokens on the CPU, in place of Megatron-Core's."""
+"""Rotary position embeddings of packed tokens for local layers, in place of Megatron-Core's."""
 
 from typing import Any
 

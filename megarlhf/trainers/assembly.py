@@ -1,7 +1,7 @@
 """From the configuration to a role's engine and objective, inside its worker process."""
 
 from megarlhf.config.arguments import ModelArguments, PPOConfig, SharedOptimizerArguments
-from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.engine import MegatronEngine
@@ -21,7 +21,7 @@ def build_engine(config: PPOConfig, role: str, *, share_prompt_prefix: bool) -> 
     return MegatronEngine(
         (config.model.critic_pretrain or config.model.pretrain) if critic else config.model.pretrain,
         head="value" if critic else "lm",
-        model=model_options(layout, config.model),
+        model=model_options(layout, config.model, config.kernels),
         packing=packing_options(config, share_prompt_prefix=share_prompt_prefix),
         optimizer=optimizer_options(config.optimizer, layout, rate, optimizer_steps(config, role)),
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
@@ -73,8 +73,8 @@ def parallel_sizes(layout: LayoutArguments) -> ParallelSizes:
     )
 
 
-def model_options(layout: LayoutArguments, model: ModelArguments) -> ModelOptions:
-    """The model's part of the layout and model flags."""
+def model_options(layout: LayoutArguments, model: ModelArguments, kernels: KernelArguments) -> ModelOptions:
+    """The model's part of the layout, model and kernel flags."""
     return ModelOptions(
         bf16=model.bf16,
         sequence_parallel=layout.sequence_parallel,
@@ -85,6 +85,7 @@ def model_options(layout: LayoutArguments, model: ModelArguments) -> ModelOption
         recompute_granularity=layout.recompute_granularity,
         recompute_method=layout.recompute_method,
         recompute_num_layers=layout.recompute_num_layers,
+        kernels=kernels,
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.cli import run as run_module
 from megarlhf.cli import train_ppo, train_sft
 from megarlhf.cli.run import check_shared_memory, check_weights
 from megarlhf.config.layouts import LayoutArguments
@@ -238,11 +237,8 @@ def test_supervised_tokens_past_the_vocabulary(
     assert re.search(r"end of every row: \d+ '.+' \(the tokenizer's EOS\)", capsys.readouterr().out)
 
 
-def test_what_gpus_cannot_do_is_said_before_the_weights_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_transformer_engine_cannot_do_is_said_before_the_weights_are_read(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model", family="gemma2")
-    check_weights((str(model_dir), LayoutArguments()))
-    monkeypatch.setattr(run_module, "device_kind", lambda: "gpu")
-    with pytest.raises(ValueError, match="attn_logit_softcapping"):
-        check_weights((str(model_dir), LayoutArguments()))
+    check_weights((str(model_dir), LayoutArguments()), transformer_impl="local")
+    with pytest.raises(ValueError, match="attn_logit_softcapping=.*set transformer_impl=local"):
+        check_weights((str(model_dir), LayoutArguments()), transformer_impl="transformer_engine")

@@ -247,6 +247,7 @@ def build_model(arch: Any, hf: Any, ranks: Ranks, options: Any, *, head: str, se
     """Megatron-Core's configuration as it is, and chunks of nothing."""
     config = transformer_config(arch, hf, ranks, options)
     config.drawn_from = seed  # not a field of Megatron-Core's: what a head that is drawn is drawn from
+    config.kernels = options.kernels  # nor this: most of it changes nothing on a CPU
     return [FakeChunk() for _ in range(ranks.vpp_size)], config
 
 

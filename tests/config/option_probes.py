@@ -235,3 +235,24 @@ def critic_layout_probes() -> dict[str, Probe]:
         **{"expected": (1, 1), "also": moe | {"critic_expert_model_parallel_size": 2}},
     )
     return probes
+
+
+def kernel_probes(role: str) -> dict[str, Probe]:
+    """Options of what layers are computed with. On a CPU they reach the model and are said; nothing is fused there."""
+
+    def switched_off(flag: str) -> Probe:
+        said = f": off (--no-{flag.replace('_', '-')})"
+        return Probe(
+            value=False,
+            seen=both(lambda trace: getattr(trace.engine(role).config.kernels, flag), lambda trace: said in trace.said),
+            expected=(False, True),
+        )
+
+    flags = ("rope_fusion", "gradient_accumulation_fusion", "bias_swiglu_fusion", "bias_dropout_fusion")
+    impl = "transformer_impl=transformer_engine; it computes on GPUs alone"
+    return {
+        "transformer_impl": Probe(
+            value="transformer_engine", seen=lambda trace: impl in trace.error, **{"expected": True}
+        ),
+        **{flag: switched_off(flag) for flag in flags},
+    }

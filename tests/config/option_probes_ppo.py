@@ -11,6 +11,7 @@ from tests.config.option_probes import (
     adam,
     both,
     critic_layout_probes,
+    kernel_probes,
     layout_probes,
     metric,
     optimizer_probes,
@@ -383,6 +384,14 @@ def ppo_ranks(number: int) -> Options:
 
 
 PPO = {
-    **(MODEL | layout_probes("actor", ppo_ranks) | critic_layout_probes() | CLUSTER | BATCH | OPTIMIZER),
+    **(
+        MODEL
+        | layout_probes("actor", ppo_ranks)
+        | critic_layout_probes()
+        | kernel_probes("critic")
+        | CLUSTER
+        | BATCH
+        | OPTIMIZER
+    ),
     **(ALGORITHM | ROLLOUT | DATA | REWARD | LOGGING),
 }

@@ -10,6 +10,7 @@ from tests.config.option_probes import (
     Seen,
     adam,
     both,
+    kernel_probes,
     layout_probes,
     metric,
     optimizer_probes,
@@ -130,7 +131,8 @@ LOGGING = {
     "wandb_run_name": Probe(value="mine", seen=given("wandb", "run_name"), also={"use_wandb": True}),
 }
 SFT = {
-    **(MODEL | layout_probes("actor", sft_ranks) | BATCH | optimizer_probes("actor") | DATA | LOGGING),
+    **(MODEL | layout_probes("actor", sft_ranks) | kernel_probes("actor") | BATCH),
+    **(optimizer_probes("actor") | DATA | LOGGING),
     "num_gpus_per_node": Probe(
         value=2,
         seen=both(lambda t: t.given["ranks"][0]["world_size"], world("world_size"), world("rank")),
@@ -179,6 +181,7 @@ PARITY = {
         expected=(1234, 1234, 1234, 1234),
     ),
     **layout_probes("layout", nothing),
+    **kernel_probes("layout"),
     "num_gpus_per_node": Probe(
         value=3,
         seen=both(lambda t: t.given["ranks"], world("world_size", "layout")),

@@ -1,6 +1,5 @@
 """What an architecture's table refuses, by the name of the configuration's key."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,13 +64,13 @@ def test_a_reward_model_is_found_by_its_own_class() -> None:
     assert find_architecture(config).hf_class == "Gemma3ForCausalLM"
 
 
-def test_what_transformer_engine_lacks_is_refused_on_gpus() -> None:
-    check = partial(check_transformer_engine, context_parallel_size=2)
-    check(GEMMA3, Gemma3TextConfig(sliding_window=512), cp_comm_type="all_gather")
-    with pytest.raises(ValueError, match="cp_comm_type=p2p.* 512 tokens"):
-        check(GEMMA3, Gemma3TextConfig(sliding_window=512), cp_comm_type="p2p")
-    with pytest.raises(ValueError, match=r"attn_logit_softcapping=50.0.*; cp_comm_type=p2p"):
-        check(GEMMA2, Gemma2Config(attn_logit_softcapping=50.0), cp_comm_type="p2p")
+def test_what_transformer_engine_lacks_is_refused() -> None:
+    windowed, capped = Gemma3TextConfig(sliding_window=512), Gemma2Config(attn_logit_softcapping=50.0)
+    check_transformer_engine(GEMMA3, windowed, context_parallel_size=1)
+    with pytest.raises(ValueError, match="context_parallel_size=2: .* 512 tokens: use 1; or set"):
+        check_transformer_engine(GEMMA3, windowed, context_parallel_size=2)
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=50.0.*; context_parallel_size=2"):
+        check_transformer_engine(GEMMA2, capped, context_parallel_size=2)
 
 
 def construct(rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path) -> str:

@@ -1,0 +1,67 @@
+"""What the layers' implementation cannot do, known once the kind of the devices is.
+
+Read in TransformerEngine 2.11, pytorch/attention/dot_product_attention: utils.py:439, 450 and 459 (its fused and flash
+attention take no float32), utils.py:756 (its unfused one no context parallelism), context_parallel.py:2842 (all-gather
+takes no packed lines, and every line here is packed). Every function returns sentences and raises nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from megarlhf.config.layouts import LayoutArguments, TransformerImpl
+
+_LOCAL = "set transformer_impl=local"
+
+
+def kernel_errors(
+    impl: TransformerImpl,
+    layouts: Mapping[str, LayoutArguments],
+    *,
+    bf16: bool,
+    share_prompt_prefix: bool,
+    recompute_modules: Sequence[str] = ("core_attn",),
+) -> list[str]:
+    """What keeps the layers from computing as asked.
+
+    Args:
+        layouts: by the prefix of their options, "" or "critic_".
+        share_prompt_prefix: as it was asked for, or decided.
+        recompute_modules: what selective recomputation recomputes.
+    """
+    if impl == "local":
+        return []
+    errors = []
+    for prefix, layout in layouts.items():
+        size = layout.context_parallel_size
+        if size > 1 and not bf16:
+            errors.append(
+                f"bf16=False with {prefix}context_parallel_size={size} (of TransformerEngine's attention only the part "
+                f"without context parallelism computes in fp32): set bf16, or {_LOCAL}"
+            )
+        if size > 1 and layout.cp_comm_type == "all_gather":
+            errors.append(
+                f"cp_comm_type=all_gather with {prefix}context_parallel_size={size} (TransformerEngine's takes no "
+                f"packed lines, and all lines are packed): set cp_comm_type=p2p, or {_LOCAL}"
+            )
+    if share_prompt_prefix:
+        errors.append(
+            "share_prompt_prefix=True with transformer_impl=transformer_engine (its attention has no mask of a shared "
+            f"prompt): leave it out, or {_LOCAL}"
+        )
+    recomputes = any(layout.recompute_granularity == "selective" for layout in layouts.values())
+    if recomputes and bf16 and list(recompute_modules) == ["core_attn"]:
+        errors.append(
+            "recompute_granularity=selective with recompute_modules=core_attn saves nothing (TransformerEngine's fused "
+            "and flash attention keep queries, keys, values and their output, which recomputing it keeps too): set "
+            "recompute_granularity=full, or recompute_modules to others, such as mlp or moe"
+        )
+    return errors
+
+
+def kernel_warnings(impl: TransformerImpl, *, bf16: bool) -> list[str]:
+    """What is legal and slow."""
+    if impl == "local" or bf16:
+        return []
+    return [
+        "bf16=False: TransformerEngine's fused and flash attention have no fp32, so its unfused one computes, which "
+        "holds all scores of a line: set bf16, or transformer_impl=local"
+    ]
