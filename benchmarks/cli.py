@@ -25,6 +25,8 @@ COMMANDS = {
             "--help",
             "ppo --help",
             "sft --help",
+            "ppo --help vllm",
+            "ppo --help megatron",
             "parity --help",
             "inspect --help",
             "convert hf-to-megatron --help",

@@ -90,7 +90,7 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
         engine = MegatronEngine(
             config.model.pretrain,
             head="value" if name == "critic" else "lm",
-            model=model_options(layout, model, config.kernels),
+            model=model_options(layout, replace(config, model=model)),
             packing=PackingOptions(
                 max_tokens=options.max_tokens_per_micro_batch,
                 share_prefix=options.share_prompt_prefix and phase == "layout",
@@ -100,6 +100,7 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
                 layout,
                 _LEARNING_RATE,
                 10,
+                passed=config.passed.megatron,
             ),
             logprob_chunk_tokens=options.max_tokens_per_micro_batch,
             temperature=0.7,

@@ -180,11 +180,13 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
     engine = MegatronEngine(
         config.model.pretrain,
         head="lm",
-        model=model_options(layout, config.model, config.kernels),
+        model=model_options(layout, config),
         packing=PackingOptions(
             max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len, share_prefix=False
         ),
-        optimizer=optimizer_options(config.optimizer, layout, config.optimizer.learning_rate, total),
+        optimizer=optimizer_options(
+            config.optimizer, layout, config.optimizer.learning_rate, total, passed=config.passed.megatron
+        ),
         logprob_chunk_tokens=batch.logprob_chunk_tokens,
         seed=config.model.seed,
     )

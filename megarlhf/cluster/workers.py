@@ -254,6 +254,7 @@ class RolloutWorker:
             threads=self.spec.threads,
             tokenizer_dir=config.model.tokenizer,
             skip_special_tokens=config.reward.reward_skip_special_tokens is not False,
+            passed=config.passed.vllm,
         )
 
     def generate(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
+from megarlhf.config.passed import PassedArguments
 
 AdvantageEstimator = Literal["gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
 
@@ -298,6 +299,7 @@ class PPOConfig:
     data: PromptDataArguments
     reward: RewardArguments = field(default_factory=RewardArguments)
     logging: LoggingArguments
+    passed: PassedArguments = field(default_factory=PassedArguments)
 
     def layout_of(self, role: str) -> LayoutArguments:
         """The actor's layout, or the critic's: the actor's with what the critic has of its own."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, g
 import tyro
 import yaml
 
+from megarlhf.config import passed
 from megarlhf.config.aliases import ALIASES, SWITCH_HINTS, Alias
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> tuple[
     if line.config_file is not None:
         values, errors = _read_yaml(config_class, line.config_file)
         line.errors.extend(errors)
+    for program, given in line.passed.items():
+        values[program] = values.get(program, {}) | given
+    if line.help_of is not None:
+        print(passed.help_text(line.help_of))
+        raise SystemExit(0)
     if line.errors and not line.help:
         _fail(prog, line.errors)
     for note in line.notes:
@@ -115,12 +121,16 @@ def from_dict(config_class: type[ConfigT], mapping: Mapping[str, Any]) -> Config
 
 
 def _nearest(name: str, options: Mapping[str, Option], prefix: str = "") -> str:
-    """The rest of a message about an unknown name: the likeliest one meant, ours before OpenRLHF's."""
-    for known in (list(options), list(ALIASES)):
-        found = difflib.get_close_matches(name, known, n=1)
-        if found:
-            return f"did you mean {prefix}{found[0]}?"
-    return "see --help for the ones there are"
+    """The rest of a message about an unknown name: the likeliest meant; ours, then OpenRLHF's, then those passed on."""
+    ours = difflib.get_close_matches(name, list(options), n=1) or difflib.get_close_matches(name, list(ALIASES), n=1)
+    theirs = passed.nearest(name, _programs(options))
+    found = difflib.get_close_matches(name, [*ours, *theirs], n=1)
+    return f"did you mean {prefix}{found[0]}?" if found else "see --help for the ones there are"
+
+
+def _programs(options: Mapping[str, Option]) -> list[str]:
+    """The programs whose options a configuration passes on."""
+    return [program for program in passed.PREFIXES if program in options]
 
 
 @dataclasses.dataclass
@@ -131,6 +141,8 @@ class _Line:
     config_file: str | None = None
     dry_run: bool = False
     help: bool = False
+    help_of: str | None = None  # the program whose options are asked for
+    passed: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # program -> its field -> value
     notes: list[str] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
 
@@ -140,7 +152,9 @@ def _read_flags(argv: Sequence[str], options: Mapping[str, Option]) -> _Line:
     for flag, texts in _flags_and_values(argv, line.errors):
         name = flag.lstrip("-").replace("-", "_")
         positive = name.removeprefix("no_")
-        if flag in ("-h", "--help"):
+        if flag == "--help" and len(texts) == 1 and texts[0] in _programs(options):
+            line.help_of = texts[0]
+        elif flag in ("-h", "--help"):
             line.help = True
         elif name == "dry_run" and not texts:
             line.dry_run = True
@@ -148,13 +162,13 @@ def _read_flags(argv: Sequence[str], options: Mapping[str, Option]) -> _Line:
             line.config_file = texts[0]
         elif name in ("dry_run", "config"):
             line.errors.append(f"{flag} takes {'no value' if name == 'dry_run' else 'one value, a YAML file'}")
-        elif name in options:
+        elif name in options and name not in passed.PREFIXES:
             _take(line, flag, name, texts, options)
         elif positive != name and positive in options and options[positive].is_switch:
             _take(line, flag, positive, [*texts, "False"], options)
         elif name in ALIASES and {*ALIASES[name].fields, *ALIASES[name].settings} <= options.keys():
             _take_alias(line, flag, name, texts, options)
-        else:
+        elif not _take_passed(line, flag, name, texts, _programs(options)):
             line.errors.append(f"unknown option {flag}; {_nearest(name, options, prefix='--')}")
     return line
 
@@ -205,6 +219,25 @@ def _take_alias(line: _Line, flag: str, name: str, texts: list[str], options: Ma
             line.notes.append(f"{flag}: {alias.note}")
 
 
+def _take_passed(line: _Line, flag: str, name: str, texts: list[str], programs: Sequence[str]) -> bool:
+    """Take an option of another program; False where none has it."""
+    program = passed.program_of(name, programs)
+    if program is None and name.startswith("no_"):
+        name = name.removeprefix("no_")
+        program = passed.program_of(name, programs)
+        texts = [*texts, "False"]
+        if program is not None and not passed.is_switch(name, program):
+            return False
+    if program is None:
+        return False
+    field_name = name.removeprefix(passed.PREFIXES[program])
+    try:
+        line.passed.setdefault(program, {})[field_name] = passed.read(program, field_name, texts)
+    except ValueError as error:
+        line.errors.append(f"{flag} {error}")
+    return True
+
+
 def _tyro_arguments(values: Mapping[str, list[str]], options: Mapping[str, Option]) -> list[str]:
     arguments: list[str] = []
     for name, texts in values.items():
@@ -241,6 +274,9 @@ def _checked_values(config_class: type[ConfigT], mapping: Mapping[str, Any]) -> 
         name = str(key).replace("-", "_")
         if name in values:
             errors.append(f"{name} is given twice; keep one")
+        elif name in options and name in passed.PREFIXES:
+            values[name], found = passed.checked(name, value, options)
+            errors += found
         elif name in options:
             try:
                 values[name] = _converted(value, options[name].annotation)
@@ -294,7 +330,8 @@ def _description(config_class: type[ConfigT]) -> str:
         f"{config_class.__doc__}\n\n"
         "  --config FILE.yaml  read options from a file, by flat names or by group; flags win over it\n"
         "  --dry-run           make every check of a run, print the configuration and the plan, and stop\n\n"
-        "Names may be written with - or _. OpenRLHF 0.5's flags are understood, or refused with the reason."
+        "Names may be written with - or _. OpenRLHF 0.5's flags are understood, or refused with the reason.\n"
+        "Options of Megatron-Core, and of vLLM as --vllm_NAME, are passed on to them: --help megatron, --help vllm."
     )
 
 

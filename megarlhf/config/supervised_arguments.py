@@ -6,6 +6,7 @@ from typing import Literal
 
 from megarlhf.config.arguments import LoggingArguments, ModelArguments, SharedOptimizerArguments
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
+from megarlhf.config.passed import MegatronPassedArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class ParityConfig:
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     kernels: KernelArguments = field(default_factory=KernelArguments)
     parity: ParityArguments = field(default_factory=ParityArguments)
+    passed: MegatronPassedArguments = field(default_factory=MegatronPassedArguments)
 
     @property
     def world_size(self) -> int:
@@ -124,3 +126,4 @@ class SFTConfig:
     optimizer: SupervisedOptimizerArguments = field(default_factory=SupervisedOptimizerArguments)
     data: SFTDataArguments
     logging: LoggingArguments
+    passed: MegatronPassedArguments = field(default_factory=MegatronPassedArguments)

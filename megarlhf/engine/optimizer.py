@@ -1,8 +1,8 @@
 """Megatron-Core's optimizer and learning-rate schedule for one model."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megarlhf.models.passed_fields import passed_fields
 from megarlhf.parallel.device import current_device
 
 
@@ -32,6 +33,7 @@ class OptimizerOptions:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
     overlap_param_gather: bool = False  # gather parameters during the next forward pass; distributed optimizer only
+    passed: Mapping[str, Any] = field(default_factory=dict)  # fields of OptimizerConfig, and others to pass over
 
 
 def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool) -> Any:
@@ -49,6 +51,7 @@ def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool)
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=options.use_distributed_optimizer,
         overlap_param_gather=options.overlap_param_gather,
+        **passed_fields(OptimizerConfig, options.passed),
     )
     return get_megatron_optimizer(config, chunks)
 

@@ -1,6 +1,7 @@
 """This rank's part of a Megatron-Core GPTModel, for an HF configuration and a layout."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from megarlhf.models.heads import LMHead, ValueHead
 from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.layers import FixedBiasRouter, NormedLinear, TwoRopeAttention, add_around
 from megarlhf.models.names import is_tied
+from megarlhf.models.passed_fields import passed_fields
 from megarlhf.parallel.attention import SegmentAttention, SegmentNorm
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import Ranks
@@ -46,6 +48,7 @@ class ModelOptions:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     kernels: KernelArguments = field(default_factory=KernelArguments)
+    passed: Mapping[str, Any] = field(default_factory=dict)  # fields of TransformerConfig, and others to pass over
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -81,6 +84,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
             f"sequence_parallel=False; {arch.hf_class} with tensor_model_parallel_size={ranks.tp_size} needs it, as "
             "Megatron-Core's latent attention else gives wrong gradients for what all heads share: set it to True"
         )
+    passed = passed_fields(TransformerConfig, options.passed)
     return (MLATransformerConfig if latent else TransformerConfig)(
         **fields,
         kv_channels=head_dim(hf),
@@ -115,7 +119,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,
-        recompute_modules=["core_attn"] if options.recompute_granularity == "selective" else None,
+        **passed,
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,7 @@ class RolloutEngine:
         threads: int | None = None,
         tokenizer_dir: str | os.PathLike[str] | None = None,
         skip_special_tokens: bool = True,
+        passed: Mapping[str, Any] | None = None,
     ) -> None:
         """Load the model.
 
@@ -85,6 +86,7 @@ class RolloutEngine:
             threads: CPU threads of the whole engine; all cores that the process may use if None.
             tokenizer_dir: where the tokenizer lies, `model_dir` if None.
             skip_special_tokens: leave special tokens out of the text of responses.
+            passed: further options of vLLM's EngineArgs (config/refused_options.py has those that may not be here).
         Raises:
             ValueError: the model knows fewer positions than max_model_len.
         """
@@ -134,7 +136,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature, top-k and top-p
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WeightStatus.__name__}",
-            **cpu_only,
+            **(cpu_only | dict(passed or {})),
         )
 
     def generate(

@@ -1,8 +1,11 @@
 """From the configuration to a role's engine and objective, inside its worker process."""
 
-from megarlhf.config.arguments import ModelArguments, PPOConfig, SharedOptimizerArguments
-from megarlhf.config.layouts import KernelArguments, LayoutArguments
-from megarlhf.config.supervised_arguments import SFTConfig
+from collections.abc import Mapping
+from typing import Any
+
+from megarlhf.config.arguments import PPOConfig, SharedOptimizerArguments
+from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
@@ -21,9 +24,11 @@ def build_engine(config: PPOConfig, role: str, *, share_prompt_prefix: bool) -> 
     return MegatronEngine(
         (config.model.critic_pretrain or config.model.pretrain) if critic else config.model.pretrain,
         head="value" if critic else "lm",
-        model=model_options(layout, config.model, config.kernels),
+        model=model_options(layout, config),
         packing=packing_options(config, share_prompt_prefix=share_prompt_prefix),
-        optimizer=optimizer_options(config.optimizer, layout, rate, optimizer_steps(config, role)),
+        optimizer=optimizer_options(
+            config.optimizer, layout, rate, optimizer_steps(config, role), passed=config.passed.megatron
+        ),
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         temperature=config.rollout.temperature,
         seed=config.model.seed,
@@ -73,24 +78,30 @@ def parallel_sizes(layout: LayoutArguments) -> ParallelSizes:
     )
 
 
-def model_options(layout: LayoutArguments, model: ModelArguments, kernels: KernelArguments) -> ModelOptions:
-    """The model's part of the layout, model and kernel flags."""
+def model_options(layout: LayoutArguments, config: PPOConfig | SFTConfig | ParityConfig) -> ModelOptions:
+    """The model's part of the layout and of the other flags."""
     return ModelOptions(
-        bf16=model.bf16,
+        bf16=config.model.bf16,
         sequence_parallel=layout.sequence_parallel,
         cp_comm_type=layout.cp_comm_type,
         decoder_first_pipeline_num_layers=layout.decoder_first_pipeline_num_layers,
         decoder_last_pipeline_num_layers=layout.decoder_last_pipeline_num_layers,
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_aux_loss_coeff=config.model.moe_aux_loss_coeff,
         recompute_granularity=layout.recompute_granularity,
         recompute_method=layout.recompute_method,
         recompute_num_layers=layout.recompute_num_layers,
-        kernels=kernels,
+        kernels=config.kernels,
+        passed=config.passed.megatron,
     )
 
 
 def optimizer_options(
-    optimizer: SharedOptimizerArguments, layout: LayoutArguments, learning_rate: float, total_steps: int
+    optimizer: SharedOptimizerArguments,
+    layout: LayoutArguments,
+    learning_rate: float,
+    total_steps: int,
+    *,
+    passed: Mapping[str, Any],
 ) -> OptimizerOptions:
     """The optimizer flags, for one role's learning rate and number of optimizer steps."""
     return OptimizerOptions(
@@ -107,4 +118,5 @@ def optimizer_options(
         use_distributed_optimizer=layout.use_distributed_optimizer,
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
+        passed=passed,
     )

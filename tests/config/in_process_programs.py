@@ -15,6 +15,7 @@ from examples.demo.make_assets import make_tokenizer
 from megarlhf.cli import parity, run_parity, run_ppo, run_sft, train_ppo, train_sft
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.passed import PREFIXES
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 from megarlhf.metrics import sinks
 from megarlhf.trainers import assembly, experience
@@ -58,7 +59,8 @@ class Programs:
     def options(self, changes: "Changes") -> Options:
         """The changes with this directory's names."""
         place = str(self.directory)
-        return {k: v.replace("{}", place) if isinstance(v, str) and "{}/" in v else v for k, v in changes}
+        found = {k: v.replace("{}", place) if isinstance(v, str) and "{}/" in v else v for k, v in changes}
+        return {k: dict(v) if k in PREFIXES else v for k, v in found.items()}  # pairs, so that they may be remembered
 
     def _run(self, run: Callable[[pytest.MonkeyPatch, Trace], None]) -> Trace:
         trace = Trace()

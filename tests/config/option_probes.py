@@ -256,3 +256,19 @@ def kernel_probes(role: str) -> dict[str, Probe]:
         ),
         **{flag: switched_off(flag) for flag in flags},
     }
+
+
+def megatron_probe(role: str) -> dict[str, Probe]:
+    """Options passed on to Megatron-Core: one of each of its two dataclasses, and an enumeration's member."""
+    backend = transformer("attention_backend", role)
+    return {
+        "megatron": Probe(
+            value=(("attention_backend", "flash"), ("moe_per_layer_logging", True), ("log_num_zeros_in_grad", True)),
+            seen=both(
+                lambda trace: backend(trace).name,
+                transformer("moe_per_layer_logging", role),
+                adam("log_num_zeros_in_grad", role),
+            ),
+            expected=("flash", True, True),
+        )
+    }

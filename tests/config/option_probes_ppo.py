@@ -13,6 +13,7 @@ from tests.config.option_probes import (
     critic_layout_probes,
     kernel_probes,
     layout_probes,
+    megatron_probe,
     metric,
     optimizer_probes,
     refused,
@@ -277,6 +278,15 @@ ROLLOUT: dict[str, Probe] = {
     ),
 }
 
+PASSED = {
+    **megatron_probe("critic"),
+    "vllm": Probe(
+        value=(("max_num_batched_tokens", 4096), ("block_size", 16)),
+        seen=lambda t: [t.llms[0].options.get(name) for name in ("max_num_batched_tokens", "block_size")],
+        expected=[4096, 16],
+    ),
+}
+
 DATA = {
     "prompt_data": Probe(value="{}/other_rows.jsonl", seen=lambda t: {x[0] for x in texts(t)}, expected={"o", "e"}),
     "eval_data": Probe(value="{}/other_eval.jsonl", seen=size_of_scored(0), expected=3),
@@ -384,14 +394,6 @@ def ppo_ranks(number: int) -> Options:
 
 
 PPO = {
-    **(
-        MODEL
-        | layout_probes("actor", ppo_ranks)
-        | critic_layout_probes()
-        | kernel_probes("critic")
-        | CLUSTER
-        | BATCH
-        | OPTIMIZER
-    ),
-    **(ALGORITHM | ROLLOUT | DATA | REWARD | LOGGING),
+    **(MODEL | layout_probes("actor", ppo_ranks) | critic_layout_probes() | kernel_probes("critic")),
+    **(PASSED | CLUSTER | BATCH | OPTIMIZER | ALGORITHM | ROLLOUT | DATA | REWARD | LOGGING),
 }

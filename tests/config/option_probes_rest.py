@@ -12,6 +12,7 @@ from tests.config.option_probes import (
     both,
     kernel_probes,
     layout_probes,
+    megatron_probe,
     metric,
     optimizer_probes,
     refused,
@@ -131,7 +132,7 @@ LOGGING = {
     "wandb_run_name": Probe(value="mine", seen=given("wandb", "run_name"), also={"use_wandb": True}),
 }
 SFT = {
-    **(MODEL | layout_probes("actor", sft_ranks) | kernel_probes("actor") | BATCH),
+    **(MODEL | layout_probes("actor", sft_ranks) | kernel_probes("actor") | BATCH | megatron_probe("actor")),
     **(optimizer_probes("actor") | DATA | LOGGING),
     "num_gpus_per_node": Probe(
         value=2,
@@ -182,6 +183,7 @@ PARITY = {
     ),
     **layout_probes("layout", nothing),
     **kernel_probes("layout"),
+    **megatron_probe("layout"),
     "num_gpus_per_node": Probe(
         value=3,
         seen=both(lambda t: t.given["ranks"], world("world_size", "layout")),
