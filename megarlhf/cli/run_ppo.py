@@ -10,6 +10,7 @@ from typing import Any
 from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.kernels import kernel_lines, resolve_kernels
+from megarlhf.cli.memory import MemoryPlan, fitting_memory
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     StopSignal,
@@ -171,6 +172,7 @@ class Inputs:
     models: list[HFConfig]  # the actor's, then the critic's
     identity: dict[str, Any]  # what a checkpoint must agree with
     continued: int | None  # step of the checkpoint to continue from
+    memory: MemoryPlan
 
 
 def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: TransformerImpl, *, dry_run: bool) -> Inputs:
@@ -210,6 +212,7 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
         models=models,
         identity=identity,
         continued=continued,
+        memory=fitting_memory(config, models),
     )
 
 
@@ -231,7 +234,8 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         passed_variables=config.reward.reward_env,
     )
     inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
-    decided = plan.table() + "\n" + kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
+    kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
+    decided = f"{plan.table()}\n{kernels}\n\n{inputs.memory.text()}"
     prompts, eval_prompts = inputs.prompts, inputs.eval_prompts
     config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     if dry_run:

@@ -16,6 +16,7 @@ from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.local_ranks import INPUTS, MEETING, prepared_once, run_local_ranks
+from megarlhf.cli.memory import fitting_memory
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     StopSignal,
@@ -40,8 +41,8 @@ def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
     world = config.sft_cluster.num_gpus_per_node
     if dry_run:
         inputs = _load_inputs(config, dry_run=True)
-        print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + f"\n{inputs.kernels}\n")
-        print(f"{world} local rank(s), {_threads(world)} CPU thread(s) each")
+        print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n")
+        print(f"{world} local rank(s), {_threads(world)} CPU thread(s) each\n{inputs.decided}")
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
         meeting = os.environ.get(MEETING, "env://")
@@ -71,7 +72,7 @@ class _Inputs(NamedTuple):
 
     data: SFTData
     evaluation: SFTData | None
-    kernels: str  # what computes the layers, for the start log
+    decided: str  # what computes the layers, and bytes by phase, for the start log
     identity: dict[str, Any]  # what a checkpoint must agree with
     continued: int | None  # step of the checkpoint to continue from
 
@@ -106,8 +107,8 @@ def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> _Inputs:
             first_step=continued or 0,
             last_step=_total_steps(config, data),
         )
-    kernels = kernel_lines(config.kernels, models, device=device)
-    return _Inputs(data, evaluation[0] if evaluation else None, kernels, identity, continued)
+    decided = f"{kernel_lines(config.kernels, models, device=device)}\n\n{fitting_memory(config, models).text()}"
+    return _Inputs(data, evaluation[0] if evaluation else None, decided, identity, continued)
 
 
 def _prepare(config: SFTConfig, directory: Path) -> None:
@@ -117,7 +118,7 @@ def _prepare(config: SFTConfig, directory: Path) -> None:
         ConfigError: what is wrong with it.
         OSError: no room for it.
     """
-    data, evaluation, kernels, identity, continued = _load_inputs(config)
+    data, evaluation, decided, identity, continued = _load_inputs(config)
     try:
         data.save(directory / "training")
         if evaluation is not None:
@@ -125,7 +126,7 @@ def _prepare(config: SFTConfig, directory: Path) -> None:
     except OSError as error:
         error.add_note(f"tokenized data is written to {directory}, once on each machine: set TMPDIR to where it fits")
         raise
-    told = {"kernels": kernels, "identity": identity, "continued": continued}
+    told = {"decided": decided, "identity": identity, "continued": continued}
     (directory / "inputs.json").write_text(json.dumps(told))
 
 
@@ -153,7 +154,7 @@ def _load(config: SFTConfig, path: str) -> SFTData:
 
 def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_method: str) -> int:
     told = json.loads((inputs / "inputs.json").read_text())
-    kernels, identity, continued = told["kernels"], told["identity"], told["continued"]
+    decided, identity, continued = told["decided"], told["identity"], told["continued"]
     data = SFTData.open(inputs / "training")
     evaluation = SFTData.open(inputs / "evaluation") if config.data.eval_dataset else None
     batch, layout = config.batch, config.layout
@@ -195,7 +196,7 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
         progress = supervised.load(engine, config.logging, identity=identity)
     sinks = None
     if rank == 0:
-        print(kernels)
+        print(decided)
         open_run_directory(config.logging.save, to_yaml(config))
         sinks = Sinks(
             directory,

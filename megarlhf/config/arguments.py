@@ -51,6 +51,9 @@ class ClusterArguments:
     """vLLM engines that generate side by side."""
     vllm_tensor_parallel_size: int = 1
     """Devices that share one vLLM engine."""
+    gpu_memory_gib: float | None = None
+    """Memory of each GPU in GiB, which the plan's bytes must fit into. None: this machine's GPUs tell; without any, the
+    plan is printed and compared with nothing."""
     ray_address: str | None = None
     """Address of a running Ray cluster to join, whose token is in RAY_AUTH_TOKEN. None: start one on this machine."""
     start_timeout_seconds: float = 300.0

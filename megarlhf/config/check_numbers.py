@@ -44,7 +44,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "above 0",
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
-        "adam_eps value_clip kl_target temperature vllm_kv_cache_gib logprob_diff_budget",
+        "adam_eps value_clip kl_target temperature vllm_kv_cache_gib gpu_memory_gib logprob_diff_budget",
     ),
     (
         "0 or more",

@@ -15,6 +15,9 @@ class SupervisedClusterArguments:
 
     num_gpus_per_node: int = 1
     """Ranks started on this machine: one GPU each, or one process each. Under torchrun its number of ranks wins."""
+    gpu_memory_gib: float | None = None
+    """Memory of each GPU in GiB, which the plan's bytes must fit into. None: this machine's GPUs tell; without any, the
+    plan is printed and compared with nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

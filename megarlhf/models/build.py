@@ -1,6 +1,5 @@
 """This rank's part of a Megatron-Core GPTModel, for an HF configuration and a layout."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from megarlhf.models.families import head_dim, rope_parameters
 from megarlhf.models.heads import LMHead, ValueHead
 from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.layers import FixedBiasRouter, NormedLinear, TwoRopeAttention, add_around
-from megarlhf.models.names import is_tied
+from megarlhf.models.names import is_tied, padded_vocab_size
 from megarlhf.models.passed_fields import passed_fields
 from megarlhf.parallel.attention import SegmentAttention, SegmentNorm
 from megarlhf.parallel.device import device_kind
@@ -31,7 +30,6 @@ from megarlhf.parallel.rotary import use_segment_positions
 
 Head = Literal["lm", "value"]
 _FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion")
-_VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by; fixed, so that checkpoints fit every TP size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +47,6 @@ class ModelOptions:
     recompute_num_layers: int | None = None
     kernels: KernelArguments = field(default_factory=KernelArguments)
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of TransformerConfig, and others to pass over
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of the embedding after padding, so that every rank holds as many."""
-    multiple = math.lcm(_VOCAB_MULTIPLE, tp_size)
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: ModelOptions) -> TransformerConfig:

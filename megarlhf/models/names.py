@@ -11,8 +11,15 @@ from megarlhf.models.hf_files import EMBEDDING, LM_HEAD, HFConfig, HFWeights, ha
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SCORE = "score.weight"
+_VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by; fixed, so that checkpoints fit every TP size
 # Buffers that older versions of Transformers and ColossalAI stored; nothing reads them.
 _UNUSED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding after padding, so that every rank holds as many."""
+    multiple = math.lcm(_VOCAB_MULTIPLE, tp_size)
+    return math.ceil(vocab_size / multiple) * multiple
 
 
 def is_tied(hf: HFConfig, head: str) -> bool:

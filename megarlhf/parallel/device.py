@@ -44,6 +44,11 @@ def num_local_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def device_memory_bytes() -> int | None:
+    """Memory of one of this machine's GPUs; None on a CPU machine, where it is not a process's own."""
+    return torch.cuda.get_device_properties(0).total_memory if device_kind() == "gpu" else None
+
+
 def release_memory() -> None:
     """Give back what is freed, with garbage that is in circles; see release_cache."""
     gc.collect()

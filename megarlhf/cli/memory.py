@@ -1,0 +1,272 @@
+"""Does a run fit its devices: from its configuration to bytes by role, part and phase, and what to change if not."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from megarlhf.config.arguments import ModelArguments, PPOConfig
+from megarlhf.config.checks import check_ppo, check_sft
+from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.supervised_arguments import SFTConfig
+from megarlhf.models.hf_files import HFConfig
+from megarlhf.models.names import padded_vocab_size
+from megarlhf.models.registry import find_architecture
+from megarlhf.models.sizes import engine_sizes, kv_numbers_per_token, layer_widths, stage_sizes
+from megarlhf.parallel.device import device_memory_bytes
+from megarlhf.planner.memory import RankBytes, Work, rank_bytes
+from megarlhf.planner.memory_table import GIB, DeviceTable, EngineBytes, RoleBytes, device_tables, misfits
+
+LOGPROB_CHUNK_TOKENS = 2048  # tokens whose logits exist at a time
+Config = PPOConfig | SFTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Tables of a run, and what does not fit."""
+
+    tables: list[DeviceTable]
+    memory: int | None  # bytes of a device; None where they are not known
+    misfits: list[tuple[str, str]]  # phase and sentence
+
+    @property
+    def peak(self) -> int:
+        """Most bytes on any device in any phase."""
+        return max(table.total(table.peak_phase) for table in self.tables)
+
+    def text(self) -> str:
+        """All tables, and what they were not compared with."""
+        parts = [table.text(self.memory) for table in self.tables]
+        if self.memory is None:
+            parts.append("note: no GPU here and no gpu_memory_gib: compared with no device's memory")
+        return "\n\n".join(parts)
+
+
+def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
+    """Bytes on each device.
+
+    Args:
+        models: the configuration of each model that is trained, as read_checkpoint gives it, the policy's first.
+    """
+    cluster = config.cluster if isinstance(config, PPOConfig) else config.sft_cluster
+    memory = device_memory_bytes() if cluster.gpu_memory_gib is None else int(cluster.gpu_memory_gib * GIB)
+    if isinstance(config, SFTConfig):
+        (model,) = models
+        ranks = _supervised_ranks(config, model)
+        slots: dict[int, dict[str, RoleBytes]] = {rank: {"actor": taken} for rank, taken in enumerate(ranks)}
+        tables, engine = device_tables(slots, colocated=False, gpu=memory is not None), None
+    else:
+        engine = _engine(config, models[0], memory)
+        colocated = config.cluster.colocate_all_models
+        tables = device_tables(_slots(config, models, engine), colocated=colocated, gpu=memory is not None)
+    found = [] if memory is None else misfits(tables, engine, memory)
+    return MemoryPlan(tables=tables, memory=memory, misfits=found)
+
+
+def fitting_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
+    """The plan of a run that fits its devices.
+
+    Raises:
+        ValueError: it does not; names role, phase, bytes and the two smallest changes that make it fit.
+    """
+    plan = plan_memory(config, models)
+    if plan.memory is None or not plan.misfits:
+        return plan
+    said = "; ".join(sentence for _, sentence in plan.misfits)
+    raise ValueError(f"gpu_memory_gib={plan.memory / GIB:.4g}; {said}: {_remedies(config, models)}\n{plan.text()}")
+
+
+class _Role(NamedTuple):
+    """A training role."""
+
+    hf: HFConfig
+    head: str
+    layout: LayoutArguments
+    world_size: int
+    has_reference: bool
+
+
+def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -> dict[int, dict[str, RoleBytes]]:
+    """What lies on each device, numbered over all nodes: colocated roles start at the first, others follow."""
+    cluster, batch, slots = config.cluster, config.batch, dict[int, dict[str, RoleBytes]]()
+    longest = config.rollout.prompt_max_len + config.rollout.generate_max_len
+    tokens = batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest
+    actor = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
+    nodes, per_node = cluster.critic_num_nodes, cluster.critic_num_gpus_per_node
+    critic = (nodes or cluster.actor_num_nodes) * (per_node or cluster.actor_num_gpus_per_node)
+    worlds = {"actor": actor, "critic": critic}
+    by_role: dict[str, Sequence[RoleBytes]] = {}
+    for name, hf in zip(worlds, models, strict=False):
+        reference = name == "actor" and config.algorithm.init_kl_coef > 0
+        role = _Role(hf, "lm" if name == "actor" else "value", config.layout_of(name), worlds[name], reference)
+        by_role[name] = _training_ranks(role, config.model, tokens=tokens, samples=batch.global_batch_size)
+    by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
+    first = 0
+    for name, ranks in by_role.items():
+        for rank, taken in enumerate(ranks):
+            slots.setdefault(first + rank, {})[name] = taken
+        first += 0 if cluster.colocate_all_models else len(ranks)
+    return slots
+
+
+def _supervised_ranks(config: SFTConfig, hf: HFConfig) -> list[RankBytes]:
+    batch = config.batch
+    tokens = batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len
+    started = os.environ.get("WORLD_SIZE", "")  # by torchrun
+    world_size = int(started) if started.isdecimal() else config.sft_cluster.num_gpus_per_node
+    role = _Role(hf, "lm", config.layout, world_size, False)
+    return _training_ranks(role, config.model, tokens=tokens, samples=batch.global_batch_size)
+
+
+def _training_ranks(role: _Role, model: ModelArguments, *, tokens: int, samples: int) -> list[RankBytes]:
+    """Each rank of a role; Megatron numbers pipeline stages last."""
+    arch, layout = find_architecture(role.hf), role.layout
+    tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
+    etp, data = layout.expert_tensor_parallel_size or tp, role.world_size // (tp * pp * cp)
+    micro_batches = -(-samples // data)
+    work = Work(
+        bf16=model.bf16,
+        tensor=tp,
+        pipeline=pp,
+        virtual=layout.virtual_stages,
+        expert_tensor=etp,
+        sequence_parallel=layout.sequence_parallel,
+        replicas=data * cp,
+        expert_replicas=role.world_size // (layout.expert_model_parallel_size * etp * pp),
+        distributed_optimizer=layout.use_distributed_optimizer,
+        recompute=layout.recompute_granularity,
+        recompute_method=layout.recompute_method,
+        recompute_num_layers=layout.recompute_num_layers,
+        tokens=-(-tokens // cp),
+        micro_batches=-(-micro_batches // pp) * pp if layout.virtual_stages > 1 else micro_batches,
+        vocabulary=padded_vocab_size(role.hf.vocab_size, tp) if role.head == "lm" else 0,
+        logprob_chunk_tokens=LOGPROB_CHUNK_TOKENS,
+        has_reference=role.has_reference,
+    )
+    stages, widths = stage_sizes(arch, role.hf, layout, head=role.head), layer_widths(arch, role.hf)
+    by_stage = [rank_bytes(stages, widths, work, stage=stage) for stage in range(pp)]
+    return [by_stage[rank // (role.world_size // pp)] for rank in range(role.world_size)]
+
+
+def _engine(config: PPOConfig, hf: HFConfig, memory: int | None) -> EngineBytes:
+    arch, tensor, element = (
+        find_architecture(hf),
+        config.cluster.vllm_tensor_parallel_size,
+        2 if config.model.bf16 else 4,
+    )
+    rollout = config.rollout
+    weights, largest = (number * element for number in engine_sizes(arch, hf, tensor=tensor))
+    share = int(rollout.vllm_kv_cache_gib * GIB)
+    if memory is not None:
+        share = max(0, math.ceil(memory * rollout.vllm_gpu_memory_utilization) - weights)
+    longest = rollout.prompt_max_len + rollout.generate_max_len
+    return EngineBytes(
+        weights=weights,
+        kv_cache=share,
+        one_sequence=longest * kv_numbers_per_token(arch, hf, tensor=tensor) * element,
+        # On a CPU without tensor parallelism new kernels of all weights are packed before the old ones go.
+        bucket=weights if memory is None and tensor == 1 else largest,
+    )
+
+
+def _remedies(config: Config, models: Sequence[HFConfig]) -> str:
+    """The two smallest changes that make it fit, those that cost the least speed first."""
+    found: list[str] = []
+    for kind in _KINDS:
+        for said, changed in kind(config):
+            if (check_ppo(changed) if isinstance(changed, PPOConfig) else check_sft(changed)) == []:
+                plan = plan_memory(changed, models)
+                if not plan.misfits:
+                    found.append(f"{said} (peak {plan.peak / GIB:.2f} GiB)")
+                    break
+        if len(found) == 2:
+            break
+    if not found:
+        return "no single change of the layout, the micro-batch or the engines makes it fit: use more or larger GPUs"
+    return f"set {' or '.join(found)}"
+
+
+Changes = Iterator[tuple[str, Any]]
+
+
+def _with(config: Config, group: str, **values: Any) -> tuple[str, Any]:
+    said = ", ".join(f"{name}={value}" for name, value in values.items())
+    return said, replace(config, **{group: replace(getattr(config, group), **values)})
+
+
+def _utilization(config: Config) -> Changes:
+    """Less of the memory for the engines, in twentieths; then more, for a KV cache that is too small."""
+    if isinstance(config, PPOConfig):
+        now = round(config.rollout.vllm_gpu_memory_utilization * 20)
+        for step in (*range(now - 1, 0, -1), *range(now + 1, 20)):
+            yield _with(config, "rollout", vllm_gpu_memory_utilization=step / 20)
+
+
+def _distributed_optimizer(config: Config) -> Changes:
+    if not config.layout.use_distributed_optimizer:
+        yield _with(config, "layout", use_distributed_optimizer=True)
+
+
+def _sequence_parallel(config: Config) -> Changes:
+    if not config.layout.sequence_parallel:
+        yield _with(config, "layout", sequence_parallel=True)
+
+
+def _smaller_micro_batches(config: Config) -> Changes:
+    batch, longest = config.batch, 0
+    if isinstance(config, PPOConfig):
+        longest = config.rollout.prompt_max_len + config.rollout.generate_max_len
+    else:
+        longest = config.batch.max_len
+    tokens = batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest
+    while (tokens := tokens // 2) > longest:
+        yield _with(config, "batch", max_tokens_per_micro_batch=tokens)
+    yield _with(config, "batch", max_tokens_per_micro_batch=longest)
+
+
+def _recompute(config: Config) -> Changes:
+    if config.layout.recompute_granularity != "full":
+        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        yield _with(config, "layout", **full)
+
+
+def _larger(name: str) -> Callable[[Config], Changes]:
+    """A parallel size times 2, 3, 4, ...; what does not divide is found by the checks."""
+
+    def changes(config: Config) -> Changes:
+        now = getattr(config.layout, name)
+        for factor in range(2, 9):
+            more = {"sequence_parallel": True} if name == "tensor_model_parallel_size" else {}
+            yield _with(config, "layout", **{name: now * factor}, **more)
+
+    return changes
+
+
+def _engine_tensor(config: Config) -> Changes:
+    if isinstance(config, PPOConfig):
+        tensor, engines = config.cluster.vllm_tensor_parallel_size, config.cluster.vllm_num_engines
+        for factor in (2, 4, 8):
+            if engines % factor == 0:
+                sizes = {"vllm_tensor_parallel_size": tensor * factor, "vllm_num_engines": engines // factor}
+                yield _with(config, "cluster", **sizes)
+
+
+def _more_gpus(config: Config) -> Changes:
+    if isinstance(config, PPOConfig):
+        yield _with(config, "cluster", actor_num_gpus_per_node=2 * config.cluster.actor_num_gpus_per_node)
+    else:
+        yield _with(config, "sft_cluster", num_gpus_per_node=2 * config.sft_cluster.num_gpus_per_node)
+
+
+_KINDS: tuple[Callable[[Config], Changes], ...] = (
+    _utilization,
+    _distributed_optimizer,
+    _sequence_parallel,
+    _smaller_micro_batches,
+    _engine_tensor,
+    _recompute,
+    _larger("tensor_model_parallel_size"),
+    _larger("pipeline_model_parallel_size"),
+    _more_gpus,
+)

@@ -1,0 +1,132 @@
+"""How many numbers a rank holds of a model in a layout, and how many a layer keeps of each token, from tables alone."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from megarlhf.config.layouts import LayoutArguments
+from megarlhf.data.model_sizes import ChunkSizes, LayerWidths
+from megarlhf.models.arch import ArchSpec, Split, WeightMap
+from megarlhf.models.hf_files import EMBEDDING, HFConfig
+from megarlhf.models.names import is_tied, model_maps, padded_vocab_size
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(?:local_experts\.|linear_fc\d\.weight)(\d+)")
+
+
+def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: str) -> list[list[ChunkSizes]]:
+    """Each pipeline stage's chunks, in order; all tensor-parallel ranks of a stage hold as much.
+
+    Args:
+        hf: as read_checkpoint gives it; the model's sizes are divisible as check_layout asks.
+        head: "lm" or "value".
+    """
+    pp, virtual = layout.pipeline_model_parallel_size, layout.virtual_stages
+    by_layer: dict[int | None, list[WeightMap]] = defaultdict(list)
+    for weight in model_maps(arch, hf, head):
+        found = _LAYER.search(weight.megatron[0])
+        by_layer[int(found[1]) if found else None].append(weight)
+    has_experts = arch.moe_layers(hf) if arch.moe_layers is not None else [False] * hf.num_hidden_layers
+    depths = stage_depths(hf.num_hidden_layers, layout)
+    stages: list[list[ChunkSizes]] = [[] for _ in range(pp)]
+    first_layer = 0
+    for number in range(virtual):  # Megatron-Core deals chunks over the stages in turn
+        for stage, depth in enumerate(depths):
+            layers = range(first_layer, first_layer + depth // virtual)
+            first_layer = layers.stop
+            weights = [weight for layer in layers for weight in by_layer[layer]]
+            first, last = (stage, number) == (0, 0), (stage, number) == (pp - 1, virtual - 1)
+            weights += [w for w in by_layer[None] if (first if w.hf == (EMBEDDING,) else last)]
+            if last and not first and is_tied(hf, head):
+                weights += [w for w in by_layer[None] if w.hf == (EMBEDDING,)]  # the output layer's copy
+            num_moe = sum(has_experts[layer] for layer in layers)
+            stages[stage].append(_chunk(arch, hf, layout, weights, (len(layers) - num_moe, num_moe)))
+    return stages
+
+
+def stage_depths(num_layers: int, layout: LayoutArguments) -> list[int]:
+    """Layers of each pipeline stage, as Megatron-Core deals them (transformer_block.py, get_num_layers_to_build)."""
+    pp = layout.pipeline_model_parallel_size
+    ends = {0: layout.decoder_first_pipeline_num_layers, pp - 1: layout.decoder_last_pipeline_num_layers}
+    given = {stage: depth for stage, depth in ends.items() if depth is not None}
+    others = pp - len(given)
+    depth = (num_layers - sum(given.values())) // others if others else 0
+    return [given.get(stage, depth) for stage in range(pp)]
+
+
+def layer_widths(arch: ArchSpec, hf: HFConfig) -> LayerWidths:
+    """Of an architecture's layers, from its dimensions."""
+    sizes, hidden = arch.dimensions(hf), int(hf.hidden_size)
+    whole = 4 * hidden  # two norms, and what they give to the matrices behind them
+    if arch.additions(hf).norms_after:
+        whole += 2 * hidden
+    if latent := sizes.get("kv_latent", 0):  # queries, keys and values come up from latents, of which norms are taken
+        whole += 2 * sizes["q_latent"] + sizes["kv_latent_rope"] + latent
+        attention = 2 * sizes["q"] + 2 * sizes["values"]
+    else:
+        attention = 2 * sizes["q"] + 2 * sizes["kv"]
+        if arch.config_constants.get("qk_layernorm"):
+            attention += sizes["q"] + sizes["kv"]
+    return LayerWidths(
+        hidden=hidden,
+        whole=whole,
+        attention=attention,
+        dense=3 * sizes["ffn"],
+        shared=3 * sizes.get("shared", 0),
+        experts_per_token=arch.derived_config(hf)["moe_router_topk"] if arch.is_moe(hf) else 0,
+        expert=3 * sizes.get("expert", 0),
+    )
+
+
+def kv_numbers_per_token(arch: ArchSpec, hf: HFConfig, *, tensor: int) -> int:
+    """Numbers in the KV cache of one token on one of `tensor` ranks of an inference engine, over all layers.
+
+    A rank holds at least one KV head; what latent attention keeps is whole on each.
+    """
+    sizes = arch.dimensions(hf)
+    latent = sizes["kv_latent_rope"] if sizes.get("kv_latent") else 0
+    return int(hf.num_hidden_layers) * (latent or 2 * (sizes["kv"] // min(tensor, hf.num_key_value_heads)))
+
+
+def engine_sizes(arch: ArchSpec, hf: HFConfig, *, tensor: int) -> tuple[int, int]:
+    """Numbers in the weights of one of `tensor` ranks of an inference engine, and in its largest module.
+
+    The experts of a layer are one module; KV heads are copied where there are fewer than ranks. Vocabulary padding is
+    the trainer's, which differs from an engine's by less than 128 rows.
+    """
+    layout = LayoutArguments(tensor_model_parallel_size=tensor)
+    ((chunk,),) = stage_sizes(arch, hf, layout, head="lm")
+    copies = max(0, tensor - hf.num_key_value_heads) if "kv_latent" not in arch.dimensions(hf) else 0
+    head = arch.dimensions(hf)["kv"] // hf.num_key_value_heads * hf.hidden_size
+    experts = sum(chunk.experts)
+    whole = sum(chunk.dense) + experts + 2 * hf.num_hidden_layers * head * copies // tensor
+    return whole, max(*chunk.dense, experts // max(1, chunk.moe_layers))
+
+
+def _chunk(
+    arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, weights: Sequence[WeightMap], layers: tuple[int, int]
+) -> ChunkSizes:
+    sizes, tp = arch.dimensions(hf), layout.tensor_model_parallel_size
+    mine = sizes.get("experts", 0) // layout.expert_model_parallel_size
+    sizes = sizes | {"padded": padded_vocab_size(hf.vocab_size, tp)}
+
+    def local(weight: WeightMap) -> int:
+        shapes = weight.shapes
+        if weight.split is Split.VOCAB:
+            shapes = tuple(("padded", *shape[1:]) for shape in shapes)
+        whole = sum(math.prod(sizes[name] for name in shape) for shape in shapes)
+        parts = (layout.expert_tensor_parallel_size or tp) if weight.expert else tp
+        return whole if weight.split is Split.REPLICATED else whole // parts
+
+    def here(weight: WeightMap) -> bool:
+        number = _EXPERT.search(weight.megatron[0])
+        return number is not None and int(number[1]) < mine
+
+    return ChunkSizes(
+        dense=tuple(local(w) for w in weights if not w.expert and not w.buffer),
+        experts=tuple(local(w) for w in weights if w.expert and here(w)),
+        buffers=sum(local(w) for w in weights if w.buffer),
+        dense_layers=layers[0],
+        moe_layers=layers[1],
+    )

@@ -1,0 +1,167 @@
+"""Bytes on each device in each phase of a run, by role and part; planner/phases.py says who is awake."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megarlhf.planner.memory import RankBytes
+from megarlhf.planner.phases import ENGINE_PARTS, PARTS, PHASES, Awake
+
+GIB = 2**30
+PROCESS_BYTES = GIB  # of a process on a GPU, asleep too: CUDA's context and kernels, communicators (0.5 to 2 GiB seen)
+FRAGMENTATION = 0.05  # of what training allocates (published peaks are 3 to 8% above the sum of their tensors)
+_ORDER = ("parameters", "gradients", "optimizer", "reference", "activations", "logits", "weights", "kv cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBytes:
+    """One rank of an inference engine."""
+
+    weights: int
+    kv_cache: int  # on a GPU with what its passes need besides: all of its share of the memory but the weights
+    one_sequence: int  # what the KV cache of the longest sequence takes
+    bucket: int  # weights on their way in a sync: the largest module, which vLLM's reload has on the device twice
+
+
+RoleBytes = RankBytes | EngineBytes
+Column = dict[tuple[str, str], int]  # (role, part) -> bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTable:
+    """The fullest of the devices that the same roles are on."""
+
+    devices: str  # in words
+    roles: tuple[str, ...]
+    phases: dict[str, Column]
+
+    def total(self, phase: str) -> int:
+        """Bytes of all roles in a phase."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        """Where the most is on the device."""
+        return max(self.phases, key=self.total)
+
+    def text(self, memory: int | None) -> str:
+        """Aligned lines: a row a part, a column a phase.
+
+        Args:
+            memory: bytes of the device, None where they are not known.
+        """
+        peak = self.total(self.peak_phase)
+        name, unit = ("GiB", GIB) if peak >= GIB else ("MiB", 2**20)
+        keys = sorted({key for column in self.phases.values() for key in column}, key=self._place)
+        rows = [(f"{name} on {self.devices}", "", *self.phases)]
+        for key in keys:
+            rows.append((*key, *(_amount(column.get(key, 0), unit) for column in self.phases.values())))
+        rows.append(("sum", "", *(_amount(self.total(phase), unit) for phase in self.phases)))
+        widths = [max(len(row[column]) for row in rows[1:]) for column in range(2)]
+        widths += [max(len(row[column]) for row in rows) for column in range(2, len(rows[0]))]
+        lines = [rows[0][0]] + [_aligned(row, widths) for row in [("role", "part", *rows[0][2:]), *rows[1:]]]
+        left = "" if memory is None else f", {(memory - peak) / GIB:.2f} GiB of {memory / GIB:.4g} left"
+        return "\n".join([*lines, f"peak: {self.peak_phase}, {peak / unit:.2f} {name}{left}"])
+
+    def _place(self, key: tuple[str, str]) -> tuple[int, int]:
+        """Of a row: roles in their order, parts in theirs."""
+        role, part = key
+        roles, parts = [*self.roles, "all"], [*_ORDER, "sync bucket", "fragmentation", "processes"]
+        return roles.index(role), parts.index(part)
+
+
+def device_tables(slots: Mapping[int, Mapping[str, RoleBytes]], *, colocated: bool, gpu: bool) -> list[DeviceTable]:
+    """One table for each set of roles that share devices.
+
+    Args:
+        slots: device -> role -> what that role's rank takes there. The first training role is the policy.
+        colocated: roles take turns; else nothing sleeps but gradients and the reference.
+        gpu: count what a GPU's processes and allocator take besides.
+    """
+    tables = []
+
+    def roles_on(device: int) -> tuple[str, ...]:
+        return tuple(slots[device])
+
+    for roles, devices in itertools.groupby(sorted(slots, key=roles_on), key=roles_on):
+        numbers = sorted(devices)
+        candidates = {number: _phases(slots[number], colocated=colocated, gpu=gpu) for number in numbers}
+        peaks = {number: max(sum(c.values()) for c in phases.values()) for number, phases in candidates.items()}
+        fullest = max(numbers, key=lambda number: peaks[number])
+        words = f"device {fullest}" if len(numbers) == 1 else f"device {fullest}, the fullest of {len(numbers)}"
+        tables.append(DeviceTable(devices=f"{words} ({', '.join(roles)})", roles=roles, phases=candidates[fullest]))
+    return tables
+
+
+def misfits(tables: list[DeviceTable], engine: EngineBytes | None, memory: int) -> list[tuple[str, str]]:
+    """(phase, sentence without a remedy) for each phase that takes more than the device has."""
+    found = []
+    if engine is not None and engine.kv_cache < engine.one_sequence:
+        said = f"role rollout: {engine.weights / GIB:.2f} GiB of weights leave {engine.kv_cache / GIB:.2f} GiB of its "
+        said += f"share of the memory for a KV cache, and one sequence takes {engine.one_sequence / GIB:.2f} GiB"
+        found.append(("rollout", said))
+    for table in tables:
+        for phase, column in table.phases.items():
+            if (total := table.total(phase)) > memory:
+                (role, part), largest = max(column.items(), key=lambda entry: entry[1])
+                said = f"phase {phase} takes {total / GIB:.2f} GiB ({total} bytes) on {table.devices}, most of it "
+                found.append((phase, f"{said}{part} of role {role} ({largest / GIB:.2f} GiB)"))
+    return found
+
+
+def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool) -> dict[str, Column]:
+    """Columns of one device."""
+    training = [role for role, taken in held.items() if isinstance(taken, RankBytes)]
+    columns: dict[str, Column] = {}
+    if len(training) < len(held):
+        columns["rollout"] = _awake(held, "rollout", colocated=colocated)
+    if training:
+        columns["experience"] = _awake(held, "train", colocated=colocated) | _passes(held, training[0], update=False)
+        for role in training:
+            name = "update" if len(training) == 1 else f"update {role}"
+            columns[name] = _awake(held, "train", colocated=colocated) | _passes(held, role, update=True)
+    if len(training) < len(held):
+        columns["sync"] = _awake(held, "sync", colocated=colocated) | _buckets(held)
+    columns["save"] = _awake(held, "checkpoint", colocated=colocated)
+    for column in columns.values() if gpu else ():
+        allocated = sum(size for (role, _), size in column.items() if role in training)
+        if allocated:
+            column["all", "fragmentation"] = int(FRAGMENTATION * allocated)
+        column["all", "processes"] = PROCESS_BYTES * len(held)
+    return columns
+
+
+def _awake(held: Mapping[str, RoleBytes], phase: str, *, colocated: bool) -> Column:
+    column: Column = {}
+    training = Awake(actor=("parameters", "optimizer"), others=("parameters", "optimizer"), engines=ENGINE_PARTS)
+    awake = PHASES[phase] if colocated else training
+    for role, taken in held.items():
+        names = awake.engines if isinstance(taken, EngineBytes) else awake.actor if role == "actor" else awake.others
+        order = ENGINE_PARTS if isinstance(taken, EngineBytes) else PARTS
+        column |= {(role, part.replace("_", " ")): getattr(taken, part) for part in order if part in names}
+    return column
+
+
+def _passes(held: Mapping[str, RoleBytes], role: str, *, update: bool) -> Column:
+    """What computing brings: of the role's optimizer step, or of its forward passes, with the reference's."""
+    taken = held[role]
+    assert isinstance(taken, RankBytes)
+    sizes = {"gradients": taken.gradients, "activations": taken.backward}
+    if not update:
+        sizes = {"reference": taken.reference, "activations": taken.forward}
+    return {(role, part): size for part, size in (sizes | {"logits": taken.logits}).items() if size}
+
+
+def _buckets(held: Mapping[str, RoleBytes]) -> Column:
+    return {(role, "sync bucket"): taken.bucket for role, taken in held.items() if isinstance(taken, EngineBytes)}
+
+
+def _amount(number: int, unit: int) -> str:
+    return f"{number / unit:.2f}" if number else "-"
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    """Words to the left, numbers to the right."""
+    cells = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
+    cells += [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
+    return "  ".join(cells).rstrip()
