@@ -80,13 +80,13 @@ def check_weights(
     return opened
 
 
-def check_shared_memory(config: "HFConfig", *, bf16: bool) -> None:
-    """There must be room for the model's weights; layouts with replicas may take more.
+def check_shared_memory(config: "HFConfig", *, bf16: bool, object_store_bytes: int) -> None:
+    """There must be room for the model's weights and a step's tokens; layouts with replicas may take more.
 
     Args:
         config: as read_checkpoint gives it.
     Raises:
-        ValueError: the weights alone do not fit.
+        ValueError: these alone do not fit.
     """
     from megarlhf.data import shared_tensors
     from megarlhf.models.names import model_shapes
@@ -94,7 +94,8 @@ def check_shared_memory(config: "HFConfig", *, bf16: bool) -> None:
 
     shapes = model_shapes(find_architecture(config), config, "lm")
     num_bytes = sum(map(math.prod, shapes.values())) * (2 if bf16 else 4)
-    shared_tensors.check_shared_memory(num_bytes, shared_tensors.free_shared_memory())
+    free = shared_tensors.free_shared_memory()
+    shared_tensors.check_shared_memory(num_bytes, free, object_store_bytes=object_store_bytes)
 
 
 def open_run_directory(save: str, config_yaml: str) -> Path:

@@ -32,6 +32,7 @@ from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.models.hf_files import HFConfig, read_config
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
+from megarlhf.planner.object_store import object_store_bytes
 from megarlhf.planner.placement import ModelSizes, PlacementPlan, plan_placement
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.trainers import rl
@@ -158,7 +159,8 @@ def _check_models(config: PPOConfig, transformer_impl: TransformerImpl, *, dry_r
         generates=True,
     )
     with machine_checks(dry_run=dry_run):
-        check_shared_memory(models[0], bf16=config.model.bf16)
+        store = object_store_bytes(config) if config.cluster.ray_address is None else 0  # a cluster's stands already
+        check_shared_memory(models[0], bf16=config.model.bf16, object_store_bytes=store)
     return models
 
 

@@ -23,6 +23,7 @@ from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import visible_devices_environment
+from megarlhf.planner.object_store import object_store_bytes
 from megarlhf.planner.phases import PARTS
 from megarlhf.planner.placement import PlacementPlan, Role, Worker
 from megarlhf.rollout.engine import engine_environment
@@ -127,7 +128,7 @@ def _start_ray(config: PPOConfig, plan: PlacementPlan, stack: ExitStack) -> None
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            object_store_memory=512 << 20,
+            object_store_memory=object_store_bytes(config),
             _node_ip_address="127.0.0.1",
         )
     else:

@@ -76,16 +76,22 @@ def checksum(digests: Iterable[bytes]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(digests))
 
 
-def check_shared_memory(num_bytes: int, free_bytes: int) -> None:
+def check_shared_memory(num_bytes: int, free_bytes: int, *, object_store_bytes: int = 0) -> None:
     """Compare what is to be shared with `free_shared_memory` at a time.
+
+    Args:
+        num_bytes: of weights.
+        object_store_bytes: that Ray is still to take there.
 
     Raises:
         ValueError: it does not fit.
     """
-    if num_bytes > 0.99 * free_bytes:
+    if num_bytes + object_store_bytes > 0.99 * free_bytes:
+        store = f" and Ray's object store of {object_store_bytes / 2**30:.2f} GiB" if object_store_bytes else ""
         raise ValueError(
-            f"weights of {num_bytes / 2**30:.2f} GiB do not fit into {SHARED_MEMORY}, where {free_bytes / 2**30:.2f} "
-            "GiB are free (vLLM reads them there): make it larger (in a container, --shm-size)"
+            f"weights of {num_bytes / 2**30:.2f} GiB{store} do not fit into {SHARED_MEMORY}, where "
+            f"{free_bytes / 2**30:.2f} GiB are free (engines and ranks read them there): make it larger (in a "
+            "container, --shm-size)"
         )
 
 

@@ -145,7 +145,11 @@ def test_too_little_shared_memory(
     num_bytes = (assets / "model" / "model.safetensors").stat().st_size  # float32 already
     monkeypatch.setattr(shared_tensors, "free_shared_memory", lambda: num_bytes * 3 // 4)
     assert "do not fit into /dev/shm" in fail(flags, capsys)
-    check_shared_memory(read_config(assets / "model"), bf16=True)  # half as large
+    model = read_config(assets / "model")
+    check_shared_memory(model, bf16=True, object_store_bytes=0)  # half as large
+    check_shared_memory(model, bf16=True, object_store_bytes=num_bytes // 5)
+    with pytest.raises(ValueError, match="and Ray's object store of"):
+        check_shared_memory(model, bf16=True, object_store_bytes=num_bytes // 3)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarlhf.algos.losses import entropy_from_logits
 from megarlhf.parallel import vocab
 from megarlhf.parallel.groups import ParallelSizes, destroy_groups, initialize_groups
 from megarlhf.parallel.vocab import EntropyUse, OutputDistribution, vocab_parallel_log_probs
@@ -50,7 +49,7 @@ def oracle(case: Case) -> dict[str, Tensor]:
         logits = case.of.soft_cap * torch.tanh(logits / case.of.soft_cap)
     logits = logits / case.of.temperature
     log_probs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    entropy = entropy_from_logits(logits)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
     loss = (log_probs * a).sum() + ((entropy * b).sum() if case.entropy == "loss" else 0.0)
     loss.backward()
     found = {"log_probs": log_probs.detach(), "hidden": hidden.grad, "weight": weight.grad}
