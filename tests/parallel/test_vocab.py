@@ -49,7 +49,7 @@ def oracle(case: Case) -> dict[str, Tensor]:
         logits = case.of.soft_cap * torch.tanh(logits / case.of.soft_cap)
     logits = logits / case.of.temperature
     log_probs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
     loss = (log_probs * a).sum() + ((entropy * b).sum() if case.entropy == "loss" else 0.0)
     loss.backward()
     found = {"log_probs": log_probs.detach(), "hidden": hidden.grad, "weight": weight.grad}
