@@ -33,7 +33,7 @@ from megarlhf.metrics.timers import Timers
 from megarlhf.models.hf_files import HFConfig, read_config
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.object_store import object_store_bytes
-from megarlhf.planner.placement import ModelSizes, PlacementPlan, plan_placement
+from megarlhf.planner.placement import Machine, ModelSizes, PlacementPlan, plan_placement
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.trainers import rl
 from megarlhf.trainers.state import LoopState
@@ -79,7 +79,21 @@ def resolve_special_tokens(config: PPOConfig, labels: Sequence[Any]) -> PPOConfi
     return dataclasses.replace(config, reward=reward)
 
 
-def make_plan(config: PPOConfig) -> PlacementPlan:
+def find_machine(config: PPOConfig) -> Machine:
+    """What each node of the run has: this machine, or the nodes of the Ray cluster that is joined.
+
+    Raises:
+        ValueError: the cluster has too few nodes.
+    """
+    address, nodes = config.cluster.ray_address, config.cluster.actor_num_nodes
+    if address is not None:
+        from megarlhf.cluster.nodes import joined_machine
+
+        return joined_machine(address, nodes=nodes)
+    return Machine(kind=device_kind(), nodes=nodes, gpus_per_node=num_local_gpus(), cores_per_node=num_cores())
+
+
+def make_plan(config: PPOConfig, machine: Machine) -> PlacementPlan:
     """Where every process of the run goes.
 
     Raises:
@@ -94,13 +108,13 @@ def make_plan(config: PPOConfig) -> PlacementPlan:
     return plan_placement(
         actor_world_size=actor,
         critic_world_size=critic,
-        nodes=cluster.actor_num_nodes,
-        gpus_per_node=num_local_gpus() or cluster.actor_num_gpus_per_node,
+        nodes=machine.nodes,
+        gpus_per_node=machine.gpus_per_node,
         num_engines=cluster.vllm_num_engines,
         engine_tp=cluster.vllm_tensor_parallel_size,
         colocate=cluster.colocate_all_models,
-        devices=device_kind(),
-        cores_per_node=num_cores(),
+        devices=machine.kind,
+        cores_per_node=machine.cores_per_node,
         actor_model=_sizes(config.layout_of("actor")),
         critic_model=_sizes(config.layout_of("critic")),
     )
@@ -221,10 +235,10 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
 def run(config: PPOConfig, *, dry_run: bool) -> int:
     """Plan and run; returns the exit status."""
     layouts = {"": config.layout, "critic_": config.layout_of("critic")}
-    shared = bool(config.batch.share_prompt_prefix)
-    transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=device_kind())
+    machine, shared = find_machine(config), bool(config.batch.share_prompt_prefix)
+    transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=machine.kind)
     config = resolve(config, transformer_impl)
-    plan = make_plan(config)
+    plan = make_plan(config, machine)
     assert config.reward.reward_num_workers is not None  # resolved
     reward = RewardScorer(
         function_path=config.reward.reward_function,

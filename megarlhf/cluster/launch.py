@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megarlhf.cluster.group import WorkerGroup
+from megarlhf.cluster.nodes import devices_of
 from megarlhf.cluster.resource_manager import ResourceManager
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
 from megarlhf.cluster.weight_sync import weight_sync
@@ -73,11 +74,12 @@ def start(
         _start_ray(config, plan, stack)
         groups: dict[Role, WorkerGroup] = {}
         bundles = _reserve(plan, config.cluster.start_timeout_seconds)
+        gpus = _gpus(plan, bundles, config.cluster.start_timeout_seconds)
         for role in ("actor", "critic", "rollout"):
             workers = plan.of(role)
             if workers:
-                specs = [_spec(config, w, len(workers), stop_token_ids, share_prompt_prefix) for w in workers]
-                handles = [_launch(config, w, s, bundles) for w, s in zip(workers, specs, strict=True)]
+                specs = [_spec(config, plan, w, stop_token_ids, share_prompt_prefix) for w in workers]
+                handles = [_launch(config, w, s, bundles, gpus) for w, s in zip(workers, specs, strict=True)]
                 groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
         training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
         meeting = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
@@ -157,9 +159,24 @@ def _reserve(plan: PlacementPlan, timeout_seconds: float) -> Any:
     return group
 
 
-def _launch(config: PPOConfig, worker: Worker, spec: WorkerSpec, bundles: Any) -> Any:
+def _gpus(plan: PlacementPlan, bundles: Any, timeout_seconds: float) -> dict[tuple[int, int], str]:
+    """Names of the GPUs that Ray gave, by node and the plan's number; none on CPUs."""
+    if plan.device_kind == "cpu":
+        return {}
+    places = sorted({(worker.node, device) for worker in plan.workers for device in worker.devices})
+    names: list[str] = []
+    for node in sorted({node for node, _ in places}):
+        count = sum(place[0] == node for place in places)
+        names += devices_of(bundles, node, count, timeout_seconds=timeout_seconds)
+    return dict(zip(places, names, strict=True))
+
+
+def _launch(
+    config: PPOConfig, worker: Worker, spec: WorkerSpec, bundles: Any, gpus: Mapping[tuple[int, int], str]
+) -> Any:
     environment = {"OMP_NUM_THREADS": str(worker.threads), "HF_HUB_OFFLINE": "1"}
-    environment |= visible_devices_environment(worker.devices)
+    if gpus:
+        environment |= visible_devices_environment([gpus[worker.node, device] for device in worker.devices])
     if worker.role == "rollout":
         tensor_parallel_size = config.cluster.vllm_tensor_parallel_size
         environment |= engine_environment(threads=worker.threads, tensor_parallel_size=tensor_parallel_size)
@@ -175,14 +192,19 @@ def _launch(config: PPOConfig, worker: Worker, spec: WorkerSpec, bundles: Any) -
 
 
 def _spec(
-    config: PPOConfig, worker: Worker, world_size: int, stop_token_ids: tuple[int, ...], share_prompt_prefix: bool
+    config: PPOConfig,
+    plan: PlacementPlan,
+    worker: Worker,
+    stop_token_ids: tuple[int, ...],
+    share_prompt_prefix: bool,
 ) -> WorkerSpec:
     return WorkerSpec(
         config=config,
         role=worker.role,
         rank=worker.rank,
-        world_size=world_size,
-        local_rank=0,  # each process sees its own device only
+        world_size=len(plan.of(worker.role)),
+        device_kind=plan.device_kind,
+        num_devices=len(worker.devices),
         threads=worker.threads,
         stop_token_ids=stop_token_ids,
         share_prompt_prefix=share_prompt_prefix,

@@ -19,6 +19,7 @@ from megarlhf.data.dealing import RankRows, Share
 from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
 from megarlhf.planner.phases import EnginePart, Part
+from megarlhf.planner.placement import DeviceKind
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
@@ -38,7 +39,8 @@ class WorkerSpec:
     role: Literal["actor", "critic", "rollout"]
     rank: int
     world_size: int
-    local_rank: int
+    device_kind: DeviceKind  # the plan's
+    num_devices: int  # that the plan gives it
     threads: int
     stop_token_ids: tuple[int, ...]
     share_prompt_prefix: bool
@@ -64,6 +66,17 @@ def note(said: str) -> None:
     print(f"{time.time():.3f} {said}")
 
 
+def check_own_device(spec: WorkerSpec) -> None:
+    """Stop a worker that is not where its plan says.
+
+    Raises:
+        RuntimeError: it sees other devices than the plan gives it.
+    """
+    from megarlhf.parallel.device import check_device, device_kind, num_local_gpus
+
+    check_device(spec.device_kind, spec.num_devices, kind=device_kind(), num_gpus=num_local_gpus())
+
+
 class MegatronWorker:
     """One rank of the actor (with the reference beside it) or of the critic."""
 
@@ -84,13 +97,13 @@ class MegatronWorker:
         from megarlhf.trainers.assembly import build_engine, build_objective, chat_template, parallel_sizes
 
         spec, layout = self.spec, self.spec.config.layout_of(self.spec.role)
+        check_own_device(spec)
         initialize_groups(
             parallel_sizes(layout),
             rank=spec.rank,
             world_size=spec.world_size,
             init_method=init_method,
             seed=spec.config.model.seed,
-            local_rank=spec.local_rank,
             timeout_minutes=layout.distributed_timeout_minutes,
         )
         self.engine = build_engine(spec.config, spec.role, share_prompt_prefix=spec.share_prompt_prefix)
@@ -241,6 +254,7 @@ class RolloutWorker:
         from megarlhf.rollout.engine import RolloutEngine
 
         config, options = self.spec.config, self.spec.config.rollout
+        check_own_device(self.spec)
         self.engine = RolloutEngine(
             config.model.pretrain,
             dtype="bfloat16" if config.model.bf16 else "float32",

@@ -86,8 +86,25 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def visible_devices_environment(devices: Sequence[int]) -> dict[str, str]:
-    """Environment that shows a worker process its own GPUs only; nothing on a CPU machine."""
-    if device_kind() == "cpu":
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+def visible_devices_environment(names: Sequence[str]) -> dict[str, str]:
+    """Environment that shows a worker process its own GPUs only, by their names in CUDA_VISIBLE_DEVICES."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+def check_device(planned: DeviceKind, num_planned: int, *, kind: DeviceKind, num_gpus: int) -> None:
+    """Whether a process sees what the plan gives it.
+
+    Args:
+        num_planned: GPUs that the plan gives it.
+        kind, num_gpus: what PyTorch sees.
+    Raises:
+        RuntimeError: it sees something else.
+    """
+    if planned == kind and (kind == "cpu" or num_planned == num_gpus):
+        return
+    asked = f"{num_planned} GPU(s)" if planned == "gpu" else "CPU cores"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    raise RuntimeError(
+        f"the plan gives this worker {asked} and PyTorch sees {num_gpus} GPU(s), with CUDA_VISIBLE_DEVICES {visible}: "
+        "start it where the plan's devices are, with a PyTorch built for them"
+    )

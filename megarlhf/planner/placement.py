@@ -99,7 +99,7 @@ def plan_placement(
     Raises:
         ValueError: a size below 1, or too few GPUs.
     """
-    machine = _Machine(devices, nodes, gpus_per_node, cores_per_node)
+    machine = Machine(devices, nodes, gpus_per_node, cores_per_node)
     requests = [_Request("actor", actor_world_size, 1, actor_model)]
     if critic_world_size is not None:
         requests.append(_Request("critic", critic_world_size, 1, critic_model))
@@ -117,8 +117,8 @@ def plan_placement(
     return PlacementPlan(workers=tuple(workers), device_kind=devices, notes=tuple(notes))
 
 
-class _Machine(NamedTuple):
-    """The nodes to place on."""
+class Machine(NamedTuple):
+    """The nodes to place on, each alike."""
 
     kind: DeviceKind
     nodes: int
@@ -135,7 +135,7 @@ class _Request(NamedTuple):
     model: ModelSizes | None
 
 
-def _place(group: Sequence[_Request], machine: _Machine) -> tuple[list[Worker], list[str]]:
+def _place(group: Sequence[_Request], machine: Machine) -> tuple[list[Worker], list[str]]:
     """Workers with devices of their own, and what to tell the user."""
     members = [(request, rank) for request in group for rank in range(request.num_workers)]
     sizes = [request.size for request, _ in members]
@@ -192,7 +192,7 @@ def _coordinates(rank: int, world_size: int, tp: int, cp: int, pp: int) -> str:
     return " ".join(parts)
 
 
-def _too_few(group: Sequence[_Request], machine: _Machine) -> str:
+def _too_few(group: Sequence[_Request], machine: Machine) -> str:
     options: dict[Role, str] = {
         "actor": "actor_num_nodes x actor_num_gpus_per_node={}",
         "critic": "critic_num_nodes x critic_num_gpus_per_node={}",
@@ -204,7 +204,7 @@ def _too_few(group: Sequence[_Request], machine: _Machine) -> str:
     return f"{asked} GPUs do not fit on {there} ({rule}): use fewer, or more nodes"
 
 
-def _notes(group: Sequence[_Request], num_ranks: int, slots_per_node: int, machine: _Machine) -> list[str]:
+def _notes(group: Sequence[_Request], num_ranks: int, slots_per_node: int, machine: Machine) -> list[str]:
     names = ", ".join(_SHOWN[request.role] for request in group)
     num_slots = machine.nodes * slots_per_node
     if machine.kind == "cpu" and slots_per_node > machine.cores_per_node:

@@ -107,6 +107,7 @@ def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
     for module, name, value in (
         (ray, "init", lambda **options: trace.given["ray.init"].append(options)),
         (ray, "shutdown", lambda: None),
+        (ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}]),
         (ray, "put", Ref),
         (ray, "get", lambda refs: [ref.value for ref in refs] if isinstance(refs, list) else refs.value),
         (ray, "wait", wait),

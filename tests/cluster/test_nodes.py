@@ -1,0 +1,97 @@
+"""Kinds, counts and cores from Ray's nodes; GPUs by the names that the job was given; workers that see others stop."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from megarlhf.cluster import launch
+from megarlhf.cluster.nodes import devices_of, machine_of
+from megarlhf.parallel.device import check_device, visible_devices_environment
+from megarlhf.planner.placement import Machine, PlacementPlan, plan_placement
+
+
+def node(*, cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[str, Any]:
+    resources = {"CPU": cpus, "memory": 1e9} | ({"GPU": gpus} if gpus else {})
+    return {"Alive": alive, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    ("found", "nodes", "expected"),
+    [
+        ([node(cpus=8)], 1, Machine("cpu", 1, 0, 8)),
+        ([node(cpus=2), node(cpus=96, gpus=8)], 1, Machine("gpu", 1, 8, 96)),  # the head has no GPUs
+        ([node(cpus=96, gpus=8), node(cpus=64, gpus=8), node(cpus=48, gpus=4)], 2, Machine("gpu", 2, 8, 64)),
+        ([node(cpus=96, gpus=8), node(cpus=48, gpus=4)], 2, Machine("gpu", 2, 4, 48)),
+        ([node(cpus=4), node(cpus=96, gpus=8, alive=False)], 1, Machine("cpu", 1, 0, 4)),
+    ],
+)
+def test_what_a_plan_can_count_on(found: list[dict[str, Any]], nodes: int, expected: Machine) -> None:
+    assert machine_of(found, nodes=nodes) == expected
+
+
+def test_too_few_nodes() -> None:
+    with pytest.raises(ValueError, match=r"actor_num_nodes=2 is above the 1 node\(s\) .* with GPUs"):
+        machine_of([node(cpus=4), node(cpus=96, gpus=8)], nodes=2)
+
+
+def test_a_worker_that_sees_other_devices_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7")
+    check_device("cpu", 4, kind="cpu", num_gpus=0)
+    check_device("gpu", 2, kind="gpu", num_gpus=2)
+    with pytest.raises(RuntimeError, match=r"gives this worker 1 GPU\(s\) and PyTorch sees 0 .*VISIBLE_DEVICES GPU-7"):
+        check_device("gpu", 1, kind="cpu", num_gpus=0)
+    with pytest.raises(RuntimeError, match=r"2 GPU\(s\) and PyTorch sees 8"):
+        check_device("gpu", 2, kind="gpu", num_gpus=8)
+    with pytest.raises(RuntimeError, match="CPU cores and PyTorch sees 1"):
+        check_device("cpu", 2, kind="gpu", num_gpus=1)
+
+
+@pytest.fixture
+def given_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A node that was started with three of its machine's GPUs, by UUID."""
+    names = ["GPU-c", "GPU-a", "GPU-b"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(names))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        address="local",
+        **{"num_cpus": 6, "num_gpus": 3, "include_dashboard": False, "log_to_driver": False},
+        **{"object_store_memory": 80 << 20, "_node_ip_address": "127.0.0.1"},
+    )
+    yield names
+    ray.shutdown()
+
+
+def two_roles() -> PlacementPlan:
+    """Actor and critic of two ranks each share two of the GPUs, an engine of two takes both."""
+    return plan_placement(
+        actor_world_size=2,
+        critic_world_size=2,
+        nodes=1,
+        gpus_per_node=3,
+        num_engines=1,
+        engine_tp=2,
+        colocate=True,
+        devices="gpu",
+        cores_per_node=4,
+    )
+
+
+def test_workers_get_the_jobs_own_gpus_by_name(given_gpus: list[str]) -> None:
+    plan = two_roles()
+    bundles = launch._reserve(plan, 30.0)
+    gpus = launch._gpus(plan, bundles, 30.0)
+    assert set(gpus) == {(0, 0), (0, 1)} and len(set(gpus.values())) == 2
+    assert set(gpus.values()) < set(given_gpus)
+    assert devices_of(bundles, 0, 2, timeout_seconds=30.0) == [gpus[0, 0], gpus[0, 1]]
+
+    @ray.remote
+    def seen() -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    environment = visible_devices_environment([gpus[0, 1]])
+    worker = seen.options(num_cpus=0, num_gpus=0, runtime_env={"env_vars": environment})
+    assert ray.get(worker.remote(), timeout=60) == gpus[0, 1]
