@@ -2,7 +2,7 @@
 # PPO with a critic on Llama-3-8B-Instruct, one node of eight H100s, BF16: math problems, checked by math-verify. Actor,
 # reference, critic and vLLM take turns on the same GPUs.
 #
-# A starting point by arithmetic: it has not been run on such a node.
+# A starting point by arithmetic (docs/memory.md has its bytes by phase): it has not been run on such a node.
 #
 #     MODEL=/models/Llama-3-8B-Instruct PROMPT_DATA=/data/math.jsonl examples/ppo_llama3_8b_h100.sh
 #     MODEL=... PROMPT_DATA=... examples/ppo_llama3_8b_h100.sh --dry-run       what would run, and where
@@ -63,7 +63,7 @@ ROLLOUT_ARGS=(
     --colocate_all_models
     --vllm_num_engines "${VLLM_ENGINES}"
     --vllm_tensor_parallel_size "${VLLM_TP_SIZE}"
-    --vllm_gpu_memory_utilization 0.5
+    --vllm_gpu_memory_utilization 0.7
     --no-enforce_eager
     --rollout_batch_size "${PROMPTS}"
     --n_samples_per_prompt "${SAMPLES_PER_PROMPT}"
@@ -86,7 +86,6 @@ TRAINING_ARGS=(
     --train-iters "${TRAIN_ITERS}"
     --global-batch-size "${GLOBAL_BATCH_SIZE}"
     --max-tokens-per-micro-batch "${MAX_TOKENS_PER_MICRO_BATCH}"
-    --recompute-granularity selective
     --actor_learning_rate "${ACTOR_LR}"
     --critic_learning_rate "${CRITIC_LR}"
     --seed "${SEED}"

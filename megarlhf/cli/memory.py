@@ -1,5 +1,6 @@
 """Does a run fit its devices: from its configuration to bytes by role, part and phase, and what to change if not."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from megarlhf.config.arguments import ModelArguments, PPOConfig
+from megarlhf.config.check_layout import cluster_errors, world_errors
 from megarlhf.config.checks import check_ppo, check_sft
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.supervised_arguments import SFTConfig
@@ -113,10 +115,13 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
 def _supervised_ranks(config: SFTConfig, hf: HFConfig) -> list[RankBytes]:
     batch = config.batch
     tokens = batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len
-    started = os.environ.get("WORLD_SIZE", "")  # by torchrun
-    world_size = int(started) if started.isdecimal() else config.sft_cluster.num_gpus_per_node
-    role = _Role(hf, "lm", config.layout, world_size, False)
+    role = _Role(hf, "lm", config.layout, _supervised_world(config), False)
     return _training_ranks(role, config.model, tokens=tokens, samples=batch.global_batch_size)
+
+
+def _supervised_world(config: SFTConfig) -> int:
+    started = os.environ.get("WORLD_SIZE", "")  # by torchrun
+    return int(started) if started.isdecimal() else config.sft_cluster.num_gpus_per_node
 
 
 def _training_ranks(role: _Role, model: ModelArguments, *, tokens: int, samples: int) -> list[RankBytes]:
@@ -171,20 +176,36 @@ def _engine(config: PPOConfig, hf: HFConfig, memory: int | None) -> EngineBytes:
 
 
 def _remedies(config: Config, models: Sequence[HFConfig]) -> str:
-    """The two smallest changes that make it fit, those that cost the least speed first."""
-    found: list[str] = []
-    for kind in _KINDS:
-        for said, changed in kind(config):
-            if (check_ppo(changed) if isinstance(changed, PPOConfig) else check_sft(changed)) == []:
-                plan = plan_memory(changed, models)
-                if not plan.misfits:
-                    found.append(f"{said} (peak {plan.peak / GIB:.2f} GiB)")
-                    break
-        if len(found) == 2:
-            break
+    """The two smallest changes that make it fit, those that cost the least speed first; else two pairs of changes."""
+    found = list(itertools.islice(_fitting(config, models), 2))
     if not found:
-        return "no single change of the layout, the micro-batch or the engines makes it fit: use more or larger GPUs"
-    return f"set {' or '.join(found)}"
+        pairs = (
+            f"{said} with {second}"
+            for kind in _KINDS
+            for said, changed in list(kind(config))[-1:]
+            for second in itertools.islice(_fitting(changed, models), 1)
+        )
+        found = list(itertools.islice(pairs, 2))
+    return f"set {' or '.join(found)}" if found else "no two changes make it fit: use more or larger GPUs"
+
+
+def _fitting(config: Config, models: Sequence[HFConfig]) -> Iterator[str]:
+    """The first change of each kind that makes it fit, in words."""
+    for kind in _KINDS:
+        peaks = ((said, _peak_if_it_runs(changed, models)) for said, changed in kind(config))
+        yield from itertools.islice((f"{said} (peak {p / GIB:.2f} GiB)" for said, p in peaks if p is not None), 1)
+
+
+def _peak_if_it_runs(config: Config, models: Sequence[HFConfig]) -> int | None:
+    """Most bytes of a configuration that fits and that the checks pass; None for any other."""
+    if isinstance(config, PPOConfig):
+        possible = not cluster_errors(config.cluster, config)
+    else:
+        possible = not world_errors("", _supervised_world(config), config.layout, config.batch.global_batch_size)
+    plan = plan_memory(config, models) if possible else None
+    if plan is None or plan.misfits:
+        return None
+    return None if (check_ppo(config) if isinstance(config, PPOConfig) else check_sft(config)) else plan.peak
 
 
 Changes = Iterator[tuple[str, Any]]
@@ -198,8 +219,8 @@ def _with(config: Config, group: str, **values: Any) -> tuple[str, Any]:
 def _utilization(config: Config) -> Changes:
     """Less of the memory for the engines, in twentieths; then more, for a KV cache that is too small."""
     if isinstance(config, PPOConfig):
-        now = round(config.rollout.vllm_gpu_memory_utilization * 20)
-        for step in (*range(now - 1, 0, -1), *range(now + 1, 20)):
+        now = round(20 * config.rollout.vllm_gpu_memory_utilization, 6)
+        for step in (*range(math.ceil(now) - 1, 0, -1), *range(math.floor(now) + 1, 20)):
             yield _with(config, "rollout", vllm_gpu_memory_utilization=step / 20)
 
 

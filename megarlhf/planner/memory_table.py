@@ -1,6 +1,5 @@
 """Bytes on each device in each phase of a run, by role and part; planner/phases.py says who is awake."""
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -80,11 +79,10 @@ def device_tables(slots: Mapping[int, Mapping[str, RoleBytes]], *, colocated: bo
     """
     tables = []
 
-    def roles_on(device: int) -> tuple[str, ...]:
-        return tuple(slots[device])
-
-    for roles, devices in itertools.groupby(sorted(slots, key=roles_on), key=roles_on):
-        numbers = sorted(devices)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for device, held in slots.items():
+        groups.setdefault(tuple(held), []).append(device)
+    for roles, numbers in groups.items():
         candidates = {number: _phases(slots[number], colocated=colocated, gpu=gpu) for number in numbers}
         peaks = {number: max(sum(c.values()) for c in phases.values()) for number, phases in candidates.items()}
         fullest = max(numbers, key=lambda number: peaks[number])

@@ -1,36 +1,18 @@
 """The launchers' flags are flags of the program, and their plans are possible."""
 
-import json
-import math
 import os
-import shutil
+import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megarlhf.models.hf_files import read_config
-from megarlhf.models.names import model_shapes
-from megarlhf.models.registry import find_architecture
-
 ROOT = Path(__file__).parents[2]
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-}
 
 
-def dry_run(script: str, tmp_path: Path, **environment: str) -> str:
+def dry_run(script: str, tmp_path: Path, *flags: str, **environment: str) -> str:
     done = subprocess.run(
-        ["bash", str(ROOT / "examples" / script), "--dry-run"],
+        ["bash", str(ROOT / "examples" / script), "--dry-run", *flags],
         env=os.environ | {"SAVE": str(tmp_path / "run with space")} | environment,
         cwd=tmp_path,
         capture_output=True,
@@ -41,30 +23,23 @@ def dry_run(script: str, tmp_path: Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.fixture
-def llama_3_8b(assets: Path, tmp_path: Path) -> Path:
-    """Llama 3 8B as far as it can be told without its weights' bytes: they are one hole in a file."""
-    directory = tmp_path / "Llama 3 8B"
-    shutil.copytree(assets / "model", directory, ignore=shutil.ignore_patterns("*.safetensors"))
-    (directory / "config.json").write_text(json.dumps(LLAMA_3_8B))
-    (directory / "chat_template.jinja").write_text("{{ messages }}")
-    config = read_config(directory)
-    header: dict[str, Any] = {}
-    end = 0
-    for name, shape in model_shapes(find_architecture(config), config, "lm").items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    weights = directory / "model.safetensors"
-    weights.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(weights, 8 + len(text) + end)
-    return directory
+def check_documented(script: str, printed: str, *flags: str) -> None:
+    """The table of bytes is the one in docs/memory.md; with MEGARLHF_WRITE_DOCS=1 it is put there."""
+    table = printed[re.search(r"^(GiB|MiB) on device ", printed, re.MULTILINE).start() :].strip()  # type: ignore[union-attr]
+    page = ROOT / "docs" / "memory.md"
+    shown = " ".join((f"examples/{script}", "--dry-run", *flags))
+    block = re.compile(rf"(?<=^`{re.escape(shown)}`\n\n```\n).*?(?=\n```$)", re.DOTALL | re.MULTILINE)
+    if os.environ.get("MEGARLHF_WRITE_DOCS"):
+        page.write_text(block.sub(lambda _: table, page.read_text()))
+    assert block.findall(page.read_text()) == [table], f"{page}: MEGARLHF_WRITE_DOCS=1 renews it"
 
 
 def test_llama_3_8b_on_eight_gpus(llama_3_8b: Path, tmp_path: Path) -> None:
     data = tmp_path / "math.jsonl"
     data.write_text('{"input": "1 + 1", "label": "2"}\n')
-    printed = dry_run("ppo_llama3_8b_h100.sh", tmp_path, MODEL=str(llama_3_8b), PROMPT_DATA=str(data))
+    script, flags = "ppo_llama3_8b_h100.sh", ("--gpu_memory_gib", "79")
+    printed = dry_run(script, tmp_path, *flags, MODEL=str(llama_3_8b), PROMPT_DATA=str(data))
+    check_documented(script, printed, *flags)
     lines = [line.split() for line in printed.splitlines()]
     for role in ("actor+reference", "critic", "rollout"):
         assert sum(line[:1] == [role] and line[1].isdecimal() for line in lines if len(line) > 1) == 8, role
@@ -81,5 +56,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("script", ["ppo_smollm2_cpu.sh", "grpo_smollm2_cpu.sh"])
 def test_smollm2_on_two_cores(script: str, places: dict[str, str], tmp_path: Path) -> None:
     printed = dry_run(script, tmp_path, **places, PROMPTS="4")
+    check_documented(script, printed)
     assert "rollout_batch_size: 4" in printed
     assert not (tmp_path / "run with space").exists()

@@ -139,6 +139,7 @@ SFT = {
         seen=both(lambda t: t.given["ranks"][0]["world_size"], world("world_size"), world("rank")),
         expected=(2, 2, 1),
     ),
+    "gpu_memory_gib": Probe(value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, expected=True),
     "learning_rate": Probe(
         value=7.3e-4, seen=both(adam("lr"), metric("sft/learning_rate", 1)), **{"expected": (7.3e-4, 7.3e-4)}
     ),

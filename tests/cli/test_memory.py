@@ -1,0 +1,98 @@
+"""What does not fit a device is refused with changes that make it fit."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megarlhf.cli import train_ppo
+from megarlhf.cli.memory import plan_memory
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.command_line import parse
+from megarlhf.models.hf_files import read_config
+
+GIB = 2**30
+
+
+@pytest.fixture
+def flags(llama_3_8b: Path, tmp_path: Path) -> list[str]:
+    """PPO of Llama 3 8B on eight GPUs."""
+    data = tmp_path / "math.jsonl"
+    data.write_text('{"input": "1 + 1", "label": "2"}\n')
+    given = {
+        "--pretrain": llama_3_8b,
+        "--prompt_data": data,
+        "--save": tmp_path / "run",
+        "--reward_rule": "math",
+        "--actor_num_gpus_per_node": 8,
+        "--tensor-model-parallel-size": 4,
+        "--vllm_num_engines": 8,
+        "--max-tokens-per-micro-batch": 16384,
+        "--generate_max_len": 2048,
+    }
+    return [str(word) for pair in given.items() for word in pair] + ["--bf16", "--sequence-parallel", "--dry-run"]
+
+
+def refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line of the error; notes may come before it, and the table comes after."""
+    assert train_ppo.main(flags) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: gpu_memory_gib=" in line)
+    return line
+
+
+def test_a_run_that_fits_says_what_is_left(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_ppo.main([*flags, "--gpu_memory_gib", "79"]) == 0
+    assert "GiB of 79 left" in capsys.readouterr().out
+    assert train_ppo.main(flags) == 0
+    assert "note: no GPU here and no gpu_memory_gib: compared with no device's memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes", "words", "remedies"),
+    [
+        ("50", (), "phase update actor takes", ("max_tokens_per_micro_batch=", "recompute_granularity=full")),
+        ("40", (), "most of it activations of role actor", (" with ", " with ")),
+        (
+            "79",
+            ("--no_use_distributed_optimizer",),
+            "most of it optimizer of role actor",
+            ("use_distributed_optimizer=True", "max_tokens_per_micro_batch=8192"),
+        ),
+        (
+            "79",
+            ("--vllm_gpu_memory_utilization", "0.97"),
+            "phase rollout takes",
+            ("vllm_gpu_memory_utilization=0.95",),
+        ),
+        (
+            "79",
+            ("--vllm_gpu_memory_utilization", "0.15"),
+            "role rollout: 14.96 GiB of weights leave 0.00 GiB",
+            ("vllm_gpu_memory_utilization=0.2", "vllm_tensor_parallel_size=2"),
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_remedies_that_do(
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    llama_3_8b: Path,
+    memory: str,
+    changes: tuple[str, ...],
+    words: str,
+    remedies: tuple[str, ...],
+) -> None:
+    given = [*flags, "--gpu_memory_gib", memory, *changes]
+    said = refused(given, capsys)
+    assert f"gpu_memory_gib={memory}; " in said and words in said
+    offered = said.rsplit(": set ", 1)[1].split(" or ")
+    assert all(remedy in offer for remedy, offer in zip(remedies, offered, strict=False)), offered
+    hf = read_config(llama_3_8b)
+    hf.tie_word_embeddings = False
+    for offer in offered:  # taken at its word, it fits with the peak that is named
+        assert (named := re.search(r"\(peak ([\d.]+) GiB\)$", offer)) is not None
+        more = [f"--{name}={value}" for name, value in re.findall(r"(\w+)=([\w.]+)", offer) if value != "True"]
+        more += [f"--{name}" for name in re.findall(r"(\w+)=True", offer)]
+        kept = [word for word in given if word != "--no_use_distributed_optimizer" or "distributed" not in offer]
+        config, _ = parse(PPOConfig, [*kept, *more], "ppo")
+        plan = plan_memory(config, [hf, hf])
+        assert plan.misfits == [] and f"{plan.peak / GIB:.2f}" == named[1]

@@ -1,0 +1,65 @@
+"""Who is counted in which phase, on which device."""
+
+from megarlhf.planner.memory import RankBytes
+from megarlhf.planner.memory_table import GIB, PROCESS_BYTES, EngineBytes, RoleBytes, device_tables, misfits
+
+ACTOR = RankBytes(
+    parameters=1 * GIB,
+    gradients=2 * GIB,
+    optimizer=4 * GIB,
+    reference=8 * GIB,
+    forward=16 * GIB,
+    backward=32 * GIB,
+    logits=64 * GIB,
+)
+CRITIC = RankBytes(parameters=100, gradients=200, optimizer=400, reference=0, forward=800, backward=1600, logits=0)
+ENGINE = EngineBytes(weights=3 * GIB, kv_cache=5 * GIB, one_sequence=GIB, bucket=7 * GIB)
+ALL: dict[str, RoleBytes] = {"actor": ACTOR, "critic": CRITIC, "rollout": ENGINE}
+
+
+def totals(slots: dict[int, dict[str, RoleBytes]], *, colocated: bool) -> list[dict[str, int]]:
+    tables = device_tables(slots, colocated=colocated, gpu=False)
+    return [{phase: table.total(phase) for phase in table.phases} for table in tables]
+
+
+def test_roles_that_take_turns() -> None:
+    assert totals({0: ALL}, colocated=True) == [
+        {
+            "rollout": 8 * GIB,
+            "experience": (1 + 4 + 8 + 16 + 64) * GIB + 500,
+            "update actor": (1 + 2 + 4 + 32 + 64) * GIB + 500,
+            "update critic": (1 + 4) * GIB + 100 + 200 + 400 + 1600,
+            "sync": (1 + 3 + 7) * GIB,
+            "save": (1 + 4) * GIB + 500,
+        }
+    ]
+
+
+def test_roles_with_devices_of_their_own_never_sleep() -> None:
+    apart: dict[int, dict[str, RoleBytes]] = {0: {"actor": ACTOR}, 1: {"critic": CRITIC}, 2: {"rollout": ENGINE}}
+    actor, critic, rollout = totals(apart, colocated=False)
+    assert actor == {"experience": 93 * GIB, "update": 103 * GIB, "save": 5 * GIB}
+    assert critic == {"experience": 1300, "update": 2300, "save": 500}
+    assert rollout == {"rollout": 8 * GIB, "sync": 15 * GIB, "save": 8 * GIB}
+
+
+def test_the_fullest_device_is_shown_and_processes_are_counted_on_gpus() -> None:
+    slots: dict[int, dict[str, RoleBytes]] = {0: {"critic": CRITIC}, 1: {"critic": ACTOR}, 2: {"critic": CRITIC}}
+    (table,) = device_tables(slots, colocated=True, gpu=True)
+    assert table.devices == "device 1, the fullest of 3 (critic)"
+    assert table.peak_phase == "update"
+    assert table.total("update") == 103 * GIB + int(0.05 * 103 * GIB) + PROCESS_BYTES
+    said = table.text(120 * GIB).splitlines()
+    assert said[-1] == "peak: update, 109.15 GiB, 10.85 GiB of 120 left"
+    assert "critic  activations         16.00   32.00     -" in said
+
+
+def test_what_does_not_fit() -> None:
+    tables = device_tables({0: ALL}, colocated=True, gpu=False)
+    assert misfits(tables, ENGINE, 103 * GIB + 500) == []
+    ((phase, said),) = misfits(tables, ENGINE, 103 * GIB)
+    assert phase == "update actor"
+    assert f"phase update actor takes 103.00 GiB ({103 * GIB + 500} bytes)" in said
+    assert "most of it logits of role actor (64.00 GiB)" in said
+    small = EngineBytes(weights=3 * GIB, kv_cache=GIB // 2, one_sequence=GIB, bucket=0)
+    assert [phase for phase, _ in misfits([], small, 103 * GIB)] == ["rollout"]
