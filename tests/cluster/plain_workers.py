@@ -140,7 +140,7 @@ class PlainWorkers(WorkerGroup):
         worker = object.__new__(MegatronWorker)  # whose __init__ takes over the process's output
         worker.spec = SimpleNamespace(role=role)
         worker.engine = PlainEngine("value" if role == "critic" else "lm", kind, packing)
-        worker.objective = None
+        worker.objective, worker._shares_device = None, False
         return worker
 
 
