@@ -29,7 +29,7 @@ def resolve_kernels(
         ConfigError: it is not installed, or cannot compute as asked.
     """
     bf16, impl = config.model.bf16, resolve_transformer_impl(config.kernels.transformer_impl, device=device)
-    modules = config.passed.megatron.get("recompute_modules", ("core_attn",))
+    modules = config.passed.megatron.get("recompute_modules")
     raise_if(
         kernel_errors(impl, layouts, bf16=bf16, share_prompt_prefix=share_prompt_prefix, recompute_modules=modules)
     )

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from megarlhf.config.layouts import LayoutArguments, TransformerImpl
 
 _LOCAL = "set transformer_impl=local"
+_FORGOTTEN = {"layernorm", "moe_act", "mla_up_proj"}  # modules whose output is not kept, but computed again
+_RECOMPUTED = _FORGOTTEN | {"core_attn", "mlp", "moe", "shared_experts"}
 
 
 def kernel_errors(
@@ -18,18 +20,18 @@ def kernel_errors(
     *,
     bf16: bool,
     share_prompt_prefix: bool,
-    recompute_modules: Sequence[str] = ("core_attn",),
+    recompute_modules: Sequence[str] | None = None,
 ) -> list[str]:
     """What keeps the layers from computing as asked.
 
     Args:
         layouts: by the prefix of their options, "" or "critic_".
         share_prompt_prefix: as it was asked for, or decided.
-        recompute_modules: what selective recomputation recomputes.
+        recompute_modules: what selective recomputation recomputes; None: attention, as Megatron-Core has it.
     """
+    errors = _recompute_errors(impl, layouts, recompute_modules)
     if impl == "local":
-        return []
-    errors = []
+        return errors
     for prefix, layout in layouts.items():
         size = layout.context_parallel_size
         if size > 1 and not bf16:
@@ -48,11 +50,35 @@ def kernel_errors(
             f"prompt): leave it out, or {_LOCAL}"
         )
     recomputes = any(layout.recompute_granularity == "selective" for layout in layouts.values())
-    if recomputes and bf16 and list(recompute_modules) == ["core_attn"]:
+    if recomputes and bf16 and set(recompute_modules or ("core_attn",)) == {"core_attn"}:
         errors.append(
             "recompute_granularity=selective with recompute_modules=core_attn saves nothing (TransformerEngine's fused "
             "and flash attention keep queries, keys, values and their output, which recomputing it keeps too): set "
             "recompute_granularity=full, or recompute_modules to others, such as mlp or moe"
+        )
+    return errors
+
+
+def _recompute_errors(
+    impl: TransformerImpl, layouts: Mapping[str, LayoutArguments], modules: Sequence[str] | None
+) -> list[str]:
+    """Megatron-Core forgets an output and restores it (tensor_parallel/random.py:589) with TransformerEngine only."""
+    if modules is None:
+        return []
+    shown = f"recompute_modules={' '.join(modules)}"
+    if not any(layout.recompute_granularity == "selective" for layout in layouts.values()):
+        return [f"{shown} is ignored without recompute_granularity=selective: set that, or leave it out"]
+    errors = []
+    unknown = sorted(set(modules) - _RECOMPUTED)
+    if unknown or not modules:
+        errors.append(
+            f"{shown} names {' '.join(unknown) or 'nothing'}, not Megatron-Core's: use {', '.join(sorted(_RECOMPUTED))}"
+        )
+    forgotten = sorted(_FORGOTTEN.intersection(modules))
+    if impl == "local" and forgotten:
+        errors.append(
+            f"{shown} with transformer_impl=local ({' and '.join(forgotten)} need TransformerEngine in Megatron-Core): "
+            "leave them out"
         )
     return errors
 

@@ -51,3 +51,22 @@ def test_what_is_slow_is_said() -> None:
     (warning,) = kernel_warnings("transformer_engine", bf16=False)
     assert "bf16=False: TransformerEngine's fused and flash attention have no fp32" in warning
     assert kernel_warnings("transformer_engine", bf16=True) == kernel_warnings("local", bf16=False) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "modules", "words"),
+    [
+        (
+            SELECTIVE,
+            ["mlp", "layernorm"],
+            "mlp layernorm with transformer_impl=local .layernorm need TransformerEngine",
+        ),
+        (SELECTIVE, ["attention"], "recompute_modules=attention names attention, not .*: use core_attn, layernorm"),
+        (SELECTIVE, [], "names nothing"),
+        ({}, ["mlp"], "recompute_modules=mlp is ignored without recompute_granularity=selective"),
+    ],
+)
+def test_modules_that_cannot_be_recomputed(layout: dict[str, Any], modules: list[str], words: str) -> None:
+    (error,) = errors("local", layout=layout, recompute_modules=modules)
+    assert re.search(words, error)
+    assert errors("local", layout=SELECTIVE, recompute_modules=["mlp", "core_attn"]) == []
