@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from megarlhf.config.arguments import ModelArguments, PPOConfig
+from megarlhf.config.arguments import BatchArguments, ModelArguments, PPOConfig
 from megarlhf.config.check_layout import cluster_errors, world_errors
 from megarlhf.config.checks import check_ppo, check_sft
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.config.supervised_arguments import SFTConfig
+from megarlhf.config.supervised_arguments import SFTConfig, SupervisedBatchArguments
 from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
@@ -20,8 +20,8 @@ from megarlhf.parallel.device import device_memory_bytes
 from megarlhf.planner.memory import RankBytes, Work, rank_bytes
 from megarlhf.planner.memory_table import GIB, DeviceTable, EngineBytes, RoleBytes, device_tables, misfits
 
-LOGPROB_CHUNK_TOKENS = 2048  # tokens whose logits exist at a time
 Config = PPOConfig | SFTConfig
+Batch = BatchArguments | SupervisedBatchArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
     for name, hf in zip(worlds, models, strict=False):
         reference = name == "actor" and config.algorithm.init_kl_coef > 0
         role = _Role(hf, "lm" if name == "actor" else "value", config.layout_of(name), worlds[name], reference)
-        by_role[name] = _training_ranks(role, config.model, tokens=tokens, samples=batch.global_batch_size)
+        by_role[name] = _training_ranks(role, config.model, batch, tokens=tokens)
     by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
     first = 0
     for name, ranks in by_role.items():
@@ -116,7 +116,7 @@ def _supervised_ranks(config: SFTConfig, hf: HFConfig) -> list[RankBytes]:
     batch = config.batch
     tokens = batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len
     role = _Role(hf, "lm", config.layout, _supervised_world(config), False)
-    return _training_ranks(role, config.model, tokens=tokens, samples=batch.global_batch_size)
+    return _training_ranks(role, config.model, batch, tokens=tokens)
 
 
 def _supervised_world(config: SFTConfig) -> int:
@@ -124,12 +124,12 @@ def _supervised_world(config: SFTConfig) -> int:
     return int(started) if started.isdecimal() else config.sft_cluster.num_gpus_per_node
 
 
-def _training_ranks(role: _Role, model: ModelArguments, *, tokens: int, samples: int) -> list[RankBytes]:
+def _training_ranks(role: _Role, model: ModelArguments, batch: Batch, *, tokens: int) -> list[RankBytes]:
     """Each rank of a role; Megatron numbers pipeline stages last."""
     arch, layout = find_architecture(role.hf), role.layout
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
     etp, data = layout.expert_tensor_parallel_size or tp, role.world_size // (tp * pp * cp)
-    micro_batches = -(-samples // data)
+    micro_batches = -(-batch.global_batch_size // data)
     work = Work(
         bf16=model.bf16,
         tensor=tp,
@@ -146,7 +146,7 @@ def _training_ranks(role: _Role, model: ModelArguments, *, tokens: int, samples:
         tokens=-(-tokens // cp),
         micro_batches=-(-micro_batches // pp) * pp if layout.virtual_stages > 1 else micro_batches,
         vocabulary=padded_vocab_size(role.hf.vocab_size, tp) if role.head == "lm" else 0,
-        logprob_chunk_tokens=LOGPROB_CHUNK_TOKENS,
+        logprob_chunk_tokens=batch.logprob_chunk_tokens,
         has_reference=role.has_reference,
     )
     stages, widths = stage_sizes(arch, role.hf, layout, head=role.head), layer_widths(arch, role.hf)

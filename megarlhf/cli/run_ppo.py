@@ -45,7 +45,8 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     """Fill in what was left open.
 
     Prompts are shared where several samples of one are trained together, if layers can: TransformerEngine's attention
-    has no mask of a shared prompt. A rule, which keeps nothing between its calls, runs on all cores.
+    has no mask of a shared prompt. A rule, which keeps nothing between its calls, runs on all cores. What vLLM sampled
+    is weighed under bf16.
     """
     batch, reward = config.batch, config.reward
     share = (
@@ -59,7 +60,8 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     if reward.reward_num_workers is None:
         workers = 1 if reward.reward_rule is None else min(MAX_RULE_WORKERS, num_cores())
         reward = dataclasses.replace(reward, reward_num_workers=workers)
-    return dataclasses.replace(config, batch=batch, reward=reward)
+    algorithm = dataclasses.replace(config.algorithm, use_tis=config.uses_tis)
+    return dataclasses.replace(config, algorithm=algorithm, batch=batch, reward=reward)
 
 
 def resolve_special_tokens(config: PPOConfig, labels: Sequence[Any]) -> PPOConfig:

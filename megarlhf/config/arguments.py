@@ -155,6 +155,14 @@ class AlgorithmArguments:
     """Clip range above 1, if it differs. None: the same as eps_clip."""
     dual_clip: float | None = None
     """Bound on the ratio where the advantage is negative, above 1 (dual-clip PPO). None: no bound."""
+    use_tis: bool | None = None
+    """Weigh each token's policy loss by p(trainer) / p(vLLM) under the weights that sampled it, bounded by tis_cap
+    (truncated importance sampling) or tis_mask_range. None: on with bf16."""
+    tis_cap: float = 2.0
+    """Largest such weight, at least 1."""
+    tis_mask_range: tuple[float, float] | None = None
+    """Leave tokens out of the policy loss whose weight is outside of these two bounds (IcePop) instead of capping it,
+    such as 0.5 5. None: cap."""
     value_clip: float = 0.2
     """Range around the rollout's values within which the critic's loss follows its prediction."""
     entropy_coef: float = 0.0
@@ -194,8 +202,11 @@ class RolloutArguments:
     enforce_eager: bool = True
     """Run vLLM without compiled graphs: slower steps, faster start, less memory."""
     logprob_diff_budget: float = 0.05
-    """Tolerated |log p(vLLM) - log p(trainer)| of any sampled token of a step, in nats. Above it the run warns, above
-    ten times it the run stops."""
+    """Tolerated mean of |log p(vLLM) - log p(trainer)| over the sampled tokens of a step, in nats. Above it the run
+    warns, above ten times it the run stops; without bf16 also where a single token's is above ten times it."""
+    logprob_kl_budget: float = 0.01
+    """Tolerated KL divergence of the trainer's policy from vLLM's, estimated from the same tokens, in nats a token.
+    Above it the run warns, above ten times it the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +314,11 @@ class PPOConfig:
     reward: RewardArguments = field(default_factory=RewardArguments)
     logging: LoggingArguments
     passed: PassedArguments = field(default_factory=PassedArguments)
+
+    @property
+    def uses_tis(self) -> bool:
+        """Whether what vLLM sampled is weighed for the trainer."""
+        return self.model.bf16 if self.algorithm.use_tis is None else self.algorithm.use_tis
 
     def layout_of(self, role: str) -> LayoutArguments:
         """The actor's layout, or the critic's: the actor's with what the critic has of its own."""

@@ -33,9 +33,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "critic_expert_tensor_parallel_size critic_num_virtual_stages_per_pipeline_rank "
         "critic_decoder_first_pipeline_num_layers critic_decoder_last_pipeline_num_layers "
         "actor_num_nodes actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node num_gpus_per_node "
-        "vllm_num_engines vllm_tensor_parallel_size train_iters rollout_batch_size n_samples_per_prompt "
-        "global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens max_epochs max_len "
-        "prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
+        "vllm_num_engines vllm_tensor_parallel_size tis_cap train_iters rollout_batch_size "
+        "n_samples_per_prompt global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens "
+        "max_epochs max_len prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "
         "reward_chunk_size",
     ),
@@ -44,7 +44,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "above 0",
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
-        "adam_eps value_clip kl_target temperature vllm_kv_cache_gib gpu_memory_gib logprob_diff_budget",
+        "adam_eps value_clip kl_target temperature vllm_kv_cache_gib gpu_memory_gib "
+        "logprob_diff_budget logprob_kl_budget",
     ),
     (
         "0 or more",
@@ -148,6 +149,25 @@ def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freez
     low, high = algorithm.reward_clip_range
     if not low < high:
         errors.append(f"reward_clip_range={low} {high} must be the lowest reward and then a higher one")
+    return errors
+
+
+def correction_errors(config: PPOConfig) -> list[str]:
+    """Bounds of the weights of what vLLM sampled."""
+    algorithm, band = config.algorithm, config.algorithm.tis_mask_range
+    errors: list[str] = []
+    given = [f"tis_cap={algorithm.tis_cap}"] if algorithm.tis_cap != AlgorithmArguments.tis_cap else []
+    given += [f"tis_mask_range={band[0]} {band[1]}"] if band is not None else []
+    if not config.uses_tis:
+        why = f"use_tis={algorithm.use_tis} and bf16={config.model.bf16}"
+        errors += [f"{option} is ignored with {why}: set use_tis, or leave it out" for option in given]
+    elif len(given) == 2:
+        errors.append(f"{given[0]} is ignored with {given[1]}: leave one of them out")
+    if band is not None and not 0 <= band[0] < 1 < band[1]:
+        errors.append(
+            f"tis_mask_range={band[0]} {band[1]} must be a bound from 0 to below 1 and one above 1 (where trainer and "
+            "vLLM agree the weight is 1): use 0.5 5"
+        )
     return errors
 
 

@@ -36,6 +36,7 @@ from megarlhf.config.check_numbers import (
     Models,
     algorithm_errors,
     batch_errors,
+    correction_errors,
     engine_errors,
     length_errors,
     limit_errors,
@@ -97,6 +98,7 @@ def check_ppo(config: PPOConfig, supported_architectures: Sequence[str] = SUPPOR
     context = max(layout.context_parallel_size, config.layout_of("critic").context_parallel_size)
     errors += batch_errors(batch, context)
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
+    errors += correction_errors(config)
     errors += length_errors("prompt_max_len + generate_max_len", length, batch.max_tokens_per_micro_batch, models)
     errors += sampling_errors(rollout)
     errors += _template_errors(config.data, config.model)

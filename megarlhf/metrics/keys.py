@@ -34,6 +34,8 @@ METRICS: dict[str, str] = {
     "policy/grad_norm": "Norm of the actor's gradient before clipping (no unit)",
     "policy/learning_rate": "Learning rate of the actor's last optimizer step (no unit)",
     "policy/ratio_mean": "Mean of p(response token) in the update over p at generation (ratio)",
+    "policy/tis_mean": "Mean of p(response token) in training over p in vLLM, same weights; 1 in expectation (ratio)",
+    "policy/tis_clip_frac": "Response tokens whose such ratio was capped, or left out with --tis_mask_range (fraction)",
     **{f"policy/{name}": meaning for name, meaning in _ROUTERS.items()},
     "critic/loss": "Value loss, mean over the step's optimizer steps (squared reward units)",
     "critic/clip_frac": "Response tokens whose value was clipped (fraction)",
@@ -51,6 +53,7 @@ METRICS: dict[str, str] = {
     "rollout/truncated_frac": "Responses cut at the length limit (fraction)",
     "rollout/logprob_diff_mean": "Mean |log-prob in training - log-prob in vLLM| of the same response tokens (nats)",
     "rollout/logprob_diff_max": "Largest such difference in the step (nats)",
+    "rollout/logprob_kl": "Estimated KL of the policy in training from the one in vLLM, same weights (nats per token)",
     "sync/version": "Policy version that the inference engines hold after the step (count)",
     "sync/bytes": "Weights that each inference engine reads, as the trainer holds them (bytes)",
     **{

@@ -54,6 +54,8 @@ def build_objective(config: PPOConfig, role: str) -> Objective:
             entropy_coef=algorithm.entropy_coef,
             kl_loss_coef=algorithm.init_kl_coef if algorithm.use_kl_loss else 0.0,
             kl_estimator=algorithm.kl_estimator,
+            tis_cap=algorithm.tis_cap if config.uses_tis else None,
+            tis_mask_range=algorithm.tis_mask_range if config.uses_tis else None,
         )
     )
 

@@ -18,13 +18,21 @@ class LogProbDifference:
     num_tokens: int
     absolute: float  # sum of |trainer - engine|, nats
     largest: float  # of these
+    kl: float  # sum of estimates of KL(engine || trainer), nats
 
     @staticmethod
     def between(trainer: Floats, engine: Floats) -> "LogProbDifference":
-        """Of the same tokens: [t] and [t]."""
-        difference = np.abs(trainer.astype(np.float64) - engine)
+        """Of the same tokens: [t] and [t].
+
+        The engine sampled them, so exp(d) - 1 - d with d = trainer - engine is the k3 estimate of KL(engine || trainer)
+        at a token, J. Schulman, joschu.net/blog/kl-approx.html: never negative, and its mean is the KL.
+        """
+        signed = trainer.astype(np.float64) - engine
+        difference = np.abs(signed)
         largest = float(difference.max()) if len(difference) else 0.0
-        return LogProbDifference(num_tokens=len(difference), absolute=float(difference.sum()), largest=largest)
+        with np.errstate(over="ignore"):  # infinite, and past every budget
+            kl = float((np.expm1(signed) - signed).sum())
+        return LogProbDifference(num_tokens=len(difference), absolute=float(difference.sum()), largest=largest, kl=kl)
 
     def __add__(self, other: "LogProbDifference") -> "LogProbDifference":
         """Of both sets of tokens."""
@@ -32,6 +40,7 @@ class LogProbDifference:
             num_tokens=self.num_tokens + other.num_tokens,
             absolute=self.absolute + other.absolute,
             largest=float(np.maximum(self.largest, other.largest)),  # which keeps a NaN
+            kl=self.kl + other.kl,
         )
 
 

@@ -91,8 +91,8 @@ MODEL = {
     ),
     "bf16": Probe(
         value=True,
-        seen=both(transformer("bf16"), transformer("bf16", "critic"), adam("bf16"), llm("dtype")),
-        expected=(True, True, True, "bfloat16"),
+        seen=both(transformer("bf16"), transformer("bf16", "critic"), adam("bf16"), llm("dtype"), policy("tis_cap")),
+        expected=(True, True, True, "bfloat16", 2.0),
     ),
     "moe_aux_loss_coeff": Probe(
         value=0.077,
@@ -223,6 +223,15 @@ ALGORITHM = {
         value=0.32, seen=both(policy("clip_eps_low"), policy("clip_eps_high")), expected=(0.2, 0.32)
     ),
     "dual_clip": Probe(value=3.3, seen=policy("dual_clip")),
+    "use_tis": Probe(
+        value=True,
+        seen=both(policy("tis_cap"), lambda t: metric("policy/tis_mean", 1)(t) is not None),
+        expected=(2.0, True),
+    ),
+    "tis_cap": Probe(
+        value=1.5, seen=both(policy("tis_cap"), policy("tis_mask_range")), expected=(1.5, None), also={"use_tis": True}
+    ),
+    "tis_mask_range": Probe(value=(0.25, 4.0), seen=policy("tis_mask_range"), also={"use_tis": True}),
     "value_clip": Probe(value=0.34, seen=given("value_objective", "value_clip")),
     "entropy_coef": Probe(value=0.035, seen=policy("entropy_coef")),
     "reward_clip_range": Probe(value=(-0.5, 0.75), seen=advantages("clip_range")),
@@ -274,6 +283,9 @@ ROLLOUT: dict[str, Probe] = {
     "vllm_gpu_memory_utilization": Probe(value=0.66, seen=llm("gpu_memory_utilization")),
     "vllm_kv_cache_gib": Probe(value=0.25, seen=llm("kv_cache_memory_bytes"), expected=2**28),
     "enforce_eager": Probe(value=False, seen=llm("enforce_eager")),
+    "logprob_kl_budget": Probe(
+        value=1.5e-5, seen=lambda t: any("logprob_kl_budget=1.5e-05" in said for said in t.warnings), expected=True
+    ),
     "logprob_diff_budget": Probe(
         value=0.0055, seen=lambda t: any("logprob_diff_budget=0.0055" in said for said in t.warnings), expected=True
     ),

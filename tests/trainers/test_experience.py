@@ -272,25 +272,55 @@ def _variance(numbers: list[float]) -> float:
     return sum((n - mean) ** 2 for n in numbers) / len(numbers)
 
 
+def check_difference(difference: LogProbDifference, *, bf16: bool = False, **budgets: float) -> dict[str, float]:
+    config = make_config(Path("unused"))
+    model, rollout = replace(config.model, bf16=bf16), replace(config.rollout, **budgets)
+    return summary.check_log_prob_difference(difference, replace(config, model=model, rollout=rollout))
+
+
 def test_log_prob_differences_add_up(caplog: pytest.LogCaptureFixture) -> None:
     engine = np.array([-0.1, -0.7, -1.3], dtype=np.float32)
     first = LogProbDifference.between(engine[:1] + np.float32(0.02), engine[:1])
     both = first + LogProbDifference.between(engine[1:] - np.float32(0.04), engine[1:])
-
-    def check(difference: LogProbDifference, budget: float) -> dict[str, float]:
-        config = make_config(Path("unused"))
-        rollout = replace(config.rollout, logprob_diff_budget=budget)
-        return summary.check_log_prob_difference(difference, replace(config, rollout=rollout))
-
-    expected = {"rollout/logprob_diff_max": 0.04, "rollout/logprob_diff_mean": (0.02 + 2 * 0.04) / 3}
-    assert check(both, 0.05) == pytest.approx(expected, rel=1e-5)
+    mean, kl = (0.02 + 2 * 0.04) / 3, (math.exp(0.02) - 1.02 + 2 * (math.exp(-0.04) - 0.96)) / 3
+    found = check_difference(both)
+    expected = {"rollout/logprob_diff_max": 0.04, "rollout/logprob_diff_mean": mean, "rollout/logprob_kl": kl}
+    assert found == pytest.approx(expected, rel=1e-4) and not caplog.text
+    check_difference(both, logprob_diff_budget=0.035)  # the largest is past it, the mean is not
     assert not caplog.text
-    check(both, 0.03)
-    assert "logprob_diff_max=0.04 is past logprob_diff_budget=0.03" in caplog.text
+    check_difference(both, logprob_diff_budget=0.03, logprob_kl_budget=0.0005)
+    assert "logprob_diff_mean=0.0333 is past logprob_diff_budget=0.03" in caplog.text
+    assert "logprob_kl=0.000593 is past logprob_kl_budget=0.0005" in caplog.text
     broken = LogProbDifference.between(np.array([np.nan], dtype=np.float32), engine[:1])
-    for bad, budget in ((both, 0.0039), (first + broken, 0.5), (broken + first, 0.5)):
-        with pytest.raises(summary.LogProbDifferenceError):
-            check(bad, budget)
+    for bad, budgets in (
+        (both, {"logprob_diff_budget": 0.0033}),
+        (both, {"logprob_kl_budget": 0.000055}),
+        (first + broken, {}),
+        (broken + first, {}),
+    ):
+        for bf16 in (False, True):
+            with pytest.raises(summary.LogProbDifferenceError, match="past 10 budgets"):
+                check_difference(bad, bf16=bf16, **budgets)
+
+
+def test_one_far_token_of_many_stops_in_float32_alone() -> None:
+    """In bfloat16 there is one past a nat among some 10^7 tokens, while mean and KL are as always."""
+    engine = np.full(10**5, -1.0, dtype=np.float32)
+    trainer = engine + np.float32(0.01)
+    trainer[7] = 0.0
+    far = LogProbDifference.between(trainer, engine)
+    assert check_difference(far, bf16=True)["rollout/logprob_diff_max"] == pytest.approx(1.0)
+    with pytest.raises(summary.LogProbDifferenceError, match="logprob_diff_max=1 is past logprob_diff_budget=0.05"):
+        check_difference(far)
+
+
+def test_the_kl_is_of_the_policy_that_sampled() -> None:
+    """Each of two tokens as often as the engine samples it: the mean of the estimates is the KL itself."""
+    engine, trainer = np.log(np.array([0.25, 0.75])), np.log(np.array([0.5, 0.5]))
+    drawn = np.array([0, 1, 1, 1])
+    found = LogProbDifference.between(trainer[drawn], engine[drawn])
+    assert found.kl / found.num_tokens == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert LogProbDifference.between(np.array([-np.inf]), np.array([-1.0])).kl == np.inf
 
 
 def test_optimizer_steps_of_the_whole_run_leave_out_frozen_ones() -> None:

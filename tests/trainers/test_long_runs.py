@@ -168,7 +168,7 @@ def test_log_probs_past_the_budget_stop_before_the_step_is_trained(tmp_path: Pat
             return 0.6 if self.version == 1 else 0.0
 
     plain = Drifting()
-    with pytest.raises(LogProbDifferenceError, match=r"logprob_diff_max=0\.6 .* past 10 budgets"):
+    with pytest.raises(LogProbDifferenceError, match=r"logprob_diff_mean=0\.6 .* past 10 budgets"):
         run(tmp_path, plain)
     assert plain.events[-4:] == ["push 1", "generate 2", "rescue", "save 1"]
 

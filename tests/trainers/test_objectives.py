@@ -44,8 +44,10 @@ def policy_token(
     entropy_coef: float,
     kl_loss_coef: float,
     kl_estimator: KLEstimator,
+    tis_cap: float | None,
+    tis_mask_range: tuple[float, float] | None,
 ) -> tuple[float, dict[str, float], str]:
-    """arXiv:1707.06347 equation 7 by cases, dual clip of arXiv:1912.09729, minus entropy, plus KL."""
+    """arXiv:1707.06347 equation 7 by cases, dual clip of arXiv:1912.09729, weighed, minus entropy, plus KL."""
     log_prob, advantage = token["log_probs"], token["advantages"]
     ratio = math.exp(log_prob - token.get("old_log_probs", log_prob))
     counted, branch = ratio, "good" if advantage > 0 else "bad"
@@ -61,7 +63,14 @@ def policy_token(
         branch = "bad, likelier than the bound"
     away = token["ref_log_probs"] - log_prob
     kl = {"k1": -away, "k2": away**2 / 2, "k3": math.exp(away) - 1 - away}[kl_estimator]
-    loss = -counted * advantage - entropy_coef * token["entropy"] + kl_loss_coef * kl
+    old = token.get("old_log_probs", log_prob)
+    sampled = math.exp(old - token["rollout_log_probs"])  # how much likelier for the trainer than for the engine
+    weight, corrects = sampled, tis_cap is not None or tis_mask_range is not None
+    if tis_mask_range is not None and not tis_mask_range[0] <= sampled <= tis_mask_range[1]:
+        weight = 0.0
+    elif tis_mask_range is None:
+        weight = min(sampled, tis_cap) if tis_cap is not None else 1.0
+    loss = -counted * advantage * weight - entropy_coef * token["entropy"] + kl_loss_coef * kl
     metrics = {
         "clip_frac": float(counted != ratio),
         "entropy": token["entropy"],
@@ -69,6 +78,8 @@ def policy_token(
         "ratio_mean": ratio,
         "kl": kl if kl_loss_coef else 0.0,
     }
+    if corrects:
+        metrics |= {"tis_mean": sampled, "tis_clip_frac": float(weight != sampled)}
     return token["weights"] * loss, metrics, branch
 
 
@@ -101,6 +112,7 @@ def policy_tokens(*, with_old: bool) -> list[Token]:
             "entropy": 0.5 + 0.07 * place,
             "advantages": sign * (0.35 + 0.11 * place),
             "ref_log_probs": old + 0.9 * math.sin(place),
+            "rollout_log_probs": old + 1.1 * math.cos(2 * place),
             "weights": 0.2 + 0.05 * place,
         }
         tokens.append(token | {"old_log_probs": old} if with_old else token)
@@ -144,6 +156,9 @@ CASES = {
     ),
     "policy without entropy and KL": policy_case(replace(POLICY, entropy_coef=0.0, kl_loss_coef=0.0), SIDES | DUAL),
     "policy that trains once": policy_case(POLICY, {"good", "bad"}, with_old=False),
+    "policy with truncated weights": policy_case(replace(POLICY, tis_cap=1.8), SIDES | DUAL),
+    "policy with masked weights": policy_case(replace(POLICY, tis_mask_range=(0.5, 2.0)), SIDES | DUAL),
+    "policy that trains once, with weights": policy_case(replace(POLICY, tis_cap=1.8), {"good", "bad"}, with_old=False),
     "value": Case(
         makes="value_objective",
         objective=value_objective(value_clip=0.45),
