@@ -105,12 +105,14 @@ def checked(program: str, values: Any, ours: Container[str]) -> tuple[dict[str, 
 
 def nearest(flag: str, offered: Sequence[str]) -> list[str]:
     """The most similar flags of these programs, refused ones left out."""
-    flags = []
-    for program in offered:
-        if flag.startswith(PREFIXES[program]):
-            names = (name for name in installed_fields(program) if refusal(program, name) is None)
-            flags += [f"{PREFIXES[program]}{name}" for name in names]
-    return difflib.get_close_matches(flag, flags, n=1)
+    places = {
+        f"{PREFIXES[program]}{name}": (program, name)
+        for program in offered
+        if flag.startswith(PREFIXES[program])
+        for name in installed_fields(program)
+    }
+    near = difflib.get_close_matches(flag, places, n=5)
+    return [found for found in near if refusal(*places[found]) is None][:1]
 
 
 def help_text(program: str) -> str:
