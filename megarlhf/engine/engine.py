@@ -344,20 +344,21 @@ class MegatronEngine:
 
     def _parts(self) -> dict[Part, Callable[[], Iterable[Tensor]]]:
         """For DeviceMemory. Parameters may be those of the reference, and what is stepped views of parameters."""
+        of = weakref.proxy(self)  # memory is the engine's own, and must not keep it
 
         def parameters() -> Iterator[Tensor]:
-            yield from self.parameter_pools()
-            for chunk in self.chunks:
+            yield from of.parameter_pools()
+            for chunk in of.chunks:
                 yield from chunk.parameters()
                 yield from chunk.buffers()
-            if self._reference is not None:
-                yield from self._reference.replaced.values()
+            if of._reference is not None:
+                yield from of._reference.replaced.values()
 
         return {
-            "reference": lambda: [] if self._reference is None else self._reference.tensors.values(),
+            "reference": lambda: [] if of._reference is None else of._reference.tensors.values(),
             "parameters": parameters,
-            "gradients": lambda: [buffer.grad_data for buffer in self._ddp_buffers()],
-            "optimizer": lambda: optimizer_tensors(self.optimizer),
+            "gradients": lambda: [buffer.grad_data for buffer in of._ddp_buffers()],
+            "optimizer": lambda: optimizer_tensors(of.optimizer),
         }
 
     def _ddp_buffers(self) -> list[Any]:

@@ -22,4 +22,4 @@ def test_rules_run_on_all_cores_and_functions_that_may_keep_state_in_one_process
 ) -> None:
     monkeypatch.setattr(run_ppo, "num_cores", lambda: cores)
     config, _ = parse(PPOConfig, ["--pretrain", "m", "--prompt_data", "p", "--save", "s", *flags], "ppo")
-    assert run_ppo.resolve(config).reward.reward_num_workers == expected
+    assert run_ppo.resolve(config, "local").reward.reward_num_workers == expected

@@ -4,7 +4,7 @@ Real workers over an engine that computes from token ids (plain_workers.py), so 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,8 +65,12 @@ def samples_of(workers: PlainWorkers, rank: int) -> list[tuple[int, int]]:
 def difference(samples: Sequence[Sample], *, steps: int = 0) -> LogProbDifference:
     """Of the trainer's log-probs to the engine's, over these samples."""
     tokens = targets(samples).astype(np.float64)
-    absolute = np.abs(own(tokens, steps=steps) - engines(tokens))
-    return LogProbDifference(num_tokens=len(tokens), absolute=float(absolute.sum()), largest=float(absolute.max()))
+    apart = own(tokens, steps=steps) - engines(tokens)
+    kl = float((np.exp(apart) - 1 - apart).sum())
+    absolute = np.abs(apart)
+    return LogProbDifference(
+        num_tokens=len(tokens), absolute=float(absolute.sum()), largest=float(absolute.max()), kl=kl
+    )
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
@@ -102,7 +106,7 @@ def test_each_replica_gets_its_own_share_by_one_reference(store: list[Ref], shar
 def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: bool) -> None:
     actor, workers, rollout = begun("actor", store, share_prefix=share_prefix)
     tokens = targets(rollout.samples)
-    assert actor.log_probs() == difference(rollout.samples)
+    assert asdict(actor.log_probs()) == pytest.approx(asdict(difference(rollout.samples)), rel=1e-12)
     assert actor.ref_log_probs() is None
     kl = actor.kl("k1")
     assert kl.dtype == np.float32
@@ -121,7 +125,9 @@ def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: boo
             3.5 * (step + 1),
             4.5,
         )
-        assert result.difference == difference([rollout.samples[i] for i in PARTS[part]], steps=step)
+        assert result.difference is not None
+        expected = difference([rollout.samples[i] for i in PARTS[part]], steps=step)
+        assert asdict(result.difference) == pytest.approx(asdict(expected), rel=1e-12)
         check_lines(workers, [rollout.samples[i] for i in PARTS[part]], denominator=7.0 + part, actor=True)
 
 
@@ -172,7 +178,7 @@ def test_a_new_step_forgets_the_last_one(store: list[Ref]) -> None:
     rollout = make_rollout([[2, 3], [4, 1]])
     actor.begin(rollout, [[0, 1, 2, 3]])
     assert set(workers.workers[1].rows.rows.fields) == {"rollout_log_probs"}
-    assert actor.log_probs() == difference(rollout.samples)
+    assert asdict(actor.log_probs()) == pytest.approx(asdict(difference(rollout.samples)), rel=1e-12)
 
 
 def test_a_replica_without_results_is_an_error(store: list[Ref]) -> None:
