@@ -272,7 +272,7 @@ def _variance(numbers: list[float]) -> float:
     return sum((n - mean) ** 2 for n in numbers) / len(numbers)
 
 
-def check_difference(difference: LogProbDifference, *, bf16: bool = False, **budgets: float) -> dict[str, float]:
+def check_difference(difference: LogProbDifference, *, bf16: bool = False, **budgets: Any) -> dict[str, float]:
     config = make_config(Path("unused"))
     model, rollout = replace(config.model, bf16=bf16), replace(config.rollout, **budgets)
     return summary.check_log_prob_difference(difference, replace(config, model=model, rollout=rollout))
