@@ -92,17 +92,12 @@ class _Role(NamedTuple):
 def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -> dict[int, dict[str, RoleBytes]]:
     """What lies on each device, numbered over all nodes: colocated roles start at the first, others follow."""
     cluster, batch, slots = config.cluster, config.batch, dict[int, dict[str, RoleBytes]]()
-    longest = config.rollout.prompt_max_len + config.rollout.generate_max_len
-    tokens = batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest
-    actor = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
-    nodes, per_node = cluster.critic_num_nodes, cluster.critic_num_gpus_per_node
-    critic = (nodes or cluster.actor_num_nodes) * (per_node or cluster.actor_num_gpus_per_node)
-    worlds = {"actor": actor, "critic": critic}
+    worlds = {"actor": cluster.actor_world_size, "critic": cluster.critic_world_size}
     by_role: dict[str, Sequence[RoleBytes]] = {}
     for name, hf in zip(worlds, models, strict=False):
         reference = name == "actor" and config.algorithm.init_kl_coef > 0
         role = _Role(hf, "lm" if name == "actor" else "value", config.layout_of(name), worlds[name], reference)
-        by_role[name] = _training_ranks(role, config.model, batch, tokens=tokens)
+        by_role[name] = _training_ranks(role, config.model, batch, tokens=config.micro_batch_tokens)
     by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
     first = 0
     for name, ranks in by_role.items():
@@ -113,10 +108,8 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
 
 
 def _supervised_ranks(config: SFTConfig, hf: HFConfig) -> list[RankBytes]:
-    batch = config.batch
-    tokens = batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len
     role = _Role(hf, "lm", config.layout, _supervised_world(config), False)
-    return _training_ranks(role, config.model, batch, tokens=tokens)
+    return _training_ranks(role, config.model, config.batch, tokens=config.micro_batch_tokens)
 
 
 def _supervised_world(config: SFTConfig) -> int:
@@ -165,11 +158,10 @@ def _engine(config: PPOConfig, hf: HFConfig, memory: int | None) -> EngineBytes:
     share = int(rollout.vllm_kv_cache_gib * GIB)
     if memory is not None:
         share = max(0, math.ceil(memory * rollout.vllm_gpu_memory_utilization) - weights)
-    longest = rollout.prompt_max_len + rollout.generate_max_len
     return EngineBytes(
         weights=weights,
         kv_cache=share,
-        one_sequence=longest * kv_numbers_per_token(arch, hf, tensor=tensor) * element,
+        one_sequence=config.max_row_tokens * kv_numbers_per_token(arch, hf, tensor=tensor) * element,
         # On a CPU without tensor parallelism new kernels of all weights are packed before the old ones go.
         bucket=weights if memory is None and tensor == 1 else largest,
     )
@@ -235,12 +227,7 @@ def _sequence_parallel(config: Config) -> Changes:
 
 
 def _smaller_micro_batches(config: Config) -> Changes:
-    batch, longest = config.batch, 0
-    if isinstance(config, PPOConfig):
-        longest = config.rollout.prompt_max_len + config.rollout.generate_max_len
-    else:
-        longest = config.batch.max_len
-    tokens = batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest
+    longest, tokens = config.max_row_tokens, config.micro_batch_tokens
     while (tokens := tokens // 2) > longest:
         yield _with(config, "batch", max_tokens_per_micro_batch=tokens)
     yield _with(config, "batch", max_tokens_per_micro_batch=longest)

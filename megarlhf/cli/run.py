@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.layouts import LayoutArguments, TransformerImpl
 from megarlhf.engine import checkpoint_files
+from megarlhf.metrics.sinks import Sinks
 
 if TYPE_CHECKING:
     from megarlhf.models.hf_files import HFConfig
@@ -114,6 +115,28 @@ def open_run_directory(save: str, config_yaml: str) -> Path:
     written.write_text(config_yaml)
     written.replace(config)  # a kill leaves the one or the other
     return directory
+
+
+def open_sinks(
+    logging: LoggingArguments, config: dict[str, Any], *, total_steps: int, resumed_step: int | None
+) -> Sinks:
+    """Where a run's metrics go, in the run directory that is there already.
+
+    Args:
+        config: the resolved configuration, for Weights & Biases.
+        resumed_step: of the checkpoint that the run continues from.
+    """
+    return Sinks(
+        Path(logging.save),
+        total_steps=total_steps,
+        log_interval=logging.log_interval,
+        use_tensorboard=logging.use_tensorboard,
+        use_wandb=logging.use_wandb,
+        project=logging.wandb_project,
+        run_name=logging.wandb_run_name,
+        config=config,
+        resumed_step=resumed_step,
+    )
 
 
 def resumed_step(logging: LoggingArguments, identity: dict[str, Any]) -> int | None:

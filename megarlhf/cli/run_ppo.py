@@ -19,6 +19,7 @@ from megarlhf.cli.run import (
     data_identity,
     model_identity,
     open_run_directory,
+    open_sinks,
     resumed_step,
 )
 from megarlhf.config.arguments import PPOConfig
@@ -28,7 +29,6 @@ from megarlhf.data.prompts import PromptData, load_prompts
 from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens
 from megarlhf.data.types import Prompt
 from megarlhf.metrics.report import write_report
-from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.models.hf_files import HFConfig, read_config
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
@@ -102,14 +102,10 @@ def make_plan(config: PPOConfig, machine: Machine) -> PlacementPlan:
         ValueError: more processes than devices.
     """
     cluster = config.cluster
-    actor = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
-    critic = None
-    if config.algorithm.advantage_estimator == "gae":
-        critic_nodes = cluster.critic_num_nodes or cluster.actor_num_nodes
-        critic = critic_nodes * (cluster.critic_num_gpus_per_node or cluster.actor_num_gpus_per_node)
+    has_critic = config.algorithm.advantage_estimator == "gae"
     return plan_placement(
-        actor_world_size=actor,
-        critic_world_size=critic,
+        actor_world_size=cluster.actor_world_size,
+        critic_world_size=cluster.critic_world_size if has_critic else None,
         nodes=machine.nodes,
         gpus_per_node=machine.gpus_per_node,
         num_engines=cluster.vllm_num_engines,
@@ -266,17 +262,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     directory = open_run_directory(config.logging.save, to_yaml(config))
     stop, timers = StopSignal(), Timers()
     print(decided)
-    sinks = Sinks(
-        directory,
-        total_steps=batch.train_iters,
-        log_interval=config.logging.log_interval,
-        use_tensorboard=config.logging.use_tensorboard,
-        use_wandb=config.logging.use_wandb,
-        project=config.logging.wandb_project,
-        run_name=config.logging.wandb_run_name,
-        config=to_dict(config),
-        resumed_step=inputs.continued,
-    )
+    sinks = open_sinks(config.logging, to_dict(config), total_steps=batch.train_iters, resumed_step=inputs.continued)
     try:
         sinks.phase("start")
         with (

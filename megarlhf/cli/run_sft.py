@@ -24,6 +24,7 @@ from megarlhf.cli.run import (
     data_identity,
     model_identity,
     open_run_directory,
+    open_sinks,
     resumed_step,
 )
 from megarlhf.config.command_line import to_dict, to_yaml
@@ -31,7 +32,6 @@ from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.sft import SFTData, load_sft_rows
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.metrics.report import write_report
-from megarlhf.metrics.sinks import Sinks
 from megarlhf.models.hf_files import read_config
 from megarlhf.parallel.device import device_kind, num_cores
 
@@ -157,8 +157,7 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
     decided, identity, continued = told["decided"], told["identity"], told["continued"]
     data = SFTData.open(inputs / "training")
     evaluation = SFTData.open(inputs / "evaluation") if config.data.eval_dataset else None
-    batch, layout = config.batch, config.layout
-    total = _total_steps(config, data)
+    layout, total = config.layout, _total_steps(config, data)
 
     from megarlhf.data.dealing import PackingOptions
     from megarlhf.engine.engine import MegatronEngine
@@ -182,13 +181,11 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
         config.model.pretrain,
         head="lm",
         model=model_options(layout, config),
-        packing=PackingOptions(
-            max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * batch.max_len, share_prefix=False
-        ),
+        packing=PackingOptions(max_tokens=config.micro_batch_tokens, share_prefix=False),
         optimizer=optimizer_options(
             config.optimizer, layout, config.optimizer.learning_rate, total, passed=config.passed.megatron
         ),
-        logprob_chunk_tokens=batch.logprob_chunk_tokens,
+        logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         seed=config.model.seed,
     )
     directory, progress = Path(config.logging.save), supervised.Progress()
@@ -198,17 +195,7 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
     if rank == 0:
         print(decided)
         open_run_directory(config.logging.save, to_yaml(config))
-        sinks = Sinks(
-            directory,
-            total_steps=total,
-            log_interval=config.logging.log_interval,
-            use_tensorboard=config.logging.use_tensorboard,
-            use_wandb=config.logging.use_wandb,
-            project=config.logging.wandb_project,
-            run_name=config.logging.wandb_run_name,
-            config=to_dict(config),
-            resumed_step=continued,
-        )
+        sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=continued)
     try:
         with running():
             supervised.train(

@@ -259,7 +259,7 @@ class RolloutWorker:
             config.model.pretrain,
             dtype="bfloat16" if config.model.bf16 else "float32",
             seed=config.model.seed,
-            max_model_len=options.prompt_max_len + options.generate_max_len,
+            max_model_len=config.max_row_tokens,
             tensor_parallel_size=config.cluster.vllm_tensor_parallel_size,
             max_num_seqs=options.max_num_seqs,
             enforce_eager=options.enforce_eager,

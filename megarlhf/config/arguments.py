@@ -61,6 +61,17 @@ class ClusterArguments:
     phase_timeout_seconds: float = 1800.0
     """Seconds for one phase of a step (rollout, training, sync, evaluation or save) before the run stops."""
 
+    @property
+    def actor_world_size(self) -> int:
+        """Ranks of the actor."""
+        return self.actor_num_nodes * self.actor_num_gpus_per_node
+
+    @property
+    def critic_world_size(self) -> int:
+        """Ranks of the critic, where there is one."""
+        nodes, per_node = self.critic_num_nodes, self.critic_num_gpus_per_node
+        return (nodes or self.actor_num_nodes) * (per_node or self.actor_num_gpus_per_node)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchArguments:
@@ -314,6 +325,16 @@ class PPOConfig:
     reward: RewardArguments = field(default_factory=RewardArguments)
     logging: LoggingArguments
     passed: PassedArguments = field(default_factory=PassedArguments)
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.rollout.prompt_max_len + self.rollout.generate_max_len
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens in one forward and backward pass of a rank."""
+        return self.batch.max_tokens_per_micro_batch or self.batch.micro_batch_size * self.max_row_tokens
 
     @property
     def uses_tis(self) -> bool:

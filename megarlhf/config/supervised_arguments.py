@@ -130,3 +130,13 @@ class SFTConfig:
     data: SFTDataArguments
     logging: LoggingArguments
     passed: MegatronPassedArguments = field(default_factory=MegatronPassedArguments)
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Tokens of the longest row."""
+        return self.batch.max_len
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens in one forward and backward pass of a rank."""
+        return self.batch.max_tokens_per_micro_batch or self.batch.micro_batch_size * self.max_row_tokens

@@ -97,10 +97,7 @@ def megatron_to_hf(
     hf = read_config(files_of.directory, option="hf_model")
     arch = find_architecture(hf)
     reader = TorchDistReader(checkpoint.directory, checkpoint.source)
-    output = reader.tensors.get("output_layer.weight")
-    head: Head = "value" if output is not None and output.size[0] == 1 else "lm"
-    if head == "lm" and output is not None:
-        hf.tie_word_embeddings = False  # whatever the configuration says, as in read_checkpoint
+    head = _head(reader, hf)
     model = cut_model(arch, hf, head=head)
     weights, shapes = _locate(model, reader), model.names.hf_shapes
     dtypes = _dtypes(weights, reader, options.dtype, {} if options.dtype else _run_dtypes(checkpoint, role, head))
@@ -156,6 +153,16 @@ def megatron_to_hf(
         if options.verify:
             run_steps(steps, verify, num_bytes, phase="verify", partial=None, options=options)
         files.close()
+
+
+def _head(reader: TorchDistReader, hf: HFConfig) -> Head:
+    """By what is stored; an output layer of its own unties the embedding, whatever the configuration says."""
+    output = reader.tensors.get("output_layer.weight")
+    if output is not None and output.size[0] == 1:
+        return "value"
+    if output is not None:
+        hf.tie_word_embeddings = False  # as in read_checkpoint
+    return "lm"
 
 
 def _chat_template(files: HFFiles) -> str | None:

@@ -47,6 +47,15 @@ def engine_environment(*, threads: int, tensor_parallel_size: int = 1) -> dict[s
     }
 
 
+def _check_length(max_model_len: int, known: int, model_dir: str | os.PathLike[str]) -> None:
+    """vLLM's own error cannot be pickled, so Ray would lose it."""
+    if max_model_len > known:
+        raise ValueError(
+            f"max_model_len={max_model_len} is more than max_position_embeddings={known} of {model_dir} (the model "
+            "knows no later positions): set prompt_max_len and generate_max_len to a smaller sum"
+        )
+
+
 class RolloutEngine:
     """A policy that answers prompts, and takes new weights from the trainer's shared memory.
 
@@ -91,12 +100,7 @@ class RolloutEngine:
             ValueError: the model knows fewer positions than max_model_len.
         """
         config, _ = read_checkpoint(Path(model_dir), option="model_dir")
-        if max_model_len > config.max_position_embeddings:  # vLLM's own error cannot be pickled, so Ray would lose it
-            raise ValueError(
-                f"max_model_len={max_model_len} is more than max_position_embeddings={config.max_position_embeddings} "
-                f"of {model_dir} (the model knows no later positions): set prompt_max_len and generate_max_len to a "
-                "smaller sum"
-            )
+        _check_length(max_model_len, config.max_position_embeddings, model_dir)
         threads = threads or len(os.sched_getaffinity(0))
         environment = engine_environment(threads=threads, tensor_parallel_size=tensor_parallel_size)
         for name, value in environment.items():

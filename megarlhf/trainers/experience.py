@@ -94,12 +94,7 @@ def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig)
 
 def packing_options(config: PPOConfig, *, share_prompt_prefix: bool) -> PackingOptions:
     """The flags of micro-batches."""
-    batch, rollout = config.batch, config.rollout
-    longest = rollout.prompt_max_len + rollout.generate_max_len
-    return PackingOptions(
-        max_tokens=batch.max_tokens_per_micro_batch or batch.micro_batch_size * longest,
-        share_prefix=share_prompt_prefix,
-    )
+    return PackingOptions(max_tokens=config.micro_batch_tokens, share_prefix=share_prompt_prefix)
 
 
 def make_experience(

@@ -131,10 +131,11 @@ def train_step(
         )
     if experience.difference is not None:
         metrics |= summary.check_log_prob_difference(experience.difference, config)
+    every_length = experience.lengths
     state.updating = True
     try:
         for part in update_order(len(experience.parts), config, step=step):
-            lengths = experience.lengths[experience.parts[part]]
+            lengths = every_length[experience.parts[part]]
             if roles.critic is not None:
                 _, denominator = loss_weights(lengths, config, critic=True)
                 updates.critic.append(roles.critic.update(part, denominator=denominator))
