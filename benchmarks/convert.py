@@ -35,7 +35,7 @@ def write_random_llama(directory: Path, size: str, dtype: str) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from megarlhf.data.tensor_file import TensorFile, TensorSpec
+    from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
     from megarlhf.models.registry import find_architecture
 
     config = LlamaConfig(
@@ -65,10 +65,10 @@ def convert(direction: str, load: Path, save: Path) -> dict[str, float]:
     from megarlhf.cli.convert import prepare_process
 
     prepare_process()
-    from megarlhf.engine.conversion import ConvertOptions, default_threads
-    from megarlhf.engine.convert_to_hf import megatron_to_hf
-    from megarlhf.engine.convert_to_megatron import hf_to_megatron
-    from megarlhf.parallel import megatron_cpu
+    from megarlhf.conversion.steps import ConvertOptions, default_threads
+    from megarlhf.conversion.to_hf import megatron_to_hf
+    from megarlhf.conversion.to_megatron import hf_to_megatron
+    from megarlhf.parallel.cpu import megatron_cpu
 
     megatron_cpu.verify()  # imports the rest of Megatron-Core
     make_room(load, save)

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import torch.multiprocessing as multiprocessing  # noqa: E402
 
 from examples.smollm2 import write_smollm2  # noqa: E402
-from megarlhf.data.shared_tensors import checksum  # noqa: E402
+from megarlhf.formats.shared_memory import checksum  # noqa: E402
 from megarlhf.rollout.engine import RolloutEngine, engine_environment  # noqa: E402
 
 

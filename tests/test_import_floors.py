@@ -19,6 +19,7 @@ FLOORS = {
     "trainers": 4,
     "reward": 4,
     "rollout": 3,
+    "conversion": 3,
     "engine": 3,
     "models": 2,
     "planner": 2,
@@ -27,9 +28,10 @@ FLOORS = {
     "parallel": 1,
     "config": 1,
     "metrics": 1,
+    "formats": 0,
 }
 SHARED = {"megarlhf", "megarlhf.data.types"}  # any floor may import these: the version, and records without behaviour
-HOMES = {"ray": {"cluster"}, "vllm": {"rollout"}, "megatron": {"parallel", "models", "engine"}}
+HOMES = {"ray": {"cluster"}, "vllm": {"rollout"}, "megatron": {"parallel", "models", "engine", "conversion"}}
 DEVICE_WORD = re.compile(r"(?<![a-z])(cuda|nccl|gloo)(?![a-z])")  # upper case is a message to the user
 DEVICE_HOMES = {"parallel", "rollout"}
 Graph = dict[str, set[str]]

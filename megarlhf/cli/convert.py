@@ -23,7 +23,7 @@ from megarlhf.config.checks import raise_if
 from megarlhf.config.command_line import parse
 
 if TYPE_CHECKING:
-    from megarlhf.engine.conversion import ConvertOptions
+    from megarlhf.conversion.steps import ConvertOptions
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
@@ -147,7 +147,7 @@ def _check(target: SharedArguments) -> None:
 
 def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:
     _check(config.target)
-    from megarlhf.engine.convert_to_megatron import hf_to_megatron as convert
+    from megarlhf.conversion.to_megatron import hf_to_megatron as convert
 
     source = config.source
     with _Bar() as bar:
@@ -166,7 +166,7 @@ def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:
 def _to_hf(config: MegatronToHF, *, dry_run: bool) -> int:
     _check(config.target)
     max_shard_bytes = num_bytes_of(config.source.max_shard_size)
-    from megarlhf.engine.convert_to_hf import megatron_to_hf as convert
+    from megarlhf.conversion.to_hf import megatron_to_hf as convert
 
     with _Bar() as bar:
         convert(
@@ -193,7 +193,7 @@ def num_bytes_of(size: str) -> int:
 
 
 def _options(target: SharedArguments, bar: "_Bar", *, dry_run: bool) -> "ConvertOptions":
-    from megarlhf.engine.conversion import DTYPES, ConvertOptions, default_threads
+    from megarlhf.conversion.steps import DTYPES, ConvertOptions, default_threads
 
     return ConvertOptions(
         threads=target.num_threads or default_threads(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megarlhf.config.arguments import LoggingArguments
 
 if TYPE_CHECKING:
-    from megarlhf.models.hf_files import HFConfig
+    from megarlhf.formats.huggingface import HFConfig
 
 _GIB = 2**30
 
@@ -60,7 +60,7 @@ def check_disk_space(
     Raises:
         ValueError: there is not; logs and metrics, which are small, are not counted.
     """
-    from megarlhf.models.hf_files import HFWeights
+    from megarlhf.formats.huggingface import HFWeights
     from megarlhf.models.names import model_shapes
     from megarlhf.models.registry import find_architecture
 

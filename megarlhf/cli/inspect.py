@@ -12,7 +12,7 @@ import tyro
 from megarlhf.cli.errors import report_errors
 
 if TYPE_CHECKING:
-    from megarlhf.models.torch_dist import TorchDistReader
+    from megarlhf.formats.torch_dist import TorchDistReader
 
 
 class _Row(NamedTuple):
@@ -58,15 +58,15 @@ def _bytes(number: float) -> str:
 
 
 def _architecture(config: Path, source: str) -> str:
-    from megarlhf.data.json_files import read_json_object
+    from megarlhf.formats.json_files import read_json_object
 
     named = read_json_object(config, source).get("architectures") or "unknown"
     return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
 
 
 def _hf(directory: Path) -> tuple[str, list[_Row]]:
-    from megarlhf.data.tensor_file import tensor_places
-    from megarlhf.models.hf_files import HFWeights
+    from megarlhf.formats.huggingface import HFWeights
+    from megarlhf.formats.safetensors_file import tensor_places
 
     source = HFWeights(directory, option="load")
     rows = [
@@ -78,8 +78,8 @@ def _hf(directory: Path) -> tuple[str, list[_Row]]:
 
 
 def _megatron(load: str, role: str) -> tuple[str, list[_Row]]:
-    from megarlhf.engine.megatron_files import find_checkpoint, hf_files
-    from megarlhf.models.torch_dist import TorchDistReader
+    from megarlhf.formats.megatron import find_checkpoint, hf_files
+    from megarlhf.formats.torch_dist import TorchDistReader
 
     checkpoint = find_checkpoint(load, role)
     reader = TorchDistReader(checkpoint.directory, checkpoint.source)
@@ -101,8 +101,8 @@ def _megatron(load: str, role: str) -> tuple[str, list[_Row]]:
 
 def _layout(directory: Path, reader: "TorchDistReader") -> str:
     """The parallel sizes that a checkpoint was cut for as its converter noted them, else what its chunks tell."""
-    from megarlhf.data.json_files import read_json_object
-    from megarlhf.engine.conversion import MANIFEST
+    from megarlhf.conversion.steps import MANIFEST
+    from megarlhf.formats.json_files import read_json_object
 
     noted = read_json_object(directory / MANIFEST, reader.source) if (directory / MANIFEST).is_file() else {}
     if isinstance(sizes := noted.get("layout"), dict):

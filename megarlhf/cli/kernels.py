@@ -8,8 +8,8 @@ from megarlhf.config.check_kernels import kernel_errors, kernel_warnings
 from megarlhf.config.checks import raise_if
 from megarlhf.config.layouts import KernelArguments, LayoutArguments, TransformerImpl
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.backend import model_backend, resolve_transformer_impl
-from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.registry import find_architecture
 from megarlhf.parallel.device import DeviceKind
 

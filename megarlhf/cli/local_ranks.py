@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
-MEETING = "MEGARLHF_MEETING"  # environment variable: where the ranks that run_local_ranks starts find each other
+RENDEZVOUS = "MEGARLHF_RENDEZVOUS"  # environment variable: where the ranks that run_local_ranks starts find each other
 INPUTS = "MEGARLHF_INPUTS"  # environment variable: where those ranks find what was prepared for them
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 _SET_DEATH_SIGNAL = 1  # prctl(2)
@@ -72,10 +72,10 @@ def run_local_ranks(
     SIGTERM and SIGUSR1 are passed on to every rank. When one rank fails the others are ended; when this process is
     killed they end with it.
     """
-    with TemporaryDirectory(prefix="megarlhf-") as meeting:
+    with TemporaryDirectory(prefix="megarlhf-") as rendezvous:
         common = {
             "WORLD_SIZE": str(world_size),
-            MEETING: f"file://{Path(meeting) / 'ranks'}",
+            RENDEZVOUS: f"file://{Path(rendezvous) / 'ranks'}",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         }
         ranks = [

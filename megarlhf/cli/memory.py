@@ -12,7 +12,7 @@ from megarlhf.config.check_layout import cluster_errors, world_errors
 from megarlhf.config.checks import check_ppo, check_sft
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.supervised_arguments import SFTConfig, SupervisedBatchArguments
-from megarlhf.models.hf_files import HFConfig
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import engine_sizes, kv_numbers_per_token, layer_widths, stage_sizes

@@ -15,7 +15,7 @@ def resolved_files(model: ModelArguments, data: PromptDataArguments | SFTDataArg
     from megarlhf.data.templates import make_renderer
     from megarlhf.data.token_ids import token_text
     from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
-    from megarlhf.models.hf_files import read_config
+    from megarlhf.formats.huggingface import read_config
 
     directory = model.tokenizer or model.pretrain
     tokenizer = load_tokenizer(directory, chat_template=data.tokenizer_chat_template)

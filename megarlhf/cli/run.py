@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.layouts import LayoutArguments, TransformerImpl
-from megarlhf.engine import checkpoint_files
+from megarlhf.formats import run_checkpoints
 from megarlhf.metrics.sinks import Sinks
 
 if TYPE_CHECKING:
-    from megarlhf.models.hf_files import HFConfig
+    from megarlhf.formats.huggingface import HFConfig
 
 
 class StopSignal:
@@ -57,7 +57,7 @@ def check_weights(
         ValueError: an architecture that cannot be trained so, weight files that are not whole, or tensors
             that do not fit the configuration.
     """
-    from megarlhf.models.hf_files import read_checkpoint
+    from megarlhf.formats.huggingface import read_checkpoint
     from megarlhf.models.names import check_names, stored_dtypes
     from megarlhf.models.registry import (
         check_computing,
@@ -89,14 +89,14 @@ def check_shared_memory(config: "HFConfig", *, bf16: bool, object_store_bytes: i
     Raises:
         ValueError: these alone do not fit.
     """
-    from megarlhf.data import shared_tensors
+    from megarlhf.formats import shared_memory
     from megarlhf.models.names import model_shapes
     from megarlhf.models.registry import find_architecture
 
     shapes = model_shapes(find_architecture(config), config, "lm")
     num_bytes = sum(map(math.prod, shapes.values())) * (2 if bf16 else 4)
-    free = shared_tensors.free_shared_memory()
-    shared_tensors.check_shared_memory(num_bytes, free, object_store_bytes=object_store_bytes)
+    free = shared_memory.free_shared_memory()
+    shared_memory.check_shared_memory(num_bytes, free, object_store_bytes=object_store_bytes)
 
 
 def open_run_directory(save: str, config_yaml: str) -> Path:
@@ -147,19 +147,19 @@ def resumed_step(logging: LoggingArguments, identity: dict[str, Any]) -> int | N
     """
     if logging.load is None:
         return None
-    step, directory, state = checkpoint_files.latest(Path(logging.load) / "checkpoints")
+    step, directory, state = run_checkpoints.latest(Path(logging.load) / "checkpoints")
     saved = state.get("identity", {})
-    checkpoint_files.check_identity(saved, identity, directory, with_optimizer=not logging.no_load_optim)
+    run_checkpoints.check_identity(saved, identity, directory, with_optimizer=not logging.no_load_optim)
     return step
 
 
-def data_identity(num_rows: int, digest: str) -> str:
+def data_identity(num_rows: int, fingerprint: str) -> str:
     """What a checkpoint and the training data must agree on: the rows and their order, as they are tokenized.
 
     The place in the data is that many rows into the order drawn from the seed, so another file would be read from
     somewhere else.
     """
-    return f"{num_rows} rows, {digest[:16]}"
+    return f"{num_rows} rows, {fingerprint[:16]}"
 
 
 def model_identity(pretrain: str, *layouts: LayoutArguments) -> dict[str, Any]:
@@ -168,13 +168,13 @@ def model_identity(pretrain: str, *layouts: LayoutArguments) -> dict[str, Any]:
     Args:
         layouts: of each model that is trained.
     """
-    from megarlhf.models.hf_files import read_config
+    from megarlhf.formats.huggingface import read_config
 
     config = read_config(pretrain)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     return {
         "architecture": (config.architectures or ["none"])[0],
-        checkpoint_files.OPTIMIZER_STATE: {
+        run_checkpoints.OPTIMIZER_STATE: {
             "use_distributed_optimizer": layouts[0].use_distributed_optimizer,
             "expert_model_parallel_size above 1": [layout.expert_model_parallel_size > 1 for layout in layouts],
         },

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from megarlhf.cli.kernels import kernel_lines, resolve_kernels
-from megarlhf.cli.local_ranks import MEETING, run_local_ranks
+from megarlhf.cli.local_ranks import RENDEZVOUS, run_local_ranks
 from megarlhf.cli.run import check_weights
 from megarlhf.config.arguments import OptimizerArguments
 from megarlhf.config.command_line import to_yaml
@@ -82,7 +82,7 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
             parallel_sizes(layout),
             rank=rank,
             world_size=int(os.environ["WORLD_SIZE"]),
-            init_method=f"{os.environ[MEETING]}-{name}",
+            init_method=f"{os.environ[RENDEZVOUS]}-{name}",
             seed=config.model.seed,
             local_rank=int(os.environ["LOCAL_RANK"]),
             timeout_minutes=layout.distributed_timeout_minutes,

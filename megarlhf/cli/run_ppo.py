@@ -28,9 +28,9 @@ from megarlhf.config.layouts import LayoutArguments, TransformerImpl
 from megarlhf.data.prompts import PromptData, load_prompts
 from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens
 from megarlhf.data.types import Prompt
+from megarlhf.formats.huggingface import HFConfig, read_config
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.timers import Timers
-from megarlhf.models.hf_files import HFConfig, read_config
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.object_store import object_store_bytes
 from megarlhf.planner.placement import Machine, ModelSizes, PlacementPlan, plan_placement
@@ -207,7 +207,7 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
             reward.check,
         ]
     )
-    identity |= {"data": data_identity(len(prompts.prompts), prompts.digest)}
+    identity |= {"data": data_identity(len(prompts.prompts), prompts.fingerprint)}
     resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
         check_disk_space(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.kernels import kernel_lines, resolve_kernels
-from megarlhf.cli.local_ranks import INPUTS, MEETING, prepared_once, run_local_ranks
+from megarlhf.cli.local_ranks import INPUTS, RENDEZVOUS, prepared_once, run_local_ranks
 from megarlhf.cli.memory import fitting_memory
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
@@ -31,8 +31,8 @@ from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.sft import SFTData, load_sft_rows
 from megarlhf.data.tokenizer import load_tokenizer
+from megarlhf.formats.huggingface import read_config
 from megarlhf.metrics.report import write_report
-from megarlhf.models.hf_files import read_config
 from megarlhf.parallel.device import device_kind, num_cores
 
 
@@ -45,10 +45,10 @@ def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
         print(f"{world} local rank(s), {_threads(world)} CPU thread(s) each\n{inputs.decided}")
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
-        meeting = os.environ.get(MEETING, "env://")
+        rendezvous = os.environ.get(RENDEZVOUS, "env://")
         minutes = config.layout.distributed_timeout_minutes
         with prepared_once(partial(_prepare, config), timeout_minutes=minutes) as directory:
-            return _run_rank(config, directory, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), meeting)
+            return _run_rank(config, directory, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), rendezvous)
     with TemporaryDirectory(prefix="megarlhf-") as name:
         directory = Path(name)
         _prepare(config, directory)
@@ -95,7 +95,7 @@ def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> _Inputs:
             *steps,
         ]
     )
-    identity |= {"data": data_identity(len(data.rows), data.digest)}
+    identity |= {"data": data_identity(len(data.rows), data.fingerprint)}
     resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
         check_disk_space(

@@ -82,9 +82,9 @@ def start(
                 handles = [_launch(config, w, s, bundles, gpus) for w, s in zip(workers, specs, strict=True)]
                 groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
         training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
-        meeting = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
+        rendezvous = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
         colocated = config.cluster.colocate_all_models
-        places = start_workers(groups, meeting, config.cluster.start_timeout_seconds, colocated=colocated)
+        places = start_workers(groups, rendezvous, config.cluster.start_timeout_seconds, colocated=colocated)
         phases = ResourceManager(list(training.values()), groups["rollout"], timers, colocated=colocated)
         packing = packing_options(config, share_prompt_prefix=share_prompt_prefix)
 
@@ -213,9 +213,9 @@ def _spec(
 
 
 def start_workers(
-    groups: dict[Role, WorkerGroup], meeting: str, timeout_seconds: float, *, colocated: bool
+    groups: dict[Role, WorkerGroup], rendezvous: str, timeout_seconds: float, *, colocated: bool
 ) -> dict[Role, list[Any]]:
-    """Load every role; the ranks of a role meet in a file in the directory `meeting`, not at a port.
+    """Load every role; the ranks of a role meet in a file in the directory `rendezvous`, not at a port.
 
     Roles that share devices load in turn and sleep, the engines last: vLLM measures the whole device while it starts,
     and would take what others allocate or free meanwhile for its own doing. Disjoint roles load side by side.
@@ -227,7 +227,7 @@ def start_workers(
     started: dict[Role, list[Any]] = {}
     found: dict[Role, list[Any]] = {}
     for role, group in groups.items():
-        started[role] = group.submit("start", *(() if role == "rollout" else (f"file://{meeting}/{role}",)))
+        started[role] = group.submit("start", *(() if role == "rollout" else (f"file://{rendezvous}/{role}",)))
         if colocated:
             found[role] = _wait(group, started.pop(role), deadline)
             if role != "rollout":

@@ -14,7 +14,7 @@ from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import Place
 from megarlhf.data.dealing import Deal, PackingOptions
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
-from megarlhf.engine import checkpoint_files
+from megarlhf.formats import run_checkpoints
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
@@ -137,16 +137,16 @@ class CheckpointGroup:
     def save(self, step: int, run_state: dict[str, Any]) -> None:
         """See CheckpointRole."""
         try:
-            partial = checkpoint_files.begin(self.root, step)
+            partial = run_checkpoints.begin(self.root, step)
             for name, workers in self.roles.items():
                 workers.call("save", str(partial / name))
                 if not (partial / name).is_dir():
                     raise RuntimeError(
                         f"the {name} saved nothing to {partial / name}: save must be a place all nodes share"
                     )
-            checkpoint_files.commit(self.root, step, run_state | {"identity": self.identity}, keep=self.keep)
+            run_checkpoints.commit(self.root, step, run_state | {"identity": self.identity}, keep=self.keep)
         except Exception:
-            checkpoint_files.abandon(self.root, step)
+            run_checkpoints.abandon(self.root, step)
             raise
         self.last_saved = step
 
@@ -156,9 +156,9 @@ class CheckpointGroup:
         Raises:
             ValueError: no complete checkpoint, or one of another model or algorithm.
         """
-        _, directory, state = checkpoint_files.latest(root)
+        _, directory, state = run_checkpoints.latest(root)
         saved = state.get("identity", {})
-        checkpoint_files.check_identity(saved, self.identity, directory, with_optimizer=self.with_optimizer)
+        run_checkpoints.check_identity(saved, self.identity, directory, with_optimizer=self.with_optimizer)
         for name, workers in self.roles.items():
             workers.call("load", str(directory / name))
         return state

@@ -3,7 +3,7 @@
 from collections.abc import Set
 
 from megarlhf.cluster.group import WorkerGroup
-from megarlhf.data.shared_tensors import checksum
+from megarlhf.formats.shared_memory import checksum
 from megarlhf.trainers.roles import WeightSyncRole
 
 

@@ -16,8 +16,8 @@ import ray
 from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.dealing import RankRows, Share
-from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
+from megarlhf.formats.shared_memory import Block
 from megarlhf.planner.phases import EnginePart, Part
 from megarlhf.planner.placement import DeviceKind
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult

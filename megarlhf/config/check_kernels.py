@@ -2,7 +2,7 @@
 
 Read in TransformerEngine 2.11, pytorch/attention/dot_product_attention: utils.py:439, 450 and 459 (its fused and flash
 attention take no float32), utils.py:756 (its unfused one no context parallelism), context_parallel.py:2842 (all-gather
-takes no packed lines, and every line here is packed). Every function returns sentences and raises nothing.
+takes no packed sequences, and every line here is packed). Every function returns sentences and raises nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def kernel_errors(
         if size > 1 and layout.cp_comm_type == "all_gather":
             errors.append(
                 f"cp_comm_type=all_gather with {prefix}context_parallel_size={size} (TransformerEngine's takes no "
-                f"packed lines, and all lines are packed): set cp_comm_type=p2p, or {_LOCAL}"
+                f"packed sequences, and all lines are packed): set cp_comm_type=p2p, or {_LOCAL}"
             )
     if share_prompt_prefix:
         errors.append(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow
 
-from megarlhf.data.json_files import one_line
 from megarlhf.data.rows import Row, RowErrors, Rows
+from megarlhf.formats.json_files import one_line
 
 
 def rows_of_table(path: str, table: pyarrow.Table, *, columns: Sequence[str]) -> Rows:

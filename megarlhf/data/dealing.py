@@ -30,10 +30,10 @@ class PackingOptions:
     max_tokens: int  # packed tokens in a micro-batch, at most
     share_prefix: bool  # compute the prompt of a unit of rows once
     per_rank_multiple: int = 1  # of a rank's micro-batches
-    one_length: bool = False  # all lines of a rank are equally long
+    one_length: bool = False  # all packed sequences of a rank are equally long
 
     def for_pipeline(self, pp_size: int, vpp_size: int) -> "PackingOptions":
-        """With what the pipeline schedule asks for: the interleaved one takes pp_size lines of one length at a time."""
+        """With what the pipeline asks for: its interleaved schedule takes pp_size sequences of one length at a time."""
         return self if vpp_size == 1 else replace(self, per_rank_multiple=pp_size, one_length=True)
 
 
@@ -156,8 +156,8 @@ class RankRows:
     """A rank's rows of the present step, packed once for all passes, and the fields that collect on them.
 
     Args:
-        pack: lays rows of these numbers out in a line of at least so many positions.
-        one_length: all lines of a rank are to be equally long.
+        pack: lays rows of these numbers out in a packed sequence of at least so many positions.
+        one_length: all packed sequences of a rank are to be equally long.
     """
 
     def __init__(

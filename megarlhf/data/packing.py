@@ -1,4 +1,4 @@
-"""Micro-batches: how rows lie in one line of tokens.
+"""Micro-batches: how rows lie in one packed sequence.
 
 Two layouts. Alone, a row is one segment of all its tokens but the last, each predicting the next. Shared, the rows of a
 unit use one copy of their prompt: a segment of the prompt but for its last token, then a segment per row of that
@@ -27,19 +27,19 @@ def pack_rows(
     context_size: int = 1,
     min_length: int = 1,
 ) -> MicroBatch:
-    """Lay rows out in one line of tokens; their fields come later, by `fill_fields`.
+    """Lay rows out in one packed sequence; their fields come later, by `fill_fields`.
 
     Padding, up to a multiple of `pad_to_multiple`, is a last segment of token 0 without targets; it attends to itself
-    alone. Without any indices the whole line is such padding. Under context parallelism each segment is padded as
+    alone. Without any indices the whole sequence is such padding. Under context parallelism each segment is padded as
     well, at its end, to a multiple of the number of its chunks.
 
     Args:
         rows: all rows of the plan.
         indices: the rows to pack, in any order; those of one unit are brought together.
         share_prefix: lay out the rows of a unit behind one copy of their prompt, where it has two tokens.
-        pad_to_multiple: what sequence parallelism divides a rank's part of the line by.
-        min_length: pad the line at least to this many positions.
-        context_size: ranks that are to share the line; without share_prefix only (see parallel/context.py).
+        pad_to_multiple: what sequence parallelism divides a rank's part of the packed sequence by.
+        min_length: pad the packed sequence at least to this many positions.
+        context_size: ranks that are to share the packed sequence; without share_prefix only (see parallel/context.py).
     """
     assert context_size == 1 or not share_prefix, "segments that share a prompt are not cut over context ranks"
     segment_multiple = 1 if context_size == 1 else 2 * context_size
@@ -69,55 +69,55 @@ def pack_rows(
 
 
 def fill_fields(batch: MicroBatch, rows: TrainingRows) -> MicroBatch:
-    """A packed line with the fields and scalars of its rows as [t] or [t, k] tensors; 0 outside the targets.
+    """A packed sequence with the fields and scalars of its rows as [t] or [t, k] tensors; 0 outside the targets.
 
     Args:
-        batch: the whole line, as `pack_rows` made it of `rows`.
+        batch: the whole packed sequence, as `pack_rows` made it of `rows`.
     """
     places, length = batch.places, int(batch.cu_seqlens[-1])
     fields = {}
     for name, values in rows.fields.items():
-        line = np.zeros((length, *values.shape[1:]), dtype=np.float32)
+        packed = np.zeros((length, *values.shape[1:]), dtype=np.float32)
         for _, position, start, size in _runs(places):
-            line[position : position + size] = values[start : start + size]
-        fields[name] = torch.from_numpy(line)
+            packed[position : position + size] = values[start : start + size]
+        fields[name] = torch.from_numpy(packed)
     for name, values in rows.scalars.items():
-        line = np.zeros(length, dtype=np.float32)
+        packed = np.zeros(length, dtype=np.float32)
         for row, position, _, size in _runs(places):
-            line[position : position + size] = values[row]
-        fields[name] = torch.from_numpy(line)
+            packed[position : position + size] = values[row]
+        fields[name] = torch.from_numpy(packed)
     return replace(batch, fields=fields)
 
 
-def unpack(batch: MicroBatch, values: Tensor) -> TargetValues:
-    """Values of the rows' targets, such as log-probs, out of values of the whole line.
+def gather_targets(batch: MicroBatch, values: Tensor) -> TargetValues:
+    """Values of the rows' targets, such as log-probs, out of values of the whole packed sequence.
 
     Args:
         values: [t] on the CPU.
     """
     length = int(batch.cu_seqlens[-1])
-    assert values.shape == (length,), f"values {list(values.shape)} of a line of {length}"
-    line, places = values.float().numpy(), batch.places
-    parts = [line[position : position + size] for _, position, _, size in _runs(places)]
-    return TargetValues(starts=places.starts, lengths=places.lengths, values=np.concatenate([line[:0], *parts]))
+    assert values.shape == (length,), f"values {list(values.shape)} of a packed sequence of {length}"
+    packed, places = values.float().numpy(), batch.places
+    parts = [packed[position : position + size] for _, position, _, size in _runs(places)]
+    return TargetValues(starts=places.starts, lengths=places.lengths, values=np.concatenate([packed[:0], *parts]))
 
 
 def add_values(batches: Sequence[MicroBatch], name: str, values: TargetValues) -> list[MicroBatch]:
-    """Whole lines with one more field.
+    """Whole packed sequences with one more field.
 
     Args:
-        values: of all of these lines' targets, line by line, as `join_values` of their `unpack`; empty where a rank
-            has none, which leaves the lines as they are.
+        values: of all of these sequences' targets, one after another, as `join_values` of their
+            `gather_targets`; empty where a rank has none, which leaves the sequences as they are.
     """
     if not len(values.values):
         return list(batches)
     filled, first = [], 0
     for batch in batches:
-        line = torch.zeros(int(batch.cu_seqlens[-1]))
+        packed = torch.zeros(int(batch.cu_seqlens[-1]))
         for _, position, _, size in _runs(batch.places):
-            line[position : position + size] = torch.from_numpy(values.values[first : first + size])
+            packed[position : position + size] = torch.from_numpy(values.values[first : first + size])
             first += size
-        filled.append(replace(batch, fields=batch.fields | {name: line}))
+        filled.append(replace(batch, fields=batch.fields | {name: packed}))
     return filled
 
 
@@ -138,7 +138,7 @@ def _runs(places: TargetPlaces) -> list[tuple[int, int, int, int]]:
 
 
 class _Segments:
-    """Runs of tokens that follow one another in a line, before padding."""
+    """Runs of tokens that follow one another in a packed sequence, before padding."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []  # of the inputs, in the rows' flat tokens
@@ -164,7 +164,7 @@ def _line(
     padded: Ints,
     padding: int,
 ) -> MicroBatch:
-    """The line of these segments, each padded to its length in `padded`, with `padding` positions behind."""
+    """The sequence of these segments, each padded to its length in `padded`, with `padding` positions behind."""
     begins, total = starts_of(padded), int(padded.sum()) + padding
     tokens, targets, positions = (np.zeros(total, dtype=np.int64) for _ in range(3))
     for begin, source, length, size, first in zip(

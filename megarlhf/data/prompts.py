@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megarlhf.data.loading import load_rows
 from megarlhf.data.rows import json_value
 from megarlhf.data.templates import encode_prompts, make_renderer
-from megarlhf.data.token_ids import check_vocabulary, digest
+from megarlhf.data.token_ids import check_vocabulary, fingerprint
 from megarlhf.data.types import Ints, Prompt, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,9 @@ class PromptData:
     num_dropped: int  # prompts longer than prompt_max_len
 
     @cached_property
-    def digest(self) -> str:
-        """Hex digest of all prompts' tokens and labels in their order; equal on every machine."""
-        return digest(*_flat(self.prompts), [prompt.label for prompt in self.prompts])
+    def fingerprint(self) -> str:
+        """Hex fingerprint of all prompts' tokens and labels in their order; equal on every machine."""
+        return fingerprint(*_flat(self.prompts), [prompt.label for prompt in self.prompts])
 
 
 def load_prompts(

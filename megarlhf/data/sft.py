@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megarlhf.data.loading import load_rows
 from megarlhf.data.rows import Rows, check_text
 from megarlhf.data.templates import Renderer, encode, encode_prompts, make_renderer
-from megarlhf.data.token_ids import check_vocabulary, digest
+from megarlhf.data.token_ids import check_vocabulary, fingerprint
 from megarlhf.data.types import TrainingRows, training_rows
 
 _ARRAYS = ("input_ids", "lengths", "prompt_lengths", "unit_ids")
@@ -25,9 +25,9 @@ class SFTData:
     num_dropped: int  # rows longer than max_len
 
     @cached_property
-    def digest(self) -> str:
-        """Hex digest of all rows' tokens and prompt lengths in their order; equal on every machine."""
-        return digest(self.rows.input_ids, np.cumsum(self.rows.lengths), self.rows.prompt_lengths.tolist())
+    def fingerprint(self) -> str:
+        """Hex fingerprint of all rows' tokens and prompt lengths in their order; equal on every machine."""
+        return fingerprint(self.rows.input_ids, np.cumsum(self.rows.lengths), self.rows.prompt_lengths.tolist())
 
     def save(self, directory: Path) -> None:
         """Write the rows as .npy files into a directory, which is made, for `open`."""

@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from megarlhf.data.json_files import one_line
 from megarlhf.data.rows import Rows, check_text
+from megarlhf.formats.json_files import one_line
 
 logger = logging.getLogger(__name__)
 

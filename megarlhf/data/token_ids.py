@@ -1,4 +1,4 @@
-"""What is asked of all token ids of a data file at once: their digest, and whether the model knows them."""
+"""What is asked of all token ids of a data file at once: their fingerprint, and whether the model knows them."""
 
 import hashlib
 import json
@@ -14,8 +14,8 @@ from megarlhf.data.types import Ints, TokenIds
 _SHOWN_TOKENS = 5
 
 
-def digest(ids: TokenIds, ends: Ints, labels: Sequence[Any]) -> str:
-    """Hex digest of token sequences and a JSON value for each, in their order; equal on every machine.
+def fingerprint(ids: TokenIds, ends: Ints, labels: Sequence[Any]) -> str:
+    """Hex fingerprint of token sequences and a JSON value for each, in their order; equal on every machine.
 
     Args:
         ids: of all sequences, behind one another.
@@ -44,7 +44,7 @@ def check_vocabulary(
     the model.
 
     Args:
-        ids, ends: of rows, as for `digest`.
+        ids, ends: of rows, as for `fingerprint`.
         indices: place of each among `rows`.
         vocab_size: of the model's config.json.
     Raises:

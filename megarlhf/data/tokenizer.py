@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from megarlhf.data.json_files import broken_file, one_line, read_json_object
 from megarlhf.data.token_ids import token_text
+from megarlhf.formats.json_files import broken_file, one_line, read_json_object
 
 _FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")  # how a tokenizer's files begin
 

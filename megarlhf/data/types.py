@@ -178,10 +178,10 @@ def spans(starts: Ints, lengths: Ints) -> Ints:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TargetPlaces:
-    """Where the targets of a micro-batch's rows lie, one run a row, in the order of the line."""
+    """Where the targets of a micro-batch's rows lie, one run a row, in the order of the packed sequence."""
 
     rows: Ints  # [r] index among the rows that it was packed of
-    positions: Ints  # [r] first position in the whole line
+    positions: Ints  # [r] first position in the whole packed sequence
     starts: Ints  # [r] index of the first among the targets of those rows
     lengths: Ints  # [r]
 
@@ -202,11 +202,11 @@ class TargetValues:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows packed into one line of tokens.
+    """Rows packed into one packed sequence.
 
     A segment is a run of tokens that attends causally to itself and, where it shares a prompt, to all of that
-    prompt's segment as well. Under context parallelism the tensors are one rank's part of the line
-    (parallel/context.py), while cu_seqlens, prefix_segments and places speak of the whole line.
+    prompt's segment as well. Under context parallelism the tensors are one rank's part of the packed sequence
+    (parallel/context.py), while cu_seqlens, prefix_segments and places speak of the whole packed sequence.
     """
 
     tokens: Tensor  # [t] int64, inputs
@@ -218,4 +218,4 @@ class MicroBatch:
     fields: dict[str, Tensor]  # name -> [t] or [t, k] float32, zero outside the rows' targets
     row_ids: Tensor  # [t] int64, the row whose target is predicted, an index among those packed of; -1 where none is
     places: TargetPlaces
-    context_size: int = 1  # ranks that share the line
+    context_size: int = 1  # ranks that share the packed sequence

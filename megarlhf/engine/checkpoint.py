@@ -72,7 +72,7 @@ def save_engine(engine: MegatronEngine, directory: Path) -> None:
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()
-    engine.settle()
+    engine.finish_param_gather()
     state = _state(engine, loading=False, with_optimizer=_has_moments(engine))
     dist_checkpointing.save(state, str(directory), validate_access_integrity=True)
     dist.barrier()

@@ -1,6 +1,6 @@
 """The Megatron engine: one model of one role, as this rank holds it.
 
-Callers hand over this rank's packed lines, or rows that every rank has, of which the engine takes its data-parallel
+Callers hand over this rank's packed sequences, or rows that every rank has, of which the engine takes its data-parallel
 share by a plan that every rank computes alike. It runs Megatron-Core's schedule and gives back a number for each target
 on the ranks of the last stage.
 """
@@ -23,7 +23,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megarlhf.data.dealing import PackingOptions
-from megarlhf.data.packing import fill_fields, join_values, pack_rows, unpack
+from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack_rows
 from megarlhf.data.planning import plan_micro_batches
 from megarlhf.data.types import MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.memory import DeviceMemory
@@ -37,8 +37,8 @@ from megarlhf.engine.optimizer import (
 )
 from megarlhf.engine.reference import Reference
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
+from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.build import Head, ModelOptions, build_model
-from megarlhf.models.hf_files import read_checkpoint
 from megarlhf.models.names import check_names, stored_dtypes
 from megarlhf.models.registry import check_computing, find_architecture
 from megarlhf.models.router_statistics import RouterStatistics
@@ -140,7 +140,7 @@ class MegatronEngine:
         self.scheduler = build_scheduler(self.optimizer, options)
 
     def pack(self, rows: TrainingRows, indices: Sequence[int], min_length: int = 1) -> MicroBatch:
-        """One line of these rows, whole, as this layout needs it; see pack_rows."""
+        """One packed sequence of these rows, whole, as this layout needs it; see pack_rows."""
         return pack_rows(
             rows,
             indices,
@@ -151,7 +151,7 @@ class MegatronEngine:
         )
 
     def micro_batches(self, rows: TrainingRows, indices: Sequence[int] | None = None) -> list[MicroBatch]:
-        """This rank's share of rows that every rank has, as whole packed lines; as many micro-batches as on any rank.
+        """This rank's share of rows that every rank has, as packed sequences; as many micro-batches as on any rank.
 
         Args:
             indices: of the rows to pack; None: all.
@@ -184,7 +184,7 @@ class MegatronEngine:
         buffers = self._ddp_buffers()
         return [buffer.param_data for buffer in buffers if buffer.param_data is not None]
 
-    def settle(self) -> None:
+    def finish_param_gather(self) -> None:
         """Bring what the last optimizer step changed to every data-parallel rank; all call it before weights are read.
 
         With overlap_param_gather the step leaves that to the next forward pass.
@@ -209,7 +209,7 @@ class MegatronEngine:
         return self.forward(self.micro_batches(rows))
 
     def forward(self, batches: list[MicroBatch]) -> TargetValues:
-        """Log-probs, or the value head's values, of this rank's lines; empty before the last stage."""
+        """Log-probs, or the value head's values, of this rank's packed sequences; empty before the last stage."""
         self.memory.require("parameters")
         for chunk in self.chunks:
             chunk.eval()
@@ -224,10 +224,10 @@ class MegatronEngine:
             return join_values([])
         name = "values" if self.head == "value" else "log_probs"
         pairs = zip(batches, outputs, strict=True)
-        lines = [(batch, self._whole_line(batch, getattr(computed, name).detach())) for batch, computed in pairs]
-        return join_values([unpack(batch, line.cpu()) for batch, line in lines])
+        whole = [(batch, self._whole_sequence(batch, getattr(computed, name).detach())) for batch, computed in pairs]
+        return join_values([gather_targets(batch, values.cpu()) for batch, values in whole])
 
-    def _whole_line(self, batch: MicroBatch, part: Tensor) -> Tensor:
+    def _whole_sequence(self, batch: MicroBatch, part: Tensor) -> Tensor:
         """Values of every context rank's tokens; all of the group call it."""
         if self.ranks.cp_size == 1:
             return part
@@ -240,7 +240,7 @@ class MegatronEngine:
         return self.step(self.micro_batches(rows), objective, denominator=denominator)
 
     def step(self, batches: list[MicroBatch], objective: Objective, *, denominator: float) -> StepResult:
-        """One optimizer step on sum(loss over all ranks' lines) / denominator.
+        """One optimizer step on sum(loss over all ranks' packed sequences) / denominator.
 
         A metric that is not finite is reported as it is.
 
@@ -314,7 +314,7 @@ class MegatronEngine:
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference model."""
-        self.settle()
+        self.finish_param_gather()
         self.memory.wake("reference")  # an earlier one, which goes
         self._reference = Reference(dict(self.named_parameters()))
         self.memory.sleep("reference")
@@ -323,7 +323,7 @@ class MegatronEngine:
     def reference_weights(self) -> Iterator[None]:
         """Compute with the reference model inside the block, where alone it is on the device."""
         assert self._reference is not None, "keep_reference() comes first"
-        self.settle()
+        self.finish_param_gather()
         self.memory.wake("reference")
         try:
             with self._reference.in_place_of(dict(self.named_parameters())):
@@ -334,7 +334,7 @@ class MegatronEngine:
     def sleep(self, *parts: Part) -> None:
         """Free the device's memory of these parts, for the other roles; all ranks call it."""
         if self.memory.is_awake("parameters"):
-            self.settle()
+            self.finish_param_gather()
         self.memory.sleep(*parts)
         release_memory()
 

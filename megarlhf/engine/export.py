@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megarlhf.data.partial import replace_directory
-from megarlhf.data.tensor_file import TensorFile
 from megarlhf.engine.engine import MegatronEngine
+from megarlhf.formats.safetensors_file import TensorFile
+from megarlhf.formats.staging import replace_directory
 from megarlhf.models.companions import exported_config, write_companions, write_json
 from megarlhf.models.names import main_dtype
 from megarlhf.parallel.device import release_memory
@@ -24,16 +24,16 @@ def export_hf(
         tokenizer: directory of the tokenizer that the model was trained with; None for its pretrain.
         chat_template: text that replaced the tokenizer's chat template in training; None where its own was used.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    weights_file = partial / "model.safetensors"
+    staging = directory.with_name(directory.name + ".partial")
+    weights_file = staging / "model.safetensors"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         specs = engine.weights.tensor_specs(engine.source_dtypes)
         TensorFile.create(weights_file, specs, {"format": "pt"}).close()
     dist.barrier()
     file = TensorFile.open(weights_file, writable=True)
-    engine.settle()
+    engine.finish_param_gather()
     engine.weights.write(file)
     file.flush()
     file.close()
@@ -42,9 +42,9 @@ def export_hf(
     if dist.get_rank() == 0:
         hf_class = engine.weights.arch.class_with_head(engine.head)
         dtype = main_dtype(engine.weights.hf_shapes, engine.source_dtypes)
-        write_json(partial / "config.json", exported_config(engine.pretrain, engine.hf, hf_class, dtype))
+        write_json(staging / "config.json", exported_config(engine.pretrain, engine.hf, hf_class, dtype))
         tokenizer_dir = None if tokenizer is None else Path(tokenizer)
-        write_companions(partial, engine.pretrain, tokenizer=tokenizer_dir, chat_template=chat_template)
-        replace_directory(partial, directory)
+        write_companions(staging, engine.pretrain, tokenizer=tokenizer_dir, chat_template=chat_template)
+        replace_directory(staging, directory)
     dist.barrier()
     release_memory()

@@ -29,7 +29,7 @@ Metrics = dict[str, tuple[Tensor, Tensor | int]]  # name -> sum over the micro-b
 Loss = Callable[[TokenOutputs, MicroBatch], tuple[Tensor, Metrics]]
 
 
-Forward = Callable[[list[MicroBatch]], TargetValues]  # log-probs or values of this rank's lines, on the last stage
+Forward = Callable[[list[MicroBatch]], TargetValues]  # log-probs or values of this rank's targets, on the last stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class Objective:
     gradient and the metrics are the same for every split into ranks and micro-batches.
 
     `prepare` runs before the first forward pass with gradients, with a function that runs the model without: it gives
-    the whole lines back with the fields that the loss asks for, such as what other weights make of the same tokens.
+    the packed sequences back with the fields that the loss asks for, such as what other weights make of the same
+    tokens.
     """
 
     loss: Loss

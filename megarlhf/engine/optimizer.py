@@ -91,7 +91,7 @@ def main_weight(optimizer: Any, parameter: Any) -> Tensor:
     """The float32 weight that the optimizer steps, whole, in the parameter's shape.
 
     With the distributed optimizer each rank holds a part; all ranks that share the parameter call it together, after
-    the engine's `settle()`.
+    the engine's `finish_param_gather()`.
     """
     if parameter.dtype == torch.float32:
         return parameter.data

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.nn import Parameter
 
-from megarlhf.data.shared_tensors import copies_together
+from megarlhf.formats.shared_memory import copies_together
 
 
 class Reference:

@@ -17,8 +17,8 @@ from torch import Tensor
 from megarlhf.data.types import MicroBatch
 from megarlhf.engine.objective import Objective, TokenOutputs
 from megarlhf.models.heads import output_weight
-from megarlhf.parallel.attention import packed_params
 from megarlhf.parallel.device import current_device
+from megarlhf.parallel.packed_params import packed_params
 from megarlhf.parallel.vocab import EntropyUse, OutputDistribution, vocab_parallel_log_probs
 
 OutputFn = Callable[[Tensor, MicroBatch, EntropyUse], TokenOutputs]

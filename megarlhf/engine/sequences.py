@@ -13,12 +13,12 @@ from megarlhf.data.types import MicroBatch
 def sequence_sums(values: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Sum of per-token values over the targets that each row's loss looks at, wherever their tokens lie.
 
-    Where context ranks share the line, the first of them gets the sums and the others none, so that a loss over rows
-    counts each row once; the gradient reaches the tokens of all. Every context rank calls it, and lets its result take
-    part in the loss.
+    Where context ranks share the packed sequence, the first of them gets the sums and the others none, so that a loss
+    over rows counts each row once; the gradient reaches the tokens of all. Every context rank calls it, and lets its
+    result take part in the loss.
 
     Args:
-        values: [t] float, of this rank's part of the line.
+        values: [t] float, of this rank's part of the packed sequence.
     Returns:
         Row numbers [r] int64, as in batch.row_ids, and sums [r] float32; empty on other context ranks than the first.
     """

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from megarlhf.data.shared_tensors import (
+from megarlhf.engine.engine import MegatronEngine
+from megarlhf.formats.shared_memory import (
     Block,
     Piece,
     bytes_of,
@@ -15,15 +16,14 @@ from megarlhf.data.shared_tensors import (
     move_to_shared_memory,
     shared_copies,
 )
-from megarlhf.data.side_by_side import run_side_by_side
-from megarlhf.engine.engine import MegatronEngine
-from megarlhf.models.weights import BoundWeight, ModelWeights
+from megarlhf.formats.threads import map_threads
+from megarlhf.models.weights import LocalWeight, ModelWeights
 from megarlhf.parallel.device import device_kind
-from megarlhf.parallel.groups import gathered
+from megarlhf.parallel.groups import all_gather_objects
 
 
 class SharedWeights:
-    """What this rank hands out of the weights, for readers in other processes (data/shared_tensors.py).
+    """What this rank hands out of the weights, for readers in other processes (formats/shared_memory.py).
 
     On a CPU the parameters themselves move into shared memory: there is nothing to write before a reader comes, but it
     must be done before training goes on. A GPU's have a copy there, which `refresh` renews.
@@ -36,15 +36,15 @@ class SharedWeights:
 
     def __init__(self, engine: MegatronEngine) -> None:
         self._engine = engine
-        engine.settle()  # nothing may be on its way into memory that is about to move
-        pieces = [(bound, _pieces(engine.weights, bound)) for bound in engine.weights.handed_out()]
-        pieces = [(bound, held) for bound, held in pieces if held]  # not what is padding alone
-        self._bound = [bound for bound, _ in pieces]
-        data = [bound.param for bound in self._bound]
+        engine.finish_param_gather()  # nothing may be on its way into memory that is about to move
+        pieces = [(local, _pieces(engine.weights, local)) for local in engine.weights.owned_weights()]
+        pieces = [(local, held) for local, held in pieces if held]  # not what is padding alone
+        self._local = [local for local, _ in pieces]
+        data = [local.param for local in self._local]
         self._on_cpu = device_kind() == "cpu"
         pools = engine.parameter_pools() if self._on_cpu else []
         needed = bytes_to_move(data, pools) if self._on_cpu else sum(tensor.nbytes for tensor in data)
-        asked = gathered((needed, free_shared_memory()))  # all look before any takes some
+        asked = all_gather_objects((needed, free_shared_memory()))  # all look before any takes some
         check_shared_memory(sum(mine for mine, _ in asked), min(free for _, free in asked))
         if self._on_cpu:
             move_to_shared_memory(data, pools)
@@ -63,21 +63,21 @@ class SharedWeights:
         Returns:
             The blocks' digests.
         """
-        self._engine.settle()
+        self._engine.finish_param_gather()
 
         def renew(number: int) -> bytes:
-            data, shared = self._bound[number].param.data, self._shared[number]
+            data, shared = self._local[number].param.data, self._shared[number]
             if data.data_ptr() != shared.data_ptr():
                 shared.copy_(data)
             return digest(self._bytes[number])
 
         threads = torch.get_num_threads() if self._on_cpu else 1  # a GPU copies one after the other
-        return run_side_by_side(renew, range(len(self._bound)), threads)
+        return map_threads(renew, range(len(self._local)), threads)
 
 
-def _pieces(weights: ModelWeights, bound: BoundWeight) -> list[Piece]:
+def _pieces(weights: ModelWeights, local: LocalWeight) -> list[Piece]:
     """Which parts of which Hugging Face tensors a parameter holds."""
-    data = bound.param.data
+    data = local.param.data
     return [
         Piece(
             name=shard.hf_name,
@@ -90,6 +90,6 @@ def _pieces(weights: ModelWeights, bound: BoundWeight) -> list[Piece]:
             size=tuple(shard.view.shape),
             stride=shard.view.stride(),
         )
-        for shard in weights.shards(bound, data)
+        for shard in weights.shards(local, data)
         if shard.view.numel()
     ]

@@ -10,7 +10,7 @@ from enum import Enum
 from itertools import groupby
 from typing import Any, Literal
 
-from megarlhf.models.hf_files import HFConfig
+from megarlhf.formats.huggingface import HFConfig
 
 
 class Split(Enum):

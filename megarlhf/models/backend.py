@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 
 from megarlhf.config.layouts import KernelArguments, TransformerImpl
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import ArchSpec
-from megarlhf.models.hf_files import HFConfig
 from megarlhf.parallel.device import WEIGHT_GRADIENT_MODULE, DeviceKind
 
 Finder = Callable[[str], Any]  # importlib.util.find_spec: None where there is no such module

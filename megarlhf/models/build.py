@@ -13,20 +13,21 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megarlhf.config.layouts import KernelArguments
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import Additions, ArchSpec
 from megarlhf.models.backend import model_backend
 from megarlhf.models.families import head_dim, rope_parameters
 from megarlhf.models.heads import LMHead, ValueHead
-from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.layers import FixedBiasRouter, NormedLinear, TwoRopeAttention, add_around
 from megarlhf.models.names import is_tied, padded_vocab_size
 from megarlhf.models.passed_fields import passed_fields
-from megarlhf.parallel.attention import SegmentAttention, SegmentNorm
+from megarlhf.parallel.cpu.attention import SegmentAttention
+from megarlhf.parallel.cpu.latent import SegmentLatentAttention
+from megarlhf.parallel.cpu.norm import SegmentNorm
+from megarlhf.parallel.cpu.rotary import use_segment_positions
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import Ranks
-from megarlhf.parallel.latent import SegmentLatentAttention
 from megarlhf.parallel.megatron_versions import FREES_UNSENT_OUTPUTS, class_and_submodules
-from megarlhf.parallel.rotary import use_segment_positions
 
 Head = Literal["lm", "value"]
 _FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion")
@@ -102,7 +103,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         **{name: backend.uses(name) for name in _FUSIONS},
         calculate_per_token_loss=True,
         # With chunks neighbours exchange activations and gradients both ways at once. In one batch, or with shapes sent
-        # ahead, the two mix where the pipeline has two ranks: lines are padded to one length instead.
+        # ahead, the two mix where the pipeline has two ranks: sequences are padded to one length instead.
         variable_seq_lengths=ranks.vpp_size == 1,
         batch_p2p_comm=ranks.vpp_size == 1,
         overlap_p2p_comm=ranks.vpp_size > 1,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megarlhf.data.json_files import read_json_object
 from megarlhf.data.tokenizer import load_tokenizer
-from megarlhf.models.hf_files import CLASSIFIER, HFConfig
+from megarlhf.formats.huggingface import CLASSIFIER, HFConfig
+from megarlhf.formats.json_files import read_json_object
 
 # Everything of a directory goes along but these: weights in any format, what is written anew, what tells of another
 # training, and hidden files. Of folders only the one with a tokenizer's further chat templates.

@@ -7,6 +7,7 @@ shared ones, after some dense layers; in V3 chosen by sigmoid scores plus a bias
 from dataclasses import replace
 from typing import Any
 
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.families import (
     CONSTANTS,
@@ -23,7 +24,6 @@ from megarlhf.models.families import (
     rope_parameters,
     row,
 )
-from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.mixtures import EXPERTS, MOE_NORM, router
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
-from megarlhf.models.hf_files import HFConfig
 
 LAYER = "decoder.layers.{layer}."
 HF_LAYER = "model.layers.{layer}."

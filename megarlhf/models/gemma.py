@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import Additions, ArchSpec
 from megarlhf.models.families import (
     CONSTANTS,
@@ -25,7 +26,6 @@ from megarlhf.models.families import (
     rope_parameters,
     row,
 )
-from megarlhf.models.hf_files import HFConfig
 
 _ATTENTION_OUTPUT = (
     row(("self_attention.linear_proj.linear.weight",), "self_attn.o_proj.weight", "q"),

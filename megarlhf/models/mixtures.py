@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import Split, WeightMap
 from megarlhf.models.families import (
     DENSE,
@@ -19,7 +20,6 @@ from megarlhf.models.families import (
     norm,
     row,
 )
-from megarlhf.models.hf_files import HFConfig
 
 # Experts one by one on the CPU, fused into one module by TransformerEngine.
 _FC1 = ("mlp.experts.local_experts.{expert}.linear_fc1.weight", "mlp.experts.linear_fc1.weight{expert}")

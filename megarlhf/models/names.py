@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from megarlhf.formats.huggingface import EMBEDDING, LM_HEAD, HFConfig, HFWeights, has_score_head, shortened
 from megarlhf.models.arch import ArchSpec, WeightMap
-from megarlhf.models.hf_files import EMBEDDING, LM_HEAD, HFConfig, HFWeights, has_score_head, shortened
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SCORE = "score.weight"

@@ -5,12 +5,12 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megarlhf.data.json_files import one_line
+from megarlhf.formats.huggingface import LM_HEAD, HFConfig, HFWeights
+from megarlhf.formats.json_files import one_line
 from megarlhf.models.arch import ArchSpec
 from megarlhf.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megarlhf.models.families import LLAMA, MISTRAL, QWEN2, QWEN3
 from megarlhf.models.gemma import GEMMA2, GEMMA3
-from megarlhf.models.hf_files import LM_HEAD, HFConfig, HFWeights
 from megarlhf.models.mixtures import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
 _DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3)
@@ -116,7 +116,7 @@ def check_engine_head(arch: ArchSpec, config: HFConfig, source: HFWeights) -> No
 def check_transformer_engine(arch: ArchSpec, config: HFConfig, *, context_parallel_size: int) -> None:
     """For TransformerEngine's attention.
 
-    Its ring refuses windows (2.11, context_parallel.py:4026), and its all-gather, which takes them, no packed lines
+    Its ring refuses windows (2.11, context_parallel.py:4026), and its all-gather, which takes them, no packed sequences
     (:2842).
 
     Raises:
@@ -129,7 +129,7 @@ def check_transformer_engine(arch: ArchSpec, config: HFConfig, *, context_parall
     if window and context_parallel_size > 1:
         errors.append(
             f"context_parallel_size={context_parallel_size}: TransformerEngine's has no sliding window over packed "
-            f"lines, and layers see {window[0] + 1} tokens: use 1"
+            f"sequences, and layers see {window[0] + 1} tokens: use 1"
         )
     if errors:
         raise ValueError(f"architecture {arch.hf_class}: {'; '.join(errors)}; or set transformer_impl=local")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megarlhf.data.shared_tensors import copy_part
+from megarlhf.formats.shared_memory import copy_part
 from megarlhf.models.arch import Split, WeightMap
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data.model_sizes import ChunkSizes, LayerWidths
+from megarlhf.formats.huggingface import EMBEDDING, HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
-from megarlhf.models.hf_files import EMBEDDING, HFConfig
 from megarlhf.models.names import is_tied, model_maps, padded_vocab_size
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

@@ -11,18 +11,18 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
-from megarlhf.data.tensor_file import TensorFile, TensorSpec
+from megarlhf.formats.huggingface import HFConfig, HFWeights
+from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
 from megarlhf.models.families import head_dim
-from megarlhf.models.hf_files import HFConfig, HFWeights
 from megarlhf.models.names import is_tied, model_maps, model_shapes
 from megarlhf.models.shards import AttentionShape, Shard, shards_of
-from megarlhf.parallel.groups import Ranks, gathered
+from megarlhf.parallel.groups import Ranks, all_gather_objects
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundWeight:
+class LocalWeight:
     """A local Megatron parameter or buffer with its entry in the table."""
 
     name: str  # Megatron's name with the global layer and expert number
@@ -45,29 +45,29 @@ class ModelWeights:
         self.tied = is_tied(hf, head)
         self._maps = model_maps(arch, hf, head)
         self._attention = attention_shape(hf)
-        self.bound = self._bind(chunks)
+        self.local = self._bind(chunks)
 
-    def _bind(self, chunks: Sequence[Any]) -> list[BoundWeight]:
+    def _bind(self, chunks: Sequence[Any]) -> list[LocalWeight]:
         by_name = {name: weight for weight in self._maps for name in weight.megatron}
         embedding = by_name["embedding.word_embeddings.weight"]
         buffers = {name for weight in self._maps if weight.buffer for name in weight.megatron}
-        bound, unknown = [], []
+        local, unknown = [], []
         for name, param in (entry for chunk in chunks for entry in _named_tensors(chunk, buffers, self._first_expert)):
             if self.tied and name == "output_layer.weight":
-                bound.append(BoundWeight(name=name, param=param, weight=embedding, exported=False))
+                local.append(LocalWeight(name=name, param=param, weight=embedding, exported=False))
             elif name in by_name:
-                bound.append(BoundWeight(name=name, param=param, weight=by_name[name], exported=True))
+                local.append(LocalWeight(name=name, param=param, weight=by_name[name], exported=True))
             else:
                 unknown.append(name)
         if unknown:
             raise ValueError(f"{self.arch.hf_class}: Megatron parameters without an entry in the table: {unknown}")
         layers = {layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers}
-        absent = self._expected(layers) - {entry.weight.hf for entry in bound}
+        absent = self._expected(layers) - {entry.weight.hf for entry in local}
         if absent:
             raise ValueError(f"{self.arch.hf_class}: entries of the table without a Megatron parameter: {absent}")
-        for entry in bound:
+        for entry in local:
             _mark_parallel(entry)
-        return bound
+        return local
 
     def _expected(self, layers: set[int]) -> set[tuple[str, ...]]:
         """HF names of what the table has for these layers, of experts for this rank's."""
@@ -85,11 +85,11 @@ class ModelWeights:
     def _first_expert(self) -> int:
         return self.ranks.ep_rank * (self.arch.dimensions(self.hf).get("experts", 0) // self.ranks.ep_size)
 
-    def shards(self, bound: BoundWeight, data: Tensor) -> list[Shard]:
+    def shards(self, local: LocalWeight, data: Tensor) -> list[Shard]:
         """Where the HF tensors' parts lie in `data`, which is shaped as the parameter: itself, or its gradient."""
-        ranks, expert = self.ranks, bound.weight.expert
+        ranks, expert = self.ranks, local.weight.expert
         return shards_of(
-            bound.weight,
+            local.weight,
             data,
             attention=self._attention,
             vocab_size=self.hf.vocab_size,
@@ -110,11 +110,11 @@ class ModelWeights:
         Args:
             source: with the tensors that check_names asks for.
         """
-        for bound in self.bound:
-            data = bound.param.data
-            if bound.weight.split is Split.VOCAB:
+        for local in self.local:
+            data = local.param.data
+            if local.weight.split is Split.VOCAB:
                 data.zero_()
-            for shard in self.shards(bound, data):
+            for shard in self.shards(local, data):
                 if shard.hf_name == "score.weight" and shard.hf_name not in source.names():
                     continue
                 if shard.view.numel():
@@ -134,23 +134,23 @@ class ModelWeights:
         specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in self.hf_shapes.items()]
         return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
-    def handed_out(self) -> list[BoundWeight]:
+    def owned_weights(self) -> list[LocalWeight]:
         """This rank's share of the weights: all ranks' shares together are the whole model, each number once.
 
         Replicas share the work: of n ranks with the same weights each has every n-th.
         """
         ranks = self.ranks
-        dense = [bound for bound in self.bound if bound.exported and not bound.weight.expert]
-        experts = [bound for bound in self.bound if bound.exported and bound.weight.expert]
+        dense = [local for local in self.local if local.exported and not local.weight.expert]
+        experts = [local for local in self.local if local.exported and local.weight.expert]
         mine = dense[ranks.replica_rank :: ranks.replica_size]
         mine += experts[ranks.expert_replica_rank :: ranks.expert_replica_size]
-        return [bound for bound in mine if bound.weight.split is not Split.REPLICATED or ranks.tp_rank == 0]
+        return [local for local in mine if local.weight.split is not Split.REPLICATED or ranks.tp_rank == 0]
 
     @torch.no_grad()
     def write(self, file: TensorFile) -> None:
         """Write this rank's share into a weight file that all ranks have open. The caller puts a barrier behind."""
-        for bound in self.handed_out():
-            for shard in self.shards(bound, bound.param.data):
+        for local in self.owned_weights():
+            for shard in self.shards(local, local.param.data):
                 if shard.view.numel():
                     shard.emit(file.view(shard.hf_name))
 
@@ -164,17 +164,17 @@ class ModelWeights:
         """
         own = {
             shard.hf_name: shard
-            for bound in self.handed_out()
-            for shard in self.shards(bound, bound.param.data)
+            for local in self.owned_weights()
+            for shard in self.shards(local, local.param.data)
             if shard.view.numel()
         }
         parts: dict[str, dict[int, _Part]] = {}
-        for rank, held in enumerate(gathered({name: (s.index, s.view.dtype) for name, s in own.items()})):
+        for rank, held in enumerate(all_gather_objects({name: (s.index, s.view.dtype) for name, s in own.items()})):
             for name, part in held.items():
                 parts.setdefault(name, {})[rank] = part
         for name, shape in self.hf_shapes.items():
             if self.ranks.world_rank == 0:
-                yield name, _received(shape, parts[name], own.get(name), device=self.bound[0].param.device)
+                yield name, _received(shape, parts[name], own.get(name), device=self.local[0].param.device)
             elif name in own:
                 _exchange([dist.P2POp(dist.isend, own[name].view.contiguous(), 0)])
 
@@ -210,18 +210,18 @@ def attention_shape(hf: HFConfig) -> AttentionShape:
     return AttentionShape(num_heads=hf.num_attention_heads, num_groups=hf.num_key_value_heads, head_dim=head_dim(hf))
 
 
-def _mark_parallel(bound: BoundWeight) -> None:
+def _mark_parallel(local: LocalWeight) -> None:
     """Say which parameters are cut over tensor parallelism.
 
     Megatron-Core says so only while it initialises weights itself, which the engine skips; the gradient norm counts an
     unmarked parameter on one rank alone.
     """
-    if bound.weight.split is not Split.REPLICATED or bound.weight.expert:
-        dimension = 1 if bound.weight.split is Split.ROW else 0
+    if local.weight.split is not Split.REPLICATED or local.weight.expert:
+        dimension = 1 if local.weight.split is Split.ROW else 0
         for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-            if hasattr(bound.param, name):
-                delattr(bound.param, name)
-        set_tensor_model_parallel_attributes(bound.param, True, dimension, 1)
+            if hasattr(local.param, name):
+                delattr(local.param, name)
+        set_tensor_model_parallel_attributes(local.param, True, dimension, 1)
 
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

@@ -1,6 +1,6 @@
-"""Context parallelism: which part of a packed line each rank of the context group has.
+"""Context parallelism: which part of a packed sequence each rank of the context group has.
 
-Every segment of a line that is shared by n ranks is cut into 2n equal chunks, of which rank r has chunks r and
+Every segment of a packed sequence that n ranks share is cut into 2n equal chunks, of which rank r has chunks r and
 2n - 1 - r: an early and a late one, so that all ranks attend to as much (the order of Megatron-Core and
 TransformerEngine).
 """
@@ -15,7 +15,7 @@ from megarlhf.data.types import MicroBatch
 
 
 def context_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
-    """Positions of the line that one of `size` context ranks has, in its order: [t / size] int64."""
+    """Positions of the packed sequence that one of `size` context ranks has, in its order: [t / size] int64."""
     parts = []
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         chunk = (stop - start) // (2 * size)
@@ -26,7 +26,7 @@ def context_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
 
 
 def context_part(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
-    """One context rank's part of a line that was packed for `size` of them."""
+    """One context rank's part of a packed sequence that was packed for `size` of them."""
     if size == 1:
         return micro_batch
     mine = context_indices(micro_batch.cu_seqlens, rank, size)
@@ -36,17 +36,17 @@ def context_part(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         targets=micro_batch.targets[mine],
         position_ids=micro_batch.position_ids[mine],
         target_mask=micro_batch.target_mask[mine],
-        fields={name: line[mine] for name, line in micro_batch.fields.items()},
+        fields={name: packed[mine] for name, packed in micro_batch.fields.items()},
         row_ids=micro_batch.row_ids[mine],
         context_size=size,
     )
 
 
 def join_context(parts: Sequence[Tensor], cu_seqlens: Tensor) -> Tensor:
-    """The whole line from every context rank's part, in rank order: the inverse of `context_part`."""
+    """The whole packed sequence from every context rank's part, in rank order: the inverse of `context_part`."""
     if len(parts) == 1:
         return parts[0]
-    line = parts[0].new_empty(int(cu_seqlens[-1]))
+    packed = parts[0].new_empty(int(cu_seqlens[-1]))
     for rank, part in enumerate(parts):
-        line[context_indices(cu_seqlens, rank, len(parts))] = part
-    return line
+        packed[context_indices(cu_seqlens, rank, len(parts))] = part
+    return packed

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megarlhf.parallel import megatron_cpu
+from megarlhf.parallel.cpu import megatron_cpu
 from megarlhf.parallel.groups import ParallelSizes, Ranks, current_ranks, destroy_groups
 
 

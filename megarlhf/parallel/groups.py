@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megarlhf.parallel import megatron_cpu
+from megarlhf.parallel.cpu import megatron_cpu
 from megarlhf.parallel.device import collective_backend, select_device
 from megarlhf.parallel.megatron_versions import balance_losses
 
@@ -75,7 +75,7 @@ def initialize_groups(
     """Join the role's world, cut it into Megatron-Core's groups and seed the generators.
 
     Args:
-        init_method: torch.distributed rendezvous, such as "file:///tmp/meeting" or "env://".
+        init_method: torch.distributed rendezvous, such as "file:///tmp/rendezvous" or "env://".
         timeout_minutes: a collective that waits longer fails on every rank.
     """
     sizes.data(world_size)
@@ -108,7 +108,7 @@ def initialize_groups(
     torch.manual_seed(seed)
 
 
-def gathered(mine: Value) -> list[Value]:
+def all_gather_objects(mine: Value) -> list[Value]:
     """Every rank's object, by rank. All call it, and none returns before all have."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)

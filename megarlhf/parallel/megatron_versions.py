@@ -13,7 +13,7 @@ FREES_UNSENT_OUTPUTS = not NEWER
 def ranks_in_balance_loss(tp_size: int, cp_size: int) -> int:
     """Ranks whose tokens Megatron-Core does not count when it weighs a micro-batch's load-balancing loss by its tokens.
 
-    Each rank's router sees its own part of a line. 0.16 multiplies by that part's tokens, 0.19 by the whole line's.
+    Each rank's router sees its own part of a sequence. 0.16 multiplies by that part's tokens, 0.19 by all of them.
     """
     return 1 if NEWER else tp_size * cp_size
 

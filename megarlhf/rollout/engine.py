@@ -11,9 +11,9 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from megarlhf.data.shared_tensors import Block
 from megarlhf.data.types import GeneratedGroup, GroupTokens, TokenIds
-from megarlhf.models.hf_files import read_checkpoint
+from megarlhf.formats.huggingface import read_checkpoint
+from megarlhf.formats.shared_memory import Block
 from megarlhf.planner.phases import EnginePart
 from megarlhf.rollout.decoding import response_texts
 from megarlhf.rollout.sampling import request_seed
@@ -249,7 +249,7 @@ class RolloutEngine:
         """Map the memory in which the trainer's ranks hold the weights, before the first update.
 
         Args:
-            blocks: of every rank (data/shared_tensors.py), tensors with Hugging Face names.
+            blocks: of every rank (formats/shared_memory.py), tensors with Hugging Face names.
         Raises:
             ValueError: parts that do not make up whole tensors. With tensor_parallel_size > 1 vLLM turns the workers'
                 errors into a RuntimeError with this message inside, here and below.

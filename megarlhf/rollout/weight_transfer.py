@@ -1,7 +1,7 @@
 """vLLM weight-transfer backend that reads a policy's weights where the trainer's ranks hold them in shared memory.
 
-The ranks say once what lies where (data/shared_tensors.py). For each update every inference engine on the host is told
-the version and the checksum, and reads while the ranks wait. Two ways lead into a model, with equal results:
+The ranks say once what lies where (formats/shared_memory.py). For each update every engine on the host is told the
+version and the checksum, and reads while the ranks wait. Two ways lead into a model, with equal results:
 
 - direct, on a CPU without tensor parallelism: vLLM's CPU build keeps each linear weight as a private packed copy (a
   oneDNN kernel). The new kernels are packed straight from the trainer's memory, or from a copy in the cache where the
@@ -38,8 +38,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
-from megarlhf.data.shared_tensors import Block, SharedTensors, checksum
-from megarlhf.data.side_by_side import run_side_by_side
+from megarlhf.formats.shared_memory import Block, SharedTensors, checksum
+from megarlhf.formats.threads import map_threads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -286,7 +286,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def _apply_with_loader(self, tensors: SharedTensors, update_info: SharedMemoryUpdate) -> None:
         """vLLM's layerwise reload."""
         every = range(len(tensors.blocks))
-        self._verify(run_side_by_side(tensors.digest, every, torch.get_num_threads()), update_info)
+        self._verify(map_threads(tensors.digest, every, torch.get_num_threads()), update_info)
         self.version = NO_VERSION
         expected = {name for name, _ in self.model.named_parameters()}
         load_weights: Any = self.model.load_weights
@@ -312,7 +312,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             return step.packed_kernel(tensors) if isinstance(step, Pack) else None
 
         steps: list[Copy | Pack] = [*plan.copies, *plan.packs]  # the largest is among the copies: the embedding
-        kernels = run_side_by_side(digest_and_pack, zip(steps, plan.blocks, strict=True), torch.get_num_threads())
+        kernels = map_threads(digest_and_pack, zip(steps, plan.blocks, strict=True), torch.get_num_threads())
         self._verify([digests[number] for number in range(len(tensors.blocks))], update_info)
         self.version = NO_VERSION
         for pack, kernel in zip(plan.packs, kernels[len(plan.copies) :], strict=True):

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megarlhf.data.planning import prompt_units
-from megarlhf.data.tensor_file import TensorFile
 from megarlhf.data.types import TargetValues, TrainingRows, training_rows
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import main_weight
 from megarlhf.engine.schedule import sum_gradients
+from megarlhf.formats.safetensors_file import TensorFile
 from megarlhf.parallel.device import current_device
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.sft import sft_objective
@@ -149,12 +149,12 @@ def main_parts(engine: MegatronEngine) -> Iterator[Part]:
 
 
 def _parts(engine: MegatronEngine, tensor_of: Callable[[Any], Tensor], *, buffers: bool) -> Iterator[Part]:
-    engine.settle()
+    engine.finish_param_gather()
     weights = engine.weights
     shapes = weights.hf_shapes
-    for bound in weights.bound:
-        if bound.exported and (buffers or not bound.weight.buffer):
-            for shard in weights.shards(bound, tensor_of(bound.param)):
+    for local in weights.local:
+        if local.exported and (buffers or not local.weight.buffer):
+            for shard in weights.shards(local, tensor_of(local.param)):
                 whole = zip(shapes[shard.hf_name], shard.index, strict=True)
                 shape = tuple(len(range(size)[part]) for size, part in whole)
                 yield shard.hf_name, shard.index, shard.view.float().reshape(shape)

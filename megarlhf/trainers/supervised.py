@@ -14,9 +14,10 @@ from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.data.prompts import PromptSampler
 from megarlhf.data.types import TrainingRows
-from megarlhf.engine import checkpoint, checkpoint_files
+from megarlhf.engine import checkpoint
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
+from megarlhf.formats import run_checkpoints
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import current_device
@@ -133,15 +134,15 @@ def save_checkpoint(
     """One complete checkpoint; every rank calls it."""
     root, step = Path(logging.save) / "checkpoints", progress.step
     if dist.get_rank() == 0:
-        checkpoint_files.begin(root, step)
+        run_checkpoints.begin(root, step)
     dist.barrier()
     try:
-        checkpoint.save_engine(engine, checkpoint_files.partial_directory(root, step) / "actor")
+        checkpoint.save_engine(engine, run_checkpoints.staging_directory(root, step) / "actor")
         if dist.get_rank() == 0:
             state = {"step": step, "consumed": progress.consumed, "identity": identity}
-            checkpoint_files.commit(root, step, state, keep=logging.max_ckpt_num)
+            run_checkpoints.commit(root, step, state, keep=logging.max_ckpt_num)
     except OSError:
-        checkpoint_files.abandon(root, step)
+        run_checkpoints.abandon(root, step)
         raise
     dist.barrier()
 
@@ -149,8 +150,8 @@ def save_checkpoint(
 def load(engine: MegatronEngine, logging: LoggingArguments, *, identity: dict[str, Any]) -> Progress:
     """Bring the engine to the latest checkpoint of the run that `logging.load` names; returns where it was."""
     with_optimizer = not logging.no_load_optim
-    _, directory, state = checkpoint_files.latest(Path(str(logging.load)) / "checkpoints")
-    checkpoint_files.check_identity(state.get("identity", {}), identity, directory, with_optimizer=with_optimizer)
+    _, directory, state = run_checkpoints.latest(Path(str(logging.load)) / "checkpoints")
+    run_checkpoints.check_identity(state.get("identity", {}), identity, directory, with_optimizer=with_optimizer)
     checkpoint.load_engine(engine, directory / "actor", with_optimizer=with_optimizer)
     return Progress(step=int(state["step"]), consumed=int(state["consumed"]))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megarlhf.models.hf_files import read_config
+from megarlhf.formats.huggingface import read_config
 from megarlhf.models.names import model_shapes
 from megarlhf.models.registry import find_architecture
 

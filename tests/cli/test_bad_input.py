@@ -11,9 +11,9 @@ import pytest
 from megarlhf.cli import train_ppo, train_sft
 from megarlhf.cli.run import check_shared_memory, check_weights
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.data import shared_tensors
 from megarlhf.data.tokenizer import load_tokenizer
-from megarlhf.models.hf_files import read_config
+from megarlhf.formats import shared_memory
+from megarlhf.formats.huggingface import read_config
 from tests.cluster.runs import SMALL, write_inputs
 from tests.tiny_models import make_model
 
@@ -143,7 +143,7 @@ def test_too_little_shared_memory(
     flags: Flags, assets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_bytes = (assets / "model" / "model.safetensors").stat().st_size  # float32 already
-    monkeypatch.setattr(shared_tensors, "free_shared_memory", lambda: num_bytes * 3 // 4)
+    monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: num_bytes * 3 // 4)
     assert "do not fit into /dev/shm" in fail(flags, capsys)
     model = read_config(assets / "model")
     check_shared_memory(model, bf16=True, object_store_bytes=0)  # half as large

@@ -14,7 +14,7 @@ from megarlhf.cli.main import main
 from megarlhf.cli.run import check_weights
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data.tokenizer import load_tokenizer, stop_tokens
-from megarlhf.models.hf_files import read_config
+from megarlhf.formats.huggingface import read_config
 from tests.cluster.runs import SMALL, write_inputs
 
 Damage = Callable[[Path], None]

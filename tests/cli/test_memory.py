@@ -9,7 +9,7 @@ from megarlhf.cli import train_ppo
 from megarlhf.cli.memory import plan_memory
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import parse
-from megarlhf.models.hf_files import read_config
+from megarlhf.formats.huggingface import read_config
 
 GIB = 2**30
 

@@ -153,10 +153,10 @@ class Starting(RecordedGroup):
 def test_roles_that_share_devices_start_one_after_another_and_engines_last(colocated: bool) -> None:
     log: Log = []
     groups: Any = {role: Starting(role, log) for role in ("actor", "critic", "rollout")}
-    start_workers(groups, "/meeting", 7.0, colocated=colocated)
+    start_workers(groups, "/rendezvous", 7.0, colocated=colocated)
     assert {args for _, method, args in log if method == "submit start"} == {
-        ("file:///meeting/actor",),
-        ("file:///meeting/critic",),
+        ("file:///rendezvous/actor",),
+        ("file:///rendezvous/critic",),
         (),
     }
     order = [f"{role} {method}" for role, method, _ in log]

@@ -11,8 +11,8 @@ import pytest
 
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup
 from megarlhf.cluster.weight_sync import SharedMemorySync
-from megarlhf.data.shared_tensors import checksum
 from megarlhf.data.types import GeneratedGroup, Prompt, Sample
+from megarlhf.formats.shared_memory import checksum
 from tests.cluster.recorded_groups import RecordedGroup, makes_directory
 from tests.trainers.plain_roles import make_prompts
 

@@ -136,7 +136,7 @@ class Programs:
                 number = options["world_size"] - 1 if phase == "layout" else 0
                 for key, value in (("WORLD_SIZE", options["world_size"]), ("RANK", number), ("LOCAL_RANK", number)):
                     patch.setenv(key, str(value))
-                patch.setenv("MEGARLHF_MEETING", "file://nowhere")
+                patch.setenv("MEGARLHF_RENDEZVOUS", "file://nowhere")
                 trace.process = (phase, number)
                 return parity._run(config, [], dry_run=False)
 

@@ -12,9 +12,9 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
+from megarlhf.formats.huggingface import read_config
 from megarlhf.models.arch import ArchSpec
 from megarlhf.models.build import ModelOptions, build_model
-from megarlhf.models.hf_files import read_config
 from megarlhf.models.registry import find_architecture
 from megarlhf.parallel.fake_world import fake_world
 from megarlhf.parallel.groups import ParallelSizes

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarlhf.data.dealing import Deal, PackingOptions, RankRows, rows_of
-from megarlhf.data.packing import join_values, pack_rows, unpack
+from megarlhf.data.packing import gather_targets, join_values, pack_rows
 from megarlhf.data.types import Floats, GroupTokens, Prompt, Sample
 
 
@@ -100,7 +100,7 @@ def test_every_sample_is_on_one_rank_with_its_tokens_and_its_numbers(
         assert len(lines) == sum(map(len, share.plan)) and not any(line.fields for line in lines)
         if multiple > 1:
             assert len({len(line.tokens) for line in lines}) == 1
-        values = [unpack(line, 2 * line.targets) for line in lines][::-1]  # in any order
+        values = [gather_targets(line, 2 * line.targets) for line in lines][::-1]  # in any order
         computed.append(rows.keep_values("double", join_values(values)))
     assert deal.join(computed).tolist() == (2 * whole).tolist()
     assert all(len({len(share.plan[number]) for share in deal.shares}) == 1 for number in range(len(parts)))

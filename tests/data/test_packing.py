@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarlhf.data.packing import fill_fields, join_values, pack_rows, unpack
+from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack_rows
 from megarlhf.data.planning import packed_length
 from megarlhf.data.types import MicroBatch, TrainingRows, starts_of, training_rows
 from tests.data.rows import Row, make_rows, ragged_rows
@@ -55,7 +55,7 @@ def test_layout_with_a_shared_prompt_and_padding() -> None:
     assert spans_of(batch) == {0: (2, 4), 2: (4, 5), 1: (6, 7)}
     assert (batch.tokens.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int32)
     assert (batch.fields["advantages"].dtype, batch.target_mask.dtype) == (torch.float32, torch.bool)
-    found = unpack(batch, batch.targets)
+    found = gather_targets(batch, batch.targets)
     assert dict(zip(found.indices.tolist(), found.values.tolist(), strict=True)) == {0: 4, 1: 5, 2: 9, 3: 6}
 
 
@@ -67,7 +67,7 @@ def test_a_loss_mask_and_scalars_and_fields_of_several_numbers() -> None:
     assert batch.target_mask.tolist() == [False, False, False, True, False, False, True]
     assert batch.fields["weights"].tolist() == [0, 0, 0.5, 0.5, 0, 0, 0.125]
     assert batch.fields["top"][[2, 3, 6]].tolist() == [[0, 1], [2, 3], [6, 7]] and batch.fields["top"].shape == (7, 2)
-    assert len(unpack(batch, batch.targets).values) == 3, "outputs come for every target"
+    assert len(gather_targets(batch, batch.targets).values) == 3, "outputs come for every target"
 
 
 def test_prompt_of_one_token_is_not_shared() -> None:
@@ -82,7 +82,7 @@ def test_no_rows_are_a_line_of_padding() -> None:
     assert batch.cu_seqlens.tolist() == [0, 4]
     assert batch.fields["advantages"].tolist() == [0, 0, 0, 0]
     assert not batch.target_mask.any() and batch.row_ids.tolist() == [-1] * 4
-    assert batch.prefix_segments == (None,) and not len(unpack(batch, batch.targets).indices)
+    assert batch.prefix_segments == (None,) and not len(gather_targets(batch, batch.targets).indices)
     assert pack(ROWS, [], share_prefix=False).tokens.tolist() == [0]
     assert not len(join_values([]).values)
 

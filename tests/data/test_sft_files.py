@@ -18,7 +18,7 @@ def test_what_is_opened_is_what_was_saved_and_cannot_be_changed(tmp_path: Path) 
     assert opened.rows.lengths.tolist() == [3, 2, 4] and opened.rows.lengths.dtype == np.int64
     assert opened.rows.prompt_lengths.tolist() == [1, 1, 3]
     assert opened.rows.unit_ids.tolist() == [0, 1, 2]
-    assert (opened.num_dropped, opened.digest) == (7, data.digest)
+    assert (opened.num_dropped, opened.fingerprint) == (7, data.fingerprint)
     taken = opened.rows.take([2, 0])
     assert (taken.input_ids.tolist(), taken.prompt_lengths.tolist()) == ([1, 2, 3, 4, 5, 6, 7], [3, 1])
     with pytest.raises(ValueError, match="read-only"):

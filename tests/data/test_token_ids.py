@@ -35,7 +35,7 @@ def test_digest_is_of_lengths_tokens_and_labels() -> None:
     wanted = hashlib.blake2b(struct.pack("<qqq", 2, 3, 4) + struct.pack("<iiii", 5, 300, 70000, 1), digest_size=16)
     wanted.update(b'["7", {"a": [1, null], "b": "\\u00e9"}]')
     data = prompt_data(((5, 300, 70000), "7"), ((1,), {"b": "é", "a": [1, None]}))
-    assert data.digest == wanted.hexdigest()
+    assert data.fingerprint == wanted.hexdigest()
 
 
 def test_digest_differs_with_every_token_label_order_and_number() -> None:
@@ -55,8 +55,8 @@ def test_digest_differs_with_every_token_label_order_and_number() -> None:
         sft_data(((5, 3), 1), ((1, 2, 3), 2)),
         sft_data(((1, 2, 3), 1), ((5, 3), 1)),
     ]
-    assert len({data.digest for data in variants}) == len(variants)
-    assert variants[0].digest == prompt_data(((5, 3), "7"), ((1,), None)).digest
+    assert len({data.fingerprint for data in variants}) == len(variants)
+    assert variants[0].fingerprint == prompt_data(((5, 3), "7"), ((1,), None)).fingerprint
 
 
 def test_prompts_with_tokens_past_the_vocabulary_are_refused(

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megarlhf.data.shared_tensors import SharedTensors, checksum
 from megarlhf.data.types import TargetValues, TrainingRows, starts_of
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.sharing import SharedWeights
-from megarlhf.parallel.groups import gathered
+from megarlhf.formats.shared_memory import SharedTensors, checksum
+from megarlhf.parallel.groups import all_gather_objects
 from megarlhf.trainers.parity import (
     ObjectiveName,
     compare,
@@ -163,7 +163,7 @@ def assemble(results: list[Parts]) -> dict[str, Tensor]:
 
 def read_shared(shared: SharedWeights) -> dict[str, Tensor]:
     """Every HF tensor as any process reads it from all ranks' memory; all ranks call it."""
-    digests, blocks = gathered(shared.refresh()), gathered(shared.blocks)
+    digests, blocks = all_gather_objects(shared.refresh()), all_gather_objects(shared.blocks)
     tensors = SharedTensors([block for part in blocks for block in part])
     assert all(block.pieces for block in tensors.blocks)  # nothing that is padding alone
     found = checksum(tensors.digest(number) for number in range(len(tensors.blocks)))

@@ -33,7 +33,7 @@ def held() -> Held:
 
 def live(layout: Layout, rank: int, root: Path, model_dir: Path, *, frozen: bool, whole: bool) -> Held:
     """What is held inside a world whose engine trains; `whole`: and does the rest of what a worker's does."""
-    with world(layout, rank, f"file://{root}/meeting"):
+    with world(layout, rank, f"file://{root}/rendezvous"):
         engine = build(layout, model_dir)
         if frozen:
             freeze_garbage_collector()

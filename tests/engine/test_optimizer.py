@@ -91,7 +91,7 @@ def moments(engine: MegatronEngine, name: str) -> Parts:
     """AdamW's running means of one process under the weights' HF names."""
     (inner,) = engine.optimizer.chained_optimizers
     found: Parts = []
-    for bound in engine.weights.bound:
+    for bound in engine.weights.local:
         main = bound.param
         if hasattr(inner, "model_param_group_index_map"):
             group, order = inner.model_param_group_index_map[bound.param]

@@ -50,7 +50,7 @@ def poisoned(value: float, rank: int | None) -> Objective:
 
 def everything(engine: MegatronEngine) -> dict[str, Tensor]:
     """Weights, main weights, running means and step counts, schedule, on this rank."""
-    engine.settle()
+    engine.finish_param_gather()
     state = {name: p.detach().clone() for name, p in engine.named_parameters()}
     state["schedule"] = torch.tensor(engine.scheduler.num_steps)
     for part, inner in enumerate(engine.optimizer.chained_optimizers):

@@ -43,7 +43,7 @@ def train(rank: int, world_size: int, init_method: str, layout: Layout, model_di
             if step == 0 and share:
                 shared = SharedWeights(engine)
             read = read_shared(shared) if share else {}
-            engine.settle()
+            engine.finish_param_gather()
             steps.append(({name: tensor.clone() for name, tensor in engine.weights.iter_hf_weights()}, read))
     return steps
 

@@ -10,8 +10,8 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from megarlhf.data.tokenizer import load_tokenizer
+from megarlhf.formats.huggingface import read_config
 from megarlhf.models.companions import exported_config, write_companions
-from megarlhf.models.hf_files import read_config
 from tests.tiny_models import make_model
 
 OWN = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megarlhf.models.hf_files import read_checkpoint
+from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.names import check_names, stored_dtypes
 from megarlhf.models.registry import find_architecture
+from tests.conversion.test_convert import VERIFIED, to_hf, train_and_save
 from tests.distributed.layouts import LAYOUTS, SINGLE
 from tests.distributed.pool import RankPool
-from tests.engine.test_convert import VERIFIED, to_hf, train_and_save
 from tests.tiny_models import make_model
 
 BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")

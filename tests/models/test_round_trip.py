@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megarlhf.data.tensor_file import TensorFile
 from megarlhf.engine.sharing import SharedWeights
+from megarlhf.formats.safetensors_file import TensorFile
 from tests.distributed.cases import read_shared
 from tests.distributed.layouts import LATENT_LAYOUTS, LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool

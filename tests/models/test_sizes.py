@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data.model_sizes import ChunkSizes
+from megarlhf.formats.huggingface import read_checkpoint, read_config
 from megarlhf.models.build import ModelOptions, build_model
-from megarlhf.models.hf_files import read_checkpoint, read_config
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import engine_sizes, kv_numbers_per_token, layer_widths, stage_depths, stage_sizes

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megarlhf.engine.export import export_hf
-from megarlhf.models import hf_files
-from megarlhf.models.hf_files import read_checkpoint
+from megarlhf.formats import huggingface
+from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.names import check_names
 from megarlhf.models.registry import check_engine_head, find_architecture
 from megarlhf.trainers.parity import parity_objective
@@ -36,7 +36,7 @@ def transformers_ties(model_dir: Path) -> bool:
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_where_transformers_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, head: str) -> None:
     """The tensors differ in the last slice alone."""
-    monkeypatch.setattr(hf_files, "_SLICE_BYTES", 7 * 64 * 4)
+    monkeypatch.setattr(huggingface, "_SLICE_BYTES", 7 * 64 * 4)
     model_dir = make_model(tmp_path / "model", tied=True)
     config = json.loads((model_dir / "config.json").read_text()) | {"tie_word_embeddings": tied}
     (model_dir / "config.json").write_text(json.dumps(config))

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from megarlhf.parallel.attention import Scoring, SegmentParams, attention_blocks
+from megarlhf.parallel.cpu.ring import Scoring
+from megarlhf.parallel.cpu.segments import SegmentParams, attention_blocks
 
 
 def test_a_window_counts_back_within_the_segment() -> None:

@@ -6,8 +6,8 @@ import torch
 
 from megarlhf.data.packing import fill_fields, pack_rows, unpack
 from megarlhf.data.types import TrainingRows, training_rows
-from megarlhf.parallel.attention import context_blocks
 from megarlhf.parallel.context import context_indices, context_part, join_context
+from megarlhf.parallel.cpu.segments import context_blocks
 
 
 def test_each_rank_has_an_early_and_a_late_chunk_of_every_segment() -> None:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from megarlhf.data.shared_tensors import Block, Piece, bytes_of, checksum, describe_block, digest, shared_copies
 from megarlhf.data.types import FinishReason, GeneratedGroup, TokenIds
+from megarlhf.formats.shared_memory import Block, Piece, bytes_of, checksum, describe_block, digest, shared_copies
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from vllm.model_executor.model_loader.reload import layerwise
 
-from megarlhf.data.shared_tensors import Block, SharedTensors, checksum
 from megarlhf.engine.sharing import SharedWeights
+from megarlhf.formats.shared_memory import Block, SharedTensors, checksum
 from megarlhf.rollout.engine import RolloutEngine
 from tests.distributed.layouts import MOE_LAYOUTS, build, world
 from tests.distributed.pool import RankPool

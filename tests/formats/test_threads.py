@@ -1,24 +1,24 @@
-"""run_side_by_side: order, thread counts, and what happens after a failure."""
+"""map_threads: order, thread counts, and what happens after a failure."""
 
 import time
 
 import pytest
 import torch
 
-from megarlhf.data.side_by_side import run_side_by_side
+from megarlhf.formats.threads import map_threads
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_run_side_by_side_keeps_order_and_thread_counts(threads: int) -> None:
+def test_run_threads_keeps_order_and_thread_counts(threads: int) -> None:
     before = torch.get_num_threads()
-    seen = run_side_by_side(lambda i: (i, torch.get_num_threads()), range(20), threads)
+    seen = map_threads(lambda i: (i, torch.get_num_threads()), range(20), threads)
     assert seen == [(i, before if threads == 1 else 1) for i in range(20)]
     assert torch.get_num_threads() == before
     with pytest.raises(ZeroDivisionError):
-        run_side_by_side(lambda i: 1 // i, range(2), threads)
+        map_threads(lambda i: 1 // i, range(2), threads)
 
 
-def test_run_side_by_side_starts_nothing_after_a_failure() -> None:
+def test_run_threads_starts_nothing_after_a_failure() -> None:
     started = []
 
     def fail_first(index: int) -> None:
@@ -28,5 +28,5 @@ def test_run_side_by_side_starts_nothing_after_a_failure() -> None:
         time.sleep(0.05)
 
     with pytest.raises(RuntimeError, match="first"):
-        run_side_by_side(fail_first, range(40), 2)
+        map_threads(fail_first, range(40), 2)
     assert len(started) < 5

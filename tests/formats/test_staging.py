@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.data.partial import PartialDirectory, check_partial, replace_directory
+from megarlhf.formats.staging import StagingDirectory, check_staging, replace_directory
 
 
 def interrupted(target: Path, steps: list[str], identity: dict[str, int]) -> None:
     """Begin and be interrupted after these steps."""
-    with pytest.raises(KeyboardInterrupt), PartialDirectory(target, identity) as partial:
+    with pytest.raises(KeyboardInterrupt), StagingDirectory(target, identity) as staging:
         for step in steps:
-            (partial.path / step).write_text(step)
-            partial.note(step, {"bytes": len(step)})
+            (staging.path / step).write_text(step)
+            staging.note(step, {"bytes": len(step)})
         raise KeyboardInterrupt
 
 
@@ -21,17 +21,17 @@ def test_it_goes_on_after_the_steps_noted(tmp_path: Path) -> None:
     target = tmp_path / "target"
     interrupted(target, ["a", "b"], {"of": 1})
     assert not target.exists()
-    with PartialDirectory(target, {"of": 1}) as partial:
-        assert partial.done == {"a": {"bytes": 1}, "b": {"bytes": 1}}
-        assert (partial.path / "a").read_text() == "a"
+    with StagingDirectory(target, {"of": 1}) as staging:
+        assert staging.done == {"a": {"bytes": 1}, "b": {"bytes": 1}}
+        assert (staging.path / "a").read_text() == "a"
     assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_another_identity_begins_anew(tmp_path: Path) -> None:
     interrupted(tmp_path / "target", ["a"], {"of": 1})
-    with PartialDirectory(tmp_path / "target", {"of": 2}) as partial:
-        assert partial.done == {}
+    with StagingDirectory(tmp_path / "target", {"of": 2}) as staging:
+        assert staging.done == {}
     assert list((tmp_path / "target").iterdir()) == []
 
 
@@ -39,29 +39,29 @@ def test_a_note_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
     interrupted(tmp_path / "target", ["a", "b"], {"of": 1})
     journal = tmp_path / "target.partial" / "progress.jsonl"
     journal.write_text(journal.read_text()[:-4])
-    with PartialDirectory(tmp_path / "target", {"of": 1}) as partial:
-        assert list(partial.done) == ["a"]
-        partial.note("c", 3)
+    with StagingDirectory(tmp_path / "target", {"of": 1}) as staging:
+        assert list(staging.done) == ["a"]
+        staging.note("c", 3)
         lines = [json.loads(line) for line in journal.read_text().splitlines()]
     assert lines == [{"of": 1}, ["a", {"bytes": 1}], ["c", 3]]
 
 
 def test_a_value_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wrong"), PartialDirectory(tmp_path / "target", {}):
+    with pytest.raises(ValueError, match="wrong"), StagingDirectory(tmp_path / "target", {}):
         raise ValueError("wrong")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    with PartialDirectory(tmp_path / "target", {}), pytest.raises(ValueError, match="another process is writing"):
-        PartialDirectory(tmp_path / "target", {})
+    with StagingDirectory(tmp_path / "target", {}), pytest.raises(ValueError, match="another process is writing"):
+        StagingDirectory(tmp_path / "target", {})
 
 
 def test_an_older_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "old").write_text("")
-    with PartialDirectory(tmp_path / "target", {}) as partial:
-        (partial.path / "new").write_text("")
+    with StagingDirectory(tmp_path / "target", {}) as staging:
+        (staging.path / "new").write_text("")
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
 
 
@@ -87,9 +87,9 @@ def test_a_replacement_that_was_interrupted_is_cleaned_up(tmp_path: Path) -> Non
 def test_a_partial_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     theirs = tmp_path / "target.partial"
     theirs.mkdir()
-    check_partial(tmp_path / "target")
+    check_staging(tmp_path / "target")
     (theirs / "thesis").write_text("words")
-    for attempt in (lambda: check_partial(tmp_path / "target"), lambda: PartialDirectory(tmp_path / "target", {})):
+    for attempt in (lambda: check_staging(tmp_path / "target"), lambda: StagingDirectory(tmp_path / "target", {})):
         with pytest.raises(ValueError, match=r"target\.partial, where it would be made, holds something else"):
             attempt()
     assert [path.name for path in theirs.iterdir()] == ["thesis"]

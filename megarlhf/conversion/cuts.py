@@ -15,9 +15,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import ArchSpec, WeightMap
 from megarlhf.models.build import Head, ModelOptions, build_model
-from megarlhf.models.hf_files import HFConfig
 from megarlhf.models.weights import ModelWeights
 from megarlhf.parallel.fake_world import fake_world
 from megarlhf.parallel.groups import ParallelSizes
@@ -114,7 +114,7 @@ def cut_model(
             chunks, _ = build_model(arch, without_rope, ranks, options, head=head, seed=0)
             weights = ModelWeights(chunks, arch, hf, ranks, head=head)
             names = names or weights
-            exported = {id(bound.param): bound.weight for bound in weights.bound if bound.exported}
+            exported = {id(local.param): local.weight for local in weights.local if local.exported}
             for entry in _sharded_state(chunks[0]):
                 if isinstance(entry, ShardedObject):
                     objects[entry.unique_key] = entry.data

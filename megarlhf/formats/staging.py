@@ -19,14 +19,14 @@ from typing import Any, Self
 _JOURNAL = "progress.jsonl"
 
 
-def partial_path(target: Path) -> Path:
+def staging_path(target: Path) -> Path:
     """Where a target is made."""
     return target.with_name(target.name + ".partial")
 
 
-def check_partial(target: Path) -> None:
+def check_staging(target: Path) -> None:
     """Raises ValueError where the place to make `target` in is taken by something that was not made here."""
-    path = partial_path(target)
+    path = staging_path(target)
     if not path.exists() or (path / _JOURNAL).is_file() or (path.is_dir() and not any(path.iterdir())):
         return
     raise ValueError(
@@ -35,18 +35,18 @@ def check_partial(target: Path) -> None:
     )
 
 
-class PartialDirectory:
+class StagingDirectory:
     """The directory `path`, on its way to `target`, which a `with` block fills.
 
     Args:
-        identity: JSON values that decide every byte; a partial directory with another identity is thrown away.
+        identity: JSON values that decide every byte; a staging directory with another identity is thrown away.
     Raises:
-        ValueError: another process is making the same target, or see check_partial.
+        ValueError: another process is making the same target, or see check_staging.
     """
 
     def __init__(self, target: Path, identity: dict[str, Any]) -> None:
-        self.target, self.path = target, partial_path(target)
-        check_partial(target)
+        self.target, self.path = target, staging_path(target)
+        check_staging(target)
         self.path.mkdir(parents=True, exist_ok=True)
         self._journal = open(self.path / _JOURNAL, "a+", encoding="utf-8")
         try:
@@ -117,11 +117,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_directory(partial: Path, final: Path) -> None:
+def replace_directory(staging: Path, final: Path) -> None:
     """Rename a complete directory to its final name; an older one of that name is removed."""
     old = final.with_name(f".{final.name}.megarlhf-old")
     shutil.rmtree(old, ignore_errors=True)  # of a replacement that was interrupted here
     if final.exists():
         final.rename(old)
-    partial.rename(final)
+    staging.rename(final)
     shutil.rmtree(old, ignore_errors=True)

@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from megarlhf.cli.run import check_weights
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.engine import conversion
+from megarlhf.conversion import steps as conversion_steps
+from megarlhf.conversion.steps import MANIFEST, ConvertOptions, Memory
+from megarlhf.conversion.to_hf import megatron_to_hf
+from megarlhf.conversion.to_megatron import hf_to_megatron
 from megarlhf.engine.checkpoint import load_engine, save_engine
-from megarlhf.engine.conversion import MANIFEST, ConvertOptions, Memory
-from megarlhf.engine.convert_to_hf import megatron_to_hf
-from megarlhf.engine.convert_to_megatron import hf_to_megatron
 from megarlhf.engine.export import export_hf
 from megarlhf.trainers.parity import parity_objective
 from tests.distributed.cases import make_rows
@@ -411,7 +411,7 @@ def test_numbered_layers_are_read_as_well(ranks: RankPool, tmp_path: Path) -> No
 
 KILLED = """
 import os, signal, sys
-from tests.engine import test_convert as t
+from tests.conversion import test_convert as t
 t.conversion._BUNDLE_BYTES = 1
 calls = []
 def progress(phase, num_bytes, total):
@@ -443,7 +443,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not save.exists()
     noted = len((tmp_path / "target.partial" / "progress.jsonl").read_text().splitlines()) - 1
     assert noted >= 5
-    monkeypatch.setattr(conversion, "_BUNDLE_BYTES", 1)
+    monkeypatch.setattr(conversion_steps, "_BUNDLE_BYTES", 1)
     convert = to_megatron if direction == "there" else to_hf
     steps = [count_steps(convert, load, target) for target in (save, tmp_path / "at-once")]
     assert steps[0] == steps[1] - noted, "the steps that were done are not done again"
@@ -453,7 +453,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_changed_source_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was done from other weights is thrown away."""
-    monkeypatch.setattr(conversion, "_BUNDLE_BYTES", 1)
+    monkeypatch.setattr(conversion_steps, "_BUNDLE_BYTES", 1)
 
     def stop(phase: str, num_bytes: int, total: int) -> None:
         if num_bytes:

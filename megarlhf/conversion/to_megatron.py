@@ -19,35 +19,35 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
-from megarlhf.data.partial import PartialDirectory
-from megarlhf.engine.checkpoint_files import LATEST
-from megarlhf.engine.conversion import (
+from megarlhf.conversion.cuts import CutModel, GlobalWeight, cut_model
+from megarlhf.conversion.steps import (
     DTYPES,
     ConvertOptions,
     Digests,
     Memory,
     TensorFiles,
     bundles,
+    check_manifest,
     check_space,
     check_target,
-    compare,
     converted,
     digest,
     fingerprint,
     run_steps,
     write_manifest,
 )
-from megarlhf.engine.convert_to_hf import hf_form, hf_tensors, parts, reading_bytes
-from megarlhf.engine.megatron_files import HF_CONFIG, RELEASE
+from megarlhf.conversion.to_hf import hf_form, hf_tensors, parts, reading_bytes
+from megarlhf.formats.huggingface import EMBEDDING, HFConfig, has_score_head, read_checkpoint
+from megarlhf.formats.megatron import HF_CONFIG, RELEASE
+from megarlhf.formats.run_checkpoints import LATEST
+from megarlhf.formats.staging import StagingDirectory
+from megarlhf.formats.torch_dist import TorchDistReader, write_metadata, write_objects, write_tensor
 from megarlhf.models.arch import Split
 from megarlhf.models.build import Head
 from megarlhf.models.companions import copy_companions, tied_config, write_json
-from megarlhf.models.cuts import CutModel, GlobalWeight, cut_model
 from megarlhf.models.heads import drawn_value_weights
-from megarlhf.models.hf_files import EMBEDDING, HFConfig, has_score_head, read_checkpoint
 from megarlhf.models.names import check_names
 from megarlhf.models.registry import find_architecture
-from megarlhf.models.torch_dist import TorchDistReader, write_metadata, write_objects, write_tensor
 
 _SEED = 42  # of a critic's head that the source lacks, as in the programs' --seed
 
@@ -79,25 +79,25 @@ def hf_to_megatron(
     about = {"source": str(load), "architecture": arch.hf_class, "head": kind, "layout": layout}
     steps = bundles(model.weights, work.num_bytes)
     identity = {**about, "dtype": str(options.dtype), "files": fingerprint(paths), "steps": list(steps)}
-    with PartialDirectory(save, identity) as partial:
-        target = partial.path / RELEASE
+    with StagingDirectory(save, identity) as staging:
+        target = staging.path / RELEASE
         target.mkdir(exist_ok=True)
         memory = Memory(max(work.num_bytes(weight) + work.copied_bytes(weight) for weight in model.weights))
         write = bind(work.write, target, memory)
-        run_steps(steps, write, work.num_bytes, phase="convert", partial=partial, options=options)
-        work.describe(target, [chunk for record in partial.done.values() for chunk in record["chunks"]])
-        manifest = {name: entry for record in partial.done.values() for name, entry in record["digests"].items()}
+        run_steps(steps, write, work.num_bytes, phase="convert", staging=staging, options=options)
+        work.describe(target, [chunk for record in staging.done.values() for chunk in record["chunks"]])
+        manifest = {name: entry for record in staging.done.values() for name, entry in record["digests"].items()}
         write_manifest(target, manifest, **about, left_out=sorted(set(source.names()) - manifest.keys()))
-        companions = partial.path / HF_CONFIG
+        companions = staging.path / HF_CONFIG
         companions.mkdir(exist_ok=True)
         write_json(companions / "config.json", tied_config(load, hf))
         copy_companions(load, companions)
-        (partial.path / LATEST).write_text(RELEASE)
+        (staging.path / LATEST).write_text(RELEASE)
         if options.verify:
             reader = TorchDistReader(target, f"save={save}")
             memory = Memory(max(reading_bytes(weight, reader) for weight in model.weights))
             check = bind(work.verify, reader, memory, manifest)
-            run_steps(steps, check, work.num_bytes, phase="verify", partial=None, options=options)
+            run_steps(steps, check, work.num_bytes, phase="verify", staging=None, options=options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ class _Conversion:
         """Read a step's weights back and compare them with the manifest."""
         for weight in bundle:
             with memory.lend(0, besides=reading_bytes(weight, reader)):
-                compare(hf_tensors(weight, reader, self.hf), manifest, reader.source)
+                check_manifest(hf_tensors(weight, reader, self.hf), manifest, reader.source)
 
 
 def _chunks(weight: GlobalWeight, param: Tensor) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlhf.data.partial import PartialDirectory, check_partial, partial_path
-from megarlhf.data.side_by_side import run_side_by_side
-from megarlhf.data.tensor_file import tensor_places
-from megarlhf.engine.checkpoint_files import LATEST
-from megarlhf.models.cuts import GlobalWeight
+from megarlhf.conversion.cuts import GlobalWeight
+from megarlhf.formats.run_checkpoints import LATEST
+from megarlhf.formats.safetensors_file import tensor_places
+from megarlhf.formats.staging import StagingDirectory, check_staging, staging_path
+from megarlhf.formats.threads import map_threads
 from megarlhf.parallel.device import num_cores
 
 MANIFEST = "conversion.json"
@@ -199,30 +199,30 @@ def run_steps(
     num_bytes: Callable[[GlobalWeight], int],
     *,
     phase: str,
-    partial: PartialDirectory | None,
+    staging: StagingDirectory | None,
     options: ConvertOptions,
 ) -> None:
-    """Do the steps in threads, the largest first, and note each in `partial`, whose earlier steps are left out."""
+    """Do the steps in threads, the largest first, and note each in `staging`, whose earlier steps are left out."""
     sizes = {name: sum(map(num_bytes, bundle)) for name, bundle in steps.items()}
     total = sum(sizes.values())
-    done = partial.done if partial is not None else {}
+    done = staging.done if staging is not None else {}
     options.progress(phase, sum(sizes[name] for name in done), total)
 
     def run(name: str) -> None:
         record = function(name, steps[name])
-        if partial is not None:
-            partial.note(name, record)
+        if staging is not None:
+            staging.note(name, record)
         options.progress(phase, sizes[name], total)
 
     order = sorted((name for name in steps if name not in done), key=lambda name: -sizes[name])
-    run_side_by_side(run, order, options.threads)
+    map_threads(run, order, options.threads)
 
 
 def check_target(load: Path, save: Path, *, overwrite: bool) -> None:
     """Raises ValueError where nothing may be written to `save`."""
     if load.resolve().is_relative_to(save.resolve()):
         raise ValueError(f"save={save}; it holds what load={load} reads: give another directory")
-    check_partial(save)
+    check_staging(save)
     if not save.exists():
         return
     if not overwrite:
@@ -234,7 +234,7 @@ def check_target(load: Path, save: Path, *, overwrite: bool) -> None:
 def check_space(save: Path, num_bytes: int) -> None:
     """Raises ValueError where the disk lacks room for the target; what an earlier try left there counts as room."""
     parent = next(path for path in save.absolute().parents if path.exists())
-    left = partial_path(save).rglob("*")
+    left = staging_path(save).rglob("*")
     free = shutil.disk_usage(parent).free + sum(path.stat().st_blocks * 512 for path in left)
     if free < num_bytes + _SPARE_BYTES:
         raise ValueError(
@@ -248,7 +248,7 @@ def fingerprint(paths: Sequence[Path]) -> list[Any]:
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
-def compare(found: Iterator[tuple[str, Tensor]], manifest: Digests, target: str) -> None:
+def check_manifest(found: Iterator[tuple[str, Tensor]], manifest: Digests, target: str) -> None:
     """Digest tensors that were read back.
 
     Raises:

@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def run_side_by_side(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
+def map_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
     """The results of `function` in order, computed in threads whose own PyTorch operations use one core each.
 
     Many operations of a millisecond run faster next to each other than one after the other on all cores: no barrier

@@ -7,7 +7,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from torch import Tensor
 
-from megarlhf.parallel.attention import SegmentParams
+from megarlhf.parallel.cpu.segments import SegmentParams
 
 
 class SegmentRotaryEmbedding(RotaryEmbedding):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.models.hf_files import HFWeights
+from megarlhf.formats.huggingface import HFWeights
 from tests.distributed.layouts import SINGLE, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model

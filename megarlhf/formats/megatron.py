@@ -5,8 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from megarlhf.engine.checkpoint_files import LATEST, iteration_directory
-from megarlhf.models.torch_dist import METADATA
+from megarlhf.formats.run_checkpoints import LATEST, iteration_directory
+from megarlhf.formats.torch_dist import METADATA
 
 HF_CONFIG = "hf_config"
 RELEASE = "release"  # in place of an iteration: weights that no training step has changed

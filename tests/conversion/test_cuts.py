@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megarlhf.models.cuts import cut_model
-from megarlhf.models.hf_files import read_config
+from megarlhf.conversion.cuts import cut_model
+from megarlhf.formats.huggingface import read_config
 from megarlhf.models.registry import find_architecture
 from tests.tiny_models import make_model
 

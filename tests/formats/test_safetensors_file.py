@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megarlhf.data.tensor_file import TensorFile, TensorSpec
+from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
 
 SPECS = [
     TensorSpec("b.q", (3, 5), torch.float32),
@@ -67,7 +67,7 @@ def test_opens_files_of_safetensors(tmp_path: Path) -> None:
 def test_another_process_writes_in_place(path: Path) -> None:
     reader = TensorFile.open(path)
     view = reader.view("b.q")
-    code = "from megarlhf.data.tensor_file import TensorFile as T; "
+    code = "from megarlhf.formats.safetensors_file import TensorFile as T; "
     code += f"T.open({str(path)!r}, writable=True).view('b.q').fill_(7)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
     assert bool((view == 7).all())

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megarlhf.data.partial import sync
+from megarlhf.formats.staging import sync
 
 OPTIMIZER_STATE = "optimizer_state"  # entry of an identity: what of the layout decides how optimizer state is kept
 LATEST = "latest_checkpointed_iteration.txt"
@@ -24,23 +24,23 @@ def iteration_directory(root: Path, step: int) -> Path:
     return root / f"iter_{step:07d}"
 
 
-def partial_directory(root: Path, step: int) -> Path:
+def staging_directory(root: Path, step: int) -> Path:
     """Where a checkpoint is written before it is complete."""
     return root / f"iter_{step:07d}.partial"
 
 
 def begin(root: Path, step: int) -> Path:
     """An empty directory for a new checkpoint; what an interrupted save left there is removed."""
-    partial = partial_directory(root, step)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    return partial
+    staging = staging_directory(root, step)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
 
 
 def abandon(root: Path, step: int) -> None:
     """Remove what a save that failed has written: on a full disk the room is needed."""
-    shutil.rmtree(partial_directory(root, step), ignore_errors=True)
+    shutil.rmtree(staging_directory(root, step), ignore_errors=True)
 
 
 def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Path:
@@ -49,13 +49,13 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Pa
     Args:
         run_state: JSON-serialisable state of the loop.
     """
-    partial, final = partial_directory(root, step), iteration_directory(root, step)
-    (partial / "run_state.json").write_text(json.dumps(run_state, indent=1, sort_keys=True))
-    for path in [*partial.rglob("*"), partial]:
+    staging, final = staging_directory(root, step), iteration_directory(root, step)
+    (staging / "run_state.json").write_text(json.dumps(run_state, indent=1, sort_keys=True))
+    for path in [*staging.rglob("*"), staging]:
         sync(path)
     if final.exists():
         shutil.rmtree(final)
-    partial.rename(final)
+    staging.rename(final)
     sync(root)
     pointer = root / (LATEST + ".partial")
     pointer.write_text(str(step))

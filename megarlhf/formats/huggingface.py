@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megarlhf.data.json_files import one_line, read_json_object
+from megarlhf.formats.json_files import one_line, read_json_object
 
 HFConfig = PretrainedConfig
 CLASSIFIER = "ForSequenceClassification"  # how a reward model's class ends

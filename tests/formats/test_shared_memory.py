@@ -9,7 +9,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megarlhf.data.shared_tensors import (
+from megarlhf.formats.shared_memory import (
     Block,
     Piece,
     SharedTensors,

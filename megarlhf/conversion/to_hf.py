@@ -15,34 +15,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megarlhf.data.partial import PartialDirectory
-from megarlhf.data.tensor_file import TensorFile, TensorSpec, tensor_places
-from megarlhf.data.tokenizer import load_tokenizer
-from megarlhf.engine.conversion import (
+from megarlhf.conversion.cuts import CutModel, GlobalWeight, Region, cut_model
+from megarlhf.conversion.steps import (
     ConvertOptions,
     Digests,
     Memory,
     TensorFiles,
     bundles,
+    check_manifest,
     check_space,
     check_target,
-    compare,
     converted,
     digest,
     fingerprint,
     run_steps,
     write_manifest,
 )
-from megarlhf.engine.megatron_files import HFFiles, MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
+from megarlhf.data.tokenizer import load_tokenizer
+from megarlhf.formats.huggingface import INDEX, HFConfig, read_checkpoint, read_config
+from megarlhf.formats.megatron import HFFiles, MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
+from megarlhf.formats.safetensors_file import TensorFile, TensorSpec, tensor_places
+from megarlhf.formats.staging import StagingDirectory
+from megarlhf.formats.torch_dist import METADATA, TorchDistReader
 from megarlhf.models.arch import Split
 from megarlhf.models.build import Head
 from megarlhf.models.companions import exported_config, write_companions, write_json
-from megarlhf.models.cuts import CutModel, GlobalWeight, Region, cut_model
-from megarlhf.models.hf_files import INDEX, HFConfig, read_checkpoint, read_config
 from megarlhf.models.names import check_names, main_dtype, stored_dtypes
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.shards import Shard, shards_of
-from megarlhf.models.torch_dist import METADATA, TorchDistReader
 from megarlhf.models.weights import attention_shape
 
 _NUMBERED = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -118,8 +118,8 @@ def megatron_to_hf(
     steps = bundles(weights, num_bytes)
     contents = {name: [repr(spec) for spec in file] for name, file in layout.items()}
     identity = {**about, "files": fingerprint([reader.directory / METADATA]), "layout": contents, "steps": list(steps)}
-    with PartialDirectory(save, identity) as partial:
-        files = TensorFiles([_prepare(partial.path / name, file) for name, file in layout.items()], writable=True)
+    with StagingDirectory(save, identity) as staging:
+        files = TensorFiles([_prepare(staging.path / name, file) for name, file in layout.items()], writable=True)
         memory = Memory(max(map(needed, weights)))
 
         def write_weight(weight: GlobalWeight) -> Digests:  # by itself: no name may keep memory that was given back
@@ -141,17 +141,17 @@ def megatron_to_hf(
         def verify(_: str, bundle: list[GlobalWeight]) -> None:
             for weight in bundle:
                 with memory.lend(0, besides=num_bytes(weight)):
-                    compare(((name, files.read(name)) for name in weight.weight.hf), manifest, f"save={save}")
+                    check_manifest(((name, files.read(name)) for name in weight.weight.hf), manifest, f"save={save}")
 
-        run_steps(steps, write, num_bytes, phase="convert", partial=partial, options=options)
-        manifest = {name: entry for record in partial.done.values() for name, entry in record.items()}
-        write_manifest(partial.path, manifest, **about, iteration=checkpoint.iteration)
+        run_steps(steps, write, num_bytes, phase="convert", staging=staging, options=options)
+        manifest = {name: entry for record in staging.done.values() for name, entry in record.items()}
+        write_manifest(staging.path, manifest, **about, iteration=checkpoint.iteration)
         config = exported_config(files_of.directory, hf, arch.class_with_head(head), main_dtype(shapes, dtypes))
-        write_json(partial.path / "config.json", config)
-        write_companions(partial.path, files_of.directory, tokenizer=files_of.tokenizer, chat_template=template)
-        _write_index(partial.path, layout)
+        write_json(staging.path / "config.json", config)
+        write_companions(staging.path, files_of.directory, tokenizer=files_of.tokenizer, chat_template=template)
+        _write_index(staging.path, layout)
         if options.verify:
-            run_steps(steps, verify, num_bytes, phase="verify", partial=None, options=options)
+            run_steps(steps, verify, num_bytes, phase="verify", staging=None, options=options)
         files.close()
 
 

@@ -1,0 +1,7 @@
+"""Conversion between Hugging Face and Megatron-Core checkpoints, file to file, without a process group.
+
+    cuts               how Megatron-Core cuts a model's weights for a layout
+    to_hf              torch_dist -> safetensors
+    to_megatron        safetensors -> torch_dist
+    work               what both share: bytes at offsets, digests, memory, the manifest
+"""
