@@ -1,7 +1,7 @@
 """One role's weights, optimizer and schedule in Megatron-Core's distributed checkpoint format (torch_dist).
 
 A checkpoint can be loaded under another tensor, pipeline or data-parallel layout. What makes it complete or not is
-the business of checkpoint_files.
+the business of formats/run_checkpoints.
 """
 
 import queue

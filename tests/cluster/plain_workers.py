@@ -15,7 +15,7 @@ import ray
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import MegatronWorker, Place
 from megarlhf.data.dealing import PackingOptions
-from megarlhf.data.packing import join_values, pack_rows, unpack
+from megarlhf.data.packing import gather_targets, join_values, pack_rows
 from megarlhf.data.types import Floats, GroupTokens, MicroBatch, Prompt, Rollout, Sample, TargetValues, TrainingRows
 from megarlhf.engine.engine import StepResult
 
@@ -101,7 +101,7 @@ class PlainEngine:
     def forward(self, batches: list[MicroBatch]) -> TargetValues:
         if not self.ranks.is_last_stage:
             return join_values([])
-        return join_values([unpack(batch, self._values(batch)) for batch in batches])
+        return join_values([gather_targets(batch, self._values(batch)) for batch in batches])
 
     def _values(self, batch: MicroBatch) -> Any:
         tokens = batch.targets.double()

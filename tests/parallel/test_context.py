@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megarlhf.data.packing import fill_fields, pack_rows, unpack
+from megarlhf.data.packing import fill_fields, gather_targets, pack_rows
 from megarlhf.data.types import TrainingRows, training_rows
 from megarlhf.parallel.context import context_indices, context_part, join_context
 from megarlhf.parallel.cpu.segments import context_blocks
@@ -40,11 +40,11 @@ def test_parts_join_to_the_line_and_rows_come_back(size: int) -> None:
         joined = join_context([getattr(part, name) for part in parts], whole.cu_seqlens)
         assert torch.equal(joined, getattr(whole, name)), name
     advantages = join_context([part.fields["advantages"] for part in parts], whole.cu_seqlens)
-    found = unpack(whole, advantages)
+    found = gather_targets(whole, advantages)
     assert sorted(found.indices) == list(range(sum((3, 10, 7, 1))))
     assert found.values.tolist() == rows.fields["advantages"][found.indices].tolist()
     own = np.concatenate([ids[2:] for ids in np.split(rows.input_ids, np.cumsum(rows.lengths)[:-1])])
-    assert unpack(whole, whole.targets).values.tolist() == own[found.indices].tolist()
+    assert gather_targets(whole, whole.targets).values.tolist() == own[found.indices].tolist()
 
 
 @pytest.mark.parametrize("size", [2, 3])
