@@ -25,7 +25,7 @@ def deallocate_outputs(engine: MegatronEngine) -> None:
 
 def read_unsettled(engine: MegatronEngine) -> None:
     """Leave parameters where the optimizer step left them, on one data-parallel rank each."""
-    engine.settle = lambda: None  # type: ignore[method-assign]
+    engine.finish_param_gather = lambda: None  # type: ignore[method-assign]
 
 
 def forget_sequence_parallel(engine: MegatronEngine) -> None:
