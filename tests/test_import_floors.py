@@ -191,7 +191,7 @@ def test_a_package_that_keeps_the_rules_passes(tmp_path: Path) -> None:
         ("trainers/r.py", "import ray", "ray is imported only in cluster"),
         ("cluster/v.py", "from vllm.config import X", "vllm is imported only in rollout"),
         ("cluster/v.py", "import importlib\nimportlib.import_module('vllm.x')", "v.py:2: .*vllm is imported only"),
-        ("planner/m.py", "import megatron.core as mcore", "megatron is imported only in conversion, engine, models, parallel"),
+        ("planner/m.py", "import megatron.core as mcore", "megatron .* only in conversion, engine, models, parallel"),
         ("algos/n.py", "import numpy", "algos imports torch alone"),
         ("algos/n.py", "from torch import distributed", "algos imports torch alone"),
         ("algos/n.py", "from megarlhf.data.types import Sample", "algos imports torch alone"),

@@ -14,7 +14,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megarlhf.parallel.cpu.ring import RingAttention, Scoring
-from megarlhf.parallel.cpu.segments import SegmentParams
+from megarlhf.parallel.cpu.segments import SegmentParams, take_spans
 
 
 class SegmentAttention(MegatronModule):
@@ -76,16 +76,10 @@ class SegmentAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [t, 1, h, d] -> [1, h, t, d]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        outputs = []
-        for block, mask in zip(blocks, masks, strict=True):
-            keys, values = k[:, :, block.start : block.stop], v[:, :, block.start : block.stop]
-            if size > 1:  # each rank's part of the block lies at the same place of its part
-                parts = [slice(rank * tokens + block.start, rank * tokens + block.stop) for rank in range(size)]
-                keys, values = (torch.cat([x[:, :, part] for part in parts], 2) for x in (k, v))
-            if block.prefix is not None:
-                first, last = block.prefix
-                keys, values = torch.cat([k[:, :, first:last], keys], 2), torch.cat([v[:, :, first:last], values], 2)
-            outputs.append(self.scoring.attend(q[:, :, block.start : block.stop], keys, values, mask))
+        spans = [block.key_spans(tokens, size) for block in blocks]
+        queries = take_spans(q, [[(block.start, block.stop)] for block in blocks])
+        attended = zip(queries, take_spans(k, spans), take_spans(v, spans), masks, strict=True)
+        outputs = [self.scoring.attend(*block) for block in attended]
         return torch.cat(outputs, 2).permute(2, 0, 1, 3).reshape(tokens, 1, -1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:

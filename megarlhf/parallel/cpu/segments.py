@@ -1,5 +1,7 @@
 """Which tokens of a packed micro-batch attend to which: blocks of neighbouring segments, with their masks."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from megarlhf.parallel.context import context_indices
 
-_BLOCK_TOKENS = 256  # short segments share one masked product up to this many queries
+_BLOCK_TOKENS = 128  # short segments share one masked product up to this many queries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,11 @@ class AttentionBlock:
     query_positions: Tensor  # [queries] int64, counted alike for queries and keys of one segment
     key_positions: Tensor  # [keys] int64
     # keys: the prefix and the block's own tokens; under context parallelism the block's part on each rank in turn
+
+    def key_spans(self, tokens: int, size: int) -> list[tuple[int, int]]:
+        """Where the keys lie in those of `size` context ranks with `tokens` each."""
+        own = [(rank * tokens + self.start, rank * tokens + self.stop) for rank in range(size)]
+        return own if self.prefix is None else [self.prefix, *own]
 
     def visible(self, window: int | None) -> Tensor | None:
         """The mask of a layer whose tokens see themselves and the `window` - 1 tokens before; None: no such limit."""
@@ -53,48 +60,46 @@ class SegmentParams(PackedSeqParams):
 def attention_blocks(
     cu_seqlens: list[int], prefix_segments: tuple[int | None, ...], position_ids: Tensor
 ) -> tuple[AttentionBlock, ...]:
-    """Group neighbouring segments that continue the same prompt into blocks of about _BLOCK_TOKENS queries."""
-    blocks: list[AttentionBlock] = []
-    members: list[int] = []
+    """Group neighbouring segments into blocks of at most _BLOCK_TOKENS queries, or of one longer segment.
 
-    def close() -> None:
-        if members:
-            blocks.append(_block(cu_seqlens, members, prefix_segments[members[0]], position_ids))
-            members.clear()
-
-    for segment, prefix in enumerate(prefix_segments):
-        if members:
-            tokens = cu_seqlens[segment + 1] - cu_seqlens[members[0]]
-            if prefix != prefix_segments[members[0]] or tokens > _BLOCK_TOKENS:
-                close()
-        members.append(segment)
-    close()
-    return tuple(blocks)
-
-
-def _block(
-    cu_seqlens: list[int], members: list[int], prefix_segment: int | None, position_ids: Tensor
-) -> AttentionBlock:
-    start, stop = cu_seqlens[members[0]], cu_seqlens[members[-1] + 1]
-    prefix = None if prefix_segment is None else (cu_seqlens[prefix_segment], cu_seqlens[prefix_segment + 1])
-    positions, mask = position_ids[start:stop], None
-    if prefix is not None or len(members) > 1:
-        device = position_ids.device
-        owner = torch.cat([torch.full((cu_seqlens[m + 1] - cu_seqlens[m],), m, device=device) for m in members])
-        mask = (owner[:, None] == owner[None, :]).tril()
-    if prefix is None:
-        return AttentionBlock(
-            start=start, stop=stop, prefix=None, mask=mask, query_positions=positions, key_positions=positions
-        )
-    assert mask is not None
-    return AttentionBlock(
-        start=start,
-        stop=stop,
-        prefix=prefix,
-        mask=torch.cat([mask.new_ones(stop - start, prefix[1] - prefix[0]), mask], dim=1),
-        query_positions=positions,
-        key_positions=torch.cat([position_ids[slice(*prefix)], positions]),
+    A prompt and the segments that continue it lie in one block where they fit; else they see it as their prefix.
+    """
+    prompts = [segment for segment, prefix in enumerate(prefix_segments) if prefix is None]
+    pieces: list[tuple[int, int, int | None]] = []  # first and past the last segment, and the prompt before them
+    for head, end in itertools.pairwise([*prompts, len(prefix_segments)]):
+        if cu_seqlens[end] - cu_seqlens[head] <= _BLOCK_TOKENS:
+            pieces.append((head, end, None))
+        else:
+            pieces += [(head, head + 1, None), *((s, s + 1, head) for s in range(head + 1, end))]
+    groups: list[tuple[int, int, int | None]] = []
+    for first, end, prompt in pieces:
+        if groups and groups[-1][2] == prompt and cu_seqlens[end] - cu_seqlens[groups[-1][0]] <= _BLOCK_TOKENS:
+            first = groups.pop()[0]
+        groups.append((first, end, prompt))
+    lengths = torch.tensor([stop - start for start, stop in itertools.pairwise(cu_seqlens)], device=position_ids.device)
+    prefixes = [-1 if prefix is None else prefix for prefix in prefix_segments]
+    owners, continued = (
+        torch.repeat_interleave(torch.tensor(values, device=position_ids.device), lengths)
+        for values in (range(len(prefixes)), prefixes)
     )
+    blocks = []
+    for first, end, prompt in groups:
+        start, stop = cu_seqlens[first], cu_seqlens[end]
+        prefix = None if prompt is None else (cu_seqlens[prompt], cu_seqlens[prompt + 1])
+        queries = torch.arange(start, stop, device=position_ids.device)
+        keys = queries if prefix is None else torch.cat([torch.arange(*prefix, device=queries.device), queries])
+        own = (owners[queries, None] == owners[keys]) & (queries[:, None] >= keys)
+        blocks.append(
+            AttentionBlock(
+                start=start,
+                stop=stop,
+                prefix=prefix,
+                mask=None if end == first + 1 and prefix is None else own | (continued[queries, None] == owners[keys]),
+                query_positions=position_ids[queries],
+                key_positions=position_ids[keys],
+            )
+        )
+    return tuple(blocks)
 
 
 def context_blocks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[AttentionBlock, ...]:
@@ -125,3 +130,15 @@ def context_blocks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[AttentionB
             )
         )
     return tuple(blocks)
+
+
+def take_spans(tensor: Tensor, wanted: Sequence[Sequence[tuple[int, int]]]) -> list[Tensor]:
+    """tensor[:, :, start:stop] of each list of spans, one behind the other.
+
+    The tensor is split once, which has a gradient of its length; each slice of its own would have one of that length.
+    """
+    cuts = sorted({0, tensor.shape[2], *(edge for spans in wanted for span in spans for edge in span)})
+    places = {cut: place for place, cut in enumerate(cuts)}
+    pieces = tensor.split([stop - start for start, stop in itertools.pairwise(cuts)], 2)
+    taken = [[p for start, stop in spans for p in pieces[places[start] : places[stop]]] for spans in wanted]
+    return [parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in taken]
