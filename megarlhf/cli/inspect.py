@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import tyro
 
 from megarlhf.cli.errors import report_errors
+from megarlhf.config.roles import ROLES
 
 if TYPE_CHECKING:
     from megarlhf.formats.torch_dist import TorchDistReader
@@ -81,10 +82,14 @@ def _megatron(load: str, role: str) -> tuple[str, list[_Row]]:
     from megarlhf.formats.megatron import find_checkpoint, hf_files
     from megarlhf.formats.torch_dist import TorchDistReader
 
+    trained = [name for name, spec in ROLES.items() if spec.trains]
+    if role not in trained:
+        raise ValueError(f"role={role} is never saved: use {' or '.join(trained)}")
     checkpoint = find_checkpoint(load, role)
     reader = TorchDistReader(checkpoint.directory, checkpoint.source)
     try:
-        architecture = _architecture(hf_files(checkpoint, None, role).directory / "config.json", checkpoint.source)
+        files = hf_files(checkpoint, None, ROLES[role].checkpoint)
+        architecture = _architecture(files.directory / "config.json", checkpoint.source)
     except ValueError:  # it can be looked at all the same
         architecture = "unknown"
     rows = []

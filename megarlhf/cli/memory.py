@@ -11,6 +11,7 @@ from megarlhf.config.arguments import BatchArguments, ModelArguments, PPOConfig
 from megarlhf.config.check_layout import cluster_errors, world_errors
 from megarlhf.config.checks import check_ppo, check_sft
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.roles import megatron_roles
 from megarlhf.config.supervised_arguments import SFTConfig, SupervisedBatchArguments
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import padded_vocab_size
@@ -49,7 +50,7 @@ def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
     """Bytes on each device.
 
     Args:
-        models: the configuration of each model that is trained, as read_checkpoint gives it, the policy's first.
+        models: the configuration of each model of Megatron's, as read_checkpoint gives it, the policy's first.
     """
     cluster = config.cluster if isinstance(config, PPOConfig) else config.sft_cluster
     memory = device_memory_bytes() if cluster.gpu_memory_gib is None else int(cluster.gpu_memory_gib * GIB)
@@ -80,24 +81,24 @@ def fitting_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
 
 
 class _Role(NamedTuple):
-    """A training role."""
+    """A role that is a model of Megatron's."""
 
     hf: HFConfig
     head: str
     layout: LayoutArguments
     world_size: int
+    trains: bool
     has_reference: bool
 
 
 def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -> dict[int, dict[str, RoleBytes]]:
     """What lies on each device, numbered over all nodes: colocated roles start at the first, others follow."""
     cluster, batch, slots = config.cluster, config.batch, dict[int, dict[str, RoleBytes]]()
-    worlds = {"actor": cluster.actor_world_size, "critic": cluster.critic_world_size}
     by_role: dict[str, Sequence[RoleBytes]] = {}
-    for name, hf in zip(worlds, models, strict=False):
-        reference = name == "actor" and config.algorithm.init_kl_coef > 0
-        role = _Role(hf, "lm" if name == "actor" else "value", config.layout_of(name), worlds[name], reference)
-        by_role[name] = _training_ranks(role, config.model, batch, tokens=config.micro_batch_tokens)
+    for spec, hf in zip(megatron_roles(config), models, strict=True):
+        sizes = (spec.layout(config), spec.num_workers(config))
+        role = _Role(hf, spec.head, *sizes, spec.trains, spec.keeps_reference(config))
+        by_role[spec.name] = _training_ranks(role, config.model, batch, tokens=config.micro_batch_tokens)
     by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
     first = 0
     for name, ranks in by_role.items():
@@ -108,7 +109,7 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
 
 
 def _supervised_ranks(config: SFTConfig, hf: HFConfig) -> list[RankBytes]:
-    role = _Role(hf, "lm", config.layout, _supervised_world(config), False)
+    role = _Role(hf, "lm", config.layout, _supervised_world(config), True, False)
     return _training_ranks(role, config.model, config.batch, tokens=config.micro_batch_tokens)
 
 
@@ -140,6 +141,7 @@ def _training_ranks(role: _Role, model: ModelArguments, batch: Batch, *, tokens:
         micro_batches=-(-micro_batches // pp) * pp if layout.virtual_stages > 1 else micro_batches,
         vocabulary=padded_vocab_size(role.hf.vocab_size, tp) if role.head == "lm" else 0,
         logprob_chunk_tokens=batch.logprob_chunk_tokens,
+        trains=role.trains,
         has_reference=role.has_reference,
     )
     stages, widths = stage_sizes(arch, role.hf, layout, head=role.head), layer_widths(arch, role.hf)
@@ -191,7 +193,7 @@ def _fitting(config: Config, models: Sequence[HFConfig]) -> Iterator[str]:
 def _peak_if_it_runs(config: Config, models: Sequence[HFConfig]) -> int | None:
     """Most bytes of a configuration that fits and that the checks pass; None for any other."""
     if isinstance(config, PPOConfig):
-        possible = not cluster_errors(config.cluster, config)
+        possible = not cluster_errors(config)
     else:
         possible = not world_errors("", _supervised_world(config), config.layout, config.batch.global_batch_size)
     plan = plan_memory(config, models) if possible else None

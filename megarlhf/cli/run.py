@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from megarlhf.metrics.sinks import Sinks
 
 if TYPE_CHECKING:
     from megarlhf.formats.huggingface import HFConfig
+    from megarlhf.models.build import Head
 
 
 class StopSignal:
@@ -39,20 +41,16 @@ class StopSignal:
 
 
 def check_weights(
-    model: tuple[str, LayoutArguments],
-    *,
-    transformer_impl: TransformerImpl,
-    critic: tuple[str, LayoutArguments] | None = None,
-    generates: bool = False,
+    models: Sequence[tuple[str, LayoutArguments, "Head"]], *, transformer_impl: TransformerImpl, generates: bool = False
 ) -> list["HFConfig"]:
-    """Open the models that are trained: configurations, and the headers of their weights.
+    """Open models: configurations, and the headers of their weights.
 
     Args:
-        model, critic: directory and the layout that it is to have.
+        models: directory, the layout that it is to have, and its head.
         transformer_impl: what their layers are computed with.
-        generates: vLLM loads the model too.
+        generates: vLLM loads the first of them too.
     Returns:
-        The configuration of each, the model's first, with what its weights say of the output layer.
+        The configuration of each, with what its weights say of the output layer.
     Raises:
         ValueError: an architecture that cannot be trained so, weight files that are not whole, or tensors
             that do not fit the configuration.
@@ -66,8 +64,8 @@ def check_weights(
         find_architecture,
     )
 
-    opened = []
-    for (pretrain, layout), head in [(model, "lm")] + ([(critic, "value")] if critic is not None else []):
+    opened: list[HFConfig] = []
+    for pretrain, layout, head in models:
         config, source = read_checkpoint(pretrain)
         arch = find_architecture(config)
         check_computing(arch, config)
@@ -75,7 +73,7 @@ def check_weights(
             check_transformer_engine(arch, config, context_parallel_size=layout.context_parallel_size)
         check_names(arch, config, source, head)
         stored_dtypes(arch, config, source, head)
-        if generates and head == "lm":
+        if generates and not opened:
             check_engine_head(arch, config, source)
         opened.append(config)
     return opened

@@ -24,7 +24,8 @@ from megarlhf.cli.run import (
 )
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
-from megarlhf.config.layouts import LayoutArguments, TransformerImpl
+from megarlhf.config.layouts import TransformerImpl
+from megarlhf.config.roles import layout_lines, megatron_roles
 from megarlhf.data.prompts import PromptData, load_prompts
 from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens
 from megarlhf.data.types import Prompt
@@ -33,7 +34,7 @@ from megarlhf.metrics.report import write_report
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.object_store import object_store_bytes
-from megarlhf.planner.placement import Machine, ModelSizes, PlacementPlan, plan_placement
+from megarlhf.planner.placement import Machine, plan_placement
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.trainers import rl
 from megarlhf.trainers.state import LoopState
@@ -52,7 +53,7 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     share = (
         batch.n_samples_per_prompt > 1
         and batch.global_batch_size % batch.n_samples_per_prompt == 0
-        and max(config.layout_of(role).context_parallel_size for role in ("actor", "critic")) == 1
+        and all(role.layout(config).context_parallel_size == 1 for role in megatron_roles(config))
         and transformer_impl == "local"
     )
     if batch.share_prompt_prefix is None:
@@ -95,37 +96,6 @@ def find_machine(config: PPOConfig) -> Machine:
     return Machine(kind=device_kind(), nodes=nodes, gpus_per_node=num_local_gpus(), cores_per_node=num_cores())
 
 
-def make_plan(config: PPOConfig, machine: Machine) -> PlacementPlan:
-    """Where every process of the run goes.
-
-    Raises:
-        ValueError: more processes than devices.
-    """
-    cluster = config.cluster
-    has_critic = config.algorithm.advantage_estimator == "gae"
-    return plan_placement(
-        actor_world_size=cluster.actor_world_size,
-        critic_world_size=cluster.critic_world_size if has_critic else None,
-        nodes=machine.nodes,
-        gpus_per_node=machine.gpus_per_node,
-        num_engines=cluster.vllm_num_engines,
-        engine_tp=cluster.vllm_tensor_parallel_size,
-        colocate=cluster.colocate_all_models,
-        devices=machine.kind,
-        cores_per_node=machine.cores_per_node,
-        actor_model=_sizes(config.layout_of("actor")),
-        critic_model=_sizes(config.layout_of("critic")),
-    )
-
-
-def _sizes(layout: LayoutArguments) -> ModelSizes:
-    return ModelSizes(
-        tensor=layout.tensor_model_parallel_size,
-        context=layout.context_parallel_size,
-        pipeline=layout.pipeline_model_parallel_size,
-    )
-
-
 def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple[int, ...]]:
     """Training prompts, evaluation prompts and the tokens that end a response.
 
@@ -161,15 +131,9 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
 
 
 def _check_models(config: PPOConfig, transformer_impl: TransformerImpl, *, dry_run: bool) -> list[HFConfig]:
-    """The weights of actor and critic, and where vLLM is to read the actor's; the configuration of each."""
-    critic = (config.model.critic_pretrain or config.model.pretrain, config.layout_of("critic"))
-    has_critic = config.algorithm.advantage_estimator == "gae"
-    models = check_weights(
-        (config.model.pretrain, config.layout),
-        transformer_impl=transformer_impl,
-        critic=critic if has_critic else None,
-        generates=True,
-    )
+    """The weights of every role, and where vLLM is to read the actor's; the configuration of each."""
+    starts = [(role.start(config)[1], role.layout(config), role.head) for role in megatron_roles(config)]
+    models = check_weights(starts, transformer_impl=transformer_impl, generates=True)
     with machine_checks(dry_run=dry_run):
         store = object_store_bytes(config) if config.cluster.ray_address is None else 0  # a cluster's stands already
         check_shared_memory(models[0], bf16=config.model.bf16, object_store_bytes=store)
@@ -183,7 +147,7 @@ class Inputs:
     prompts: PromptData
     eval_prompts: list[Prompt] | None
     stop_tokens: tuple[int, ...]
-    models: list[HFConfig]  # the actor's, then the critic's
+    models: list[HFConfig]  # of each role that is Megatron's
     identity: dict[str, Any]  # what a checkpoint must agree with
     continued: int | None  # step of the checkpoint to continue from
     memory: MemoryPlan
@@ -195,7 +159,8 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
     Raises:
         ConfigError: what is wrong with any of them.
     """
-    identity = model_identity(config.model.pretrain, config.layout, config.layout_of("critic")) | {
+    roles = megatron_roles(config)
+    identity = model_identity(config.model.pretrain, *(role.layout(config) for role in roles if role.trains)) | {
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
     }
@@ -212,7 +177,7 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
     with machine_checks(dry_run=dry_run):
         check_disk_space(
             config.logging,
-            list(zip(models, ("lm", "value"), strict=False)),  # no critic, no value head
+            [(hf, role.head) for hf, role in zip(models, roles, strict=True) if role.trains],
             pretrain=config.model.pretrain,
             bf16=config.model.bf16,
             distributed=config.layout.use_distributed_optimizer,
@@ -232,11 +197,11 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:
     """Plan and run; returns the exit status."""
-    layouts = {"": config.layout, "critic_": config.layout_of("critic")}
+    layouts = {role.prefix: role.layout(config) for role in megatron_roles(config)}
     machine, shared = find_machine(config), bool(config.batch.share_prompt_prefix)
     transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=machine.kind)
     config = resolve(config, transformer_impl)
-    plan = make_plan(config, machine)
+    plan = plan_placement(config, machine)
     assert config.reward.reward_num_workers is not None  # resolved
     reward = RewardScorer(
         function_path=config.reward.reward_function,
@@ -249,7 +214,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     )
     inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
     kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
-    decided = f"{plan.table()}\n{kernels}\n\n{inputs.memory.text()}"
+    decided = "\n".join([plan.table(), *layout_lines(config), f"{kernels}\n", inputs.memory.text()])
     prompts, eval_prompts = inputs.prompts, inputs.eval_prompts
     config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     if dry_run:

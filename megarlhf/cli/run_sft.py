@@ -91,7 +91,7 @@ def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> _Inputs:
     continued, models, data, *evaluation = all_or_errors(
         [
             partial(resumed_step, config.logging, identity),
-            partial(check_weights, (config.model.pretrain, config.layout), transformer_impl=impl),
+            partial(check_weights, [(config.model.pretrain, config.layout, "lm")], transformer_impl=impl),
             *steps,
         ]
     )

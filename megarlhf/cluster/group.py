@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from megarlhf.cluster.workers import WorkerSpec
+from megarlhf.config.roles import RoleSpec
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.trainers.roles import RoleFailedError
 
@@ -24,7 +25,7 @@ class WorkerGroup:
     """The processes of one role, called together."""
 
     def __init__(
-        self, role: str, handles: Sequence[Any], specs: Sequence[WorkerSpec], *, timeout_seconds: float
+        self, role: RoleSpec, handles: Sequence[Any], specs: Sequence[WorkerSpec], *, timeout_seconds: float
     ) -> None:
         self.role, self.handles, self.specs = role, list(handles), list(specs)
         self.timeout_seconds = timeout_seconds
@@ -82,13 +83,13 @@ class WorkerGroup:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if isinstance(cause, NonFiniteError):
-                raise NonFiniteError(f"{self.role}: {cause}") from error
+                raise NonFiniteError(f"{self.role.name}: {cause}") from error
             raise self._failure(f"rank {rank} failed in {what}: {type(cause).__name__}: {cause}", rank) from error
         except ray.exceptions.RayError as error:
             raise self._failure(f"rank {rank}: {what}: {error}", rank) from error
 
     def _failure(self, said: str, rank: int) -> WorkerFailedError:
-        return WorkerFailedError(f"{self.role} {said}" + self._last_words(rank), trains=self.role != "rollout")
+        return WorkerFailedError(f"{self.role.name} {said}" + self._last_words(rank), trains=self.role.trains)
 
     def _last_words(self, rank: int) -> str:
         path = Path(self.specs[rank].log_file)

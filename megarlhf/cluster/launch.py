@@ -22,14 +22,16 @@ from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
 from megarlhf.cluster.weight_sync import weight_sync
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.roles import PARTS, roles_of
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import visible_devices_environment
 from megarlhf.planner.object_store import object_store_bytes
-from megarlhf.planner.phases import PARTS
-from megarlhf.planner.placement import PlacementPlan, Role, Worker
+from megarlhf.planner.placement import PlacementPlan, Worker
 from megarlhf.rollout.engine import engine_environment
 from megarlhf.trainers.experience import packing_options
 from megarlhf.trainers.roles import RewardRole, Roles
+
+_WORKERS: dict[str, type] = {"megatron": MegatronWorker, "vllm": RolloutWorker}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,13 @@ class Cluster:
 
     roles: Roles
     phases: ResourceManager
-    training: dict[str, Any]  # role name -> WorkerGroup
+    actor: WorkerGroup
     checkpoints: CheckpointGroup
 
     def export(self, directory: Path) -> None:
         """Write the actor as a Hugging Face checkpoint."""
         with self.phases.export():
-            self.training["actor"].call("export", str(directory.absolute()))
+            self.actor.call("export", str(directory.absolute()))
 
     def load(self, root: Path) -> dict[str, Any]:
         """Bring every role to the latest checkpoint under `root`; see CheckpointGroup.load."""
@@ -72,30 +74,31 @@ def start(
     """
     with ExitStack() as stack:
         _start_ray(config, plan, stack)
-        groups: dict[Role, WorkerGroup] = {}
+        groups: dict[str, WorkerGroup] = {}
         bundles = _reserve(plan, config.cluster.start_timeout_seconds)
         gpus = _gpus(plan, bundles, config.cluster.start_timeout_seconds)
-        for role in ("actor", "critic", "rollout"):
-            workers = plan.of(role)
-            if workers:
-                specs = [_spec(config, plan, w, stop_token_ids, share_prompt_prefix) for w in workers]
-                handles = [_launch(config, w, s, bundles, gpus) for w, s in zip(workers, specs, strict=True)]
-                groups[role] = WorkerGroup(role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds)
-        training: dict[str, Any] = {role: group for role, group in groups.items() if role != "rollout"}
+        for role in roles_of(config):
+            workers = plan.of(role.name)
+            specs = [_spec(config, plan, w, stop_token_ids, share_prompt_prefix) for w in workers]
+            handles = [_launch(config, w, s, bundles, gpus) for w, s in zip(workers, specs, strict=True)]
+            limit = config.cluster.phase_timeout_seconds
+            groups[role.name] = WorkerGroup(role, handles, specs, timeout_seconds=limit)
+        models = [group for group in groups.values() if group.role.runs == "megatron"]
+        trained = {group.role.name: group for group in models if group.role.trains}
         rendezvous = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
         colocated = config.cluster.colocate_all_models
         places = start_workers(groups, rendezvous, config.cluster.start_timeout_seconds, colocated=colocated)
-        phases = ResourceManager(list(training.values()), groups["rollout"], timers, colocated=colocated)
+        phases = ResourceManager(models, groups["rollout"], timers, colocated=colocated)
         packing = packing_options(config, share_prompt_prefix=share_prompt_prefix)
 
-        def training_group(role: Role) -> TrainingGroup:
-            layout = config.layout_of(role)
+        def training_group(role: str) -> TrainingGroup:
+            layout = groups[role].role.layout(config)
             own = packing.for_pipeline(layout.pipeline_model_parallel_size, layout.virtual_stages)
             return TrainingGroup(groups[role], places[role], packing=own)
 
         checkpoints = CheckpointGroup(
             Path(config.logging.save).absolute() / "checkpoints",
-            training,
+            trained,
             keep=config.logging.max_ckpt_num,
             identity=identity,
             with_optimizer=not config.logging.no_load_optim,
@@ -115,7 +118,7 @@ def start(
                 checkpoint=checkpoints,
             ),
             phases=phases,
-            training=training,
+            actor=groups["actor"],
             checkpoints=checkpoints,
         )
 
@@ -177,18 +180,21 @@ def _launch(
     environment = {"OMP_NUM_THREADS": str(worker.threads), "HF_HUB_OFFLINE": "1"}
     if gpus:
         environment |= visible_devices_environment([gpus[worker.node, device] for device in worker.devices])
-    if worker.role == "rollout":
+    if worker.role.runs == "vllm":
         tensor_parallel_size = config.cluster.vllm_tensor_parallel_size
         environment |= engine_environment(threads=worker.threads, tensor_parallel_size=tensor_parallel_size)
-    cls = ray.remote(RolloutWorker if worker.role == "rollout" else MegatronWorker)
-    return cls.options(
-        num_cpus=1,
-        num_gpus=0,  # devices are shared by phases, so the plan assigns them and not Ray
-        runtime_env={"env_vars": environment},
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            placement_group=bundles, placement_group_bundle_index=worker.node
-        ),
-    ).remote(spec)
+    return (
+        ray.remote(_WORKERS[worker.role.runs])
+        .options(
+            num_cpus=1,
+            num_gpus=0,  # devices are shared by phases, so the plan assigns them and not Ray
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=bundles, placement_group_bundle_index=worker.node
+            ),
+        )
+        .remote(spec)
+    )
 
 
 def _spec(
@@ -202,19 +208,19 @@ def _spec(
         config=config,
         role=worker.role,
         rank=worker.rank,
-        world_size=len(plan.of(worker.role)),
+        world_size=len(plan.of(worker.role.name)),
         device_kind=plan.device_kind,
         num_devices=len(worker.devices),
         threads=worker.threads,
         stop_token_ids=stop_token_ids,
         share_prompt_prefix=share_prompt_prefix,
-        log_file=str(Path(config.logging.save).absolute() / "logs" / f"{worker.role}-{worker.rank}.log"),
+        log_file=str(Path(config.logging.save).absolute() / "logs" / f"{worker.role.name}-{worker.rank}.log"),
     )
 
 
 def start_workers(
-    groups: dict[Role, WorkerGroup], rendezvous: str, timeout_seconds: float, *, colocated: bool
-) -> dict[Role, list[Any]]:
+    groups: dict[str, WorkerGroup], rendezvous: str, timeout_seconds: float, *, colocated: bool
+) -> dict[str, list[Any]]:
     """Load every role; the ranks of a role meet in a file in the directory `rendezvous`, not at a port.
 
     Roles that share devices load in turn and sleep, the engines last: vLLM measures the whole device while it starts,
@@ -224,13 +230,14 @@ def start_workers(
         What each role's workers say of themselves.
     """
     deadline = time.monotonic() + timeout_seconds
-    started: dict[Role, list[Any]] = {}
-    found: dict[Role, list[Any]] = {}
+    started: dict[str, list[Any]] = {}
+    found: dict[str, list[Any]] = {}
     for role, group in groups.items():
-        started[role] = group.submit("start", *(() if role == "rollout" else (f"file://{rendezvous}/{role}",)))
+        is_model = group.role.runs == "megatron"
+        started[role] = group.submit("start", *((f"file://{rendezvous}/{role}",) if is_model else ()))
         if colocated:
             found[role] = _wait(group, started.pop(role), deadline)
-            if role != "rollout":
+            if is_model:
                 group.call("sleep", PARTS)
     return found | {role: _wait(groups[role], refs, deadline) for role, refs in started.items()}
 

@@ -7,7 +7,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megarlhf.planner.placement import DeviceKind, Machine
+from megarlhf.parallel.device import DeviceKind
+from megarlhf.planner.placement import Machine
 
 
 def joined_machine(address: str, *, nodes: int) -> Machine:

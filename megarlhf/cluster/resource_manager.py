@@ -1,6 +1,6 @@
 """Who has the devices: phases that wake and put to sleep the roles that share them.
 
-The only place where a role is told to sleep or wake; planner/phases.py says who does in which phase. A phase may be
+The only place where a role is told to sleep or wake; config/roles.py says who does in which phase. A phase may be
 entered again and again; its seconds are counted.
 """
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from megarlhf.cluster.group import WorkerGroup
+from megarlhf.config.roles import ENGINE_PARTS, REPLACES_WEIGHTS, EnginePart, Part, Phase
 from megarlhf.metrics.timers import Timers
-from megarlhf.planner.phases import ENGINE_PARTS, PHASES, EnginePart, Part
 
 _Part = TypeVar("_Part", bound=str)
 
@@ -19,14 +19,14 @@ class ResourceManager:
     """Phases over colocated or disjoint roles.
 
     Args:
-        training: groups that train, the actor's first; where colocated all of them sleep at the start.
+        training: groups of training processes; where colocated all of them sleep at the start.
         rollout: the inference engines; awake at the start.
         colocated: the roles share devices, so that only the phase's own may be awake. Disjoint roles never sleep.
     """
 
     def __init__(self, training: list[WorkerGroup], rollout: WorkerGroup, timers: Timers, *, colocated: bool) -> None:
         self._training, self._rollout, self._timers, self._colocated = training, rollout, timers, colocated
-        self._awake: dict[str, tuple[Part, ...]] = {group.role: () for group in training}
+        self._awake: dict[str, tuple[Part, ...]] = {group.role.name: () for group in training}
         self._engines_awake: tuple[EnginePart, ...] = ENGINE_PARTS
 
     @contextmanager
@@ -75,29 +75,29 @@ class ResourceManager:
         """The most that each part of each training role has held so far on one of its devices, in GiB."""
         found: dict[str, float] = {}
         for group in self._training:
-            ranks = group.call("largest_bytes")
-            found |= {f"memory/{group.role}/{part}_gib": max(rank[part] for rank in ranks) / 2**30 for part in ranks[0]}
+            ranks, name = group.call("largest_bytes"), group.role.name
+            found |= {f"memory/{name}/{part}_gib": max(rank[part] for rank in ranks) / 2**30 for part in ranks[0]}
         return found
 
-    def _give_devices(self, phase: str) -> None:
+    def _give_devices(self, phase: Phase) -> None:
         if not self._colocated:
             return
-        awake = PHASES[phase]
-        wanted = {group.role: awake.actor if group.role == "actor" else awake.others for group in self._training}
+        wanted: dict[str, tuple[Part, ...]] = {g.role.name: g.role.awake.get(phase, ()) for g in self._training}
+        engines: tuple[EnginePart, ...] = self._rollout.role.awake.get(phase, ())
         # First make room, then take it.
         self._tell("sleep", {role: _without(self._awake[role], parts) for role, parts in wanted.items()})
-        if _without(self._engines_awake, awake.engines):
-            self._rollout.call("sleep", awake.keeps_weights)  # vLLM sleeps as a whole
+        if _without(self._engines_awake, engines):
+            self._rollout.call("sleep", phase not in REPLACES_WEIGHTS)  # vLLM sleeps as a whole
             self._engines_awake = ()
         self._tell("wake", {role: _without(parts, self._awake[role]) for role, parts in wanted.items()})
         self._awake = wanted
-        if waking := _without(awake.engines, self._engines_awake):
+        if waking := _without(engines, self._engines_awake):
             self._rollout.call("wake", waking)
-            self._engines_awake = awake.engines
+            self._engines_awake = engines
 
     def _tell(self, method: str, parts: dict[str, tuple[Part, ...]]) -> None:
         """Each training role that has something to do does it, all at a time."""
-        told = [(group, group.submit(method, moved)) for group in self._training if (moved := parts[group.role])]
+        told = [(group, group.submit(method, moved)) for group in self._training if (moved := parts[group.role.name])]
         for group, refs in told:
             group.wait_for(refs, method)
 

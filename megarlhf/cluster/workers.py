@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
 
 from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.roles import EnginePart, Part, RoleSpec, megatron_roles
 from megarlhf.data.dealing import RankRows, Share
 from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
 from megarlhf.formats.shared_memory import Block
-from megarlhf.planner.phases import EnginePart, Part
-from megarlhf.planner.placement import DeviceKind
+from megarlhf.parallel.device import DeviceKind
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
@@ -36,7 +36,7 @@ class WorkerSpec:
     """Who a worker process is."""
 
     config: PPOConfig
-    role: Literal["actor", "critic", "rollout"]
+    role: RoleSpec
     rank: int
     world_size: int
     device_kind: DeviceKind  # the plan's
@@ -78,7 +78,7 @@ def check_own_device(spec: WorkerSpec) -> None:
 
 
 class MegatronWorker:
-    """One rank of the actor (with the reference beside it) or of the critic."""
+    """One rank of a model: the actor (with the reference beside it) or the critic."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         redirect_output(spec.log_file)
@@ -96,7 +96,7 @@ class MegatronWorker:
         from megarlhf.parallel.groups import initialize_groups
         from megarlhf.trainers.assembly import build_engine, build_objective, chat_template, parallel_sizes
 
-        spec, layout = self.spec, self.spec.config.layout_of(self.spec.role)
+        spec, layout = self.spec, self.spec.role.layout(self.spec.config)
         check_own_device(spec)
         initialize_groups(
             parallel_sizes(layout),
@@ -107,11 +107,10 @@ class MegatronWorker:
             timeout_minutes=layout.distributed_timeout_minutes,
         )
         self.engine = build_engine(spec.config, spec.role, share_prompt_prefix=spec.share_prompt_prefix)
-        algorithm = spec.config.algorithm
-        if spec.role == "actor" and algorithm.init_kl_coef > 0:
+        if spec.role.keeps_reference(spec.config):
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)
-        self._shares_device = spec.config.cluster.colocate_all_models and algorithm.advantage_estimator == "gae"
+        self._shares_device = spec.config.cluster.colocate_all_models and len(megatron_roles(spec.config)) > 1
         self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
         return Place(dp_rank=self.engine.ranks.dp_rank, holds_results=self.engine.ranks.holds_results)
@@ -166,7 +165,7 @@ class MegatronWorker:
         with self._giving_back():
             done = self.engine.step(self.rows.batches(part), self.objective, denominator=denominator)
         difference = None
-        if self.spec.role == "actor" and self.engine.ranks.holds_results:
+        if self.spec.role.has_reference and self.engine.ranks.holds_results:
             engine = self.rows.rows.fields["rollout_log_probs"][done.outputs.indices]
             difference = LogProbDifference.between(done.outputs.values, engine)
         return UpdateResult(

@@ -6,7 +6,7 @@ unique across the groups of a configuration, so flags are flat (`--tensor-model-
 layouts.py, and nowhere else.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
@@ -60,17 +60,6 @@ class ClusterArguments:
     """Seconds for all workers to be up and their models loaded."""
     phase_timeout_seconds: float = 1800.0
     """Seconds for one phase of a step (rollout, training, sync, evaluation or save) before the run stops."""
-
-    @property
-    def actor_world_size(self) -> int:
-        """Ranks of the actor."""
-        return self.actor_num_nodes * self.actor_num_gpus_per_node
-
-    @property
-    def critic_world_size(self) -> int:
-        """Ranks of the critic, where there is one."""
-        nodes, per_node = self.critic_num_nodes, self.critic_num_gpus_per_node
-        return (nodes or self.actor_num_nodes) * (per_node or self.actor_num_gpus_per_node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,19 +329,3 @@ class PPOConfig:
     def uses_tis(self) -> bool:
         """Whether what vLLM sampled is weighed for the trainer."""
         return self.model.bf16 if self.algorithm.use_tis is None else self.algorithm.use_tis
-
-    def layout_of(self, role: str) -> LayoutArguments:
-        """The actor's layout, or the critic's: the actor's with what the critic has of its own."""
-        own = {
-            name.removeprefix("critic_"): value for name, value in vars(self.critic_layout).items() if value is not None
-        }
-        if role != "critic" or not own:
-            return self.layout
-        if "pipeline_model_parallel_size" in own:
-            stages = ("num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers")
-            own = dict.fromkeys((*stages, "decoder_last_pipeline_num_layers")) | own
-        if own.get("tensor_model_parallel_size") == 1:
-            own = {"sequence_parallel": False} | own
-        if not own.keys().isdisjoint({"tensor_model_parallel_size", "expert_model_parallel_size"}):
-            own = {"expert_tensor_parallel_size": None} | own
-        return replace(self.layout, **own)

@@ -1,15 +1,16 @@
 """A parallel layout against itself, a model's config.json, the number of ranks and the batch.
 
 Every function returns sentences for the user and raises nothing; a value that is out of its own range is passed over,
-as check_numbers reports it. `prefix` is "critic_" where the options of the critic's own layout are meant.
+as check_numbers reports it. `prefix` is that of a role's options, "critic_", where its own layout is meant.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from megarlhf.config.arguments import ClusterArguments, PPOConfig
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.roles import ROLES, first_given, megatron_roles
 
 Model = Mapping[str, Any]  # content of a config.json
 
@@ -43,7 +44,7 @@ def layout_errors(layout: LayoutArguments, models: Mapping[str, Model], prefix: 
 
 
 def shared_errors(layout: LayoutArguments) -> list[str]:
-    """What actor and critic have in common: recomputation and overlap."""
+    """What all roles have in common: recomputation and overlap."""
     errors = _recompute_errors(layout)
     if layout.overlap_param_gather and not (layout.use_distributed_optimizer and layout.overlap_grad_reduce):
         errors.append(
@@ -53,13 +54,26 @@ def shared_errors(layout: LayoutArguments) -> list[str]:
     return errors
 
 
-def critic_layout_errors(config: PPOConfig, critic: Model) -> list[str]:
-    """The critic's own layout against its model; nothing where it has the actor's."""
-    given = [f"{key}={value}" for key, value in vars(config.critic_layout).items() if value is not None]
-    if config.algorithm.advantage_estimator != "gae":
-        return [f"{entry} is ignored without a critic (only gae trains one): leave it out" for entry in given]
-    owner = "pretrain" if config.model.critic_pretrain is None else "critic_pretrain"
-    return layout_errors(config.layout_of("critic"), {owner: critic}, "critic_") if given else []
+def role_errors(config: PPOConfig, models: Mapping[str, Model]) -> list[str]:
+    """The layout of every role against its model, and options of roles that the run has not.
+
+    Args:
+        models: option that names a checkpoint -> its config.json.
+    """
+    errors: list[str] = []
+    for role in megatron_roles(config):
+        layout, (owner, _) = role.layout(config), role.start(config)
+        prefix = role.prefix if layout != config.layout else ""
+        errors += layout_errors(layout, {owner: models[owner]}, prefix)
+    estimator = config.algorithm.advantage_estimator
+    errors += [
+        f"{option}={value} is ignored with advantage_estimator={estimator} (only {' or '.join(role.estimators or ())} "
+        f"has a {role.name}): leave it out"
+        for role in ROLES.values()
+        if not role.is_in(config)
+        for option, value in role.own_options(config).items()
+    ]
+    return list(dict.fromkeys(errors))
 
 
 def _sequence_parallel_errors(layout: LayoutArguments, prefix: str) -> list[str]:
@@ -247,31 +261,21 @@ def world_errors(
     return errors
 
 
-def cluster_errors(cluster: ClusterArguments, config: PPOConfig) -> list[str]:
-    """Ranks of the actor and, with gae, of the critic."""
-    estimator, batch_size = config.algorithm.advantage_estimator, config.batch.global_batch_size
-    nodes, per_node = cluster.actor_num_nodes, cluster.actor_num_gpus_per_node
-    name = f"actor_num_nodes={nodes} x actor_num_gpus_per_node={per_node}"
-    errors = world_errors(name, nodes * per_node, config.layout, batch_size)
-    own = {
-        "critic_num_nodes": cluster.critic_num_nodes,
-        "critic_num_gpus_per_node": cluster.critic_num_gpus_per_node,
-    }
-    given = {key: value for key, value in own.items() if value is not None}
-    errors += [
-        f"{key}={value} is not supported yet (new weights reach vLLM through the memory of one host): use 1"
-        for key, value in {"actor_num_nodes": nodes, "critic_num_nodes": cluster.critic_num_nodes}.items()
-        if value is not None and value > 1
-    ]
-    if estimator != "gae":
-        return errors + [
-            f"{key}={value} is ignored with advantage_estimator={estimator} (only gae trains a critic): leave it out"
-            for key, value in given.items()
-        ]
-    layout = config.layout_of("critic")
-    if given or layout != config.layout:
-        nodes, per_node = given.get("critic_num_nodes", nodes), given.get("critic_num_gpus_per_node", per_node)
-        name = f"critic_num_nodes={nodes} x critic_num_gpus_per_node={per_node}"
-        prefix = "critic_" if layout != config.layout else ""
-        errors += world_errors(name, nodes * per_node, layout, batch_size, prefix)
-    return errors
+def cluster_errors(config: PPOConfig) -> list[str]:
+    """Ranks of every role."""
+    errors: list[str] = []
+    checked = []
+    for role in megatron_roles(config):
+        nodes, number = (first_given(config.cluster, names) for names in role.workers)
+        if nodes[1] > 1:
+            errors.append(
+                f"{nodes[0]}={nodes[1]} is not supported yet (new weights reach vLLM through the memory of one host): "
+                "use 1"
+            )
+        layout, world_size = role.layout(config), role.num_workers(config)
+        if (layout, world_size) not in checked:
+            checked.append((layout, world_size))
+            prefix = role.prefix if layout != config.layout else ""
+            name = f"{role.workers[0][0]}={nodes[1]} x {role.workers[1][0]}={number[1]}"
+            errors += world_errors(name, world_size, layout, config.batch.global_batch_size, prefix)
+    return list(dict.fromkeys(errors))

@@ -27,8 +27,8 @@ from megarlhf.config.check_files import (
 )
 from megarlhf.config.check_layout import (
     cluster_errors,
-    critic_layout_errors,
     layout_errors,
+    role_errors,
     shared_errors,
     world_errors,
 )
@@ -44,6 +44,7 @@ from megarlhf.config.check_numbers import (
     shared_prefix_errors,
 )
 from megarlhf.config.check_save import save_errors
+from megarlhf.config.roles import megatron_roles
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig, SFTDataArguments
 
 SUPPORTED_ARCHITECTURES = (
@@ -78,25 +79,15 @@ def check_ppo(config: PPOConfig, supported_architectures: Sequence[str] = SUPPOR
     Args:
         supported_architectures: class names of the causal language models that can be trained.
     """
-    layout, batch, rollout, estimator = (
-        config.layout,
-        config.batch,
-        config.rollout,
-        config.algorithm.advantage_estimator,
-    )
-    models, errors = _models(config.model, supported_architectures, uses_critic=estimator == "gae")
+    batch, rollout = config.batch, config.rollout
+    models, errors = _models(config, supported_architectures)
     length = rollout.prompt_max_len + rollout.generate_max_len
     errors += limit_errors(config)
-    errors += shared_errors(layout)
-    if config.layout_of("critic") == layout:
-        errors += layout_errors(layout, models)
-    else:
-        errors += layout_errors(layout, {"pretrain": models["pretrain"]})
-    errors += critic_layout_errors(config, models.get("critic_pretrain", models["pretrain"]))
-    errors += cluster_errors(config.cluster, config)
+    errors += shared_errors(config.layout)
+    errors += role_errors(config, models)
+    errors += cluster_errors(config)
     errors += engine_errors(config.cluster.vllm_tensor_parallel_size, models["pretrain"])
-    context = max(layout.context_parallel_size, config.layout_of("critic").context_parallel_size)
-    errors += batch_errors(batch, context)
+    errors += batch_errors(batch, max(role.layout(config).context_parallel_size for role in megatron_roles(config)))
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
     errors += correction_errors(config)
     errors += length_errors("prompt_max_len + generate_max_len", length, batch.max_tokens_per_micro_batch, models)
@@ -115,7 +106,7 @@ def check_sft(config: SFTConfig, supported_architectures: Sequence[str] = SUPPOR
         supported_architectures: class names of the causal language models that can be trained.
     """
     batch = config.batch
-    models, errors = _models(config.model, supported_architectures, uses_critic=False)
+    models, errors = _only_model(config.model, supported_architectures)
     name, world_size = f"num_gpus_per_node={config.sft_cluster.num_gpus_per_node}", config.sft_cluster.num_gpus_per_node
     if os.environ.get("WORLD_SIZE", "").isdecimal():  # torchrun started the ranks
         name, world_size = f"torchrun's WORLD_SIZE={os.environ['WORLD_SIZE']}", int(os.environ["WORLD_SIZE"])
@@ -135,7 +126,7 @@ def check_sft(config: SFTConfig, supported_architectures: Sequence[str] = SUPPOR
 def check_parity(config: ParityConfig, supported_architectures: Sequence[str] = SUPPORTED_ARCHITECTURES) -> list[str]:
     """Every mistake found in a comparison of layouts, none where it may start."""
     parity, layout = config.parity, config.layout
-    models, errors = _models(config.model, supported_architectures, uses_critic=False)
+    models, errors = _only_model(config.model, supported_architectures)
     errors += limit_errors(config)
     errors += shared_errors(layout) + layout_errors(layout, models)
     name = f"num_gpus_per_node={parity.num_gpus_per_node}"
@@ -152,22 +143,29 @@ def check_parity(config: ParityConfig, supported_architectures: Sequence[str] = 
     return errors
 
 
-def _models(model: ModelArguments, architectures: Sequence[str], *, uses_critic: bool) -> tuple[Models, list[str]]:
-    """config.json of each model that is trained, and what keeps them from being loaded."""
+def _models(config: PPOConfig, architectures: Sequence[str]) -> tuple[Models, list[str]]:
+    """config.json of each role's model by the option that names it, and what keeps them from being loaded."""
+    model = config.model
     actor, errors = read_model("pretrain", model.pretrain, architectures)
     models = {"pretrain": actor}
-    critic = model.critic_pretrain
-    if critic is not None and not uses_critic:
-        errors.append(
-            f"critic_pretrain={critic} is ignored (only advantage_estimator=gae trains a critic): leave it out"
-        )
-    elif critic is not None:
-        with_head = [name.replace("ForCausalLM", "ForSequenceClassification") for name in architectures]
-        with_head += _ODD_REWARD_CLASSES
-        models["critic_pretrain"], found = read_model("critic_pretrain", critic, [*architectures, *with_head])
-        errors += found + same_vocabulary_errors("critic_pretrain", critic, model.tokenizer or model.pretrain)
-        errors += smaller_vocabulary_errors(f"critic_pretrain={critic}", models["critic_pretrain"], actor)
+    with_head = [name.replace("ForCausalLM", "ForSequenceClassification") for name in architectures]
+    with_head += _ODD_REWARD_CLASSES
+    for role in megatron_roles(config):
+        option, path = role.start(config)
+        if option not in models:
+            heads = with_head if role.head == "value" else []
+            models[option], found = read_model(option, path, [*architectures, *heads])
+            errors += found + same_vocabulary_errors(option, path, model.tokenizer or model.pretrain)
+            errors += smaller_vocabulary_errors(f"{option}={path}", models[option], actor)
     return models, errors
+
+
+def _only_model(model: ModelArguments, architectures: Sequence[str]) -> tuple[Models, list[str]]:
+    """The same of a program that trains no critic."""
+    found, errors = read_model("pretrain", model.pretrain, architectures)
+    if model.critic_pretrain is not None:
+        errors.append(f"critic_pretrain={model.critic_pretrain} is ignored (only PPO has a critic): leave it out")
+    return {"pretrain": found}, errors
 
 
 def _template_errors(data: PromptDataArguments | SFTDataArguments, model: ModelArguments) -> list[str]:

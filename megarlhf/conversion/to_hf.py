@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megarlhf.config.roles import ROLES
 from megarlhf.conversion.cuts import CutModel, GlobalWeight, Region, cut_model
 from megarlhf.conversion.steps import (
     ConvertOptions,
@@ -92,7 +93,7 @@ def megatron_to_hf(
             NaN, which are found on the way.
     """
     checkpoint = find_checkpoint(load, role)
-    files_of = hf_files(checkpoint, hf_model, role)
+    files_of = hf_files(checkpoint, hf_model, ROLES[role].checkpoint)
     template = _chat_template(files_of)
     hf = read_config(files_of.directory, option="hf_model")
     arch = find_architecture(hf)
@@ -174,7 +175,7 @@ def _chat_template(files: HFFiles) -> str | None:
 
 def _run_dtypes(checkpoint: MegatronCheckpoint, role: str, head: Head) -> dict[str, torch.dtype]:
     """The dtypes that the run of a checkpoint exports in, its pretrain's; empty where what is stored is kept."""
-    pretrain = run_pretrain(checkpoint, role)
+    pretrain = run_pretrain(checkpoint, ROLES[role].checkpoint)
     if pretrain is None:
         return {}
     try:

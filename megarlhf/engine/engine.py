@@ -22,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megarlhf.config.roles import Part
 from megarlhf.data.dealing import PackingOptions
 from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack_rows
 from megarlhf.data.planning import plan_micro_batches
@@ -48,7 +49,6 @@ from megarlhf.parallel.device import current_device, release_memory
 from megarlhf.parallel.groups import current_ranks
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 from megarlhf.parallel.vocab import OutputDistribution
-from megarlhf.planner.phases import Part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, UntypedStorage
 
+from megarlhf.config.roles import PARTS, Part
 from megarlhf.parallel.device import current_device, host_bytes
-from megarlhf.planner.phases import PARTS, Part
 
 
 class DeviceMemory:

@@ -1,5 +1,6 @@
 """Where Megatron checkpoints lie, and the Hugging Face files that belong to them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def find_checkpoint(load: str, role: str) -> MegatronCheckpoint:
     """The checkpoint that `load` means: DIR or DIR@iteration of Megatron-LM's layout, a run's directory, or one step.
 
     Args:
-        role: which model of a run's checkpoint, "actor" or "critic".
+        role: which model of a run's checkpoint, by the name of its role.
     Raises:
         ValueError: there is none.
     """
@@ -62,15 +63,17 @@ def find_checkpoint(load: str, role: str) -> MegatronCheckpoint:
     return MegatronCheckpoint(directory=directory, iteration=iteration or path.name, source=source)
 
 
-def hf_files(checkpoint: MegatronCheckpoint, hf_model: str | None, role: str) -> HFFiles:
+def hf_files(checkpoint: MegatronCheckpoint, hf_model: str | None, options: Sequence[str]) -> HFFiles:
     """What goes with a checkpoint's weights: of hf_model, of hf_config/, or what the run was trained with.
 
+    Args:
+        options: of the run, that name the directory that the model started from; the first that was given counts.
     Raises:
         ValueError: nowhere.
     """
     if hf_model is not None:
         return HFFiles(directory=Path(hf_model))
-    found = _companions(checkpoint, role)
+    found = _companions(checkpoint, options)
     if found is None:
         raise ValueError(
             f"{checkpoint.source}; neither {HF_CONFIG}/ nor a run's config.yaml says what model it is: give --hf-model"
@@ -81,24 +84,24 @@ def hf_files(checkpoint: MegatronCheckpoint, hf_model: str | None, role: str) ->
     return found
 
 
-def run_pretrain(checkpoint: MegatronCheckpoint, role: str) -> Path | None:
-    """The pretrain of the run that a checkpoint is of, whether it is still there or not; None for other checkpoints."""
-    found = _companions(checkpoint, role)
+def run_pretrain(checkpoint: MegatronCheckpoint, options: Sequence[str]) -> Path | None:
+    """What the run of a checkpoint started from, whether it is still there or not; None for other checkpoints."""
+    found = _companions(checkpoint, options)
     return found.directory if found is not None and found.of_run else None
 
 
-def _companions(checkpoint: MegatronCheckpoint, role: str) -> HFFiles | None:
+def _companions(checkpoint: MegatronCheckpoint, options: Sequence[str]) -> HFFiles | None:
     """The nearest hf_config/, or what the nearest run was trained with."""
     for parent in (checkpoint.directory, *checkpoint.directory.absolute().parents[:3]):
         if (parent / HF_CONFIG).is_dir():
             return HFFiles(directory=parent / HF_CONFIG)
-        found = _run_files(parent / "config.yaml", role)
+        found = _run_files(parent / "config.yaml", options)
         if found is not None:
             return found
     return None
 
 
-def _run_files(path: Path, role: str) -> HFFiles | None:
+def _run_files(path: Path, options: Sequence[str]) -> HFFiles | None:
     """What a run's configuration names; None where there is no such file or it is some other program's."""
     try:
         config = yaml.safe_load(path.read_text())
@@ -110,7 +113,7 @@ def _run_files(path: Path, role: str) -> HFFiles | None:
     if not isinstance(pretrain, str):
         return None
     return HFFiles(
-        directory=Path((role == "critic" and model.get("critic_pretrain")) or pretrain),
+        directory=Path(next(model[option] for option in (*options, "pretrain") if model.get(option))),
         tokenizer=Path(model.get("tokenizer") or pretrain),
         chat_template=template if isinstance(template, str) else None,
         of_run=True,

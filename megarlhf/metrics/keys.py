@@ -4,6 +4,7 @@ docs/metrics.md is written from it: `python -m megarlhf.metrics.keys > docs/metr
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 
 _ROUTERS = {
@@ -11,13 +12,6 @@ _ROUTERS = {
     "moe_load_max": "Tokens of the busiest expert over an even share, worst layer (ratio)",
     "moe_load_min": "Tokens of the idlest expert over an even share, worst layer (ratio)",
     "moe_router_log_prob": "Log-prob that the routers give to the experts they choose, mean over tokens (nats)",
-}
-
-_MEMORY = {
-    "parameters": "Weights of the {role}, the most on one device so far; in the first step of a run (GiB)",
-    "gradients": "Gradients of the {role}, the most on one device so far; there in updates alone (GiB)",
-    "optimizer": "Running means and main weights of the {role}, the most on one device so far (GiB)",
-    "reference": "Reference beside the {role}, the most on one device so far; there while it computes alone (GiB)",
 }
 
 METRICS: dict[str, str] = {
@@ -56,11 +50,10 @@ METRICS: dict[str, str] = {
     "rollout/logprob_kl": "Estimated KL of the policy in training from the one in vLLM, same weights (nats per token)",
     "sync/version": "Policy version that the inference engines hold after the step (count)",
     "sync/bytes": "Weights that each inference engine reads, as the trainer holds them (bytes)",
-    **{
-        f"memory/{role}/{part}_gib": meaning.format(role=role)
-        for role in ("actor", "critic")
-        for part, meaning in _MEMORY.items()
-    },
+    "memory/ROLE/parameters_gib": "Weights of a role, the most on one device so far; in a run's first step (GiB)",
+    "memory/ROLE/gradients_gib": "Gradients of a role, the most on one device so far; there in updates alone (GiB)",
+    "memory/ROLE/optimizer_gib": "Running means and main weights of a role, the most on one device so far (GiB)",
+    "memory/ROLE/reference_gib": "Reference beside a role, the most on one device; there while it computes alone (GiB)",
     "time/rollout_seconds": "Generating responses (seconds)",
     "time/reward_seconds": "Scoring responses (seconds)",
     "time/experience_seconds": "Log-probs, reference log-probs and values of the samples (seconds)",
@@ -91,7 +84,7 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
         ValueError: names the key and the nearest known one.
     """
     for key in metrics:
-        if key not in METRICS:
+        if re.sub("^memory/[a-z]+/", "memory/ROLE/", key) not in METRICS:
             nearest = difflib.get_close_matches(key, METRICS, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"metric {key!r} is not in the table of metrics, megarlhf/metrics/keys.py; did you mean {nearest!r}?"

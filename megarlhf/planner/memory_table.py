@@ -1,10 +1,10 @@
-"""Bytes on each device in each phase of a run, by role and part; planner/phases.py says who is awake."""
+"""Bytes on each device in each phase of a run, by role and part; config/roles.py says who is awake."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megarlhf.config.roles import ENGINE_PARTS, PARTS, ROLES, Phase
 from megarlhf.planner.memory import RankBytes
-from megarlhf.planner.phases import ENGINE_PARTS, PARTS, PHASES, Awake
 
 GIB = 2**30
 PROCESS_BYTES = GIB  # of a process on a GPU, asleep too: CUDA's context and kernels, communicators (0.5 to 2 GiB seen)
@@ -73,12 +73,11 @@ def device_tables(slots: Mapping[int, Mapping[str, RoleBytes]], *, colocated: bo
     """One table for each set of roles that share devices.
 
     Args:
-        slots: device -> role -> what that role's rank takes there. The first training role is the policy.
+        slots: device -> name of a role -> what its rank takes there. The first role that trains is the policy.
         colocated: roles take turns; else nothing sleeps but gradients and the reference.
         gpu: count what a GPU's processes and allocator take besides.
     """
     tables = []
-
     groups: dict[tuple[str, ...], list[int]] = {}
     for device, held in slots.items():
         groups.setdefault(tuple(held), []).append(device)
@@ -109,33 +108,33 @@ def misfits(tables: list[DeviceTable], engine: EngineBytes | None, memory: int) 
 
 def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool) -> dict[str, Column]:
     """Columns of one device."""
-    training = [role for role, taken in held.items() if isinstance(taken, RankBytes)]
+    models = [role for role, taken in held.items() if isinstance(taken, RankBytes)]
+    training = [role for role in models if ROLES[role].trains]
     columns: dict[str, Column] = {}
-    if len(training) < len(held):
+    if len(models) < len(held):
         columns["rollout"] = _awake(held, "rollout", colocated=colocated)
-    if training:
-        columns["experience"] = _awake(held, "train", colocated=colocated) | _passes(held, training[0], update=False)
+    if models:
+        columns["experience"] = _awake(held, "train", colocated=colocated) | _passes(held, models[0], update=False)
         for role in training:
             name = "update" if len(training) == 1 else f"update {role}"
             columns[name] = _awake(held, "train", colocated=colocated) | _passes(held, role, update=True)
-    if len(training) < len(held):
+    if len(models) < len(held):
         columns["sync"] = _awake(held, "sync", colocated=colocated) | _buckets(held)
     columns["save"] = _awake(held, "checkpoint", colocated=colocated)
     for column in columns.values() if gpu else ():
-        allocated = sum(size for (role, _), size in column.items() if role in training)
+        allocated = sum(size for (role, _), size in column.items() if role in models)
         if allocated:
             column["all", "fragmentation"] = int(FRAGMENTATION * allocated)
         column["all", "processes"] = PROCESS_BYTES * len(held)
     return columns
 
 
-def _awake(held: Mapping[str, RoleBytes], phase: str, *, colocated: bool) -> Column:
+def _awake(held: Mapping[str, RoleBytes], phase: Phase, *, colocated: bool) -> Column:
     column: Column = {}
-    training = Awake(actor=("parameters", "optimizer"), others=("parameters", "optimizer"), engines=ENGINE_PARTS)
-    awake = PHASES[phase] if colocated else training
     for role, taken in held.items():
-        names = awake.engines if isinstance(taken, EngineBytes) else awake.actor if role == "actor" else awake.others
-        order = ENGINE_PARTS if isinstance(taken, EngineBytes) else PARTS
+        spec = ROLES[role]
+        names = spec.awake.get(phase, ()) if colocated else spec.parts
+        order = (*PARTS, *ENGINE_PARTS)
         column |= {(role, part.replace("_", " ")): getattr(taken, part) for part in order if part in names}
     return column
 

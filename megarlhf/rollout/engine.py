@@ -11,10 +11,10 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
+from megarlhf.config.roles import EnginePart
 from megarlhf.data.types import GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.formats.shared_memory import Block
-from megarlhf.planner.phases import EnginePart
 from megarlhf.rollout.decoding import response_texts
 from megarlhf.rollout.sampling import request_seed
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from megarlhf.config.arguments import PPOConfig, SharedOptimizerArguments
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.roles import RoleSpec
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.engine import MegatronEngine
@@ -17,34 +18,34 @@ from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.value import value_objective
 
 
-def build_engine(config: PPOConfig, role: str, *, share_prompt_prefix: bool) -> MegatronEngine:
-    """The actor's or the critic's engine in a process whose groups are set up."""
-    critic, layout = role == "critic", config.layout_of(role)
-    rate = config.optimizer.critic_learning_rate if critic else config.optimizer.actor_learning_rate
+def build_engine(config: PPOConfig, role: RoleSpec, *, share_prompt_prefix: bool) -> MegatronEngine:
+    """A role's engine in a process whose groups are set up."""
+    layout, optimizer = role.layout(config), None
+    if role.learning_rate is not None:
+        rate, steps = getattr(config.optimizer, role.learning_rate), optimizer_steps(config, role)
+        optimizer = optimizer_options(config.optimizer, layout, rate, steps, passed=config.passed.megatron)
     return MegatronEngine(
-        (config.model.critic_pretrain or config.model.pretrain) if critic else config.model.pretrain,
-        head="value" if critic else "lm",
+        role.start(config)[1],
+        head=role.head,
         model=model_options(layout, config),
         packing=packing_options(config, share_prompt_prefix=share_prompt_prefix),
-        optimizer=optimizer_options(
-            config.optimizer, layout, rate, optimizer_steps(config, role), passed=config.passed.megatron
-        ),
+        optimizer=optimizer,
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         temperature=config.rollout.temperature,
         seed=config.model.seed,
     )
 
 
-def optimizer_steps(config: PPOConfig, role: str) -> int:
+def optimizer_steps(config: PPOConfig, role: RoleSpec) -> int:
     """Optimizer steps of the whole run, for the role's learning-rate schedule; frozen steps make none."""
-    frozen = max(0, config.optimizer.freezing_actor_steps) if role == "actor" else 0
+    frozen = 0 if role.freezing_steps is None else max(0, getattr(config.optimizer, role.freezing_steps))
     return (config.batch.train_iters - frozen) * config.batch.updates_per_step
 
 
-def build_objective(config: PPOConfig, role: str) -> Objective:
-    """The role's loss."""
+def build_objective(config: PPOConfig, role: RoleSpec) -> Objective:
+    """The loss of a role that trains, by its head."""
     algorithm = config.algorithm
-    if role == "critic":
+    if role.head == "value":
         return value_objective(value_clip=algorithm.value_clip)
     return policy_objective(
         PolicyLossOptions(

@@ -243,6 +243,6 @@ def test_supervised_tokens_past_the_vocabulary(
 
 def test_what_transformer_engine_cannot_do_is_said_before_the_weights_are_read(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model", family="gemma2")
-    check_weights((str(model_dir), LayoutArguments()), transformer_impl="local")
+    check_weights([(str(model_dir), LayoutArguments(), "lm")], transformer_impl="local")
     with pytest.raises(ValueError, match="attn_logit_softcapping=.*set transformer_impl=local"):
-        check_weights((str(model_dir), LayoutArguments()), transformer_impl="transformer_engine")
+        check_weights([(str(model_dir), LayoutArguments(), "lm")], transformer_impl="transformer_engine")

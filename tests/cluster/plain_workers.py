@@ -14,6 +14,7 @@ import ray
 
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import MegatronWorker, Place
+from megarlhf.config.roles import ROLES
 from megarlhf.data.dealing import PackingOptions
 from megarlhf.data.packing import gather_targets, join_values, pack_rows
 from megarlhf.data.types import Floats, GroupTokens, MicroBatch, Prompt, Rollout, Sample, TargetValues, TrainingRows
@@ -133,12 +134,12 @@ class PlainWorkers(WorkerGroup):
         self.given: list[tuple[str, int, tuple[Any, ...]]] = []  # method, rank and arguments of every call
         self.workers = [self._worker(role, kind, packing) for _, kind in places]
         handles = [_Handle(self, rank) for rank in range(len(places))]
-        super().__init__(role, handles, [], timeout_seconds=1.0)
+        super().__init__(ROLES[role], handles, [], timeout_seconds=1.0)
 
     @staticmethod
     def _worker(role: str, kind: str, packing: PackingOptions) -> MegatronWorker:
         worker = object.__new__(MegatronWorker)  # whose __init__ takes over the process's output
-        worker.spec = SimpleNamespace(role=role)
+        worker.spec = SimpleNamespace(role=ROLES[role])
         worker.engine = PlainEngine("value" if role == "critic" else "lm", kind, packing)
         worker.objective, worker._shares_device = None, False
         return worker

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megarlhf.config.roles import ROLES
+
 Reply = Callable[[int, tuple[Any, ...]], Any]  # rank and arguments -> that rank's answer
 
 
@@ -20,29 +22,29 @@ class RecordedGroup:
     def __init__(
         self, role: str, log: list[tuple[str, str, tuple[Any, ...]]], *, ranks: int = 1, **replies: Reply
     ) -> None:
-        self.role, self._log, self._replies = role, log, replies
+        self.role, self._log, self._replies = ROLES[role], log, replies
         self.handles = [self._handle(rank) for rank in range(ranks)]
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        self._log.append((self.role, method, args))
+        self._log.append((self.role.name, method, args))
         return [self._answer(method, rank, args) for rank in range(len(self.handles))]
 
     def submit(self, method: str, *args: Any) -> list[Any]:
-        self._log.append((self.role, method, args))
+        self._log.append((self.role.name, method, args))
         return [partial(self._answer, method, rank, args) for rank in range(len(self.handles))]
 
     def wait_for(self, refs: Sequence[Any], what: str) -> list[Any]:
         return [answer() for answer in refs]
 
     def kill(self) -> None:
-        self._log.append((self.role, "kill", ()))
+        self._log.append((self.role.name, "kill", ()))
 
     def _answer(self, method: str, rank: int, args: tuple[Any, ...]) -> Any:
         return self._replies[method](rank, args) if method in self._replies else None
 
     def _handle(self, rank: int) -> Any:
         def remote(*args: Any) -> Callable[[], Any]:
-            self._log.append((f"{self.role} {rank}", "generate", args))
+            self._log.append((f"{self.role.name} {rank}", "generate", args))
             return lambda: self._answer("generate", rank, args)
 
         return types.SimpleNamespace(generate=types.SimpleNamespace(remote=remote))

@@ -11,6 +11,7 @@ import ray
 
 from megarlhf.cluster import group as group_module
 from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
+from megarlhf.config.roles import ROLES
 from megarlhf.engine.objective import NonFiniteError
 
 Fault = BaseException | None
@@ -54,7 +55,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 def make_group(tmp_path: Path, *, role: str = "actor", ranks: int = 3) -> WorkerGroup:
     specs = [SimpleNamespace(log_file=str(tmp_path / f"{role}-{rank}.log")) for rank in range(ranks)]
-    return WorkerGroup(role, list(range(ranks)), specs, timeout_seconds=60.0)
+    return WorkerGroup(ROLES[role], list(range(ranks)), specs, timeout_seconds=60.0)
 
 
 def failed(error: Exception) -> Exception:
@@ -138,7 +139,7 @@ def test_a_call_goes_to_every_rank_and_stores_what_is_large_once(
         return SimpleNamespace(update=SimpleNamespace(remote=lambda *args: got.append((rank, args))))
 
     specs = [SimpleNamespace(log_file="none")] * 2
-    group = WorkerGroup("actor", [handle(0), handle(1)], specs, timeout_seconds=time.monotonic())
+    group = WorkerGroup(ROLES["actor"], [handle(0), handle(1)], specs, timeout_seconds=time.monotonic())
     group.submit("update", [1, 2], 7.0, {"a": 1})
     assert stored == [[1, 2], {"a": 1}]
     assert got == [(rank, ("stored 1", 7.0, "stored 2")) for rank in (0, 1)]

@@ -10,6 +10,8 @@ import ray
 
 from megarlhf.cluster import launch
 from megarlhf.cluster.nodes import devices_of, machine_of
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.command_line import from_dict
 from megarlhf.parallel.device import check_device, visible_devices_environment
 from megarlhf.planner.placement import Machine, PlacementPlan, plan_placement
 
@@ -67,17 +69,9 @@ def given_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def two_roles() -> PlacementPlan:
     """Actor and critic of two ranks each share two of the GPUs, an engine of two takes both."""
-    return plan_placement(
-        actor_world_size=2,
-        critic_world_size=2,
-        nodes=1,
-        gpus_per_node=3,
-        num_engines=1,
-        engine_tp=2,
-        colocate=True,
-        devices="gpu",
-        cores_per_node=4,
-    )
+    flags = {"actor_num_gpus_per_node": 2, "vllm_tensor_parallel_size": 2}
+    config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s", **flags})
+    return plan_placement(config, Machine("gpu", 1, 3, 4))
 
 
 def test_workers_get_the_jobs_own_gpus_by_name(given_gpus: list[str]) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from megarlhf.cluster.launch import start_workers
 from megarlhf.cluster.resource_manager import ResourceManager
+from megarlhf.config.roles import PARTS
 from megarlhf.metrics.timers import Timers
-from megarlhf.planner.phases import PARTS
 from tests.cluster.recorded_groups import RecordedGroup
 from tests.cluster.runs import SMALL, metrics, run, write_inputs
 
@@ -141,8 +141,8 @@ class Starting(RecordedGroup):
     """A group whose processes start when they are waited for, as late as can be."""
 
     def submit(self, method: str, *args: Any) -> list[Any]:
-        self._log.append((self.role, f"submit {method}", args))
-        return [lambda: self._log.append((self.role, f"{method}ed", ()))]
+        self._log.append((self.role.name, f"submit {method}", args))
+        return [lambda: self._log.append((self.role.name, f"{method}ed", ()))]
 
     def wait_for(self, refs: Sequence[Any], what: str, *, timeout_seconds: float | None = None) -> list[Any]:
         assert timeout_seconds is not None and 0 < timeout_seconds <= 7.0, "one limit for all of them"

@@ -11,6 +11,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import world_errors
 from megarlhf.config.checks import SUPPORTED_ARCHITECTURES, ConfigError, check_parity, check_ppo, check_sft, raise_if
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.roles import ROLES
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 
 MODEL = {
@@ -141,18 +142,18 @@ def test_the_critic_has_its_own_layout_or_the_actors() -> None:
         "num_virtual_stages_per_pipeline_rank": 2,
     }
     config = from_dict(PPOConfig, base | actor)
-    assert config.layout_of("critic") == config.layout_of("actor") == config.layout
+    assert ROLES["critic"].layout(config) == ROLES["actor"].layout(config) == config.layout
     config = from_dict(PPOConfig, base | actor | {"critic_pipeline_model_parallel_size": 4})
-    critic = config.layout_of("critic")
+    critic = ROLES["critic"].layout(config)
     assert (critic.pipeline_model_parallel_size, critic.virtual_stages) == (4, 1), "the actor's chunks do not count"
     assert (critic.tensor_model_parallel_size, critic.sequence_parallel) == (2, True)
     config = from_dict(PPOConfig, base | actor | {"critic_tensor_model_parallel_size": 1})
-    critic = config.layout_of("critic")
+    critic = ROLES["critic"].layout(config)
     assert (critic.tensor_model_parallel_size, critic.sequence_parallel) == (1, False)
     assert (critic.pipeline_model_parallel_size, critic.virtual_stages) == (2, 2)
     experts = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
     config = from_dict(PPOConfig, base | experts | {"critic_expert_model_parallel_size": 1})
-    assert config.layout_of("critic").expert_tensor_parallel_size is None, "it belongs to the actor's experts"
+    assert ROLES["critic"].layout(config).expert_tensor_parallel_size is None, "it belongs to the actor's experts"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
                 "advantage_estimator": "reinforce",
                 "critic_pipeline_model_parallel_size": 2,
             },
-            "critic_pipeline_model_parallel_size=2 is ignored without a critic",
+            "critic_pipeline_model_parallel_size=2 is ignored with advantage_estimator=reinforce",
         ),
         ({"tensor_model_parallel_size": 2, "actor_num_gpus_per_node": 3}, "makes 3 ranks, no multiple of"),
         (

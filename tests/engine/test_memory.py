@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarlhf.config.roles import PARTS, Part
 from megarlhf.engine import engine as engine_module
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.schedule import run_forward
 from megarlhf.engine.sharing import SharedWeights
 from megarlhf.parallel.device import release_memory
-from megarlhf.planner.phases import PARTS, Part
 from megarlhf.trainers.parity import parity_objective
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.roles import ROLES
 from megarlhf.data.types import Rollout, Sample
 from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import summary
@@ -326,9 +327,9 @@ def test_the_kl_is_of_the_policy_that_sampled() -> None:
 def test_optimizer_steps_of_the_whole_run_leave_out_frozen_ones() -> None:
     batch = {"train_iters": 7, "max_epochs": 3}  # 8 samples a step in optimizer steps of 4: 2 an epoch
     config = make_config(Path("unused"), batch=batch, freezing_actor_steps=2)
-    assert optimizer_steps(config, "actor") == (7 - 2) * 6
-    assert optimizer_steps(config, "critic") == 7 * 6
-    assert optimizer_steps(make_config(Path("unused"), batch=batch), "actor") == 7 * 6
+    assert optimizer_steps(config, ROLES["actor"]) == (7 - 2) * 6
+    assert optimizer_steps(config, ROLES["critic"]) == 7 * 6
+    assert optimizer_steps(make_config(Path("unused"), batch=batch), ROLES["actor"]) == 7 * 6
 
 
 def test_speed_is_over_response_tokens() -> None:
