@@ -2,9 +2,10 @@
 # make demo    a short RL run on this machine, from the weights to the report
 # make test    the short tests; .ci/run has the whole of it
 # make test-slow   all slow tests; SHARE=K/N runs the K-th of N shares of them
+# make test-gpu    what needs one GPU, in some minutes; PYTHON=... names the interpreter, which need not be .venv's
 # make test-megatron-next   a sample of the layout tests against the newest Megatron-Core that runs here
 # make clean   remove what tools and builds left, but not .venv and not runs/
-.PHONY: setup demo test test-slow test-megatron-next clean
+.PHONY: setup demo test test-slow test-gpu test-megatron-next clean
 
 setup:
 	@bash requirements/install.sh
@@ -17,6 +18,12 @@ test: setup
 
 test-slow: setup
 	.venv/bin/python -m pytest -m "slow and not gpu" $(if $(SHARE),--slow-share $(SHARE))
+
+PYTHON ?= python
+
+test-gpu:
+	@echo "test-gpu: needs a CUDA build of torch and: pip install$$(sed '/^#/d; s/.*/ "&"/' requirements/gpu-test.txt | tr -d '\n')"
+	$(PYTHON) -m pytest tests/gpu -m gpu -rs --durations 5
 
 # Megatron-Core 0.19 declares Python 3.12 and needs triton; both lie beside the environment, not in it.
 build/megatron-next: requirements/megatron-next.txt

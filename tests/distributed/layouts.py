@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megarlhf.config.layouts import KernelArguments
 from megarlhf.data.dealing import PackingOptions
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import OptimizerOptions
@@ -34,6 +35,7 @@ class Layout:
     bf16: bool = False
     recompute: str | None = None
     moe_aux_loss_coeff: float = 0.0
+    compiled: bool = False  # Megatron-Core's small functions, which only GPUs compile
 
     @property
     def world_size(self) -> int:
@@ -179,6 +181,11 @@ def build(
             recompute_granularity=layout.recompute,
             recompute_method="uniform" if layout.recompute == "full" else None,
             recompute_num_layers=1 if layout.recompute == "full" else None,
+            kernels=KernelArguments(
+                transformer_impl="local",
+                bias_swiglu_fusion=layout.compiled,
+                bias_dropout_fusion=layout.compiled,
+            ),
         ),
         packing=PackingOptions(max_tokens=layout.max_tokens, share_prefix=layout.share_prefix),
         optimizer=options if optimizer else None,

@@ -18,7 +18,7 @@ from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.schedule import run_forward
 from megarlhf.engine.sharing import SharedWeights
-from megarlhf.parallel.device import release_memory
+from megarlhf.parallel.device import device_kind, release_memory
 from megarlhf.trainers.parity import parity_objective
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
@@ -293,34 +293,40 @@ def test_checkpoints_need_parameters_and_optimizer_alone(ranks: RankPool, tmp_pa
     ranks.run(layout.world_size, resumed, make_model(tmp_path / "model"), layout, tmp_path / "saved")
 
 
-def resident(function: Callable[[], None]) -> int:
-    """How many bytes of this process's memory a call gives back to the system."""
+def held() -> int:
+    """Bytes that this process has of its device: allocated on a GPU, resident on a CPU."""
     release_memory()
-    before = psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() if device_kind() == "gpu" else psutil.Process().memory_info().rss
+
+
+def given_back(function: Callable[[], None]) -> int:
+    """How many bytes of its device's memory a call gives back."""
+    before = held()
     function()
-    release_memory()
-    return before - psutil.Process().memory_info().rss
+    return before - held()
 
 
-def give_back(rank: int, world_size: int, init_method: str, model_dir: Path) -> dict[str, tuple[int, int]]:
-    """For each part, bytes by the ledger and bytes that the system sees, once its host copy exists."""
-    found = {}
-    with world(DISTRIBUTED, rank, init_method):
-        engine = build(DISTRIBUTED, model_dir)
+def give_back(
+    rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path
+) -> dict[Part, tuple[int, int]]:
+    """For each part, bytes by the ledger and bytes that the device sees, once its host copy exists."""
+    found: dict[Part, tuple[int, int]] = {}
+    with world(layout, rank, init_method):
+        engine = build(layout, model_dir)
         engine.keep_reference()
         step(engine, 0)
         engine.sleep(*PARTS)
         engine.wake(*PARTS)
-        held = engine.memory.num_bytes()
+        counted = engine.memory.num_bytes()
         for _, parameter in engine.named_parameters():
             parameter.main_grad.fill_(1.0)  # so that the system has given gradients their memory
         for part in PARTS:
-            found[part] = held[part], resident(lambda part=part: engine.sleep(part))  # type: ignore[misc]
+            found[part] = counted[part], given_back(lambda part=part: engine.sleep(part))  # type: ignore[misc]
     return found
 
 
 def test_the_system_gets_the_bytes_that_the_ledger_says(ranks: RankPool, tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=3)
-    for part, (counted, returned) in ranks.run(1, give_back, model_dir)[0].items():
+    for part, (counted, returned) in ranks.run(1, give_back, DISTRIBUTED, model_dir)[0].items():
         assert counted > 40e6, part
         assert returned == pytest.approx(counted, rel=0.1), part
