@@ -29,13 +29,7 @@ from megarlhf.data.planning import plan_micro_batches
 from megarlhf.data.types import MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.memory import DeviceMemory
 from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
-from megarlhf.engine.optimizer import (
-    OptimizerOptions,
-    build_optimizer,
-    build_scheduler,
-    gradient_norm,
-    optimizer_tensors,
-)
+from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler, optimizer_tensors
 from megarlhf.engine.reference import Reference
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
 from megarlhf.formats.huggingface import read_checkpoint
@@ -250,12 +244,13 @@ class MegatronEngine:
         self.memory.require("parameters", "optimizer")
         try:
             loss, metrics, outputs = self.accumulate_gradients(batches, objective, denominator=denominator)
-            grad_norm = gradient_norm(self.optimizer)
-            if not math.isfinite(grad_norm):
-                raise NonFiniteError(f"loss={loss}, gradient norm {grad_norm}; the step was not taken")
             self.scheduler.step(1)
             learning_rate = float(self.optimizer.param_groups[0]["lr"])
-            self.optimizer.step()
+            try:
+                _, grad_norm, _ = self.optimizer.step()
+            except NonFiniteError as error:
+                self.scheduler.step(-1)
+                raise NonFiniteError(f"loss={loss}, {error}; the step was not taken") from None
         finally:
             self.memory.sleep("gradients")
         return StepResult(loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megarlhf.engine.objective import NonFiniteError
 from megarlhf.models.passed_fields import passed_fields
 from megarlhf.parallel.device import current_device
 
@@ -36,6 +37,29 @@ class OptimizerOptions:
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of OptimizerConfig, and others to pass over
 
 
+class FiniteOptimizer(ChainedOptimizer):
+    """Megatron-Core's optimizers together, which take no step on a gradient that is not finite.
+
+    By itself a step looks at no number on its way to the weights.
+    """
+
+    def get_grad_norm(self) -> float:
+        """L2 norm of the whole reduced gradient; a step asks for it once, before it clips by it and changes anything.
+
+        Every rank of the world asks, and gets the same number.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite on some rank; raised on every rank.
+        """
+        norm = float(super().get_grad_norm())
+        # Without the distributed optimizer each data-parallel rank takes the norm of its own copy of the gradient.
+        finite = torch.tensor(float(math.isfinite(norm)), device=current_device())
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite.item():
+            raise NonFiniteError(f"gradient norm {math.nan if math.isfinite(norm) else norm}")
+        return norm
+
+
 def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool) -> Any:
     """Megatron-Core's optimizer over DistributedDataParallel chunks; float32 main parameters under bf16."""
     config = OptimizerConfig(
@@ -53,12 +77,12 @@ def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool)
         overlap_param_gather=options.overlap_param_gather,
         **passed_fields(OptimizerConfig, options.passed),
     )
-    return get_megatron_optimizer(config, chunks)
+    return FiniteOptimizer(get_megatron_optimizer(config, chunks).chained_optimizers)
 
 
 def single_optimizers(optimizer: Any) -> list[Any]:
     """Megatron-Core's optimizers of parameters that are stepped alike; none where there is no optimizer."""
-    return [] if optimizer is None else getattr(optimizer, "chained_optimizers", [optimizer])
+    return [] if optimizer is None else optimizer.chained_optimizers
 
 
 def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
@@ -69,22 +93,6 @@ def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
                 yield from group["params"]
             for state in single.optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-def gradient_norm(optimizer: Any) -> float:
-    """L2 norm of the whole reduced gradient, before clipping; every rank of the world calls it before `.step()`.
-
-    `.step()` looks at no number on its way to the weights, and with clip_grad=0 need not report a norm.
-
-    Returns:
-        NaN or infinity on every rank if it is so on one; else the same number on every rank.
-    """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    # Without the distributed optimizer each data-parallel rank takes the norm of its own copy of the gradient.
-    finite = torch.tensor(float(math.isfinite(norm)), device=current_device())
-    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    return norm if finite.item() or not math.isfinite(norm) else math.nan
 
 
 def main_weight(optimizer: Any, parameter: Any) -> Tensor:

@@ -94,6 +94,8 @@ def train(
             "perf/tokens_per_second": float(rows.lengths[batch].sum()) / seconds,
             "perf/samples_per_second": len(batch) / seconds,
         }
+        if step == progress.step + 1:
+            metrics |= memory(engine)
         stopping = _agree(should_stop())
         last = step == total_steps or stopping
         if eval_rows is not None and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
@@ -126,6 +128,14 @@ def mean_loss(engine: MegatronEngine, rows: TrainingRows) -> float:
     summed = torch.tensor(total, dtype=torch.float64, device=current_device())
     dist.all_reduce(summed)
     return float(summed) / int(rows.num_targets.sum())
+
+
+def memory(engine: MegatronEngine) -> dict[str, float]:
+    """The most that each part of the model has held so far on one device, in GiB; all ranks call it."""
+    held = engine.memory.largest_bytes()
+    most = torch.tensor(list(held.values()), dtype=torch.float64, device=current_device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return {f"memory/sft/{part}_gib": size / 2**30 for part, size in zip(held, most.tolist(), strict=True)}
 
 
 def save_checkpoint(

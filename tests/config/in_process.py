@@ -76,13 +76,15 @@ class FakeOptimizer:
 
     def __init__(self, config: Any, chunks: Sequence[Any]) -> None:
         self.config, self.rates, self._chunks = config, [], chunks
-        self.chained_optimizers: list[Any] = []
+        self.chained_optimizers: list[Any] = [self]
+        self.optimizer = None
         self.param_groups: list[dict[str, Any]] = [{"lr": 0.0, "weight_decay": 0.0}]
 
-    def step(self) -> None:
+    def step(self) -> tuple[bool, float, None]:
         self.rates.append(self.param_groups[0]["lr"])
         for chunk in self._chunks:
             chunk.chunk.weight.data += STEP
+        return True, 1.0, None
 
     def zero_grad(self) -> None: ...
 
@@ -160,11 +162,11 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (engine, "Float16Module", lambda config, chunk: chunk),
         (engine, "DistributedDataParallel", FakeDDP),
         (engine, "RouterStatistics", FakeRouters),
-        (engine, "gradient_norm", lambda optimizer: 1.0),
         (engine, "run_forward", run_forward),
         (engine, "run_forward_backward", run_forward_backward),
         (engine, "release_memory", lambda: None),
         (optimizer, "get_megatron_optimizer", FakeOptimizer),
+        (optimizer, "FiniteOptimizer", lambda chained: chained[0]),
         (sharing, "SharedWeights", FakeSharedWeights),
     ):
         patch.setattr(module, name, value)

@@ -164,11 +164,9 @@ def ledgers(rank: int, world_size: int, init_method: str, model_dir: Path, layou
         found: dict[str, Any] = {"weights": sum(p.numel() for _, p in engine.named_parameters())}
         found["built"] = engine.memory.num_bytes()
         engine.keep_reference()
-        norm = engine_module.gradient_norm
+        clip = engine.optimizer.get_grad_norm
         patch.setattr(
-            engine_module,
-            "gradient_norm",
-            lambda optimizer: found.update(step=engine.memory.num_bytes()) or norm(optimizer),
+            engine.optimizer, "get_grad_norm", lambda: found.update(step=engine.memory.num_bytes()) or clip()
         )
         patch.setattr(
             engine_module,

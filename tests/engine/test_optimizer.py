@@ -211,6 +211,27 @@ def test_steps_are_those_of_adamw_on_transformers_gradients(ranks: RankPool, tmp
             torch.testing.assert_close(whole[key].double(), expected, atol=atol, rtol=0, msg=f"{moment} {key}")
 
 
+def norms_of_a_step(rank: int, world_size: int, init_method: str, model_dir: Path) -> tuple[list[float], float]:
+    """Gradient norms that Megatron-Core computes in one step, and the one that the step reports."""
+    from megatron.core.optimizer import optimizer
+
+    with world(Layout(), rank, init_method), pytest.MonkeyPatch.context() as patch:
+        engine, computed = build(Layout(), model_dir, options=OPTIONS), list[float]()
+        inner = optimizer.get_grad_norm_fp32
+
+        def norm(*args: Any, **options: Any) -> float:
+            computed.append(inner(*args, **options))
+            return computed[-1]
+
+        patch.setattr(optimizer, "get_grad_norm_fp32", norm)
+        return computed, engine.train_step(make_rows(), sft_objective(), denominator=DENOMINATOR).grad_norm
+
+
+def test_a_step_computes_one_norm(ranks: RankPool, tmp_path: Path) -> None:
+    computed, reported = ranks.run(1, norms_of_a_step, make_model(tmp_path / "model", num_hidden_layers=1))[0]
+    assert computed == [reported]
+
+
 def bf16_steps(
     rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path
 ) -> tuple[Parts, list[tuple[float, float]]]:

@@ -175,6 +175,27 @@ def test_another_batch_size_goes_on_with_the_next_row(ranks: RankPool, model_dir
     assert [row["data/epoch"] for row in rows_of(save)] == pytest.approx([n / 11 for n in (4, 8, 11, 14, 17)])
 
 
+def test_the_first_step_of_a_start_says_what_lies_on_the_device(
+    ranks: RankPool, model_dir: Path, tmp_path: Path
+) -> None:
+    """Float32 weights, gradients and two running means, with torch's step count of each; no reference."""
+    save = tmp_path / "run"
+    (found,) = ranks.run(1, run, SINGLE, model_dir, Start(save=save, stop_after=2))
+    rows = list(map(json.loads, (save / "metrics.jsonl").read_text().splitlines()))
+    sizes = [{key: value * 2**30 for key, value in row.items() if key.startswith("memory/")} for row in rows]
+    count = sum(t.numel() for name, t in found.tensors.items() if name.endswith((".weight", ".bias")))
+    steps = sum(t.nbytes for name, t in found.tensors.items() if name.endswith(".step"))
+    assert sizes == [
+        {
+            "memory/sft/parameters_gib": 4 * count,
+            "memory/sft/gradients_gib": 4 * count,
+            "memory/sft/optimizer_gib": 8 * count + steps,
+            "memory/sft/reference_gib": 0,
+        },
+        {},
+    ]
+
+
 @pytest.mark.parametrize(("fails", "saved", "errors"), [("loss", 2, "NonFiniteError"), ("log", 3, "ZeroDivisionError")])
 def test_a_failure_saves_the_last_good_state_first(
     ranks: RankPool, model_dir: Path, tmp_path: Path, fails: str, saved: int, errors: str
