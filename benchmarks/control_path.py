@@ -3,8 +3,8 @@
     python benchmarks/control_path.py [--smoke]
 
 A PPO step of ragged responses with Ray's real object store and without any model: the engines' tokens are put there,
-the driver deals rows out to the actor's and the critic's ranks, each rank (one after the other, in this process) takes
-its rows, packs them and keeps what its passes would compute, KL and values come back, the driver estimates
+the driver partitions rows over the actor's and the critic's ranks, each rank (one after the other, in this process)
+takes its rows, packs them and keeps what its passes would compute, KL and values come back, the driver estimates
 advantages and sends them out, and each rank packs its fields. The baseline is one copy of the same tokens in memory.
 """
 
@@ -20,8 +20,8 @@ import ray
 import torch
 
 from megarlhf.algos.advantages import compute_advantages
-from megarlhf.data.dealing import Deal, PackingOptions, RankRows, Share
 from megarlhf.data.packing import pack_rows
+from megarlhf.data.partition import DataParallelSplit, PackingOptions, Partition, RankRows
 from megarlhf.data.types import Floats, GroupTokens, MicroBatch, Prompt, Sample, TrainingRows
 
 N_SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH = 16, 256, 1024
@@ -95,26 +95,26 @@ def pack(rows: TrainingRows, indices: list[int], min_length: int) -> MicroBatch:
 
 def take(costs: Costs, reference: ray.ObjectRef) -> RankRows:
     """A rank's part of MegatronWorker.begin."""
-    share: Share
-    share, references = ray.get(reference)
-    return RankRows(share, ray.get(references), pack, one_length=False)
+    partition: Partition
+    partition, references = ray.get(reference)
+    return RankRows(partition, ray.get(references), pack, one_length=False)
 
 
 def step(samples: list[Sample], tokens: list[ray.ObjectRef], num_ranks: int) -> Costs:
     """One step of an actor and a critic on as many ranks each."""
     costs = Costs()
-    parts = [list(range(len(samples)))]
-    roles: dict[str, tuple[Deal, list[RankRows]]] = {}
+    mini_batches = [list(range(len(samples)))]
+    roles: dict[str, tuple[DataParallelSplit, list[RankRows]]] = {}
     for role in ("actor", "critic"):
         with costs.of("driver"):
-            deal = Deal(samples, parts, num_ranks=num_ranks, packing=PACKING)
+            split = DataParallelSplit(samples, mini_batches, num_ranks=num_ranks, packing=PACKING)
         given = [
-            costs.put((share, [tokens[group] for group in share.groups.tolist()]), 24 * len(share.sample_ids))
-            for share in deal.shares
+            costs.put((own, [tokens[group] for group in own.groups.tolist()]), 24 * len(own.sample_ids))
+            for own in split.partitions
         ]
         with costs.of(role):
-            roles[role] = deal, [take(costs, reference) for reference in given]
-    (deal, actor), (critic_deal, critic) = roles["actor"], roles["critic"]
+            roles[role] = split, [take(costs, reference) for reference in given]
+    (split, actor), (critic_split, critic) = roles["actor"], roles["critic"]
     kl_parts, value_parts = [], []
     with costs.of("actor"):
         for rank in actor:
@@ -128,7 +128,7 @@ def step(samples: list[Sample], tokens: list[ray.ObjectRef], num_ranks: int) -> 
             value_parts.append(rank.rows.fields["old_values"])
     kl_parts, value_parts = [costs.receive(p) for p in kl_parts], [costs.receive(p) for p in value_parts]
     with costs.of("driver"):
-        kl, values = deal.join(kl_parts), critic_deal.join(value_parts)
+        kl, values = split.gather(kl_parts), critic_split.gather(value_parts)
         result = compute_advantages(
             "gae",
             rewards=torch.tensor([sample.reward for sample in samples]),
@@ -138,7 +138,7 @@ def step(samples: list[Sample], tokens: list[ray.ObjectRef], num_ranks: int) -> 
             values=torch.from_numpy(values),
             **{"kl_coef": 0.1, "gamma": 1.0, "lambd": 0.95, "clip_range": (-10.0, 10.0), "normalize": True},
         )
-        sent = deal.split(result.advantages.numpy()), critic_deal.split(result.returns.numpy())
+        sent = split.scatter(result.advantages.numpy()), critic_split.scatter(result.returns.numpy())
     for role, ranks, fields, name in (("actor", actor, sent[0], "advantages"), ("critic", critic, sent[1], "returns")):
         references = [costs.put(field, field.nbytes) for field in fields]
         with costs.of(role):
@@ -179,7 +179,7 @@ def main() -> None:
                 f"{rank:>5.1f} ns {costs.driver_bytes / total:>6.1f} {per_token['driver'] / (1e9 * copy):>7.1f}"
             )
         del tokens
-    print("driver and store: per response token of the step; rank: per response token of its share")
+    print("driver and store: per response token of the step; rank: per response token of its partition")
     print("bytes: through the driver, per token; copies: the driver's time over one copy of 8 bytes a token")
     ray.shutdown()
 

@@ -12,7 +12,7 @@ import ray
 from megarlhf.algos.kl import KLEstimator
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import Place
-from megarlhf.data.dealing import Deal, PackingOptions
+from megarlhf.data.partition import DataParallelSplit, PackingOptions
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
 from megarlhf.formats import run_checkpoints
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
@@ -30,23 +30,22 @@ class TrainingGroup:
         self.workers, self._places, self._packing = workers, list(places), packing
         self._num_replicas = 1 + max(place.dp_rank for place in places)
 
-    def begin(self, rollout: Rollout, parts: Sequence[Sequence[int]]) -> None:
+    def begin(self, rollout: Rollout, mini_batches: Sequence[Sequence[int]]) -> None:
         """See TrainingRole."""
-        self._deal = Deal(rollout.samples, parts, num_ranks=self._num_replicas, packing=self._packing)
-        given = [
-            ray.put((share, [rollout.tokens[group] for group in share.groups.tolist()])) for share in self._deal.shares
-        ]
-        self._call("begin", [(reference,) for reference in given])
+        split = DataParallelSplit(rollout.samples, mini_batches, num_ranks=self._num_replicas, packing=self._packing)
+        given = [(own, [rollout.tokens[group] for group in own.groups.tolist()]) for own in split.partitions]
+        self._split = split
+        self._call("begin", [(ray.put(pair),) for pair in given])
 
     def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats]) -> None:
         """See TrainingRole."""
-        own_fields, own_scalars = self._split(fields), self._split(scalars, per_row=True)
+        own_fields, own_scalars = self._scatter(fields), self._scatter(scalars, per_row=True)
         pairs = zip(own_fields, own_scalars, strict=True)
         self._call("keep", [(ray.put(tokens), ray.put(rows)) for tokens, rows in pairs])
 
-    def _split(self, values: Mapping[str, Floats], *, per_row: bool = False) -> list[dict[str, Floats]]:
+    def _scatter(self, values: Mapping[str, Floats], *, per_row: bool = False) -> list[dict[str, Floats]]:
         """Each replica's part of every array."""
-        parts = {name: self._deal.split(whole, per_row=per_row) for name, whole in values.items()}
+        parts = {name: self._split.scatter(whole, per_row=per_row) for name, whole in values.items()}
         return [{name: part[replica] for name, part in parts.items()} for replica in range(self._num_replicas)]
 
     def log_probs(self) -> LogProbDifference:
@@ -59,15 +58,15 @@ class TrainingGroup:
 
     def kl(self, estimator: KLEstimator) -> Floats:
         """See ActorRole."""
-        return self._join(self.workers.call("kl", estimator))
+        return self._gather(self.workers.call("kl", estimator))
 
     def values(self) -> Floats:
         """See CriticRole."""
-        return self._join(self.workers.call("values"))
+        return self._gather(self.workers.call("values"))
 
-    def update(self, part: int, *, denominator: float) -> UpdateResult:
+    def update(self, mini_batch: int, *, denominator: float) -> UpdateResult:
         """See TrainingRole."""
-        results: list[UpdateResult] = self.workers.call("update", part, denominator)
+        results: list[UpdateResult] = self.workers.call("update", mini_batch, denominator)
         differences = [result.difference for result in results if result.difference is not None]
         return replace(results[0], difference=reduce(add, differences) if differences else None)
 
@@ -77,14 +76,14 @@ class TrainingGroup:
         refs = [getattr(handle, method).remote(*arguments[place.dp_rank]) for handle, place in pairs]
         self.workers.wait_for(refs, method)
 
-    def _join(self, results: Sequence[Floats | None]) -> Floats:
+    def _gather(self, results: Sequence[Floats | None]) -> Floats:
         pairs = zip(self._places, results, strict=True)
         by_replica = {place.dp_rank: found for place, found in pairs if found is not None}
-        return self._deal.join([by_replica[replica] for replica in range(self._num_replicas)])
+        return self._split.gather([by_replica[replica] for replica in range(self._num_replicas)])
 
 
 class RolloutGroup:
-    """The inference engines; prompts are dealt over them in turn, the samples of one prompt stay together."""
+    """The inference engines; prompts go to them in turn, the samples of one prompt stay together."""
 
     def __init__(self, workers: WorkerGroup, *, n_samples_per_prompt: int) -> None:
         self.workers, self.n_samples = workers, n_samples_per_prompt
@@ -98,14 +97,14 @@ class RolloutGroup:
         return self._generate(prompts, 1, 0, greedy=True).samples
 
     def _generate(self, prompts: Sequence[Prompt], n_samples: int, step: int, *, greedy: bool) -> Rollout:
-        refs, dealt, count = [], [], len(self.workers.handles)
+        refs, order, count = [], [], len(self.workers.handles)
         for engine, handle in enumerate(self.workers.handles[: len(prompts)]):
             groups = list(range(engine, len(prompts), count))
-            dealt += groups
+            order += groups
             tokens = [prompts[group].token_ids for group in groups]
             refs.append(handle.generate.remote(tokens, groups, n_samples, step, greedy))
         parts = self.workers.wait_for(refs, "generate")
-        found = dict(zip(dealt, (group for part in parts for group in part), strict=True))
+        found = dict(zip(order, (group for part in parts for group in part), strict=True))
         samples = [
             Sample(
                 prompt=prompts[group_id],

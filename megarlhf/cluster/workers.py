@@ -16,7 +16,7 @@ import ray
 from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import EnginePart, Part, RoleSpec, megatron_roles
-from megarlhf.data.dealing import RankRows, Share
+from megarlhf.data.partition import Partition, RankRows
 from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
 from megarlhf.formats.shared_memory import Block
 from megarlhf.parallel.device import DeviceKind
@@ -115,15 +115,15 @@ class MegatronWorker:
         freeze_garbage_collector()
         return Place(dp_rank=self.engine.ranks.dp_rank, holds_results=self.engine.ranks.holds_results)
 
-    def begin(self, given: tuple[Share, list[Any]]) -> None:
+    def begin(self, given: tuple[Partition, list[Any]]) -> None:
         """Take this rank's rows of a step.
 
         Args:
-            given: what is dealt to its replica, and references to the tokens of the share's groups.
+            given: its replica's partition, and references to the tokens of the partition's groups.
         """
-        share, references = given
+        partition, references = given
         engine = self.engine
-        self.rows = RankRows(share, ray.get(references), engine.pack, one_length=engine.packing.one_length)
+        self.rows = RankRows(partition, ray.get(references), engine.pack, one_length=engine.packing.one_length)
 
     def keep(self, fields: Mapping[str, Floats], scalars: Mapping[str, Floats]) -> None:
         """See TrainingRole; of this rank's rows."""
@@ -160,10 +160,10 @@ class MegatronWorker:
         field = self.rows.keep_values(name, found)
         return field if self.engine.ranks.holds_results else None
 
-    def update(self, part: int, denominator: float) -> UpdateResult:
+    def update(self, mini_batch: int, denominator: float) -> UpdateResult:
         """One optimizer step."""
         with self._giving_back():
-            done = self.engine.step(self.rows.batches(part), self.objective, denominator=denominator)
+            done = self.engine.step(self.rows.batches(mini_batch), self.objective, denominator=denominator)
         difference = None
         if self.spec.role.has_reference and self.engine.ranks.holds_results:
             engine = self.rows.rows.fields["rollout_log_probs"][done.outputs.indices]
@@ -186,7 +186,7 @@ class MegatronWorker:
             release_cache()
 
     def share_weights(self) -> list[Block]:
-        """Hold this rank's share of the weights in shared memory from now on; what lies where."""
+        """Hold this rank's part of the weights in shared memory from now on; what lies where."""
         from megarlhf.engine.sharing import SharedWeights
 
         self._shared_weights = SharedWeights(self.engine)

@@ -31,7 +31,7 @@ def plan_micro_batches(
     share_prefix: bool,
     per_rank_multiple: int = 1,
 ) -> list[list[list[int]]]:
-    """Deal rows to data-parallel ranks and, within a rank, to micro-batches.
+    """Assign rows to data-parallel ranks and, within a rank, to micro-batches.
 
     Invariants:
         1. Every row is in exactly one micro-batch.
@@ -43,7 +43,7 @@ def plan_micro_batches(
            padding of them.
         6. The plan is a function of its arguments alone.
 
-    Balance: units are dealt by falling cost (tokens, and pairs of tokens for attention) to the cheapest micro-batch
+    Balance: units go by falling cost (tokens, and pairs of tokens for attention) to the cheapest micro-batch
     that has room, then micro-batches to the cheapest rank (LPT rule, Graham 1969).
 
     Args:
@@ -71,7 +71,7 @@ def plan_micro_batches(
     num_bins = _fewest_bins(units, max_tokens, step)
     while (bins := _fill_bins(units, num_bins=num_bins, max_tokens=max_tokens)) is None:
         num_bins += step
-    return _deal_bins(bins, num_ranks=num_ranks)
+    return _assign_bins(bins, num_ranks=num_ranks)
 
 
 def prompt_units(
@@ -171,8 +171,8 @@ def _fill_bins(units: Sequence[_Unit], *, num_bins: int, max_tokens: int) -> lis
     return [_Unit(costs[number], lengths[number], sorted(rows)) for number, rows in enumerate(bins)]
 
 
-def _deal_bins(bins: Sequence[_Unit], *, num_ranks: int) -> list[list[list[int]]]:
-    """Deal bins, costliest first, to the cheapest rank that does not have its number yet."""
+def _assign_bins(bins: Sequence[_Unit], *, num_ranks: int) -> list[list[list[int]]]:
+    """Assign bins, costliest first, to the cheapest rank that does not have its number yet."""
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     heap = [(0.0, rank) for rank in range(num_ranks)]
     for one in sorted(bins, key=lambda one: (one.cost, one.rows), reverse=True):

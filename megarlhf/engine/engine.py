@@ -23,8 +23,8 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megarlhf.config.roles import Part
-from megarlhf.data.dealing import PackingOptions
 from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack_rows
+from megarlhf.data.partition import PackingOptions
 from megarlhf.data.planning import plan_micro_batches
 from megarlhf.data.types import MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.memory import DeviceMemory

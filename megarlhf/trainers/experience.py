@@ -11,7 +11,7 @@ from megarlhf.algos.advantages import compute_advantages
 from megarlhf.algos.losses import Aggregation, token_weights
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
-from megarlhf.data.dealing import PackingOptions
+from megarlhf.data.partition import PackingOptions
 from megarlhf.data.types import Floats, Rollout, Sample
 from megarlhf.trainers.roles import ActorRole, CriticRole, LogProbDifference, UpdateResult
 from megarlhf.trainers.state import LoopState
@@ -25,7 +25,7 @@ class Experience:
     """
 
     samples: list[Sample]
-    parts: list[list[int]]  # indices of the samples of each optimizer step of an epoch
+    mini_batches: list[list[int]]  # indices of the samples of each optimizer step of an epoch
     difference: LogProbDifference | None  # None: the first update measures it
     has_reference: bool
     values: Floats | None
@@ -115,8 +115,8 @@ def make_experience(
         reward_scale: (shift, scale): rewards enter as (reward - shift) / scale.
     """
     algorithm, samples = config.algorithm, rollout.samples
-    parts = deal_parts(samples, config, step=step)
-    actor.begin(rollout, parts)
+    mini_batches = split_mini_batches(samples, config, step=step)
+    actor.begin(rollout, mini_batches)
     difference = actor.log_probs() if needs_old_log_probs(config) else None
     has_reference = algorithm.init_kl_coef > 0
     if has_reference:
@@ -124,7 +124,7 @@ def make_experience(
     kl = actor.kl(algorithm.kl_estimator) if has_reference and difference is not None else None
     values = None
     if critic is not None:
-        critic.begin(rollout, parts)
+        critic.begin(rollout, mini_batches)
         values = critic.values()
     shift, scale = reward_scale
     lengths = torch.tensor([sample.response_length for sample in samples])
@@ -148,7 +148,7 @@ def make_experience(
         critic.keep({"returns": result.returns.numpy()}, scalars={"weights": weights.numpy()})
     return Experience(
         samples=samples,
-        parts=parts,
+        mini_batches=mini_batches,
         difference=difference,
         has_reference=has_reference,
         values=values,
@@ -158,11 +158,11 @@ def make_experience(
     )
 
 
-def deal_parts(samples: Sequence[Sample], config: PPOConfig, *, step: int) -> list[list[int]]:
-    """Sample indices of each optimizer step of an epoch: a shuffle, dealt into equal parts.
+def split_mini_batches(samples: Sequence[Sample], config: PPOConfig, *, step: int) -> list[list[int]]:
+    """Sample indices of each optimizer step of an epoch: a shuffle, cut into mini-batches of one size.
 
-    A part has about global_batch_size samples: where samples are left without a reward there are fewer parts, in
-    proportion. The samples of one prompt stay together where a part holds whole groups.
+    A mini-batch has about global_batch_size samples: where samples are left without a reward there are fewer
+    mini-batches, in proportion. The samples of one prompt stay together where a mini-batch holds whole groups.
     """
     batch = config.batch
     count = max(1, round(len(samples) / batch.global_batch_size))
@@ -173,19 +173,19 @@ def deal_parts(samples: Sequence[Sample], config: PPOConfig, *, step: int) -> li
     order = list(units.values())
     if count > 1:
         Random(f"{config.model.seed}-{step}").shuffle(order)
-    cuts = [len(order) * part // count for part in range(count + 1)]
-    parts = [[i for unit in order[a:b] for i in unit] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-    return [part for part in parts if part]
+    cuts = [len(order) * number // count for number in range(count + 1)]
+    mini_batches = [[i for unit in order[a:b] for i in unit] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [mini_batch for mini_batch in mini_batches if mini_batch]
 
 
-def update_order(num_parts: int, config: PPOConfig, *, step: int) -> list[int]:
-    """Parts in the order of the step's optimizer steps: each once an epoch, from the second epoch on shuffled.
+def update_order(num_mini_batches: int, config: PPOConfig, *, step: int) -> list[int]:
+    """Mini-batches in the order of the step's optimizer steps: each once an epoch, from the second epoch on shuffled.
 
-    The samples of a part stay together from epoch to epoch, so that its micro-batches do.
+    The samples of a mini-batch stay together from epoch to epoch, so that its micro-batches do.
     """
-    random, order = Random(f"{config.model.seed}-{step}-order"), list(range(num_parts))
+    random, order = Random(f"{config.model.seed}-{step}-order"), list(range(num_mini_batches))
     for _ in range(config.batch.max_epochs - 1):
-        order += random.sample(range(num_parts), num_parts)
+        order += random.sample(range(num_mini_batches), num_mini_batches)
     return order
 
 

@@ -134,14 +134,14 @@ def train_step(
     every_length = experience.lengths
     state.updating = True
     try:
-        for part in update_order(len(experience.parts), config, step=step):
-            lengths = every_length[experience.parts[part]]
+        for mini_batch in update_order(len(experience.mini_batches), config, step=step):
+            lengths = every_length[experience.mini_batches[mini_batch]]
             if roles.critic is not None:
                 _, denominator = loss_weights(lengths, config, critic=True)
-                updates.critic.append(roles.critic.update(part, denominator=denominator))
+                updates.critic.append(roles.critic.update(mini_batch, denominator=denominator))
             if state.step >= config.optimizer.freezing_actor_steps:
                 _, denominator = loss_weights(lengths, config, critic=False)
-                updates.actor.append(roles.actor.update(part, denominator=denominator))
+                updates.actor.append(roles.actor.update(mini_batch, denominator=denominator))
     except NonFiniteError:  # it left the weights as they were before its optimizer step
         state.updating = False
         if updates.actor or updates.critic:

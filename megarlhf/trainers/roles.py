@@ -90,18 +90,18 @@ class TrainingRole(Protocol):
     Arrays have one number for each response token of the step's samples, in the order of the samples.
     """
 
-    def begin(self, rollout: Rollout, parts: Sequence[Sequence[int]]) -> None:
+    def begin(self, rollout: Rollout, mini_batches: Sequence[Sequence[int]]) -> None:
         """Take the step's samples for all calls until the next.
 
         Args:
-            parts: indices of the samples of each optimizer step; together all of them, once.
+            mini_batches: indices of the samples of each optimizer step; together all of them, once.
         """
 
     def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats]) -> None:
         """Give the samples fields of the loss: numbers for each response token, and [n] for each sample."""
 
-    def update(self, part: int, *, denominator: float) -> UpdateResult:
-        """One optimizer step on one of the parts."""
+    def update(self, mini_batch: int, *, denominator: float) -> UpdateResult:
+        """One optimizer step on one of the mini-batches."""
 
 
 class ActorRole(TrainingRole, Protocol):

@@ -1,4 +1,4 @@
-"""Weight sync, dealing of prompts and checkpoints over groups that note the order of calls."""
+"""Weight sync, which engine gets which prompts, and checkpoints over groups that note the order of calls."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -98,7 +98,7 @@ def check_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], *, step:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_prompts_are_dealt_evenly_and_samples_come_back_in_order(number: int, count: int) -> None:
+def test_prompts_go_to_engines_evenly_and_samples_come_back_in_order(number: int, count: int) -> None:
     log: Log = []
     prompts = make_prompts(count)
     rollout = engines(log, number).generate(prompts, step=11)
@@ -106,8 +106,8 @@ def test_prompts_are_dealt_evenly_and_samples_come_back_in_order(number: int, co
     assert [(s.group_id, s.sample_id) for s in samples] == [(g, s) for g in range(count) for s in range(3)]
     check_samples(samples, prompts, step=11, greedy=False)
     assert rollout.tokens == tuple(f"tokens of {group}" for group in range(count)), "where each group's tokens are"
-    dealt = [len(args[0]) for _, _, args in log]
-    assert sum(dealt) == count and max(dealt) - min(dealt) <= 1 and len(dealt) == min(number, count)
+    given = [len(args[0]) for _, _, args in log]
+    assert sum(given) == count and max(given) - min(given) <= 1 and len(given) == min(number, count)
     for group in range(count):
         assert len({s.weight_version for s in samples if s.group_id == group}) == 1, "on one engine"
     for role, _, (given, groups, *_) in log:

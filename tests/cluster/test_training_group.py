@@ -1,4 +1,4 @@
-"""A training role of several replicas: each gets its own share, and what they compute comes back in the samples' order.
+"""A training role of several replicas: each gets its partition, and what they compute comes back in the samples' order.
 
 Real workers over an engine that computes from token ids (plain_workers.py), so that a mix-up changes a number.
 """
@@ -37,7 +37,7 @@ __all__ = ["store"]
 
 LENGTHS = [[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]]
 WITHOUT = [(0, 1), (3, 2)]
-PARTS = [[12, 0, 3, 4, 7, 9], [2, 1, 5, 6, 8, 10, 11]]
+MINI_BATCHES = [[12, 0, 3, 4, 7, 9], [2, 1, 5, 6, 8, 10, 11]]
 # Three replicas of three processes, in an order in which ranks, replicas and who counts have nothing to do together.
 KINDS = [
     *[(2, "first stage"), (1, "counts"), (0, "first stage"), (1, "computes along"), (2, "counts")],
@@ -50,8 +50,8 @@ def begun(role: str, store: list[Ref], *, share_prefix: bool) -> tuple[TrainingG
     workers = PlainWorkers(role, KINDS, packing)
     group = TrainingGroup(workers, places_of(KINDS), packing=packing)
     rollout = make_rollout(LENGTHS, without=WITHOUT)
-    assert len(rollout.samples) == sum(map(len, PARTS))
-    group.begin(rollout, PARTS)
+    assert len(rollout.samples) == sum(map(len, MINI_BATCHES))
+    group.begin(rollout, MINI_BATCHES)
     return group, workers, rollout
 
 
@@ -81,24 +81,24 @@ def test_each_replica_gets_its_own_share_by_one_reference(store: list[Ref], shar
     for method, rank, (given,) in workers.given:
         assert method == "begin" and isinstance(given, Ref)
         by_replica.setdefault(KINDS[rank][0], set()).add(id(given))
-        share, references = given.value
+        partition, references = given.value
         assert all(isinstance(ref, Ref) for ref in references), "tokens are not in it"
         groups = {group for group, _ in samples_of(workers, rank)}
-        assert [rollout.tokens.index(ref) for ref in references] == share.groups.tolist() == sorted(groups)
+        assert [rollout.tokens.index(ref) for ref in references] == partition.groups.tolist() == sorted(groups)
     assert sorted(len(objects) for objects in by_replica.values()) == [1, 1, 1]
     assert len(set.union(*by_replica.values())) == 3
-    shares = [samples_of(workers, rank) for rank in (6, 1, 4)]  # of replicas 0, 1 and 2, where results count
-    assert sorted(sum(shares, [])) == [(s.group_id, s.sample_id) for s in rollout.samples]
-    assert min(map(len, shares)) > 1
+    partitions = [samples_of(workers, rank) for rank in (6, 1, 4)]  # of replicas 0, 1 and 2, where results count
+    assert sorted(sum(partitions, [])) == [(s.group_id, s.sample_id) for s in rollout.samples]
+    assert min(map(len, partitions)) > 1
     for rank, (replica, _) in enumerate(KINDS):
         rows = workers.workers[rank].rows.rows
-        assert samples_of(workers, rank) == shares[replica]
+        assert samples_of(workers, rank) == partitions[replica]
         whole = [
             [*range(10 * group, 11 * group + 1), *response(group, sample, LENGTHS[group][sample])]
-            for group, sample in shares[replica]
+            for group, sample in partitions[replica]
         ]
         assert rows.input_ids.tolist() == sum(whole, [])
-        own_targets = [token for group, s in shares[replica] for token in response(group, s, LENGTHS[group][s])]
+        own_targets = [token for group, s in partitions[replica] for token in response(group, s, LENGTHS[group][s])]
         assert rows.fields["rollout_log_probs"].tolist() == [engines(token) for token in own_targets]
 
 
@@ -117,8 +117,8 @@ def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: boo
     assert len(store) == 6, "fields and scalars of each replica"
     assert sum(len(ref.value.get("advantages", [])) for ref in store) == len(tokens), "each number goes to one"
     assert sum(len(ref.value.get("weights", [])) for ref in store) == len(weights)
-    for step, part in enumerate((1, 0, 1)):
-        result = actor.update(part, denominator=7.0 + part)
+    for step, mini_batch in enumerate((1, 0, 1)):
+        result = actor.update(mini_batch, denominator=7.0 + mini_batch)
         assert (result.loss, result.metrics, result.grad_norm, result.learning_rate) == (
             1.5 * (step + 1),
             {"m": 2.5},
@@ -126,9 +126,10 @@ def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: boo
             4.5,
         )
         assert result.difference is not None
-        expected = difference([rollout.samples[i] for i in PARTS[part]], steps=step)
+        expected = difference([rollout.samples[i] for i in MINI_BATCHES[mini_batch]], steps=step)
         assert asdict(result.difference) == pytest.approx(asdict(expected), rel=1e-12)
-        check_lines(workers, [rollout.samples[i] for i in PARTS[part]], denominator=7.0 + part, actor=True)
+        chosen = [rollout.samples[i] for i in MINI_BATCHES[mini_batch]]
+        check_lines(workers, chosen, denominator=7.0 + mini_batch, actor=True)
 
 
 def test_critic_from_values_to_its_updates(store: list[Ref]) -> None:
@@ -139,13 +140,13 @@ def test_critic_from_values_to_its_updates(store: list[Ref]) -> None:
     np.testing.assert_array_equal(values, value(tokens))
     weights = np.array([weight(s.group_id, s.sample_id) for s in rollout.samples], dtype=np.float32)
     critic.keep({"advantages": advantage(tokens)}, scalars={"weights": weights})
-    for part in (0, 1):
-        assert critic.update(part, denominator=3.0).difference is None
-        check_lines(workers, [rollout.samples[i] for i in PARTS[part]], denominator=3.0, actor=False)
+    for mini_batch in (0, 1):
+        assert critic.update(mini_batch, denominator=3.0).difference is None
+        check_lines(workers, [rollout.samples[i] for i in MINI_BATCHES[mini_batch]], denominator=3.0, actor=False)
 
 
 def check_lines(workers: PlainWorkers, samples: Sequence[Sample], *, denominator: float, actor: bool) -> None:
-    """The last step's lines have the part's samples, once in each layer of processes, with their own numbers."""
+    """The last step's lines have the mini-batch's samples, once in each layer of processes, with their own numbers."""
     seen: dict[str, list[float]] = {kind: [] for _, kind in KINDS}
     counts = set()
     for rank, (_, kind) in enumerate(KINDS):

@@ -1,4 +1,4 @@
-"""Rows for the tests of planning, packing and dealing."""
+"""Rows for the tests of planning, packing and partitioning."""
 
 from collections.abc import Sequence
 

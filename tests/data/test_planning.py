@@ -122,7 +122,7 @@ def test_fewer_units_than_ranks_leave_ranks_with_padding() -> None:
     assert sorted(index for rank in found for indices in rank for index in indices) == [0, 1, 2]
 
 
-def test_rows_that_cannot_be_dealt_evenly_leave_empty_micro_batches() -> None:
+def test_rows_that_do_not_divide_evenly_leave_empty_micro_batches() -> None:
     rows = make_rows([([1, 2], [3, 4], unit) for unit in range(5)])
     found = plan(rows, num_ranks=4, max_tokens=3, share_prefix=True)
     assert [[len(indices) for indices in rank] for rank in found] == [[1, 1], [1, 0], [1, 0], [1, 0]]

@@ -20,7 +20,7 @@ from megarlhf.config.arguments import (
     RewardArguments,
     RolloutArguments,
 )
-from megarlhf.data.dealing import Deal, PackingOptions, rows_of
+from megarlhf.data.partition import DataParallelSplit, PackingOptions, rows_of
 from megarlhf.data.types import Floats, GroupTokens, Prompt, Rollout, Sample, TrainingRows
 from megarlhf.trainers.roles import LogProbDifference, Roles, UpdateResult
 
@@ -185,11 +185,11 @@ class _Training:
     def __init__(self, parent: PlainRoles, name: str) -> None:
         self._parent, self._name = parent, name
 
-    def begin(self, rollout: Rollout, parts: Sequence[Sequence[int]]) -> None:
-        deal = Deal(rollout.samples, parts, num_ranks=1, packing=PACKING)
-        (share,) = deal.shares
-        self.rows = rows_of(share, [rollout.tokens[group] for group in share.groups])
-        self._plan = share.plan
+    def begin(self, rollout: Rollout, mini_batches: Sequence[Sequence[int]]) -> None:
+        split = DataParallelSplit(rollout.samples, mini_batches, num_ranks=1, packing=PACKING)
+        (partition,) = split.partitions
+        self.rows = rows_of(partition, [rollout.tokens[group] for group in partition.groups])
+        self._plan = partition.plan
 
     def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats]) -> None:
         self.rows = self.rows.with_fields(fields, scalars=scalars)
@@ -213,10 +213,10 @@ class _Training:
     def values(self) -> Floats:
         return self._forward("old_values", 1.25)
 
-    def update(self, part: int, *, denominator: float) -> UpdateResult:
+    def update(self, mini_batch: int, *, denominator: float) -> UpdateResult:
         self._parent.before_update(self._name)
         self._parent.events.append(f"update {self._name}")
-        rows = self.rows.take(sorted(row for micro_batch in self._plan[part] for row in micro_batch))
+        rows = self.rows.take(sorted(row for micro_batch in self._plan[mini_batch] for row in micro_batch))
         self._parent.updates.append((self._name, rows, denominator))
         outputs = self._parent.forward(rows, self._parent.difference())
         metrics = {"clip_frac": 0.0, "value_mean": 0.0} if self._name == "critic" else {"clip_frac": 0.0, "kl": 0.5}

@@ -22,9 +22,9 @@ from megarlhf.trainers.evaluation import evaluate
 from megarlhf.trainers.experience import (
     Experience,
     Updates,
-    deal_parts,
     loss_weights,
     make_experience,
+    split_mini_batches,
     update_order,
     with_result,
 )
@@ -50,7 +50,7 @@ def experience_of(samples: list[Sample], **values: Any) -> Experience:
     def column(offset: float) -> torch.Tensor:
         return torch.cat([torch.full((s.response_length,), float(offset + i)) for i, s in enumerate(samples)])
 
-    known = {"values": column(300).numpy(), "kl": None, "parts": [], "difference": None, "has_reference": True}
+    known = {"values": column(300).numpy(), "kl": None, "mini_batches": [], "difference": None, "has_reference": True}
     return Experience(samples=samples, advantages=column(400), returns=column(500), **(known | values))
 
 
@@ -71,33 +71,33 @@ def test_every_sample_comes_once_an_epoch_and_groups_stay_whole(
         },
     )
     samples = samples_of(counts)
-    parts = deal_parts(samples, config, step=step)
-    assert sorted(index for part in parts for index in part) == list(range(len(samples)))
-    assert 1 <= len(parts) <= max(1, round(sum(counts) / (5 * per_step)))
-    for part in parts:
-        groups = {samples[index].group_id for index in part}
-        assert len(part) == sum(counts[group] for group in groups), "a group is cut"
-    assert parts == deal_parts(samples, config, step=step)
-    order = update_order(len(parts), config, step=step)
-    assert order[: len(parts)] == list(range(len(parts)))
+    mini_batches = split_mini_batches(samples, config, step=step)
+    assert sorted(index for mini_batch in mini_batches for index in mini_batch) == list(range(len(samples)))
+    assert 1 <= len(mini_batches) <= max(1, round(sum(counts) / (5 * per_step)))
+    for mini_batch in mini_batches:
+        groups = {samples[index].group_id for index in mini_batch}
+        assert len(mini_batch) == sum(counts[group] for group in groups), "a group is cut"
+    assert mini_batches == split_mini_batches(samples, config, step=step)
+    order, count = update_order(len(mini_batches), config, step=step), len(mini_batches)
+    assert order[:count] == list(range(count))
     for epoch in range(epochs):
-        assert sorted(order[epoch * len(parts) : (epoch + 1) * len(parts)]) == list(range(len(parts)))
-    assert len(order) == epochs * len(parts) and order == update_order(len(parts), config, step=step)
+        assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
+    assert len(order) == epochs * count and order == update_order(count, config, step=step)
 
 
 def test_the_order_changes_with_the_step_the_epoch_and_the_seed() -> None:
     batch = {"rollout_batch_size": 12, "n_samples_per_prompt": 2, "global_batch_size": 4, "max_epochs": 3}
     config = make_config(Path("unused"), batch=batch)
     other, samples = replace(config, model=replace(config.model, seed=43)), samples_of([2] * 12)
-    parts = [deal_parts(samples, c, step=step) for c, step in ((config, 1), (config, 2), (other, 1))]
-    assert parts[0] != parts[1] and parts[0] != parts[2] and len(parts[0]) == 6
+    mini_batches = [split_mini_batches(samples, c, step=step) for c, step in ((config, 1), (config, 2), (other, 1))]
+    assert mini_batches[0] != mini_batches[1] and mini_batches[0] != mini_batches[2] and len(mini_batches[0]) == 6
     orders = [update_order(6, c, step=step)[6:] for c, step in ((config, 1), (config, 2), (other, 1))]
     assert orders[0] != orders[1] and orders[0] != orders[2] and orders[0][:6] != orders[0][6:]
 
 
-def test_samples_without_a_group_of_whole_batches_are_dealt_one_by_one() -> None:
+def test_samples_without_a_group_of_whole_batches_go_one_by_one() -> None:
     config = make_config(Path("unused"), batch={"n_samples_per_prompt": 2, "global_batch_size": 3, "max_epochs": 1})
-    assert sorted(map(len, deal_parts(samples_of([2, 2, 2]), config, step=1))) == [3, 3]
+    assert sorted(map(len, split_mini_batches(samples_of([2, 2, 2]), config, step=1))) == [3, 3]
 
 
 def experience_from(samples: list[Sample], config: PPOConfig, **options: Any) -> Experience:
@@ -164,15 +164,15 @@ def test_each_role_is_given_what_its_loss_asks_for_of_the_same_samples() -> None
     rollout = Rollout(samples=samples, tokens=tokens_of(samples))
     assert roles.critic is not None
     experience = make_experience(rollout, roles.actor, roles.critic, config, step=1, kl_coef=0.25)
-    parts = [experience.parts[0], experience.parts[1]]
-    assert sorted(sum(parts, [])) == [0, 1, 2, 3, 4]
+    mini_batches = [experience.mini_batches[0], experience.mini_batches[1]]
+    assert sorted(sum(mini_batches, [])) == [0, 1, 2, 3, 4]
     lengths = [sample.response_length for sample in samples]
     advantages, returns = experience.advantages.split(lengths), experience.returns.split(lengths)
-    for number, part in enumerate(parts):
+    for number, mini_batch in enumerate(mini_batches):
         roles.actor.update(number, denominator=1.0)
         roles.critic.update(number, denominator=1.0)
         (_, actor_rows, _), (_, critic_rows, _) = plain.updates[-2:]
-        order = sorted(part)
+        order = sorted(mini_batch)
         for rows in (actor_rows, critic_rows):
             ids = [[*samples[i].prompt.token_ids, *range(20, 20 + lengths[i])] for i in order]
             assert rows.input_ids.tolist() == sum(ids, [])

@@ -1,4 +1,4 @@
-"""A step's rows on the data-parallel ranks of a role: the driver deals them out, each rank keeps its own.
+"""A step's rows on the data-parallel ranks of a role: the driver partitions them, each rank keeps its own.
 
 The driver knows lengths alone. Tokens go from the engines that generated them to the ranks that train on them; what
 later passes compute stays with the rows, and only new fields follow.
@@ -38,36 +38,41 @@ class PackingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """What one data-parallel rank gets of a step's rows; without their tokens."""
+class Partition:
+    """A data-parallel rank\'s rows of a step, without their tokens."""
 
     groups: Ints  # [g] group_ids whose tokens it needs, ascending
     group_of_row: Ints  # [n] place in `groups` of each of its rows
     sample_ids: Ints  # [n]
     unit_ids: Ints  # [n]
-    plan: list[list[list[int]]]  # [part][micro-batch] -> its own row numbers; a part is one optimizer step
+    plan: list[list[list[int]]]  # [mini-batch][micro-batch] -> its own row numbers; a mini-batch is one optimizer step
 
 
-class Deal:
-    """Which rows of a step are whose, for one role.
+class DataParallelSplit:
+    """A step\'s rows over the data-parallel ranks of a role.
 
     Args:
         samples: of the step, in an order that all its per-target arrays follow.
-        parts: indices of the samples of each optimizer step; together all of them, once.
+        mini_batches: indices of the samples of each optimizer step; together all of them, once.
         num_ranks: data-parallel size.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], parts: Sequence[Sequence[int]], *, num_ranks: int, packing: PackingOptions
+        self,
+        samples: Sequence[Sample],
+        mini_batches: Sequence[Sequence[int]],
+        *,
+        num_ranks: int,
+        packing: PackingOptions,
     ) -> None:
         prompts = np.array([len(sample.prompt.token_ids) for sample in samples], dtype=np.int64)
         self.num_targets: Ints = np.array([sample.response_length for sample in samples], dtype=np.int64)
         group_ids = np.array([sample.group_id for sample in samples], dtype=np.int64)
         sample_ids = np.array([sample.sample_id for sample in samples], dtype=np.int64)
         unit_ids = np.arange(len(samples))
-        plans: list[list[list[list[int]]]] = [[] for _ in range(num_ranks)]  # rank -> part -> micro-batch -> samples
-        for part in parts:
-            chosen = np.sort(np.asarray(part, dtype=np.int64))
+        plans: list[list[list[list[int]]]] = [[] for _ in range(num_ranks)]  # by rank, mini-batch, micro-batch
+        for mini_batch in mini_batches:
+            chosen = np.sort(np.asarray(mini_batch, dtype=np.int64))
             sizes = (prompts[chosen] + self.num_targets[chosen], prompts[chosen])
             multiple = packing.per_rank_multiple
             if packing.share_prefix:
@@ -78,8 +83,8 @@ class Deal:
                     max_tokens=packing.max_tokens,
                     per_rank_multiple=multiple,
                 )
-                unit_ids[chosen] = units  # no micro-batch has rows of two parts, so each part may count from 0
-            dealt = plan_micro_batches(
+                unit_ids[chosen] = units  # mini-batches share no micro-batch, so each may count from 0
+            by_rank = plan_micro_batches(
                 *sizes,
                 unit_ids[chosen],
                 num_ranks=num_ranks,
@@ -87,22 +92,22 @@ class Deal:
                 share_prefix=packing.share_prefix,
                 per_rank_multiple=multiple,
             )
-            for rank, bins in enumerate(dealt):
+            for rank, bins in enumerate(by_rank):
                 plans[rank].append([chosen[indices].tolist() for indices in bins])
         self.rows = [np.sort(_flat(plan)) for plan in plans]  # by rank: indices among `samples`
-        self.shares = [
-            _share(rows, plan, group_ids, sample_ids, unit_ids) for rows, plan in zip(self.rows, plans, strict=True)
+        self.partitions = [
+            _partition(rows, plan, group_ids, sample_ids, unit_ids) for rows, plan in zip(self.rows, plans, strict=True)
         ]
 
-    def split(self, values: Floats, *, per_row: bool = False) -> list[Floats]:
+    def scatter(self, values: Floats, *, per_row: bool = False) -> list[Floats]:
         """Each rank's part of one number for every target of every sample, or `per_row` for every sample."""
         if per_row:
             return [values[rows] for rows in self.rows]
         empty = values[:0]
         return [np.concatenate([empty, *(values[a:b] for a, b in self._runs(rows))]) for rows in self.rows]
 
-    def join(self, parts: Sequence[Floats]) -> Floats:
-        """The inverse of `split` of numbers for targets."""
+    def gather(self, parts: Sequence[Floats]) -> Floats:
+        """The inverse of `scatter`, of numbers for targets."""
         whole = np.empty(int(self.num_targets.sum()), dtype=np.float32)
         for rows, values in zip(self.rows, parts, strict=True):
             first = 0
@@ -118,22 +123,22 @@ class Deal:
 
 
 def _flat(plan: Sequence[Sequence[Sequence[int]]]) -> Ints:
-    return np.array([row for part in plan for micro_batch in part for row in micro_batch], dtype=np.int64)
+    return np.array([row for mini_batch in plan for micro_batch in mini_batch for row in micro_batch], dtype=np.int64)
 
 
-def _share(rows: Ints, plan: list[list[list[int]]], group_ids: Ints, sample_ids: Ints, unit_ids: Ints) -> Share:
+def _partition(rows: Ints, plan: list[list[list[int]]], group_ids: Ints, sample_ids: Ints, unit_ids: Ints) -> Partition:
     groups, places = np.unique(group_ids[rows], return_inverse=True)
-    own = [[np.searchsorted(rows, micro_batch).tolist() for micro_batch in part] for part in plan]
-    return Share(groups=groups, group_of_row=places, sample_ids=sample_ids[rows], unit_ids=unit_ids[rows], plan=own)
+    own = [[np.searchsorted(rows, micro_batch).tolist() for micro_batch in mini_batch] for mini_batch in plan]
+    return Partition(groups=groups, group_of_row=places, sample_ids=sample_ids[rows], unit_ids=unit_ids[rows], plan=own)
 
 
-def rows_of(share: Share, tokens: Sequence[GroupTokens]) -> TrainingRows:
+def rows_of(partition: Partition, tokens: Sequence[GroupTokens]) -> TrainingRows:
     """A rank's rows, with the field `rollout_log_probs`.
 
     Args:
-        tokens: of the share's groups, in their order.
+        tokens: of the partition's groups, in their order.
     """
-    counts = share.group_of_row, share.sample_ids
+    counts = partition.group_of_row, partition.sample_ids
     prompts = np.array([len(group.prompt_ids) for group in tokens], dtype=np.int64)
     starts = [starts_of(group.lengths) for group in tokens]
     ids, log_probs, lengths = [], [], []
@@ -142,12 +147,12 @@ def rows_of(share: Share, tokens: Sequence[GroupTokens]) -> TrainingRows:
         ids += [tokens[group].prompt_ids, tokens[group].response_ids[first : first + length]]
         log_probs.append(tokens[group].rollout_log_probs[first : first + length])
         lengths.append(length)
-    prompt_lengths = prompts[share.group_of_row] if len(lengths) else np.empty(0, dtype=np.int64)
+    prompt_lengths = prompts[partition.group_of_row] if len(lengths) else np.empty(0, dtype=np.int64)
     return TrainingRows(
         input_ids=np.concatenate(ids) if ids else np.empty(0, dtype=np.int32),
         lengths=prompt_lengths + np.array(lengths, dtype=np.int64),
         prompt_lengths=prompt_lengths,
-        unit_ids=share.unit_ids,
+        unit_ids=partition.unit_ids,
         fields={"rollout_log_probs": np.concatenate(log_probs) if log_probs else np.empty(0, dtype=np.float32)},
     )
 
@@ -162,23 +167,23 @@ class RankRows:
 
     def __init__(
         self,
-        share: Share,
+        partition: Partition,
         tokens: Sequence[GroupTokens],
         pack: Callable[[TrainingRows, Sequence[int], int], MicroBatch],
         *,
         one_length: bool,
     ) -> None:
-        self.rows = rows_of(share, tokens)
-        self._parts = [[pack(self.rows, indices, 1) for indices in part] for part in share.plan]
+        self.rows = rows_of(partition, tokens)
+        self._packed = [[pack(self.rows, indices, 1) for indices in mini_batch] for mini_batch in partition.plan]
         if one_length:
-            longest = max(int(batch.cu_seqlens[-1]) for part in self._parts for batch in part)
-            self._parts = [[pack(self.rows, indices, longest) for indices in part] for part in share.plan]
+            longest = max(int(batch.cu_seqlens[-1]) for batches in self._packed for batch in batches)
+            self._packed = [[pack(self.rows, indices, longest) for indices in part] for part in partition.plan]
 
-    def batches(self, part: int | None = None) -> list[MicroBatch]:
-        """Lines of one optimizer step with all fields, or of the whole step without any."""
-        if part is None:
-            return [batch for batches in self._parts for batch in batches]
-        return [fill_fields(batch, self.rows) for batch in self._parts[part]]
+    def batches(self, mini_batch: int | None = None) -> list[MicroBatch]:
+        """Packed sequences of one mini-batch with all fields, or of the whole step without any."""
+        if mini_batch is None:
+            return [batch for batches in self._packed for batch in batches]
+        return [fill_fields(batch, self.rows) for batch in self._packed[mini_batch]]
 
     def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats] | None = None) -> None:
         """Add fields, one number for each target, and scalars, one for each row."""

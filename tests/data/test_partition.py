@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarlhf.data.dealing import Deal, PackingOptions, RankRows, rows_of
 from megarlhf.data.packing import gather_targets, join_values, pack_rows
+from megarlhf.data.partition import DataParallelSplit, PackingOptions, RankRows, rows_of
 from megarlhf.data.types import Floats, GroupTokens, Prompt, Sample
 
 
@@ -61,35 +61,35 @@ def steps(draw: st.DrawFn) -> Step:
     return Step(samples, tuple(tokens))
 
 
-def deal_parts(count: int, num_parts: int) -> list[list[int]]:
-    """All of the samples, dealt out in turn, backwards."""
-    return [part for part in (list(range(count))[::-1][number::num_parts] for number in range(num_parts)) if part]
+def split_mini_batches(count: int, num_mini_batches: int) -> list[list[int]]:
+    """All of the samples, in turn and backwards."""
+    return [list(range(count))[::-1][first::num_mini_batches] for first in range(min(count, num_mini_batches))]
 
 
 @given(steps(), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.integers(0, 30), st.sampled_from([1, 2]))
 def test_every_sample_is_on_one_rank_with_its_tokens_and_its_numbers(
-    step: Step, num_parts: int, num_ranks: int, share_prefix: bool, room: int, multiple: int
+    step: Step, num_mini_batches: int, num_ranks: int, share_prefix: bool, room: int, multiple: int
 ) -> None:
     longest = max(len(step.ids(index)) for index in range(len(step.samples)))
     packing = PackingOptions(
         max_tokens=longest + room, share_prefix=share_prefix, per_rank_multiple=multiple, one_length=multiple > 1
     )
-    parts = deal_parts(len(step.samples), num_parts)
-    deal = Deal(step.samples, parts, num_ranks=num_ranks, packing=packing)
-    assert sorted(np.concatenate(deal.rows).tolist()) == list(range(len(step.samples)))
-    everything = [token for index in range(len(step.samples)) for token in step.ids(index)[-deal.num_targets[index] :]]
+    mini_batches = split_mini_batches(len(step.samples), num_mini_batches)
+    split = DataParallelSplit(step.samples, mini_batches, num_ranks=num_ranks, packing=packing)
+    assert sorted(np.concatenate(split.rows).tolist()) == list(range(len(step.samples)))
+    everything = [token for index in range(len(step.samples)) for token in step.ids(index)[-split.num_targets[index] :]]
     whole, per_row = np.array(everything, dtype=np.float32), np.arange(len(step.samples), dtype=np.float32)
     computed: list[Floats] = []
-    for rank, (share, indices) in enumerate(zip(deal.shares, deal.rows, strict=True)):
-        rows = rank_rows(step, share, packing)
+    for rank, (partition, indices) in enumerate(zip(split.partitions, split.rows, strict=True)):
+        rows = rank_rows(step, partition, packing)
         assert rows.rows.input_ids.tolist() == [token for index in indices for token in step.ids(index)]
-        rows.keep({"tokens": deal.split(whole)[rank]}, scalars={"index": deal.split(per_row, per_row=True)[rank]})
-        assert len(share.plan) == len(parts)
-        for number, part in enumerate(parts):
+        rows.keep({"tokens": split.scatter(whole)[rank]}, scalars={"index": split.scatter(per_row, per_row=True)[rank]})
+        assert len(partition.plan) == len(mini_batches)
+        for number, mini_batch in enumerate(mini_batches):
             batches = rows.batches(number)
             assert len(batches) % multiple == 0
             found = sorted(int(indices[row]) for batch in batches for row in set(batch.places.rows))
-            assert found == sorted(set(part) & set(indices.tolist()))
+            assert found == sorted(set(mini_batch) & set(indices.tolist()))
             for batch in batches:
                 mask = batch.target_mask
                 assert batch.fields["tokens"][mask].tolist() == batch.targets[mask].tolist()
@@ -97,21 +97,22 @@ def test_every_sample_is_on_one_rank_with_its_tokens_and_its_numbers(
                 assert batch.fields["rollout_log_probs"][mask].tolist() == expected
                 assert batch.fields["index"][mask].tolist() == indices[batch.row_ids[mask].numpy()].tolist()
         lines = rows.batches()
-        assert len(lines) == sum(map(len, share.plan)) and not any(line.fields for line in lines)
+        assert len(lines) == sum(map(len, partition.plan)) and not any(line.fields for line in lines)
         if multiple > 1:
             assert len({len(line.tokens) for line in lines}) == 1
         values = [gather_targets(line, 2 * line.targets) for line in lines][::-1]  # in any order
         computed.append(rows.keep_values("double", join_values(values)))
-    assert deal.join(computed).tolist() == (2 * whole).tolist()
-    assert all(len({len(share.plan[number]) for share in deal.shares}) == 1 for number in range(len(parts)))
+    assert split.gather(computed).tolist() == (2 * whole).tolist()
+    for counts in ([len(micro_batches) for micro_batches in own.plan] for own in split.partitions):
+        assert counts == [len(micro_batches) for micro_batches in split.partitions[0].plan]
 
 
-def rank_rows(step: Step, share: object, packing: PackingOptions) -> RankRows:
+def rank_rows(step: Step, partition: object, packing: PackingOptions) -> RankRows:
     def pack(rows: object, indices: Sequence[int], min_length: int) -> object:
         return pack_rows(rows, indices, share_prefix=packing.share_prefix, min_length=min_length)  # type: ignore[arg-type]
 
-    tokens = [step.tokens[group] for group in share.groups]  # type: ignore[attr-defined]
-    return RankRows(share, tokens, pack, one_length=packing.one_length)  # type: ignore[arg-type]
+    tokens = [step.tokens[group] for group in partition.groups]  # type: ignore[attr-defined]
+    return RankRows(partition, tokens, pack, one_length=packing.one_length)  # type: ignore[arg-type]
 
 
 def test_a_rank_without_rows_packs_padding() -> None:
@@ -121,15 +122,15 @@ def test_a_rank_without_rows_packs_padding() -> None:
         **{"response_length": 1, "response_text": "", "finish_reason": "stop", "weight_version": 0},
     )
     packing = PackingOptions(max_tokens=9, share_prefix=True)
-    deal = Deal([sample], [[0]], num_ranks=2, packing=packing)
-    (empty,) = [share for share in deal.shares if not len(share.groups)]
+    split = DataParallelSplit([sample], [[0]], num_ranks=2, packing=packing)
+    (empty,) = [partition for partition in split.partitions if not len(partition.groups)]
     rows = RankRows(empty, [], partial(_pack), one_length=False)
     (line,) = rows.batches(0)
     assert line.tokens.tolist() == [0] and not line.target_mask.any()
     assert len(rows_of(empty, [])) == 0
-    assert deal.join(deal.split(np.array([7.0], dtype=np.float32))).tolist() == [7.0]
+    assert split.gather(split.scatter(np.array([7.0], dtype=np.float32))).tolist() == [7.0]
     with pytest.raises(ValueError, match="max_tokens_per_micro_batch=1"):
-        Deal([sample], [[0]], num_ranks=2, packing=PackingOptions(max_tokens=1, share_prefix=True))
+        DataParallelSplit([sample], [[0]], num_ranks=2, packing=PackingOptions(max_tokens=1, share_prefix=True))
 
 
 def _pack(rows: object, indices: Sequence[int], min_length: int) -> object:
