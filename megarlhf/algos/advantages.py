@@ -11,8 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megarlhf.algos.whitening import whiten
-
 GROUP_STD_EPS = 1e-6  # in reward units; the statistics run in float64, so equal rewards give 0 and not 1e-7 / 1e-6
 WHITEN_EPS = 1e-8  # in squared advantage units
 _BLOCK_TOKENS = 1 << 19  # of samples whose advantages are computed together
@@ -28,35 +26,26 @@ class AdvantageResult:
     returns: Tensor  # [t] float32, the critic's targets, never whitened
 
 
-@torch.no_grad()
-def token_rewards(
-    kl: Tensor | None, rewards: Tensor, lengths: Tensor, *, kl_coef: float, clip_range: tuple[float, float] | None
-) -> Tensor:
-    """Reward of each token: -kl_coef * kl, and on the last token the outcome reward on top.
+def token_rewards(kl: Tensor | None, outcomes: Tensor, lengths: Tensor, *, kl_coef: float) -> Tensor:
+    """Reward of each token: -kl_coef * kl, and on the last token the outcome on top.
 
-    arXiv:1909.08593 equation 2, its KL spread over the tokens; only the outcome is clamped.
+    arXiv:1909.08593 equation 2, its KL spread over the tokens.
 
     Args:
         kl: [t] float, nats; None for no penalty.
-        rewards: [b] float32, one outcome reward per sample.
+        outcomes: [b] float32, one number per sample.
         kl_coef: weight of the penalty; at 0 `kl` is not looked at.
-        clip_range: lowest and highest outcome; None leaves the outcomes as they are.
     Returns:
-        New tensor [t], dtype of `rewards`.
-    Raises:
-        ValueError: an empty response, or a kl of another length than the responses.
+        New tensor [t], dtype of `outcomes`.
     """
-    _check_lengths(lengths)
     if kl is None or kl_coef == 0:
-        tokens = rewards.new_zeros(int(lengths.sum()))
+        tokens = outcomes.new_zeros(int(lengths.sum()))
     else:
-        _check_tokens("kl", kl, lengths)
-        tokens = (-kl_coef * kl).to(rewards.dtype)
-    tokens[lengths.cumsum(0) - 1] += rewards if clip_range is None else rewards.clamp(*clip_range)
+        tokens = (-kl_coef * kl).to(outcomes.dtype)
+    tokens[lengths.cumsum(0) - 1] += outcomes
     return tokens
 
 
-@torch.no_grad()
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimate of each response: A_t = sum_l (gamma * lambd)^l * delta_{t+l}.
 
@@ -67,72 +56,60 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, lambd
         values: [t] float, V of the state in which each token was chosen.
     Returns:
         advantages [t], and returns [t] = advantages + values, the critic's targets.
-    Raises:
-        ValueError: rewards or values do not have a number for each token.
     """
-    _check_tokens("values", values, lengths)
-    _check_tokens("rewards", rewards, lengths)
     next_values = torch.cat([values[1:], values.new_zeros(1)])
     next_values[lengths.cumsum(0) - 1] = 0.0
-    advantages = _discounted_sums_to_end(rewards + gamma * next_values - values, lengths, discount=gamma * lambd)
+    advantages = discounted_returns(rewards + gamma * next_values - values, lengths, gamma=gamma * lambd)
     return advantages, advantages + values
 
 
-@torch.no_grad()
 def discounted_returns(rewards: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
-    """Return from each token to the end of its response: G_t = sum_k gamma^k * r_{t+k}.
+    """Return from each token to the end of its response: G_t = r_t + gamma * G_{t+1}, summed in float64.
 
     The weight of REINFORCE (Williams 1992, doi:10.1007/BF00992696) with reward-to-go.
 
-    Args:
-        rewards: [t] float.
-    Returns:
-        [t], dtype of `rewards`.
+    Responses of similar length go side by side, cut into runs of _RUN tokens: a product with powers of gamma
+    sums inside all runs at once, then each run takes over the sum of the one behind it.
     """
-    return _discounted_sums_to_end(rewards, lengths, discount=gamma)
+    rows = torch.split(rewards, lengths.tolist())
+    sums: list[Tensor] = [rewards] * len(rows)
+    order = lengths.argsort(descending=True).tolist()
+    powers = gamma ** torch.arange(_RUN + 1, dtype=torch.float64)
+    distance = torch.arange(_RUN)[:, None] - torch.arange(_RUN)[None, :]  # from the later token, [_RUN, _RUN]
+    weights = torch.where(distance >= 0, powers[distance.clamp(min=0)], 0.0)
+    while order:
+        longest = -(-len(rows[order[0]]) // _RUN) * _RUN
+        block, order = order[: max(1, _SCAN_NUMBERS // longest)], order[max(1, _SCAN_NUMBERS // longest) :]
+        padded = torch.zeros(len(block), longest, dtype=torch.float64)  # the last token of each at the end
+        for place, row in zip(padded, block, strict=True):
+            place[longest - len(rows[row]) :] = rows[row]
+        runs = padded.view(len(block), -1, _RUN) @ weights
+        for run in range(runs.shape[1] - 2, -1, -1):
+            runs[:, run].addcmul_(runs[:, run + 1, :1], powers.flip(0)[None, :-1])
+        found = runs.view(len(block), longest).to(rewards.dtype)
+        for place, row in zip(found, block, strict=True):
+            sums[row] = place[longest - len(rows[row]) :]
+    return torch.cat(sums)
 
 
 def rloo_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """Outcome less the mean outcome of the group's other samples: r_i - mean of r_j over j != i.
 
     REINFORCE leave-one-out, arXiv:2402.14740. The paper's outcome contains the sequence's KL; here, as in OpenRLHF, a
-    KL in the reward comes after the baseline, token by token.
-
-    Args:
-        rewards: [b] float32, one outcome reward per sample.
-        group_ids: [b] int64, equal for the samples of one prompt, in any order.
-    Returns:
-        [b] float32, zero mean within each group.
-    Raises:
-        ValueError: a group of one sample, which has no other to compare with.
+    KL in the reward comes after the baseline, token by token. Arguments, result and errors as for the next function.
     """
-    group_of_sample, sizes = _groups(group_ids)
-    own = rewards.double()
-    group_sum = own.new_zeros(sizes.numel()).index_add(0, group_of_sample, own)[group_of_sample]  # [g] -> [b]
-    return (own - (group_sum - own) / (sizes[group_of_sample] - 1)).to(rewards.dtype)
+    centred, _, sizes = _centre_in_groups(rewards, group_ids)
+    return (centred * sizes / (sizes - 1)).to(rewards.dtype)
 
 
-def group_mean_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Outcome less the mean outcome of its group: r_i - mean_g.
-
-    The baseline of REINFORCE++-baseline, arXiv:2501.03262, which then whitens over the whole batch (the caller does).
-
-    Args:
-        rewards: [b] float32, one outcome reward per sample.
-        group_ids: [b] int64, equal for the samples of one prompt, in any order.
-    Returns:
-        [b] float32, zero mean within each group.
-    Raises:
-        ValueError: a group of one sample, whose advantage is 0 and teaches nothing.
-    """
-    return _centre_in_groups(rewards, group_ids).to(rewards.dtype)
-
-
-def group_relative_advantages(rewards: Tensor, group_ids: Tensor, *, divide_by_std: bool, eps: float) -> Tensor:
+def group_relative_advantages(
+    rewards: Tensor, group_ids: Tensor, *, divide_by_std: bool, eps: float = GROUP_STD_EPS
+) -> Tensor:
     """Advantage of each sample over its prompt's group: (r_i - mean_g) / (std_g + eps).
 
-    GRPO, arXiv:2402.03300 section 4.1.2; divide_by_std=False is Dr. GRPO, arXiv:2503.20783. The paper does not say
-    which std: this is the sample std (n - 1), as TRL and OpenRLHF take it.
+    GRPO, arXiv:2402.03300 section 4.1.2. The paper does not say which std: this is the sample std (n - 1), as TRL and
+    OpenRLHF take it. divide_by_std=False is Dr. GRPO, arXiv:2503.20783, and the baseline of REINFORCE++-baseline,
+    arXiv:2501.03262, which then whitens over the whole batch (the caller does).
 
     Args:
         rewards: [b] float32, one outcome reward per sample.
@@ -143,26 +120,20 @@ def group_relative_advantages(rewards: Tensor, group_ids: Tensor, *, divide_by_s
     Raises:
         ValueError: a group of one sample, whose advantage is 0 and teaches nothing.
     """
-    centred = _centre_in_groups(rewards, group_ids)
-    if not divide_by_std:
-        return centred.to(rewards.dtype)
-    group_of_sample, sizes = _groups(group_ids)
-    squares = centred.new_zeros(sizes.numel()).index_add(0, group_of_sample, centred.square())
-    std = (squares / (sizes - 1)).sqrt()[group_of_sample]  # [g] -> [b]
-    return (centred / (std + eps)).to(rewards.dtype)
-
-
-def _no_baseline(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    return rewards
+    centred, group_of_sample, sizes = _centre_in_groups(rewards, group_ids)
+    if divide_by_std:
+        squares = torch.zeros_like(centred).index_add(0, group_of_sample, centred.square())
+        centred = centred / ((squares[group_of_sample] / (sizes - 1)).sqrt() + eps)
+    return centred.to(rewards.dtype)
 
 
 _OUTCOME_BASELINES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gae": _no_baseline,
-    "reinforce": _no_baseline,
-    "reinforce_baseline": group_mean_advantages,
+    "gae": lambda rewards, _: rewards,
+    "reinforce": lambda rewards, _: rewards,
+    "reinforce_baseline": partial(group_relative_advantages, divide_by_std=False),
     "rloo": rloo_advantages,
-    "group_norm": partial(group_relative_advantages, divide_by_std=True, eps=GROUP_STD_EPS),
-    "dr_grpo": partial(group_relative_advantages, divide_by_std=False, eps=GROUP_STD_EPS),
+    "group_norm": partial(group_relative_advantages, divide_by_std=True),
+    "dr_grpo": partial(group_relative_advantages, divide_by_std=False),
 }
 _BROADCAST = ("group_norm", "dr_grpo")  # every token carries the sample's advantage, undiscounted
 
@@ -209,20 +180,15 @@ def compute_advantages(
     Returns:
         Advantages and returns; without a critic the returns are the advantages before whitening.
     Raises:
-        ValueError: an unknown estimator; values missing or not wanted; a reward that is not finite; a group of one
-            sample where the baseline needs others; lengths that do not agree.
+        ValueError: an empty response; a reward that is not finite; a group of one sample where the baseline needs
+            others.
     """
-    if estimator not in _OUTCOME_BASELINES:
-        raise ValueError(f"advantage_estimator={estimator} is unknown: use one of {', '.join(_OUTCOME_BASELINES)}")
-    if (estimator == "gae") != (values is not None):
-        raise ValueError(
-            f"advantage_estimator={estimator} {'without' if values is None else 'with'} critic values; gae is built on "
-            "them and the others have no use for them: pass values for gae and None otherwise"
-        )
-    _check_lengths(lengths)
-    for name, numbers in (("kl", kl), ("values", values)):
-        if numbers is not None:
-            _check_tokens(name, numbers, lengths)
+    assert (estimator == "gae") == (values is not None), "gae is built on values, the others have no use for them"
+    if bool((lengths < 1).any()):
+        sample = int((lengths < 1).nonzero()[0])
+        raise ValueError(f"response_length=0 for sample {sample}; its reward has no token to sit on: drop it")
+    num_tokens = int(lengths.sum())
+    assert all(numbers is None or numbers.shape == (num_tokens,) for numbers in (kl, values)), "one for each token"
     finite = rewards.isfinite()
     if not bool(finite.all()):
         raise ValueError(
@@ -235,7 +201,7 @@ def compute_advantages(
     for samples, tokens in _blocks(lengths):
         sizes = lengths[samples]
         penalties = None if kl is None else kl[tokens]
-        per_token = token_rewards(penalties, on_last_token[samples], sizes, kl_coef=kl_coef, clip_range=None)
+        per_token = token_rewards(penalties, on_last_token[samples], sizes, kl_coef=kl_coef)
         if values is not None:
             pairs.append(gae(per_token, values[tokens], sizes, gamma=gamma, lambd=lambd))
             continue
@@ -246,8 +212,26 @@ def compute_advantages(
     advantages = torch.cat([own for own, _ in pairs])
     returns = advantages if values is None else torch.cat([own for _, own in pairs])
     if normalize and estimator not in _BROADCAST:
-        advantages = whiten(advantages, eps=WHITEN_EPS)
+        advantages = whiten(advantages)
     return AdvantageResult(advantages=advantages, returns=returns)
+
+
+def whiten(values: Tensor, *, eps: float = WHITEN_EPS) -> Tensor:
+    """Shift and scale to zero mean and unit variance: (x - mean) / sqrt(var + eps).
+
+    Mean and variance (divided by n, not n - 1) run in float64, so a constant batch becomes 0 and not rounding noise
+    scaled up.
+
+    Args:
+        values: [t] float, t at least 1.
+        eps: added to the variance, in squared units of the values.
+    Returns:
+        New tensor of the same shape and dtype.
+    """
+    centred = values.double()
+    centred -= centred.mean()
+    variance = centred.dot(centred) / len(centred)
+    return centred.mul_((variance + eps).rsqrt()).to(values.dtype)
 
 
 def _blocks(lengths: Tensor) -> list[tuple[slice, slice]]:
@@ -259,58 +243,14 @@ def _blocks(lengths: Tensor) -> list[tuple[slice, slice]]:
     return [(slice(first, last), slice(bounds[first], bounds[last])) for first, last in runs]
 
 
-def _discounted_sums_to_end(terms: Tensor, lengths: Tensor, *, discount: float) -> Tensor:
-    """S_t = terms_t + discount * S_{t+1} inside each response, summed in float64.
-
-    Responses of similar length go side by side, cut into runs of _RUN tokens: a product with powers of the discount
-    sums inside all runs at once, then each run takes over the sum of the one behind it.
-    """
-    rows = torch.split(terms, lengths.tolist())
-    sums: list[Tensor] = [terms] * len(rows)
-    order = lengths.argsort(descending=True).tolist()
-    powers = discount ** torch.arange(_RUN + 1, dtype=torch.float64)
-    distance = torch.arange(_RUN)[:, None] - torch.arange(_RUN)[None, :]  # from the later token, [_RUN, _RUN]
-    weights = torch.where(distance >= 0, powers[distance.clamp(min=0)], 0.0)
-    while order:
-        longest = -(-len(rows[order[0]]) // _RUN) * _RUN
-        block, order = order[: max(1, _SCAN_NUMBERS // longest)], order[max(1, _SCAN_NUMBERS // longest) :]
-        padded = torch.zeros(len(block), longest, dtype=torch.float64)  # the last token of each at the end
-        for place, row in zip(padded, block, strict=True):
-            place[longest - len(rows[row]) :] = rows[row]
-        runs = padded.view(len(block), -1, _RUN) @ weights
-        for run in range(runs.shape[1] - 2, -1, -1):
-            runs[:, run].addcmul_(runs[:, run + 1, :1], powers.flip(0)[None, :-1])
-        found = runs.view(len(block), longest).to(terms.dtype)
-        for place, row in zip(found, block, strict=True):
-            sums[row] = place[longest - len(rows[row]) :]
-    return torch.cat(sums)
-
-
-def _check_lengths(lengths: Tensor) -> None:
-    if bool((lengths < 1).any()):
-        sample = int((lengths < 1).nonzero()[0])
-        raise ValueError(f"response_length=0 for sample {sample}; its reward has no token to sit on: drop it")
-
-
-def _check_tokens(name: str, tokens: Tensor, lengths: Tensor) -> None:
-    if tokens.shape != (int(lengths.sum()),):
-        raise ValueError(f"{name} has shape {tuple(tokens.shape)} for {int(lengths.sum())} response tokens")
-
-
-def _groups(group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense group number of each sample [b], and the samples in each group [g]; a group of one raises."""
-    ids, group_of_sample, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    if bool((sizes < 2).any()):
+def _centre_in_groups(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r_i - mean_g as [b] float64, and each sample's dense group number and group size, [b]; a group of one raises."""
+    ids, group_of_sample, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    if bool((counts < 2).any()):
         raise ValueError(
-            f"group_id={int(ids[sizes < 2][0])} has 1 sample; a group baseline needs at least 2 (alone, its advantage "
+            f"group_id={int(ids[counts < 2][0])} has 1 sample; a group baseline needs at least 2 (alone, its advantage "
             "is 0 or undefined): set n_samples_per_prompt to 2 or more, and drop groups that lost their other samples"
         )
-    return group_of_sample, sizes
-
-
-def _centre_in_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """r_i - mean_g as [b] float64."""
-    group_of_sample, sizes = _groups(group_ids)
-    own = rewards.double()
-    means = own.new_zeros(sizes.numel()).index_add(0, group_of_sample, own) / sizes  # [g]
-    return own - means[group_of_sample]
+    own, sizes = rewards.double(), counts[group_of_sample]
+    sums = torch.zeros_like(own).index_add(0, group_of_sample, own)
+    return own - sums[group_of_sample] / sizes, group_of_sample, sizes

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megarlhf.algos.importance import engine_ratio, masked, truncated
 from megarlhf.algos.kl import KLEstimator, kl_estimate
-from megarlhf.algos.losses import approx_kl, policy_loss
+from megarlhf.algos.losses import policy_loss
 from megarlhf.data.types import MicroBatch
 from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
 
@@ -62,7 +62,7 @@ def policy_objective(options: PolicyLossOptions) -> Objective:
         metrics |= {
             "clip_frac": clipped.float(),
             "entropy": entropy.detach(),
-            "approx_kl": approx_kl(detached, old),
+            "approx_kl": kl_estimate(old, detached, estimator="k3"),  # KL(old || new) by the old policy's samples
             "ratio_mean": (detached - old).exp(),
             "kl": kl.detach(),
         }

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from megarlhf.algos.losses import sft_loss
 from megarlhf.data.types import MicroBatch
 from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
 
@@ -12,6 +11,6 @@ def sft_objective() -> Objective:
 
     def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         assert outputs.log_probs is not None
-        return sft_loss(outputs.log_probs[batch.target_mask]).sum(), {}
+        return -outputs.log_probs[batch.target_mask].sum(), {}
 
     return Objective(loss=loss, metric_names=())

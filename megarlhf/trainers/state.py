@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megarlhf.algos.kl import AdaptiveKLController, FixedKLController, KLController
+from megarlhf.algos.kl import KLController
 from megarlhf.config.arguments import AlgorithmArguments
 
 
@@ -48,9 +48,7 @@ class LoopState:
     @staticmethod
     def fresh(algorithm: AlgorithmArguments) -> "LoopState":
         """State before the first step."""
-        if algorithm.kl_target is None:
-            return LoopState(step=0, kl_controller=FixedKLController(algorithm.init_kl_coef))
-        controller = AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target, algorithm.kl_horizon)
+        controller = KLController(algorithm.init_kl_coef, target=algorithm.kl_target, horizon=algorithm.kl_horizon)
         return LoopState(step=0, kl_controller=controller)
 
     def finish_step(self, *, consumed_prompts: int, trained: bool) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import random
-from typing import Any
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ from torch import Tensor
 
 from megarlhf.algos.losses import (
     Aggregation,
-    approx_kl,
     explained_variance,
     policy_loss,
-    sft_loss,
     token_weights,
     value_loss,
 )
@@ -80,12 +77,6 @@ def test_policy_loss_starts_as_the_policy_gradient() -> None:
     assert not clipped.any()
 
 
-def test_dual_clip_of_one_is_refused() -> None:
-    zeros = torch.zeros(1)
-    with pytest.raises(ValueError, match="dual_clip=1.0"):
-        policy_loss(zeros, zeros, zeros, clip_eps_low=0.2, clip_eps_high=0.2, dual_clip=1.0)
-
-
 def test_value_loss_by_hand() -> None:
     # V_old = 0, c = 0.2: inside; outside and clipped is worse; outside and clipped is better, so V's own error counts
     values = torch.tensor([0.1, 0.8, -0.8], dtype=torch.float64, requires_grad=True)
@@ -110,15 +101,6 @@ def test_gradients_match_finite_differences() -> None:
         lambda y: policy_loss(y, old, target, clip_eps_low=0.2, clip_eps_high=0.3, dual_clip=2.0)[0], (x,)
     )
     assert torch.autograd.gradcheck(lambda y: value_loss(y, old, target, value_clip=0.2)[0], (x,))
-    assert torch.autograd.gradcheck(lambda y: approx_kl(y, old), (x,))
-
-
-def test_sft_loss_is_cross_entropy() -> None:
-    logits, targets = torch.randn(6, 9), torch.arange(6)
-    log_probs = logits.log_softmax(-1)[torch.arange(6), targets]
-    torch.testing.assert_close(
-        sft_loss(log_probs), torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    )
 
 
 @pytest.mark.parametrize(
@@ -155,28 +137,6 @@ def test_every_split_gives_the_same_loss_and_gradient(aggregation: Aggregation, 
         torch.testing.assert_close(torch.autograd.grad(first + second, losses), whole_grads)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "aggregation", "max_length", "message"),
-    [
-        ([], "token", None, "lengths="),
-        ([2, 0], "sequence", None, "lengths="),
-        ([2], "constant", None, "aggregation=constant with max_length=None"),
-        ([2], "token", 4, "aggregation=token with max_length=4"),
-        ([2], "mean", None, "aggregation=mean is unknown"),
-    ],
-)
-def test_token_weights_refuse(lengths: list[int], aggregation: Any, max_length: int | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        token_weights(torch.tensor(lengths), aggregation=aggregation, max_length=max_length)
-
-
-def test_approx_kl_is_that_of_the_old_policy_to_the_new() -> None:
-    new, old = torch.randn(2, 6, dtype=torch.float64).log_softmax(-1)
-    expected = (old.exp() * (old - new)).sum().item()
-    assert (old.exp() * approx_kl(new, old)).sum().item() == pytest.approx(expected)
-    assert approx_kl(torch.tensor([math.log(2)]), torch.zeros(1)).item() == pytest.approx(2 - 1 - math.log(2))
-
-
 def test_explained_variance_by_hand() -> None:
     returns = torch.tensor([1.0, 2.0, 3.0])
     assert explained_variance(returns + 5, returns) == pytest.approx(1.0)  # a constant offset is not variance
@@ -184,5 +144,5 @@ def test_explained_variance_by_hand() -> None:
     assert explained_variance(torch.tensor([1.0, 1.0, 3.0]), returns) == pytest.approx(1 - (2 / 9) / (2 / 3))
     assert explained_variance(-returns, returns) == pytest.approx(-3.0)
     assert math.isnan(explained_variance(torch.randn(3), torch.ones(3)))
-    with pytest.raises(ValueError, match="values has shape"):
+    with pytest.raises(AssertionError):
         explained_variance(torch.ones(1), returns)
