@@ -21,7 +21,8 @@ import torch
 
 from megarlhf.algos.advantages import compute_advantages
 from megarlhf.data.packing import pack_rows
-from megarlhf.data.partition import DataParallelSplit, PackingOptions, Partition, RankRows
+from megarlhf.data.partition import DataParallelSplit, Partition, RankRows
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GroupTokens, MicroBatch, Prompt, Sample, TrainingRows
 
 N_SAMPLES, PROMPT_LENGTH, RESPONSE_LENGTH = 16, 256, 1024

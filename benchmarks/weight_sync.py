@@ -31,7 +31,7 @@ from megarlhf.rollout.engine import RolloutEngine, engine_environment  # noqa: E
 
 def trainer(model_dir: Path, directory: Path, threads: int, pipe: Connection) -> None:
     """Answer "sync" by sharing the present weights with their checksum, "copy" by copying them; until None comes."""
-    from megarlhf.data.partition import PackingOptions
+    from megarlhf.data.planning import PackingOptions
     from megarlhf.engine.engine import MegatronEngine
     from megarlhf.engine.optimizer import OptimizerOptions
     from megarlhf.engine.sharing import SharedWeights

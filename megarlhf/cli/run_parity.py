@@ -13,7 +13,7 @@ from megarlhf.config.arguments import OptimizerArguments
 from megarlhf.config.command_line import to_yaml
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.supervised_arguments import ParityConfig
-from megarlhf.data.partition import PackingOptions
+from megarlhf.data.planning import PackingOptions
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.parallel.device import device_kind, num_cores
 from megarlhf.parallel.groups import destroy_groups, initialize_groups

@@ -159,7 +159,7 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
     evaluation = SFTData.open(inputs / "evaluation") if config.data.eval_dataset else None
     layout, total = config.layout, _total_steps(config, data)
 
-    from megarlhf.data.partition import PackingOptions
+    from megarlhf.data.planning import PackingOptions
     from megarlhf.engine.engine import MegatronEngine
     from megarlhf.engine.export import export_hf
     from megarlhf.parallel.groups import destroy_groups, initialize_groups

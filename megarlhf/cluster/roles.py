@@ -12,7 +12,8 @@ import ray
 from megarlhf.algos.kl import KLEstimator
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import Place
-from megarlhf.data.partition import DataParallelSplit, PackingOptions
+from megarlhf.data.partition import DataParallelSplit
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
 from megarlhf.formats import run_checkpoints
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult

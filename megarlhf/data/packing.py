@@ -9,13 +9,15 @@ costs (prompt_length - 1) + the sum of their num_targets positions.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megarlhf.data.planning import members_of
-from megarlhf.data.types import Ints, MicroBatch, TargetPlaces, TargetValues, TrainingRows, starts_of
+from megarlhf.data.types import Ints, MicroBatch, TargetPlaces, TargetValues, TrainingRows, spans, starts_of
 
 
 def pack_rows(
@@ -43,29 +45,41 @@ def pack_rows(
     """
     assert context_size == 1 or not share_prefix, "segments that share a prompt are not cut over context ranks"
     segment_multiple = 1 if context_size == 1 else 2 * context_size
-    row_starts = starts_of(rows.lengths)
-    segments = _Segments()
-    for unit in members_of(rows.unit_ids[list(indices)]) if indices else []:
-        members = [indices[place] for place in unit]
-        prefix, start = None, 0
-        if share_prefix and len(members) > 1 and rows.prompt_lengths[members[0]] >= 2:
-            _check_prompts(rows, row_starts, members)
-            start = int(rows.prompt_lengths[members[0]]) - 1
-            prefix = segments.add(int(row_starts[members[0]]), start, position=0, prefix=None, row=-1)
-        for row in members:
-            segments.add(
-                int(row_starts[row]) + start,
-                int(rows.lengths[row]) - 1 - start,
-                position=start,
-                prefix=prefix,
-                row=row,
-            )
-    lengths = np.array(segments.lengths, dtype=np.int64)
+    segments, prefixes = _segments(rows, indices, share_prefix=share_prefix)
+    sources, lengths, firsts, owners = segments.T
     padded = -(-lengths // segment_multiple) * segment_multiple
     multiple = math.lcm(segment_multiple, pad_to_multiple * context_size)
-    total = max(int(padded.sum()), min_length)
-    padding = -(-total // multiple) * multiple - int(padded.sum())
-    return _line(rows, segments, lengths, padded, padding)
+    used = int(padded.sum())
+    padding = -(-max(used, min_length) // multiple) * multiple - used
+    begins, total = starts_of(padded), used + padding
+
+    tokens, targets = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    copy_runs(rows.input_ids, sources, lengths, tokens, begins)
+    copy_runs(rows.input_ids, sources + 1, lengths, targets, begins)
+    if padding:
+        padded, firsts = np.append(padded, padding), np.append(firsts, 0)
+    own_rows = owners[owners >= 0]
+    counts = rows.num_targets[own_rows]
+    positions = (begins + lengths)[owners >= 0] - counts
+    starts = starts_of(rows.num_targets)[own_rows]
+    places = TargetPlaces(rows=own_rows, positions=positions, starts=starts, lengths=counts)
+    row_ids, target_mask = np.full(total, -1, dtype=np.int64), np.zeros(total, dtype=np.bool_)
+    for row, position, size in zip(own_rows.tolist(), positions.tolist(), counts.tolist(), strict=True):
+        row_ids[position : position + size] = row
+        target_mask[position : position + size] = True
+    if rows.loss_mask is not None:
+        copy_runs(rows.loss_mask, starts, counts, target_mask, positions)
+    return MicroBatch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        position_ids=torch.from_numpy(spans(firsts, padded)),
+        cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(padded)).astype(np.int32)),
+        prefix_segments=(*prefixes, *([None] if padding else [])),
+        target_mask=torch.from_numpy(target_mask),
+        fields={},
+        row_ids=torch.from_numpy(row_ids),
+        places=places,
+    )
 
 
 def fill_fields(batch: MicroBatch, rows: TrainingRows) -> MicroBatch:
@@ -74,16 +88,14 @@ def fill_fields(batch: MicroBatch, rows: TrainingRows) -> MicroBatch:
     Args:
         batch: the whole packed sequence, as `pack_rows` made it of `rows`.
     """
-    places, length = batch.places, int(batch.cu_seqlens[-1])
-    fields = {}
+    places, fields = batch.places, {}
     for name, values in rows.fields.items():
-        packed = np.zeros((length, *values.shape[1:]), dtype=np.float32)
-        for _, position, start, size in _runs(places):
-            packed[position : position + size] = values[start : start + size]
+        packed = np.zeros((len(batch.tokens), *values.shape[1:]), dtype=np.float32)
+        copy_runs(values, places.starts, places.lengths, packed, places.positions)
         fields[name] = torch.from_numpy(packed)
     for name, values in rows.scalars.items():
-        packed = np.zeros(length, dtype=np.float32)
-        for row, position, _, size in _runs(places):
+        packed = np.zeros(len(batch.tokens), dtype=np.float32)
+        for row, position, size in zip(places.rows, places.positions.tolist(), places.lengths.tolist(), strict=True):
             packed[position : position + size] = values[row]
         fields[name] = torch.from_numpy(packed)
     return replace(batch, fields=fields)
@@ -95,11 +107,11 @@ def gather_targets(batch: MicroBatch, values: Tensor) -> TargetValues:
     Args:
         values: [t] on the CPU.
     """
-    length = int(batch.cu_seqlens[-1])
-    assert values.shape == (length,), f"values {list(values.shape)} of a packed sequence of {length}"
-    packed, places = values.float().numpy(), batch.places
-    parts = [packed[position : position + size] for _, position, _, size in _runs(places)]
-    return TargetValues(starts=places.starts, lengths=places.lengths, values=np.concatenate([packed[:0], *parts]))
+    places = batch.places
+    assert values.shape == batch.tokens.shape, f"values {list(values.shape)} of a sequence of {len(batch.tokens)}"
+    found = np.empty(int(places.lengths.sum()), dtype=np.float32)
+    copy_runs(values.float().numpy(), places.positions, places.lengths, found, starts_of(places.lengths))
+    return TargetValues(starts=places.starts, lengths=places.lengths, values=found)
 
 
 def add_values(batches: Sequence[MicroBatch], name: str, values: TargetValues) -> list[MicroBatch]:
@@ -111,13 +123,12 @@ def add_values(batches: Sequence[MicroBatch], name: str, values: TargetValues) -
     """
     if not len(values.values):
         return list(batches)
-    filled, first = [], 0
+    filled, left = [], values.values
     for batch in batches:
-        packed = torch.zeros(int(batch.cu_seqlens[-1]))
-        for _, position, _, size in _runs(batch.places):
-            packed[position : position + size] = torch.from_numpy(values.values[first : first + size])
-            first += size
-        filled.append(replace(batch, fields=batch.fields | {name: packed}))
+        places, packed = batch.places, np.zeros(len(batch.tokens), dtype=np.float32)
+        copy_runs(left, starts_of(places.lengths), places.lengths, packed, places.positions)
+        left = left[int(places.lengths.sum()) :]
+        filled.append(replace(batch, fields=batch.fields | {name: torch.from_numpy(packed)}))
     return filled
 
 
@@ -131,77 +142,36 @@ def join_values(parts: Sequence[TargetValues]) -> TargetValues:
     )
 
 
-def _runs(places: TargetPlaces) -> list[tuple[int, int, int, int]]:
-    """Row, first position, first target and length of each run."""
-    columns = (places.rows, places.positions, places.starts, places.lengths)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+def copy_runs(
+    source: NDArray[Any], source_starts: Ints, lengths: Ints, target: NDArray[Any], target_starts: Ints
+) -> None:
+    """target[b : b + length] = source[a : a + length] for each run."""
+    for a, length, b in zip(source_starts.tolist(), lengths.tolist(), target_starts.tolist(), strict=True):
+        target[b : b + length] = source[a : a + length]
 
 
-class _Segments:
-    """Runs of tokens that follow one another in a packed sequence, before padding."""
+def _segments(rows: TrainingRows, indices: Sequence[int], *, share_prefix: bool) -> tuple[Ints, list[int | None]]:
+    """Runs of tokens that follow one another in the packed sequence, before padding.
 
-    def __init__(self) -> None:
-        self.starts: list[int] = []  # of the inputs, in the rows' flat tokens
-        self.lengths: list[int] = []
-        self.positions: list[int] = []  # of the first token in its sequence
-        self.prefixes: list[int | None] = []
-        self.rows: list[int] = []  # whose targets are predicted; -1 for a prompt
-
-    def add(self, start: int, length: int, *, position: int, prefix: int | None, row: int) -> int:
-        """Append a segment; returns its number."""
-        self.starts.append(start)
-        self.lengths.append(length)
-        self.positions.append(position)
-        self.prefixes.append(prefix)
-        self.rows.append(row)
-        return len(self.prefixes) - 1
-
-
-def _line(
-    rows: TrainingRows,
-    segments: _Segments,
-    lengths: Ints,
-    padded: Ints,
-    padding: int,
-) -> MicroBatch:
-    """The sequence of these segments, each padded to its length in `padded`, with `padding` positions behind."""
-    begins, total = starts_of(padded), int(padded.sum()) + padding
-    tokens, targets, positions = (np.zeros(total, dtype=np.int64) for _ in range(3))
-    for begin, source, length, size, first in zip(
-        begins.tolist(), segments.starts, segments.lengths, padded.tolist(), segments.positions, strict=True
-    ):
-        tokens[begin : begin + length] = rows.input_ids[source : source + length]
-        targets[begin : begin + length] = rows.input_ids[source + 1 : source + 1 + length]
-        positions[begin : begin + size] = np.arange(first, first + size)
-    if padding:
-        positions[total - padding :] = np.arange(padding)
-        padded = np.append(padded, padding)
-    owners = np.array(segments.rows, dtype=np.int64)
-    own = owners[owners >= 0]
-    counts = rows.num_targets[own]
-    places = TargetPlaces(
-        rows=own,
-        positions=(begins + lengths)[owners >= 0] - counts,
-        starts=starts_of(rows.num_targets)[own],
-        lengths=counts,
-    )
-    row_ids, target_mask = np.full(total, -1, dtype=np.int64), np.zeros(total, dtype=np.bool_)
-    for row, position, start, size in _runs(places):
-        row_ids[position : position + size] = row
-        looked_at = True if rows.loss_mask is None else rows.loss_mask[start : start + size]
-        target_mask[position : position + size] = looked_at
-    boundaries = np.concatenate([[0], np.cumsum(padded)]).astype(np.int32)
-    return MicroBatch(
-        tokens=torch.from_numpy(tokens),
-        targets=torch.from_numpy(targets),
-        position_ids=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(boundaries),
-        prefix_segments=(*segments.prefixes, *([None] if padding else [])),
-        target_mask=torch.from_numpy(target_mask),
-        fields={},
-        row_ids=torch.from_numpy(row_ids),
-        places=places,
-    )
+    Returns:
+        [s, 4] place of the first token in the rows' flat tokens, length, position of the first token in its sequence,
+        row whose targets are predicted (-1 for a prompt); and for each the number of the segment that it continues.
+    """
+    segments: list[tuple[int, int, int, int]] = []
+    prefixes: list[int | None] = []
+    row_starts = starts_of(rows.lengths)
+    for unit in members_of(rows.unit_ids[list(indices)]) if indices else []:
+        members = [indices[place] for place in unit]
+        prefix, own = None, 0
+        if share_prefix and len(members) > 1 and rows.prompt_lengths[members[0]] >= 2:
+            _check_prompts(rows, row_starts, members)
+            prefix, own = len(segments), int(rows.prompt_lengths[members[0]]) - 1
+            segments.append((int(row_starts[members[0]]), own, 0, -1))
+            prefixes.append(None)
+        for row in members:
+            segments.append((int(row_starts[row]) + own, int(rows.lengths[row]) - 1 - own, own, row))
+            prefixes.append(prefix)
+    return np.array(segments, dtype=np.int64).reshape(-1, 4), prefixes
 
 
 def _check_prompts(rows: TrainingRows, row_starts: Ints, unit: list[int]) -> None:

@@ -5,41 +5,18 @@ later passes compute stays with the rows, and only new fields follow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from megarlhf.data.packing import fill_fields
-from megarlhf.data.planning import plan_micro_batches, prompt_units
-from megarlhf.data.types import (
-    Floats,
-    GroupTokens,
-    Ints,
-    MicroBatch,
-    Sample,
-    TargetValues,
-    TrainingRows,
-    starts_of,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackingOptions:
-    """How rows become micro-batches."""
-
-    max_tokens: int  # packed tokens in a micro-batch, at most
-    share_prefix: bool  # compute the prompt of a unit of rows once
-    per_rank_multiple: int = 1  # of a rank's micro-batches
-    one_length: bool = False  # all packed sequences of a rank are equally long
-
-    def for_pipeline(self, pp_size: int, vpp_size: int) -> "PackingOptions":
-        """With what the pipeline asks for: its interleaved schedule takes pp_size sequences of one length at a time."""
-        return self if vpp_size == 1 else replace(self, per_rank_multiple=pp_size, one_length=True)
+from megarlhf.data.packing import copy_runs, fill_fields
+from megarlhf.data.planning import PackingOptions, plan_micro_batches, prompt_units
+from megarlhf.data.types import Floats, GroupTokens, Ints, MicroBatch, Sample, TargetValues, TrainingRows, starts_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A data-parallel rank\'s rows of a step, without their tokens."""
+    """A data-parallel rank's rows of a step, without their tokens."""
 
     groups: Ints  # [g] group_ids whose tokens it needs, ascending
     group_of_row: Ints  # [n] place in `groups` of each of its rows
@@ -49,7 +26,7 @@ class Partition:
 
 
 class DataParallelSplit:
-    """A step\'s rows over the data-parallel ranks of a role.
+    """A step's rows over the data-parallel ranks of a role.
 
     Args:
         samples: of the step, in an order that all its per-target arrays follow.
@@ -69,67 +46,45 @@ class DataParallelSplit:
         self.num_targets: Ints = np.array([sample.response_length for sample in samples], dtype=np.int64)
         group_ids = np.array([sample.group_id for sample in samples], dtype=np.int64)
         sample_ids = np.array([sample.sample_id for sample in samples], dtype=np.int64)
-        unit_ids = np.arange(len(samples))
-        plans: list[list[list[list[int]]]] = [[] for _ in range(num_ranks)]  # by rank, mini-batch, micro-batch
+        unit_ids = np.empty(len(samples), dtype=np.int64)
+        plans: list[list[list[Ints]]] = [[] for _ in range(num_ranks)]  # by rank, mini-batch, micro-batch
         for mini_batch in mini_batches:
             chosen = np.sort(np.asarray(mini_batch, dtype=np.int64))
             sizes = (prompts[chosen] + self.num_targets[chosen], prompts[chosen])
-            multiple = packing.per_rank_multiple
-            if packing.share_prefix:
-                units = prompt_units(
-                    *sizes,
-                    group_ids[chosen],
-                    num_ranks=num_ranks,
-                    max_tokens=packing.max_tokens,
-                    per_rank_multiple=multiple,
+            units = prompt_units(*sizes, group_ids[chosen], num_ranks=num_ranks, packing=packing)
+            unit_ids[chosen] = units  # mini-batches share no micro-batch, so each may count from 0
+            by_rank = plan_micro_batches(*sizes, units, num_ranks=num_ranks, packing=packing)
+            for rank, micro_batches in enumerate(by_rank):
+                plans[rank].append([chosen[indices] for indices in micro_batches])
+        self.rows = [np.sort(np.concatenate(sum(plan, []))) for plan in plans]  # by rank: indices among `samples`
+        self.partitions = []
+        for rows, plan in zip(self.rows, plans, strict=True):
+            groups, places = np.unique(group_ids[rows], return_inverse=True)
+            own = [[np.searchsorted(rows, indices).tolist() for indices in micro_batches] for micro_batches in plan]
+            self.partitions.append(
+                Partition(
+                    groups=groups, group_of_row=places, sample_ids=sample_ids[rows], unit_ids=unit_ids[rows], plan=own
                 )
-                unit_ids[chosen] = units  # mini-batches share no micro-batch, so each may count from 0
-            by_rank = plan_micro_batches(
-                *sizes,
-                unit_ids[chosen],
-                num_ranks=num_ranks,
-                max_tokens=packing.max_tokens,
-                share_prefix=packing.share_prefix,
-                per_rank_multiple=multiple,
             )
-            for rank, bins in enumerate(by_rank):
-                plans[rank].append([chosen[indices].tolist() for indices in bins])
-        self.rows = [np.sort(_flat(plan)) for plan in plans]  # by rank: indices among `samples`
-        self.partitions = [
-            _partition(rows, plan, group_ids, sample_ids, unit_ids) for rows, plan in zip(self.rows, plans, strict=True)
-        ]
 
     def scatter(self, values: Floats, *, per_row: bool = False) -> list[Floats]:
         """Each rank's part of one number for every target of every sample, or `per_row` for every sample."""
         if per_row:
             return [values[rows] for rows in self.rows]
-        empty = values[:0]
-        return [np.concatenate([empty, *(values[a:b] for a, b in self._runs(rows))]) for rows in self.rows]
+        parts, starts = [], starts_of(self.num_targets)
+        for rows in self.rows:
+            lengths = self.num_targets[rows]
+            parts.append(np.empty(int(lengths.sum()), dtype=np.float32))
+            copy_runs(values, starts[rows], lengths, parts[-1], starts_of(lengths))
+        return parts
 
     def gather(self, parts: Sequence[Floats]) -> Floats:
         """The inverse of `scatter`, of numbers for targets."""
-        whole = np.empty(int(self.num_targets.sum()), dtype=np.float32)
+        whole, starts = np.empty(int(self.num_targets.sum()), dtype=np.float32), starts_of(self.num_targets)
         for rows, values in zip(self.rows, parts, strict=True):
-            first = 0
-            for start, stop in self._runs(rows):
-                whole[start:stop] = values[first : first + stop - start]
-                first += stop - start
+            lengths = self.num_targets[rows]
+            copy_runs(values, starts_of(lengths), lengths, whole, starts[rows])
         return whole
-
-    def _runs(self, rows: Ints) -> list[tuple[int, int]]:
-        """First and past the last target of each of these samples."""
-        starts = starts_of(self.num_targets)[rows]
-        return list(zip(starts.tolist(), (starts + self.num_targets[rows]).tolist(), strict=True))
-
-
-def _flat(plan: Sequence[Sequence[Sequence[int]]]) -> Ints:
-    return np.array([row for mini_batch in plan for micro_batch in mini_batch for row in micro_batch], dtype=np.int64)
-
-
-def _partition(rows: Ints, plan: list[list[list[int]]], group_ids: Ints, sample_ids: Ints, unit_ids: Ints) -> Partition:
-    groups, places = np.unique(group_ids[rows], return_inverse=True)
-    own = [[np.searchsorted(rows, micro_batch).tolist() for micro_batch in mini_batch] for mini_batch in plan]
-    return Partition(groups=groups, group_of_row=places, sample_ids=sample_ids[rows], unit_ids=unit_ids[rows], plan=own)
 
 
 def rows_of(partition: Partition, tokens: Sequence[GroupTokens]) -> TrainingRows:
@@ -138,22 +93,22 @@ def rows_of(partition: Partition, tokens: Sequence[GroupTokens]) -> TrainingRows
     Args:
         tokens: of the partition's groups, in their order.
     """
-    counts = partition.group_of_row, partition.sample_ids
-    prompts = np.array([len(group.prompt_ids) for group in tokens], dtype=np.int64)
     starts = [starts_of(group.lengths) for group in tokens]
-    ids, log_probs, lengths = [], [], []
-    for group, sample in zip(*(values.tolist() for values in counts), strict=True):
-        first, length = int(starts[group][sample]), int(tokens[group].lengths[sample])
-        ids += [tokens[group].prompt_ids, tokens[group].response_ids[first : first + length]]
-        log_probs.append(tokens[group].rollout_log_probs[first : first + length])
-        lengths.append(length)
-    prompt_lengths = prompts[partition.group_of_row] if len(lengths) else np.empty(0, dtype=np.int64)
+    ids, log_probs, prompt_lengths, num_targets = [], [], [], []
+    for number, sample in zip(partition.group_of_row.tolist(), partition.sample_ids.tolist(), strict=True):
+        group, first = tokens[number], int(starts[number][sample])
+        own = slice(first, first + int(group.lengths[sample]))
+        ids += [group.prompt_ids, group.response_ids[own]]
+        log_probs.append(group.rollout_log_probs[own])
+        prompt_lengths.append(len(group.prompt_ids))
+        num_targets.append(own.stop - first)
+    prompts = np.array(prompt_lengths, dtype=np.int64)
     return TrainingRows(
-        input_ids=np.concatenate(ids) if ids else np.empty(0, dtype=np.int32),
-        lengths=prompt_lengths + np.array(lengths, dtype=np.int64),
-        prompt_lengths=prompt_lengths,
+        input_ids=np.concatenate([np.empty(0, dtype=np.int32), *ids]),
+        lengths=prompts + np.array(num_targets, dtype=np.int64),
+        prompt_lengths=prompts,
         unit_ids=partition.unit_ids,
-        fields={"rollout_log_probs": np.concatenate(log_probs) if log_probs else np.empty(0, dtype=np.float32)},
+        fields={"rollout_log_probs": np.concatenate([np.empty(0, dtype=np.float32), *log_probs])},
     )
 
 
@@ -191,9 +146,7 @@ class RankRows:
 
     def keep_values(self, name: str, values: TargetValues) -> Floats:
         """Add a field that this rank has computed, for every target; returns it."""
-        field, first = np.empty(int(self.rows.num_targets.sum()), dtype=np.float32), 0
-        for start, length in zip(values.starts.tolist(), values.lengths.tolist(), strict=True):
-            field[start : start + length] = values.values[first : first + length]
-            first += length
+        field = np.empty(int(self.rows.num_targets.sum()), dtype=np.float32)
+        copy_runs(values.values, starts_of(values.lengths), values.lengths, field, values.starts)
         self.keep({name: field})
         return field

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,20 @@ from megarlhf.data.types import Ints
 _PAIRS_PER_TOKEN = 6 * 2048
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """How rows become micro-batches."""
+
+    max_tokens: int  # packed tokens in a micro-batch, at most
+    share_prefix: bool  # compute the prompt of a unit of rows once
+    per_rank_multiple: int = 1  # of a rank's micro-batches
+    one_length: bool = False  # all packed sequences of a rank are equally long
+
+    def for_pipeline(self, pp_size: int, vpp_size: int) -> "PackingOptions":
+        """With what the pipeline asks for: its interleaved schedule takes pp_size sequences of one length at a time."""
+        return self if vpp_size == 1 else replace(self, per_rank_multiple=pp_size, one_length=True)
+
+
 class _Unit(NamedTuple):
     """Rows that stay together."""
 
@@ -22,14 +37,7 @@ class _Unit(NamedTuple):
 
 
 def plan_micro_batches(
-    lengths: Ints,
-    prompt_lengths: Ints,
-    unit_ids: Ints,
-    *,
-    num_ranks: int,
-    max_tokens: int,
-    share_prefix: bool,
-    per_rank_multiple: int = 1,
+    lengths: Ints, prompt_lengths: Ints, unit_ids: Ints, *, num_ranks: int, packing: PackingOptions
 ) -> list[list[list[int]]]:
     """Assign rows to data-parallel ranks and, within a rank, to micro-batches.
 
@@ -47,18 +55,14 @@ def plan_micro_batches(
     that has room, then micro-batches to the cheapest rank (LPT rule, Graham 1969).
 
     Args:
-        lengths, prompt_lengths, unit_ids: [n] of all rows of one optimizer step, as in TrainingRows.
-        max_tokens: most positions of a micro-batch.
-        share_prefix: whether the rows of a unit share their prompt's computation.
-        per_rank_multiple: what the interleaved pipeline schedule divides a rank's micro-batches by.
+        lengths, prompt_lengths, unit_ids: [n] of all rows of one optimizer step, at least one, as in TrainingRows.
     Returns:
         [rank][micro-batch] -> row indices, ascending.
     Raises:
-        ValueError: no rows, or a unit that alone exceeds max_tokens.
+        ValueError: a unit that alone exceeds max_tokens.
     """
-    if not len(lengths):
-        raise ValueError("no rows to plan: there is nothing to train or evaluate on")
-    units = [_unit(rows, lengths, prompt_lengths, share_prefix=share_prefix) for rows in members_of(unit_ids)]
+    max_tokens, step = packing.max_tokens, num_ranks * packing.per_rank_multiple
+    units = [_unit(rows, lengths, prompt_lengths, packing) for rows in members_of(unit_ids)]
     for unit in units:
         if unit.num_tokens > max_tokens:
             alone = f"row {unit.rows[0]} alone has" if len(unit.rows) == 1 else f"rows {unit.rows} together have"
@@ -67,7 +71,6 @@ def plan_micro_batches(
                 f"raise it to at least {unit.num_tokens}, or shorten prompts and responses"
             )
     units.sort(key=lambda unit: (-unit.cost, unit.rows))
-    step = num_ranks * per_rank_multiple
     num_bins = _fewest_bins(units, max_tokens, step)
     while (bins := _fill_bins(units, num_bins=num_bins, max_tokens=max_tokens)) is None:
         num_bins += step
@@ -75,15 +78,9 @@ def plan_micro_batches(
 
 
 def prompt_units(
-    lengths: Ints,
-    prompt_lengths: Ints,
-    group_ids: Ints,
-    *,
-    num_ranks: int,
-    max_tokens: int,
-    per_rank_multiple: int = 1,
+    lengths: Ints, prompt_lengths: Ints, group_ids: Ints, *, num_ranks: int, packing: PackingOptions
 ) -> Ints:
-    """Units of rows that share a prompt's computation: groups, cut where they must be.
+    """Units of rows: each row alone, or with share_prefix those of one prompt, cut where they must be.
 
     A group is cut where its next row would not fit into a micro-batch any more, and halved where there would be fewer
     units than micro-batches. Each part has its own copy of the prompt.
@@ -93,34 +90,36 @@ def prompt_units(
     Returns:
         [n] unit_ids.
     """
+    if not packing.share_prefix:
+        return np.arange(len(lengths))
     units: list[_Unit] = []
     targets = lengths - prompt_lengths
     for group in members_of(group_ids):
-        prefix = int(prompt_lengths[group[0]]) - 1
-        part, num_tokens = [group[0]], prefix + int(targets[group[0]])
+        fits = packing.max_tokens - (int(prompt_lengths[group[0]]) - 1)
+        part, num_targets = [group[0]], int(targets[group[0]])
         for row in group[1:]:
-            if num_tokens + int(targets[row]) > max_tokens:
-                units.append(_unit(part, lengths, prompt_lengths, share_prefix=True))
-                part, num_tokens = [], prefix
+            if num_targets + int(targets[row]) > fits:
+                units.append(_unit(part, lengths, prompt_lengths, packing))
+                part, num_targets = [], 0
             part.append(row)
-            num_tokens += int(targets[row])
-        units.append(_unit(part, lengths, prompt_lengths, share_prefix=True))
-    single = [unit for unit in units if len(unit.rows) == 1]
-    several = [(-unit.cost, unit.rows, unit) for unit in units if len(unit.rows) > 1]
-    heapq.heapify(several)
-    at_least = _fewest_bins(units, max_tokens, num_ranks * per_rank_multiple)
-    while several and len(single) + len(several) < at_least:
-        rows = heapq.heappop(several)[1]
+            num_targets += int(targets[row])
+        units.append(_unit(part, lengths, prompt_lengths, packing))
+    at_least = _fewest_bins(units, packing.max_tokens, num_ranks * packing.per_rank_multiple)
+    heap = [_costliest_first(unit) for unit in units]
+    heapq.heapify(heap)
+    while len(heap) < at_least and len(heap[0][1]) > 1:
+        _, rows = heapq.heappop(heap)
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            unit = _unit(half, lengths, prompt_lengths, share_prefix=True)
-            if len(half) == 1:
-                single.append(unit)
-            else:
-                heapq.heappush(several, (-unit.cost, half, unit))
+            heapq.heappush(heap, _costliest_first(_unit(half, lengths, prompt_lengths, packing)))
     unit_ids = np.empty(len(lengths), dtype=np.int64)
-    for number, unit in enumerate([*single, *(unit for _, _, unit in several)]):
-        unit_ids[unit.rows] = number
+    for number, (_, rows) in enumerate(heap):
+        unit_ids[rows] = number
     return unit_ids
+
+
+def _costliest_first(unit: _Unit) -> tuple[float, list[int]]:
+    """Key of a unit that may be halved, behind all others for one that may not."""
+    return -unit.cost if len(unit.rows) > 1 else 0.0, unit.rows
 
 
 def members_of(ids: Ints) -> list[list[int]]:
@@ -131,17 +130,11 @@ def members_of(ids: Ints) -> list[list[int]]:
     return [part.tolist() for part in np.split(order, changes)]
 
 
-def packed_length(lengths: Ints, prompt_lengths: Ints, unit_ids: Ints, *, share_prefix: bool) -> int:
-    """Positions that rows take when packed together, without padding."""
-    units = members_of(unit_ids) if len(lengths) else []
-    return sum(_unit(rows, lengths, prompt_lengths, share_prefix=share_prefix).num_tokens for rows in units)
-
-
-def _unit(rows: list[int], lengths: Ints, prompt_lengths: Ints, *, share_prefix: bool) -> _Unit:
-    prefix = int(prompt_lengths[rows[0]]) - 1 if share_prefix else 0
+def _unit(rows: list[int], lengths: Ints, prompt_lengths: Ints, packing: PackingOptions) -> _Unit:
+    prefix = int(prompt_lengths[rows[0]]) - 1 if packing.share_prefix else 0
     num_tokens, pairs = prefix, prefix * (prefix + 1) / 2
     for row in rows:
-        own = int(lengths[row]) - int(prompt_lengths[row] if share_prefix else 1)
+        own = int(lengths[row]) - int(prompt_lengths[row] if packing.share_prefix else 1)
         num_tokens += own
         pairs += prefix * own + own * (own + 1) / 2
     return _Unit(num_tokens + pairs / _PAIRS_PER_TOKEN, num_tokens, rows)

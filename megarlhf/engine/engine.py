@@ -24,8 +24,7 @@ from torch import Tensor
 
 from megarlhf.config.roles import Part
 from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack_rows
-from megarlhf.data.partition import PackingOptions
-from megarlhf.data.planning import plan_micro_batches
+from megarlhf.data.planning import PackingOptions, plan_micro_batches
 from megarlhf.data.types import MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.memory import DeviceMemory
 from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
@@ -145,7 +144,7 @@ class MegatronEngine:
         )
 
     def micro_batches(self, rows: TrainingRows, indices: Sequence[int] | None = None) -> list[MicroBatch]:
-        """This rank's share of rows that every rank has, as packed sequences; as many micro-batches as on any rank.
+        """This rank's part of rows that every rank has, as packed sequences; as many micro-batches as on any rank.
 
         Args:
             indices: of the rows to pack; None: all.
@@ -156,9 +155,7 @@ class MegatronEngine:
             rows.prompt_lengths[chosen],
             rows.unit_ids[chosen],
             num_ranks=self.ranks.dp_size,
-            max_tokens=self.packing.max_tokens,
-            share_prefix=self.packing.share_prefix,
-            per_rank_multiple=self.packing.per_rank_multiple,
+            packing=self.packing,
         )
         mine: list[list[int]] = [chosen[places].tolist() for places in plan[self.ranks.dp_rank]]
         batches = [self.pack(rows, indices) for indices in mine]

@@ -11,7 +11,7 @@ from megarlhf.algos.advantages import compute_advantages
 from megarlhf.algos.losses import Aggregation, token_weights
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
-from megarlhf.data.partition import PackingOptions
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, Rollout, Sample
 from megarlhf.trainers.roles import ActorRole, CriticRole, LogProbDifference, UpdateResult
 from megarlhf.trainers.state import LoopState

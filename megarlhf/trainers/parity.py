@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -87,18 +86,8 @@ def fitting(engine: MegatronEngine, rows: TrainingRows) -> TrainingRows:
 
     Groups that share a prompt's computation are cut where they must be; where nothing is shared each row is alone.
     """
-    packing = engine.packing
-    if not packing.share_prefix:
-        return replace(rows, unit_ids=np.arange(len(rows)))
-    units = prompt_units(
-        rows.lengths,
-        rows.prompt_lengths,
-        rows.unit_ids,
-        num_ranks=engine.ranks.dp_size,
-        max_tokens=packing.max_tokens,
-        per_rank_multiple=packing.per_rank_multiple,
-    )
-    return replace(rows, unit_ids=units)
+    sizes = rows.lengths, rows.prompt_lengths, rows.unit_ids
+    return replace(rows, unit_ids=prompt_units(*sizes, num_ranks=engine.ranks.dp_size, packing=engine.packing))
 
 
 def parity_objective(name: ObjectiveName) -> Objective:

@@ -16,7 +16,7 @@ from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import MegatronWorker, Place
 from megarlhf.config.roles import ROLES
 from megarlhf.data.packing import gather_targets, join_values, pack_rows
-from megarlhf.data.partition import PackingOptions
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GroupTokens, MicroBatch, Prompt, Rollout, Sample, TargetValues, TrainingRows
 from megarlhf.engine.engine import StepResult
 

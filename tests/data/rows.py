@@ -25,6 +25,14 @@ def make_rows(rows: Sequence[Row], *, scales: Sequence[float] | None = None) -> 
     )
 
 
+def packed_length(rows: TrainingRows, indices: Sequence[int], *, share_prefix: bool) -> int:
+    """Positions that rows take when packed together: every token that predicts, shared prompts once a unit."""
+    if not share_prefix:
+        return sum(int(rows.lengths[index]) - 1 for index in indices)
+    prompts = {int(rows.unit_ids[index]): int(rows.prompt_lengths[index]) - 1 for index in indices}
+    return sum(prompts.values()) + sum(int(rows.lengths[index] - rows.prompt_lengths[index]) for index in indices)
+
+
 @st.composite
 def ragged_rows(draw: st.DrawFn) -> list[Row]:
     """Up to five groups with prompts of their own."""

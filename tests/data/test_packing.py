@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack_rows
-from megarlhf.data.planning import packed_length
 from megarlhf.data.types import MicroBatch, TrainingRows, starts_of, training_rows
-from tests.data.rows import Row, make_rows, ragged_rows
+from tests.data.rows import Row, make_rows, packed_length, ragged_rows
 
 # Two samples of one prompt and one of another.
 ROWS = make_rows([([1, 2, 3], [4, 5], 0), ([7, 8], [9], 1), ([1, 2, 3], [6], 0)], scales=[1.0, 100.0, 10.0])
@@ -146,5 +145,5 @@ def test_each_target_sees_its_whole_row_and_nothing_else(
             assert sees(batch, place) == list(enumerate([*prompt, *response][: len(prompt) + place - start]))
     assert int(batch.target_mask.sum()) == rows.num_targets.sum()
     assert len(batch.tokens) % pad_to_multiple == 0
-    packed = packed_length(rows.lengths, rows.prompt_lengths, rows.unit_ids, share_prefix=share_prefix)
+    packed = packed_length(rows, indices, share_prefix=share_prefix)
     assert 0 <= len(batch.tokens) - packed < pad_to_multiple

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarlhf.data.packing import gather_targets, join_values, pack_rows
-from megarlhf.data.partition import DataParallelSplit, PackingOptions, RankRows, rows_of
+from megarlhf.data.partition import DataParallelSplit, RankRows, rows_of
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GroupTokens, Prompt, Sample
 
 

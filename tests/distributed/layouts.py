@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megarlhf.config.layouts import KernelArguments
-from megarlhf.data.partition import PackingOptions
+from megarlhf.data.planning import PackingOptions
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions

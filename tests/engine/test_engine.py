@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megarlhf.data.planning import plan_micro_batches
+from megarlhf.data.planning import PackingOptions, plan_micro_batches
 from megarlhf.data.types import TrainingRows, training_rows
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import NonFiniteError
@@ -193,7 +193,7 @@ def test_balance_loss_is_that_of_its_formula_in_every_layout(ranks: RankPool, tm
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     rows = balanced_rows()
     sizes = rows.lengths, rows.prompt_lengths, rows.unit_ids
-    (batches,) = plan_micro_batches(*sizes, num_ranks=1, max_tokens=48, share_prefix=False)
+    (batches,) = plan_micro_batches(*sizes, num_ranks=1, packing=PackingOptions(max_tokens=48, share_prefix=False))
     total: Tensor | float = 0.0
     seen: list[list[Tensor]] = [[] for _ in range(4)]
     for batch in batches:

@@ -20,7 +20,8 @@ from megarlhf.config.arguments import (
     RewardArguments,
     RolloutArguments,
 )
-from megarlhf.data.partition import DataParallelSplit, PackingOptions, rows_of
+from megarlhf.data.partition import DataParallelSplit, rows_of
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GroupTokens, Prompt, Rollout, Sample, TrainingRows
 from megarlhf.trainers.roles import LogProbDifference, Roles, UpdateResult
 

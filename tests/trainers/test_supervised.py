@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megarlhf.config.arguments import LoggingArguments, ModelArguments
 from megarlhf.config.supervised_arguments import SFTConfig, SFTDataArguments, SupervisedBatchArguments
-from megarlhf.data.partition import PackingOptions
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import MicroBatch, TrainingRows, training_rows
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
