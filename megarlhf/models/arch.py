@@ -10,7 +10,7 @@ from enum import Enum
 from itertools import groupby
 from typing import Any, Literal
 
-from megarlhf.formats.huggingface import HFConfig
+from megarlhf.formats.huggingface import EMBEDDING, LM_HEAD, HFConfig
 
 
 class Split(Enum):
@@ -60,12 +60,14 @@ class Additions:
     window_rope_theta: float | None = None  # RoPE base of layers with a window, where these have their own
 
 
-VALUE_HEAD = WeightMap(
-    megatron=("output_layer.weight",),
-    hf=("score.weight",),
-    shapes=(("one", "hidden"),),
-    split=Split.REPLICATED,
-)
+def _of_model(split: Split, megatron: str, hf: str, *shape: str) -> WeightMap:
+    return WeightMap(megatron=(megatron,), hf=(hf,), shapes=(shape,), split=split)
+
+
+_EMBEDDING = _of_model(Split.VOCAB, "embedding.word_embeddings.weight", EMBEDDING, "vocab", "hidden")
+_FINAL_NORM = _of_model(Split.REPLICATED, "decoder.final_layernorm.weight", "model.norm.weight", "hidden")
+_LM_HEAD = _of_model(Split.VOCAB, "output_layer.weight", LM_HEAD, "vocab", "hidden")
+_VALUE_HEAD = _of_model(Split.REPLICATED, "output_layer.weight", "score.weight", "one", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +80,11 @@ class ArchSpec:
     layer_weights: tuple[WeightMap, ...]  # of every layer, without its feed-forward part
     dense_weights: tuple[WeightMap, ...]  # feed-forward part of a dense layer
     moe_weights: tuple[WeightMap, ...] = ()  # feed-forward part of a layer with experts
-    model_weights: tuple[WeightMap, ...]  # embedding, final norm, output
     check: Callable[[HFConfig], list[str]]  # what a model computes that Megatron-Core or this table cannot express
     dimensions: Callable[[HFConfig], dict[str, int]]  # sizes that `WeightMap.shapes` names
     check_weights: Callable[[HFConfig], list[str]] = lambda _: []  # what weights mean that the table cannot express
-    moe_layers: Callable[[HFConfig], list[bool]] | None = None  # per layer: has experts; None: no layer has
-    derived_config: Callable[[HFConfig], dict[str, Any]] = lambda _: {}  # TransformerConfig fields worked out
+    moe_layers: Callable[[HFConfig], list[bool]] = lambda config: [False] * config.num_hidden_layers  # with experts
+    derived_config: Callable[[HFConfig], dict[str, Any]] = lambda _: {}  # further fields, worked out
     additions: Callable[[HFConfig], Additions] = lambda _: Additions()
     reward_class: str | None = None  # where it is not named after `hf_class`
     engine_head: Literal["any", "embedding", "own"] = "any"  # output layer of vLLM's model of this family
@@ -99,7 +100,24 @@ class ArchSpec:
 
     def is_moe(self, hf: HFConfig) -> bool:
         """Whether any layer of this configuration has experts."""
-        return self.moe_layers is not None and any(self.moe_layers(hf))
+        return any(self.moe_layers(hf))
+
+    def megatron_fields(self, hf: HFConfig) -> dict[str, Any]:
+        """Fields of TransformerConfig for this configuration, but for those that the layout decides."""
+        fields = {name: getattr(hf, hf_name) for name, hf_name in self.config_fields.items()} | self.config_constants
+        if self.moe_weights:
+            sizes = self.dimensions(hf)
+            fields |= {
+                "num_moe_experts": sizes["experts"],
+                "moe_ffn_hidden_size": sizes["expert"],
+                "moe_layer_freq": [int(experts) for experts in self.moe_layers(hf)],
+                "moe_router_topk": hf.num_experts_per_tok,
+                # Softmax over the chosen experts equals softmax over all, then renormalised.
+                "moe_router_pre_softmax": not getattr(hf, "norm_topk_prob", True),
+            }
+            if sizes.get("shared"):
+                fields["moe_shared_expert_intermediate_size"] = sizes["shared"]
+        return fields | self.derived_config(hf)
 
     def weight_maps(self, hf: HFConfig, *, tied: bool, head: str) -> Iterator[WeightMap]:
         """Every weight of a model, with layer and expert numbers filled in, in HF order.
@@ -110,25 +128,21 @@ class ArchSpec:
             tied: the output layer shares the embedding and has no tensor of its own.
             head: "lm" for vocabulary logits, "value" for one number per token.
         """
-        has_experts = self.moe_layers(hf) if self.moe_layers is not None else [False] * hf.num_hidden_layers
         sizes = self.dimensions(hf)
         num_experts = sizes.get("experts", 0)
 
         def present(weights: tuple[WeightMap, ...]) -> list[WeightMap]:
             return [w for w in weights if all(sizes[name] for shape in w.shapes for name in shape)]
 
-        for weight in self.model_weights:
-            if weight.hf == ("lm_head.weight",):
-                continue
-            if weight.hf == ("model.norm.weight",):
-                for layer, experts in enumerate(has_experts):
-                    yield from (w.at(layer=layer) for w in present(self.layer_weights))
-                    parts = present(self.moe_weights if experts else self.dense_weights)
-                    for by_expert, group in groupby((w.at(layer=layer) for w in parts), key=lambda w: w.expert):
-                        own = list(group)
-                        yield from (w.at(expert=e) for e in range(num_experts) for w in own) if by_expert else own
-            yield weight
+        yield _EMBEDDING
+        for layer, has_experts in enumerate(self.moe_layers(hf)):
+            yield from (w.at(layer=layer) for w in present(self.layer_weights))
+            parts = present(self.moe_weights if has_experts else self.dense_weights)
+            for by_expert, group in groupby((w.at(layer=layer) for w in parts), key=lambda w: w.expert):
+                own = list(group)
+                yield from (w.at(expert=e) for e in range(num_experts) for w in own) if by_expert else own
+        yield _FINAL_NORM
         if head == "value":
-            yield VALUE_HEAD
+            yield _VALUE_HEAD
         elif not tied:
-            yield next(w for w in self.model_weights if w.hf == ("lm_head.weight",))
+            yield _LM_HEAD

@@ -72,7 +72,7 @@ def resolve_transformer_impl(
 
 def model_backend(arch: ArchSpec, hf: HFConfig, options: KernelArguments, *, device: DeviceKind) -> Backend:
     """What a model of this architecture is computed with on this kind of device."""
-    fields = arch.config_constants | arch.derived_config(hf)
+    fields = arch.megatron_fields(hf)
     swiglu, latent = fields.get("activation_func") is F.silu, bool(fields.get("multi_latent_attention"))
     return decide_backend(options, device=device, swiglu=swiglu, latent=latent)
 

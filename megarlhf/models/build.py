@@ -61,8 +61,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     device = device_kind()
     on_gpu, backend = device == "gpu", model_backend(arch, hf, options.kernels, device=device)
-    fields = {name: getattr(hf, hf_name) for name, hf_name in arch.config_fields.items()}
-    fields |= arch.config_constants | arch.derived_config(hf)
+    fields = arch.megatron_fields(hf)
     if arch.is_moe(hf):
         fields |= {
             "expert_model_parallel_size": ranks.ep_size,

@@ -13,27 +13,18 @@ from megarlhf.models.families import (
     CONSTANTS,
     DENSE,
     FIELDS,
-    HF_LAYER,
     INPUT_NORM,
-    LAYER,
-    MODEL_WEIGHTS,
     check_biases,
     dense_dimensions,
-    gate_up,
+    layer_weight,
     norm,
     rope_parameters,
-    row,
 )
-from megarlhf.models.mixtures import EXPERTS, MOE_NORM, router
+from megarlhf.models.mixtures import EXPERTS, MOE_NORM, router, shared_experts
 
 
-def _projection(megatron: str, hf: str, shape: tuple[str, str], split: Split) -> WeightMap:
-    return WeightMap(
-        megatron=(f"{LAYER}self_attention.{megatron}.weight",),
-        hf=(f"{HF_LAYER}self_attn.{hf}.weight",),
-        shapes=(shape,),
-        split=split,
-    )
+def _projection(split: Split, megatron: str, hf: str, *shape: str) -> WeightMap:
+    return layer_weight(split, f"self_attention.{megatron}.weight", f"self_attn.{hf}.weight", shape)
 
 
 def _latent_norm(kind: str) -> WeightMap:
@@ -42,30 +33,19 @@ def _latent_norm(kind: str) -> WeightMap:
 
 
 _ATTENTION = (
-    _projection("linear_q_proj", "q_proj", ("q_direct", "hidden"), Split.COLUMN),  # without a latent of the queries
-    _projection("linear_q_down_proj", "q_a_proj", ("q_latent", "hidden"), Split.REPLICATED),
+    _projection(Split.COLUMN, "linear_q_proj", "q_proj", "q_direct", "hidden"),  # without a latent of the queries
+    _projection(Split.REPLICATED, "linear_q_down_proj", "q_a_proj", "q_latent", "hidden"),
     _latent_norm("q"),
-    _projection("linear_q_up_proj", "q_b_proj", ("q", "q_latent"), Split.COLUMN),
-    _projection("linear_kv_down_proj", "kv_a_proj_with_mqa", ("kv_latent_rope", "hidden"), Split.REPLICATED),
+    _projection(Split.COLUMN, "linear_q_up_proj", "q_b_proj", "q", "q_latent"),
+    _projection(Split.REPLICATED, "linear_kv_down_proj", "kv_a_proj_with_mqa", "kv_latent_rope", "hidden"),
     _latent_norm("kv"),
-    _projection("linear_kv_up_proj", "kv_b_proj", ("kv", "kv_latent"), Split.COLUMN),
-    row(("self_attention.linear_proj.weight",), "self_attn.o_proj.weight", "values"),
+    _projection(Split.COLUMN, "linear_kv_up_proj", "kv_b_proj", "kv", "kv_latent"),
+    _projection(Split.ROW, "linear_proj", "o_proj", "hidden", "values"),
 )
-_SHARED_EXPERTS = (
-    gate_up(
-        ("mlp.shared_experts.linear_fc1.weight",),
-        ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-        "shared",
-    ),
-    row(("mlp.shared_experts.linear_fc2.weight",), "mlp.shared_experts.down_proj.weight", "shared"),
+_EXPERT_BIAS = layer_weight(
+    Split.REPLICATED, "mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", ("experts",), buffer=True
 )
-_EXPERT_BIAS = WeightMap(
-    megatron=(LAYER + "mlp.router.expert_bias",),
-    hf=(HF_LAYER + "mlp.gate.e_score_correction_bias",),
-    shapes=(("experts",),),
-    split=Split.REPLICATED,
-    buffer=True,
-)
+_EXPERTS = (*EXPERTS, *shared_experts("mlp.shared_experts"))
 
 
 def _dimensions(config: HFConfig) -> dict[str, int]:
@@ -108,11 +88,6 @@ def _rope(config: HFConfig) -> dict[str, Any]:
 def _config(config: HFConfig) -> dict[str, Any]:
     return _rope(config) | {
         "q_lora_rank": config.q_lora_rank,
-        "num_moe_experts": config.n_routed_experts,
-        "moe_ffn_hidden_size": config.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
-        "moe_layer_freq": [int(experts) for experts in _moe_layers(config)],
-        "moe_router_topk": config.num_experts_per_tok,
         "moe_router_topk_scaling_factor": config.routed_scaling_factor,
     }
 
@@ -199,12 +174,10 @@ DEEPSEEK_V2 = ArchSpec(
         "multi_latent_attention": True,
         "qk_layernorm": True,
         "moe_router_dtype": "fp32",
-        "moe_router_pre_softmax": True,
     },
     layer_weights=(INPUT_NORM, *_ATTENTION),
     dense_weights=DENSE,
-    moe_weights=(MOE_NORM, router("mlp.gate.weight"), *EXPERTS, *_SHARED_EXPERTS),
-    model_weights=MODEL_WEIGHTS,
+    moe_weights=(MOE_NORM, router("mlp.gate.weight"), *_EXPERTS),
     check=_check_v2,
     check_weights=_check_weights,
     dimensions=_dimensions,
@@ -217,12 +190,11 @@ DEEPSEEK_V3 = replace(
     hf_class="DeepseekV3ForCausalLM",
     config_constants=DEEPSEEK_V2.config_constants
     | {
-        "moe_router_pre_softmax": False,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_bias_update_rate": 0.0,  # the bias keeps experts busy in pre-training; here routing stays as it is
     },
-    moe_weights=(MOE_NORM, router("mlp.gate.weight"), _EXPERT_BIAS, *EXPERTS, *_SHARED_EXPERTS),
+    moe_weights=(MOE_NORM, router("mlp.gate.weight"), _EXPERT_BIAS, *_EXPERTS),
     check=_check_v3,
     derived_config=_config_v3,
 )

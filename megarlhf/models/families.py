@@ -8,9 +8,6 @@ import torch.nn.functional as F
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 
-LAYER = "decoder.layers.{layer}."
-HF_LAYER = "model.layers.{layer}."
-
 
 def head_dim(config: HFConfig) -> int:
     """Channels of one attention head."""
@@ -23,72 +20,67 @@ def rope_parameters(config: HFConfig) -> dict[str, Any]:
     return parameters.get("full_attention", parameters)
 
 
-def norm(megatron: tuple[str, ...], hf: str, size: str = "hidden") -> WeightMap:
-    """A layer norm's weight; names are given within the layer."""
-    return WeightMap(
-        megatron=tuple(LAYER + name for name in megatron),
-        hf=(HF_LAYER + hf,),
-        shapes=((size,),),
-        split=Split.REPLICATED,
-    )
+Names = str | tuple[str, ...]
 
 
-def gate_up(megatron: tuple[str, ...], hf: tuple[str, str], size: str, *, expert: bool = False) -> WeightMap:
-    """The two input matrices of a gated feed-forward part."""
+def layer_weight(
+    split: Split, megatron: Names, hf: Names, *shapes: tuple[str, ...], expert: bool = False, buffer: bool = False
+) -> WeightMap:
+    """A weight of every layer; names are given within the layer."""
+    ours, theirs = ((names,) if isinstance(names, str) else names for names in (megatron, hf))
     return WeightMap(
-        megatron=tuple(LAYER + name for name in megatron),
-        hf=tuple(HF_LAYER + name for name in hf),
-        shapes=((size, "hidden"),) * 2,
-        split=Split.GATE_UP,
+        megatron=tuple(f"decoder.layers.{{layer}}.{name}" for name in ours),
+        hf=tuple(f"model.layers.{{layer}}.{name}" for name in theirs),
+        shapes=shapes,
+        split=split,
         expert=expert,
+        buffer=buffer,
     )
 
 
-def row(megatron: tuple[str, ...], hf: str, size: str, *, expert: bool = False) -> WeightMap:
-    """A matrix back to the hidden size, cut along its inputs."""
-    return WeightMap(
-        megatron=tuple(LAYER + name for name in megatron),
-        hf=(HF_LAYER + hf,),
-        shapes=(("hidden", size),),
-        split=Split.ROW,
-        expert=expert,
+def norm(megatron: Names, hf: str, size: str = "hidden") -> WeightMap:
+    """A layer norm's weight."""
+    return layer_weight(Split.REPLICATED, megatron, hf, (size,))
+
+
+def gated(
+    megatron: tuple[str, ...],
+    hf: str,
+    size: str,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    output: str = "linear_fc2",
+    expert: bool = False,
+) -> tuple[WeightMap, WeightMap]:
+    """The matrices of a gated feed-forward part: gate and up, and the one back to the hidden size.
+
+    Args:
+        megatron: accepted names of both, with `{linear}` in the place of "linear_fc1" and of `output`.
+        hf: name of the part, which holds matrices of these `names`.
+    """
+    first, second = (tuple(m.replace("{linear}", linear) for m in megatron) for linear in ("linear_fc1", output))
+    gate, up, down = (f"{hf}.{name}.weight" for name in names)
+    return (
+        layer_weight(Split.GATE_UP, first, (gate, up), (size, "hidden"), (size, "hidden"), expert=expert),
+        layer_weight(Split.ROW, second, down, ("hidden", size), expert=expert),
     )
 
 
-def _qkv(kind: str) -> WeightMap:
-    return WeightMap(
-        megatron=(f"{LAYER}self_attention.linear_qkv.{kind}",),
-        hf=tuple(f"{HF_LAYER}self_attn.{x}_proj.{kind}" for x in "qkv"),
-        shapes=tuple((rows, "hidden") if kind == "weight" else (rows,) for rows in ("q", "kv", "kv")),
-        split=Split.QKV,
-    )
+def _qkv(kind: str, *inputs: str) -> WeightMap:
+    names = tuple(f"self_attn.{x}_proj.{kind}" for x in "qkv")
+    shapes = ((rows, *inputs) for rows in ("q", "kv", "kv"))
+    return layer_weight(Split.QKV, f"self_attention.linear_qkv.{kind}", names, *shapes)
 
 
 INPUT_NORM = norm(("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), "input_layernorm.weight")
-QKV, QKV_BIAS = _qkv("weight"), _qkv("bias")
-ATTENTION_OUTPUT = row(("self_attention.linear_proj.weight",), "self_attn.o_proj.weight", "q")
-QK_NORM = tuple(norm((f"self_attention.{x}_layernorm.weight",), f"self_attn.{x}_norm.weight", "head") for x in "qk")
+QKV, QKV_BIAS = _qkv("weight", "hidden"), _qkv("bias")
+ATTENTION_OUTPUT = layer_weight(
+    Split.ROW, "self_attention.linear_proj.weight", "self_attn.o_proj.weight", ("hidden", "q")
+)
+QK_NORM = tuple(norm(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", "head") for x in "qk")
 DENSE = (
     norm(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), "post_attention_layernorm.weight"),
-    gate_up(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "ffn"),
-    row(("mlp.linear_fc2.weight",), "mlp.down_proj.weight", "ffn"),
-)
-MODEL_WEIGHTS = (
-    WeightMap(
-        megatron=("embedding.word_embeddings.weight",),
-        hf=("model.embed_tokens.weight",),
-        shapes=(("vocab", "hidden"),),
-        split=Split.VOCAB,
-    ),
-    WeightMap(
-        megatron=("decoder.final_layernorm.weight",),
-        hf=("model.norm.weight",),
-        shapes=(("hidden",),),
-        split=Split.REPLICATED,
-    ),
-    WeightMap(
-        megatron=("output_layer.weight",), hf=("lm_head.weight",), shapes=(("vocab", "hidden"),), split=Split.VOCAB
-    ),
+    *gated(("mlp.{linear}.weight",), "mlp", "ffn"),
 )
 FIELDS = {
     "num_layers": "num_hidden_layers",
@@ -154,7 +146,6 @@ LLAMA = ArchSpec(
     config_constants=CONSTANTS,
     layer_weights=(INPUT_NORM, QKV, ATTENTION_OUTPUT),
     dense_weights=DENSE,
-    model_weights=MODEL_WEIGHTS,
     check=check_llama,
     check_weights=check_biases,
     dimensions=dense_dimensions,

@@ -11,31 +11,29 @@ from typing import Any
 import torch.nn.functional as F
 
 from megarlhf.formats.huggingface import HFConfig
-from megarlhf.models.arch import Additions, ArchSpec
+from megarlhf.models.arch import Additions, ArchSpec, Split
 from megarlhf.models.families import (
     CONSTANTS,
     FIELDS,
     INPUT_NORM,
-    MODEL_WEIGHTS,
     QK_NORM,
     QKV,
     check_biases,
     dense_dimensions,
-    gate_up,
+    gated,
+    layer_weight,
     norm,
     rope_parameters,
-    row,
 )
 
 _ATTENTION_OUTPUT = (
-    row(("self_attention.linear_proj.linear.weight",), "self_attn.o_proj.weight", "q"),
-    norm(("self_attention.linear_proj.norm.weight",), "post_attention_layernorm.weight"),
+    layer_weight(Split.ROW, "self_attention.linear_proj.linear.weight", "self_attn.o_proj.weight", ("hidden", "q")),
+    norm("self_attention.linear_proj.norm.weight", "post_attention_layernorm.weight"),
 )
 _DENSE = (
     norm(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), "pre_feedforward_layernorm.weight"),
-    gate_up(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "ffn"),
-    row(("mlp.linear_fc2.linear.weight",), "mlp.down_proj.weight", "ffn"),
-    norm(("mlp.linear_fc2.norm.weight",), "post_feedforward_layernorm.weight"),
+    *gated(("mlp.{linear}.weight",), "mlp", "ffn", output="linear_fc2.linear"),
+    norm("mlp.linear_fc2.norm.weight", "post_feedforward_layernorm.weight"),
 )
 _CONSTANTS = CONSTANTS | {
     "activation_func": partial(F.gelu, approximate="tanh"),
@@ -87,7 +85,6 @@ GEMMA2 = ArchSpec(
     config_constants=_CONSTANTS,
     layer_weights=(INPUT_NORM, QKV, *_ATTENTION_OUTPUT),
     dense_weights=_DENSE,
-    model_weights=MODEL_WEIGHTS,
     check=_check,
     check_weights=check_biases,
     dimensions=dense_dimensions,

@@ -69,15 +69,14 @@ def _weight_errors(arch: ArchSpec, config: HFConfig) -> list[str]:
     wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 0]
     if wrong:
         errors.append(f"it makes sizes of {', '.join(wrong)}")
-    if arch.moe_layers is not None:
-        arch.moe_layers(config)
+    arch.moe_layers(config)
     return errors
 
 
 def _computing_errors(arch: ArchSpec, config: HFConfig) -> list[str]:
     errors = _rope_errors(config.rope_parameters or {}) or arch.check(config)
     if not errors:
-        arch.derived_config(config)
+        arch.megatron_fields(config)
         arch.additions(config)
     return errors
 

@@ -27,7 +27,7 @@ def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: 
     for weight in model_maps(arch, hf, head):
         found = _LAYER.search(weight.megatron[0])
         by_layer[int(found[1]) if found else None].append(weight)
-    has_experts = arch.moe_layers(hf) if arch.moe_layers is not None else [False] * hf.num_hidden_layers
+    has_experts = arch.moe_layers(hf)
     depths = stage_depths(hf.num_hidden_layers, layout)
     stages: list[list[ChunkSizes]] = [[] for _ in range(pp)]
     first_layer = 0
@@ -74,7 +74,7 @@ def layer_widths(arch: ArchSpec, hf: HFConfig) -> LayerWidths:
         attention=attention,
         dense=3 * sizes["ffn"],
         shared=3 * sizes.get("shared", 0),
-        experts_per_token=arch.derived_config(hf)["moe_router_topk"] if arch.is_moe(hf) else 0,
+        experts_per_token=hf.num_experts_per_tok if arch.is_moe(hf) else 0,
         expert=3 * sizes.get("expert", 0),
     )
 

@@ -31,7 +31,7 @@ FIXED: dict[str, set[str]] = {
     "qwen3": ROPE_TYPE,
     "mixtral": ROPE_TYPE | {"megatron.moe_router_pre_softmax"},
     "qwen2-moe": ROPE_TYPE,
-    "qwen3-moe": ROPE_TYPE | {"megatron.moe_shared_expert_gate", "megatron.moe_shared_expert_intermediate_size"},
+    "qwen3-moe": ROPE_TYPE,
     "gemma2": ROPE_TYPE,
     "gemma3": {"attn_logit_softcapping"},
     "deepseek-v2": LATENT | {"num_key_value_heads"},
@@ -103,7 +103,7 @@ def differing(arch: ArchSpec, config: PretrainedConfig) -> tuple[set[str], set[s
     noting: Any = NotingConfig(config)
     with fake_world(ParallelSizes(), rank=0, world_size=1) as ranks:
         _, built = build_model(arch, noting, ranks, ModelOptions(), head="lm", seed=0)
-    given = {*arch.config_fields, *arch.derived_config(config)}
+    given = arch.megatron_fields(config).keys() - arch.config_constants.keys()
     defaults = {field.name: field.default for field in fields(type(built)) if field.default is not MISSING}
     megatron = {f"megatron.{name}": getattr(built, name) != defaults.get(name, MISSING) for name in given}
     hf = {name: all(value != other for other in stand_ins(config, name)) for name, value in noting.asked.items()}
