@@ -23,17 +23,6 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device_kind() == "gpu" else torch.device("cpu")
 
 
-def select_device(local_rank: int) -> None:
-    """Bind this process to one GPU of its node; nothing to do on a CPU."""
-    if device_kind() == "gpu":
-        torch.cuda.set_device(local_rank)
-
-
-def collective_backend() -> str:
-    """Name of torch.distributed's backend for this device."""
-    return "nccl" if device_kind() == "gpu" else "gloo"
-
-
 def num_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -75,15 +64,6 @@ def freeze_garbage_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def peak_memory_bytes() -> int:
-    """High-water mark of this process on its device: CUDA's allocator, or resident memory."""
-    if device_kind() == "gpu":
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def visible_devices_environment(names: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megarlhf.parallel.cpu import megatron_cpu
-from megarlhf.parallel.device import collective_backend, select_device
+from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.megatron_versions import balance_losses
 
 Value = TypeVar("Value")
@@ -84,11 +84,13 @@ def initialize_groups(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    select_device(local_rank)
+    on_gpu = device_kind() == "gpu"
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
     if init_method.startswith("file:") or "127.0.0.1" in init_method:  # all ranks on this machine
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        collective_backend(),
+        "nccl" if on_gpu else "gloo",
         init_method=init_method,
         rank=rank,
         world_size=world_size,
@@ -126,19 +128,12 @@ def destroy_groups() -> None:
     if dist.is_initialized():
         _left.extend(weakref.ref(group) for group in dist.distributed_c10d._world.pg_map)
     parallel_state.destroy_model_parallel()
-    _forget_groups()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _forget_groups() -> None:
-    """Drop the groups that Megatron-Core remembers and destroy_model_parallel() does not drop."""
-    from megatron.core import parallel_state
-
-    for name, value in vars(parallel_state).items():
+    for name, value in vars(parallel_state).items():  # which Megatron-Core remembers all the same
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
     balance_losses().clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _collect_left_groups() -> None:
@@ -200,24 +195,20 @@ def current_ranks() -> Ranks:
     """This process's ranks, from Megatron-Core's parallel state."""
     from megatron.core import parallel_state as mpu
 
+    groups = {
+        "tp": mpu.get_tensor_model_parallel_group(),
+        "pp": mpu.get_pipeline_model_parallel_group(),
+        "dp": mpu.get_data_parallel_group(),
+        "cp": mpu.get_context_parallel_group(),
+        "replica": mpu.get_data_parallel_group(with_context_parallel=True),
+        "ep": mpu.get_expert_model_parallel_group(),
+        "etp": mpu.get_expert_tensor_parallel_group(),
+        "expert_replica": mpu.get_expert_data_parallel_group(),
+    }
     return Ranks(
         world_rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        tp_size=mpu.get_tensor_model_parallel_world_size(),
-        pp_rank=mpu.get_pipeline_model_parallel_rank(),
-        pp_size=mpu.get_pipeline_model_parallel_world_size(),
-        dp_rank=mpu.get_data_parallel_rank(),
-        dp_size=mpu.get_data_parallel_world_size(),
-        cp_rank=mpu.get_context_parallel_rank(),
-        cp_size=mpu.get_context_parallel_world_size(),
-        replica_rank=mpu.get_data_parallel_rank(with_context_parallel=True),
-        replica_size=mpu.get_data_parallel_world_size(with_context_parallel=True),
-        ep_rank=mpu.get_expert_model_parallel_rank(),
-        ep_size=mpu.get_expert_model_parallel_world_size(),
-        etp_rank=mpu.get_expert_tensor_parallel_rank(),
-        etp_size=mpu.get_expert_tensor_parallel_world_size(),
-        expert_replica_rank=mpu.get_expert_data_parallel_rank(),
-        expert_replica_size=mpu.get_expert_data_parallel_world_size(),
         vpp_size=mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
+        **{f"{name}_rank": group.rank() for name, group in groups.items()},
+        **{f"{name}_size": group.size() for name, group in groups.items()},
     )

@@ -32,5 +32,5 @@ def packed_params(batch: MicroBatch, *, transformer_impl: str) -> PackedSeqParam
         rank = parallel_state.get_context_parallel_rank()
         blocks = context_blocks(batch.cu_seqlens, rank, batch.context_size)
     else:
-        blocks = attention_blocks(batch.cu_seqlens.tolist(), batch.prefix_segments, batch.position_ids)
+        blocks = attention_blocks(batch.cu_seqlens, batch.prefix_segments, batch.position_ids)
     return SegmentParams(qkv_format="sbhd", position_ids=batch.position_ids, blocks=blocks)

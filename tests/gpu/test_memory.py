@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.roles import PARTS
 from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import layer_widths, stage_sizes
 from megarlhf.parallel.device import device_kind
 from megarlhf.planner.memory import RankBytes, Work, rank_bytes
-from megarlhf.config.roles import PARTS
 from tests.distributed.layouts import SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.engine.test_memory import DISTRIBUTED, VARIANTS, alone, give_back, trained

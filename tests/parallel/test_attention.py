@@ -12,7 +12,7 @@ from megarlhf.parallel.cpu.segments import SegmentParams, attention_blocks, take
 
 def test_a_window_counts_back_within_the_segment() -> None:
     """Segments of 4 and 2 tokens; with a window of 2 each sees itself and the one before."""
-    (block,) = attention_blocks([0, 4, 6], (None, None), torch.tensor([0, 1, 2, 3, 0, 1]))
+    (block,) = attention_blocks(torch.tensor([0, 4, 6]), (None, None), torch.tensor([0, 1, 2, 3, 0, 1]))
     seen = block.visible(2)
     assert seen is not None
     assert seen.int().tolist() == [
@@ -28,7 +28,7 @@ def test_a_window_counts_back_within_the_segment() -> None:
 def test_a_window_reaches_back_into_the_shared_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of 3 tokens, then two responses of 2 that continue it; a window of 3; blocks of at most 4 queries."""
     monkeypatch.setattr(segments, "_BLOCK_TOKENS", 4)
-    prompt, responses = attention_blocks([0, 3, 5, 7], (None, 0, 0), torch.tensor([0, 1, 2, 3, 4, 3, 4]))
+    prompt, responses = attention_blocks(torch.tensor([0, 3, 5, 7]), (None, 0, 0), torch.tensor([0, 1, 2, 3, 4, 3, 4]))
     alone, shared = prompt.visible(3), responses.visible(3)
     assert alone is not None and alone.int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert shared is not None
@@ -42,7 +42,7 @@ def test_a_window_reaches_back_into_the_shared_prompt(monkeypatch: pytest.Monkey
 
 def test_short_prompts_and_what_continues_them_share_a_block() -> None:
     """A sequence alone, then a prompt of 2 with responses of 1 and 2: one block, and its mask as of the parts."""
-    (block,) = attention_blocks([0, 1, 3, 4, 6], (None, None, 1, 1), torch.tensor([0, 0, 1, 2, 2, 3]))
+    (block,) = attention_blocks(torch.tensor([0, 1, 3, 4, 6]), (None, None, 1, 1), torch.tensor([0, 0, 1, 2, 2, 3]))
     assert (block.start, block.stop, block.prefix) == (0, 6, None)
     assert block.mask is not None
     assert block.mask.int().tolist() == [
@@ -60,7 +60,7 @@ def test_short_prompts_and_what_continues_them_share_a_block() -> None:
 def test_a_prompt_and_its_responses_are_not_parted_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of at most 6 queries: 4 tokens alone, then a prompt and a response of 3 together, which fit the next."""
     monkeypatch.setattr(segments, "_BLOCK_TOKENS", 6)
-    blocks = attention_blocks([0, 4, 6, 7, 12], (None, None, 1, None), torch.arange(12))
+    blocks = attention_blocks(torch.tensor([0, 4, 6, 7, 12]), (None, None, 1, None), torch.arange(12))
     assert [(block.start, block.stop, block.prefix) for block in blocks] == [(0, 4, None), (4, 7, None), (7, 12, None)]
 
 
@@ -74,7 +74,7 @@ def test_spans_are_taken_with_the_gradient_of_slices() -> None:
 
 
 def test_layers_with_one_window_share_their_masks() -> None:
-    blocks = attention_blocks([0, 4, 6], (None, None), torch.tensor([0, 1, 2, 3, 0, 1]))
+    blocks = attention_blocks(torch.tensor([0, 4, 6]), (None, None), torch.tensor([0, 1, 2, 3, 0, 1]))
     params = SegmentParams(qkv_format="sbhd", blocks=blocks)
     assert params.masks(2)[0] is params.masks(2)[0]
     assert params.masks(None)[0] is blocks[0].mask

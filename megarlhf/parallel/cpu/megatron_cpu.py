@@ -7,6 +7,7 @@ hook is never installed. Every rule must match something, so that an upgrade of 
 """
 
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -17,7 +18,6 @@ import sys
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,37 +31,19 @@ _RULES = {
     "device": (re.compile(r"(device\s*=\s*|torch\.device\()(['\"])cuda\2"), r"\1\2cpu\2"),
     "pinned memory": (re.compile(r"pin_memory=True"), "pin_memory=False"),
     ".cuda()": (re.compile(r"\.cuda\((non_blocking=True)?\)"), ".cpu()"),
+    # Split sizes of all-to-all become numpy arrays where they leave a GPU.
+    "split sizes": (re.compile(r"is_tensor\(tensor\) and tensor\.is_cuda"), "is_tensor(tensor)"),
 }
-_MENDED = "steps_are_kept_apart"  # attribute of a module that _mend_optimizer has changed
 _matches: Counter[str] = Counter()
 
 
-class _Event:
-    """A CUDA event on a device that runs everything in program order."""
+class _Stream(torch.cpu.Stream):
+    """The only stream there is: it runs everything in program order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def record(self, *args: Any) -> None: ...
-
-    def wait(self, *args: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-
-class _Stream:
-    """The only stream there is."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
 
     def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
+        return event or torch.cpu.Event()
 
     def synchronize(self) -> None: ...
 
@@ -78,11 +60,11 @@ def _cpu_namespace() -> types.ModuleType:
     namespace.__dict__.update(
         current_device=lambda: cpu,
         set_device=lambda *_: None,
-        device_count=lambda: 1,
-        synchronize=lambda *_: None,
+        device_count=torch.cpu.device_count,
+        synchronize=torch.cpu.synchronize,
         empty_cache=lambda: None,
         Stream=_Stream,
-        Event=_Event,
+        Event=torch.cpu.Event,
         current_stream=lambda *_: stream,
         default_stream=lambda *_: stream,
         stream=lambda _: contextlib.nullcontext(),
@@ -173,8 +155,9 @@ def verify() -> None:
         )
 
 
+@functools.cache
 def _mend_what_is_not_installed() -> None:
-    """Without TransformerEngine, and without any fused Adam, on a GPU as on a CPU; again is a no-op."""
+    """Without TransformerEngine, and without any fused Adam, on a GPU as on a CPU."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer import multi_latent_attention
@@ -184,9 +167,8 @@ def _mend_what_is_not_installed() -> None:
         # Where Megatron-Core puts mocks in place of TransformerEngine's layers, this module takes them for layers.
         multi_latent_attention.HAVE_TE = False
         bind_router_product(moe_utils)
-    if optimizer.USING_PYTORCH_OPTIMIZER and not hasattr(distrib_optimizer, _MENDED):
+    if optimizer.USING_PYTORCH_OPTIMIZER:
         _mend_optimizer(distrib_optimizer)
-        setattr(distrib_optimizer, _MENDED, True)
 
 
 def _mend_random_state(megatron_random: Any) -> None:
@@ -195,24 +177,7 @@ def _mend_random_state(megatron_random: Any) -> None:
     def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
-        """Named generator states that take turns on the one CPU generator."""
-
-        @contextlib.contextmanager
-        def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-            if name not in self.states_:
-                raise KeyError(f"rng state {name} is not added")
-            before = torch.get_rng_state()
-            torch.set_rng_state(self.states_[name])
-            try:
-                yield
-            finally:
-                self.states_[name] = torch.get_rng_state()
-                torch.set_rng_state(before)
-
     megatron_random._set_cuda_rng_state = set_state
-    megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
-    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
 def _mend_optimizer(distrib_optimizer: Any) -> None:
@@ -224,13 +189,10 @@ def _mend_optimizer(distrib_optimizer: Any) -> None:
     optimizer_class = distrib_optimizer.DistributedOptimizer
     set_states, load = optimizer_class._set_main_param_and_optimizer_states, optimizer_class.load_state_dict
 
-    def set_states_without_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    def set_states_but_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        step = state.pop("step", None)
-        set_states(self, model_param, tensors)
-        if step is not None:
-            state["step"] = step
+        set_states(self, model_param, tensors | {key: state[key] for key in ("step",) if key in state})
 
     def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
         load(self, state_dict)
@@ -238,17 +200,8 @@ def _mend_optimizer(distrib_optimizer: Any) -> None:
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
 
-    optimizer_class._set_main_param_and_optimizer_states = set_states_without_step
+    optimizer_class._set_main_param_and_optimizer_states = set_states_but_step
     optimizer_class.load_state_dict = load_with_own_steps
-
-
-def _mend_dispatcher(token_dispatcher: Any) -> None:
-    """Split sizes for all-to-all become numpy only when they leave a GPU; here they are on the CPU already."""
-
-    def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
 def _mend_mappings(mappings: Any) -> None:
@@ -279,6 +232,5 @@ def _mend_mappings(mappings: Any) -> None:
 
 _MENDS = {
     "megatron.core.tensor_parallel.mappings": _mend_mappings,
-    "megatron.core.transformer.moe.token_dispatcher": _mend_dispatcher,
     "megatron.core.tensor_parallel.random": _mend_random_state,
 }

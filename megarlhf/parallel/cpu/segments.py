@@ -57,44 +57,56 @@ class SegmentParams(PackedSeqParams):
         return self._masks[window]
 
 
-def attention_blocks(
-    cu_seqlens: list[int], prefix_segments: tuple[int | None, ...], position_ids: Tensor
-) -> tuple[AttentionBlock, ...]:
-    """Group neighbouring segments into blocks of at most _BLOCK_TOKENS queries, or of one longer segment.
+def _groups(bounds: list[int], prefix_segments: Sequence[int | None]) -> list[tuple[int, int, int | None]]:
+    """First and past the last segment of each block, and the prompt before it that its segments continue.
 
-    A prompt and the segments that continue it lie in one block where they fit; else they see it as their prefix.
+    Neighbours share a block of up to _BLOCK_TOKENS queries. A prompt and those that continue it lie in one where they
+    fit, and then none lies before it.
     """
     prompts = [segment for segment, prefix in enumerate(prefix_segments) if prefix is None]
-    pieces: list[tuple[int, int, int | None]] = []  # first and past the last segment, and the prompt before them
-    for head, end in itertools.pairwise([*prompts, len(prefix_segments)]):
-        if cu_seqlens[end] - cu_seqlens[head] <= _BLOCK_TOKENS:
-            pieces.append((head, end, None))
-        else:
-            pieces += [(head, head + 1, None), *((s, s + 1, head) for s in range(head + 1, end))]
     groups: list[tuple[int, int, int | None]] = []
-    for first, end, prompt in pieces:
-        if groups and groups[-1][2] == prompt and cu_seqlens[end] - cu_seqlens[groups[-1][0]] <= _BLOCK_TOKENS:
+
+    def add(first: int, end: int, prompt: int | None) -> None:
+        if groups and groups[-1][2] == prompt and bounds[end] - bounds[groups[-1][0]] <= _BLOCK_TOKENS:
             first = groups.pop()[0]
         groups.append((first, end, prompt))
-    lengths = torch.tensor([stop - start for start, stop in itertools.pairwise(cu_seqlens)], device=position_ids.device)
-    prefixes = [-1 if prefix is None else prefix for prefix in prefix_segments]
-    owners, continued = (
-        torch.repeat_interleave(torch.tensor(values, device=position_ids.device), lengths)
-        for values in (range(len(prefixes)), prefixes)
-    )
-    blocks = []
-    for first, end, prompt in groups:
-        start, stop = cu_seqlens[first], cu_seqlens[end]
-        prefix = None if prompt is None else (cu_seqlens[prompt], cu_seqlens[prompt + 1])
-        queries = torch.arange(start, stop, device=position_ids.device)
-        keys = queries if prefix is None else torch.cat([torch.arange(*prefix, device=queries.device), queries])
-        own = (owners[queries, None] == owners[keys]) & (queries[:, None] >= keys)
+
+    for head, end in itertools.pairwise([*prompts, len(prefix_segments)]):
+        if bounds[end] - bounds[head] <= _BLOCK_TOKENS:
+            add(head, end, None)
+        else:
+            add(head, head + 1, None)
+            for segment in range(head + 1, end):
+                add(segment, segment + 1, head)
+    return groups
+
+
+def attention_blocks(
+    cu_seqlens: Tensor, prefix_segments: Sequence[int | None], position_ids: Tensor
+) -> tuple[AttentionBlock, ...]:
+    """The blocks of a whole packed sequence.
+
+    Args:
+        prefix_segments: of each segment, the one before it that holds the prompt which it continues, if any.
+    """
+    bounds, blocks = cu_seqlens.tolist(), []
+    prefixes = torch.tensor([-1 if prefix is None else prefix for prefix in prefix_segments], device=cu_seqlens.device)
+    owners = _owners(cu_seqlens)
+    for first, end, prompt in _groups(bounds, prefix_segments):
+        start, stop = bounds[first], bounds[end]
+        prefix = None if prompt is None else (bounds[prompt], bounds[prompt + 1])
+        queries = torch.arange(start, stop, device=cu_seqlens.device)
+        keys = queries if prefix is None else torch.cat([torch.arange(*prefix, device=cu_seqlens.device), queries])
+        mask = None
+        if prefix is not None or end - first > 1:
+            owner = owners[queries, None]
+            mask = ((owner == owners[keys]) & (queries[:, None] >= keys)) | (prefixes[owner] == owners[keys])
         blocks.append(
             AttentionBlock(
                 start=start,
                 stop=stop,
                 prefix=prefix,
-                mask=None if end == first + 1 and prefix is None else own | (continued[queries, None] == owners[keys]),
+                mask=mask,
                 query_positions=position_ids[queries],
                 key_positions=position_ids[keys],
             )
@@ -102,29 +114,25 @@ def attention_blocks(
     return tuple(blocks)
 
 
+def _owners(bounds: Tensor) -> Tensor:
+    """[tokens]: the segment of each, counted from 0."""
+    return torch.repeat_interleave((bounds[1:] - bounds[:-1]).long())
+
+
 def context_blocks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[AttentionBlock, ...]:
-    """The blocks of one context rank: segments together up to _BLOCK_TOKENS, masks from places in the sequence."""
-    bounds = cu_seqlens.tolist()
-    groups: list[tuple[int, int]] = []  # first and past the last segment
-    for segment in range(len(bounds) - 1):
-        if groups and bounds[segment + 1] - bounds[groups[-1][0]] <= _BLOCK_TOKENS:
-            groups[-1] = (groups[-1][0], segment + 1)
-        else:
-            groups.append((segment, segment + 1))
-    blocks = []
-    for first, last in groups:
+    """The blocks of one context rank, with masks from places in the sequence."""
+    bounds, blocks = cu_seqlens.tolist(), []
+    for first, last, _ in _groups(bounds, [None] * (len(bounds) - 1)):
         inside = cu_seqlens[first : last + 1] - cu_seqlens[first]
-        segments = torch.arange(last - first, device=inside.device)
-        owner = torch.repeat_interleave(segments, (inside[1:] - inside[:-1]).long())
+        owner = _owners(inside)
         places = [context_indices(inside, r, size) for r in range(size)]
         queries, keys = places[rank], torch.cat(places)
-        mask = (owner[queries][:, None] == owner[keys]) & (queries[:, None] >= keys)
         blocks.append(
             AttentionBlock(
                 start=bounds[first] // size,
                 stop=bounds[last] // size,
                 prefix=None,
-                mask=mask,
+                mask=(owner[queries][:, None] == owner[keys]) & (queries[:, None] >= keys),
                 query_positions=queries,
                 key_positions=keys,
             )
