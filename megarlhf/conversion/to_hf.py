@@ -44,16 +44,13 @@ from megarlhf.models.companions import exported_config, write_companions, write_
 from megarlhf.models.names import check_names, main_dtype, stored_dtypes
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.shards import Shard, shards_of
-from megarlhf.models.weights import attention_shape
 
 _NUMBERED = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
 def parts(weight: GlobalWeight, param: Tensor, hf: HFConfig) -> list[Shard]:
     """The whole HF tensors inside a whole Megatron parameter."""
-    return shards_of(
-        weight.weight, param, attention=attention_shape(hf), vocab_size=hf.vocab_size, tp_rank=0, tp_size=1
-    )
+    return shards_of(weight.weight, param, hf, tp_rank=0, tp_size=1)
 
 
 def hf_tensors(weight: GlobalWeight, reader: TorchDistReader, hf: HFConfig) -> Iterator[tuple[str, Tensor]]:

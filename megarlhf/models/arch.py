@@ -28,7 +28,7 @@ class Split(Enum):
 class WeightMap:
     """One Megatron parameter and the HF tensors it holds, in the order the inference engine fuses them.
 
-    `{layer}` and `{expert}` stand for the global layer and expert number, from 0.
+    In a table `{layer}` and `{expert}` stand for the global layer and expert number, from 0, which `at` fills in.
     """
 
     megatron: tuple[str, ...]  # accepted names; the local and TransformerEngine specs place layer norms differently
@@ -37,16 +37,17 @@ class WeightMap:
     split: Split
     expert: bool = False  # lies on one rank of the expert-parallel group, cut by expert-tensor parallelism
     buffer: bool = False  # Megatron keeps it as a buffer: no gradient
+    layer_number: int | None = None
+    expert_number: int | None = None
 
-    def at(self, **numbers: int) -> "WeightMap":
-        """The same with `{layer}` or `{expert}` filled in."""
+    def at(self, kind: Literal["layer", "expert"], number: int) -> "WeightMap":
+        """The weight of one layer, or of one expert in it."""
 
         def fill(names: tuple[str, ...]) -> tuple[str, ...]:
-            for key, number in numbers.items():
-                names = tuple(name.replace(f"{{{key}}}", str(number)) for name in names)
-            return names
+            return tuple(name.replace(f"{{{kind}}}", str(number)) for name in names)
 
-        return replace(self, megatron=fill(self.megatron), hf=fill(self.hf))
+        numbers: dict[str, Any] = {f"{kind}_number": number}
+        return replace(self, megatron=fill(self.megatron), hf=fill(self.hf), **numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +137,10 @@ class ArchSpec:
 
         yield _EMBEDDING
         for layer, has_experts in enumerate(self.moe_layers(hf)):
-            yield from (w.at(layer=layer) for w in present(self.layer_weights))
-            parts = present(self.moe_weights if has_experts else self.dense_weights)
-            for by_expert, group in groupby((w.at(layer=layer) for w in parts), key=lambda w: w.expert):
+            parts = present(self.layer_weights + (self.moe_weights if has_experts else self.dense_weights))
+            for by_expert, group in groupby((w.at("layer", layer) for w in parts), key=lambda w: w.expert):
                 own = list(group)
-                yield from (w.at(expert=e) for e in range(num_experts) for w in own) if by_expert else own
+                yield from (w.at("expert", e) for e in range(num_experts) for w in own) if by_expert else own
         yield _FINAL_NORM
         if head == "value":
             yield _VALUE_HEAD

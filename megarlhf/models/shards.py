@@ -7,17 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.formats.shared_memory import copy_part
 from megarlhf.models.arch import Split, WeightMap
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """Head counts of the whole model, for the QKV interleave."""
-
-    num_heads: int
-    num_groups: int
-    head_dim: int
+from megarlhf.models.families import head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +30,13 @@ class Shard:
         copy_part(self.view, hf_tensor, self.index)
 
 
-def shards_of(
-    weight: WeightMap,
-    param: Tensor,
-    *,
-    attention: AttentionShape,
-    vocab_size: int,
-    tp_rank: int,
-    tp_size: int,
-) -> list[Shard]:
+def shards_of(weight: WeightMap, param: Tensor, model: HFConfig, *, tp_rank: int, tp_size: int) -> list[Shard]:
     """The HF parts of one local Megatron parameter, in the order of `weight.hf`.
 
     Args:
         param: this rank's parameter data.
         tp_rank, tp_size: place in the group that cuts this weight (for experts, the expert-tensor-parallel group).
-        vocab_size: rows of the HF embedding; the rest of a VOCAB parameter is padding and in no shard.
+        model: its vocab_size are the embedding's rows; the rest of a VOCAB parameter is padding and in no shard.
     """
     hf = weight.hf
     if weight.split is Split.REPLICATED:
@@ -63,7 +48,7 @@ def shards_of(
         return [Shard(hf_name=hf[0], index=(slice(None), _part(columns, tp_rank)), view=param)]
     if weight.split is Split.VOCAB:
         first = param.shape[0] * tp_rank
-        valid = max(0, min(param.shape[0], vocab_size - first))
+        valid = max(0, min(param.shape[0], model.vocab_size - first))
         return [Shard(hf_name=hf[0], index=(slice(first, first + valid), slice(None)), view=param[:valid])]
     if weight.split is Split.GATE_UP:
         half = param.shape[0] // 2
@@ -71,15 +56,15 @@ def shards_of(
             Shard(hf_name=name, index=_rows(param, half, tp_rank), view=param[i * half : (i + 1) * half])
             for i, name in enumerate(hf)
         ]
-    return _qkv_shards(hf, param, attention, tp_rank, tp_size)
+    return _qkv_shards(hf, param, model, tp_rank, tp_size)
 
 
-def _qkv_shards(hf: tuple[str, ...], param: Tensor, shape: AttentionShape, tp_rank: int, tp_size: int) -> list[Shard]:
-    groups, queries = shape.num_groups // tp_size, shape.num_heads // shape.num_groups
+def _qkv_shards(hf: tuple[str, ...], param: Tensor, model: HFConfig, tp_rank: int, tp_size: int) -> list[Shard]:
+    groups, queries = model.num_key_value_heads // tp_size, model.num_attention_heads // model.num_key_value_heads
     # [groups * (queries + 2) * head_dim, ...] -> [groups, queries + 2, head_dim, ...]: q heads, k, v of each group
-    whole = param.view(groups, queries + 2, shape.head_dim, *param.shape[1:])
+    whole = param.view(groups, queries + 2, head_dim(model), *param.shape[1:])
     views = (whole[:, :queries], whole[:, queries], whole[:, queries + 1])
-    rows = (groups * queries * shape.head_dim, groups * shape.head_dim, groups * shape.head_dim)
+    rows = (groups * queries * head_dim(model), groups * head_dim(model), groups * head_dim(model))
     return [
         Shard(hf_name=name, index=_rows(param, count, tp_rank), view=view)
         for name, count, view in zip(hf, rows, views, strict=True)

@@ -1,7 +1,6 @@
 """How many numbers a rank holds of a model in a layout, and how many a layer keeps of each token, from tables alone."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -10,9 +9,6 @@ from megarlhf.data.model_sizes import ChunkSizes, LayerWidths
 from megarlhf.formats.huggingface import EMBEDDING, HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.names import is_tied, model_maps, padded_vocab_size
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(?:local_experts\.|linear_fc\d\.weight)(\d+)")
 
 
 def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: str) -> list[list[ChunkSizes]]:
@@ -25,8 +21,7 @@ def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: 
     pp, virtual = layout.pipeline_model_parallel_size, layout.virtual_stages
     by_layer: dict[int | None, list[WeightMap]] = defaultdict(list)
     for weight in model_maps(arch, hf, head):
-        found = _LAYER.search(weight.megatron[0])
-        by_layer[int(found[1]) if found else None].append(weight)
+        by_layer[weight.layer_number].append(weight)
     has_experts = arch.moe_layers(hf)
     depths = stage_depths(hf.num_hidden_layers, layout)
     stages: list[list[ChunkSizes]] = [[] for _ in range(pp)]
@@ -119,13 +114,9 @@ def _chunk(
         parts = (layout.expert_tensor_parallel_size or tp) if weight.expert else tp
         return whole if weight.split is Split.REPLICATED else whole // parts
 
-    def here(weight: WeightMap) -> bool:
-        number = _EXPERT.search(weight.megatron[0])
-        return number is not None and int(number[1]) < mine
-
     return ChunkSizes(
         dense=tuple(local(w) for w in weights if not w.expert and not w.buffer),
-        experts=tuple(local(w) for w in weights if w.expert and here(w)),
+        experts=tuple(local(w) for w in weights if w.expert_number is not None and w.expert_number < mine),
         buffers=sum(local(w) for w in weights if w.buffer),
         dense_layers=layers[0],
         moe_layers=layers[1],

@@ -15,9 +15,8 @@ from megarlhf.formats.huggingface import HFConfig, HFWeights
 from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
-from megarlhf.models.families import head_dim
 from megarlhf.models.names import is_tied, model_maps, model_shapes
-from megarlhf.models.shards import AttentionShape, Shard, shards_of
+from megarlhf.models.shards import Shard, shards_of
 from megarlhf.parallel.groups import Ranks, all_gather_objects
 
 
@@ -44,58 +43,38 @@ class ModelWeights:
         self.arch, self.hf, self.ranks, self.head = arch, hf, ranks, head
         self.tied = is_tied(hf, head)
         self._maps = model_maps(arch, hf, head)
-        self._attention = attention_shape(hf)
         self.local = self._bind(chunks)
 
     def _bind(self, chunks: Sequence[Any]) -> list[LocalWeight]:
         by_name = {name: weight for weight in self._maps for name in weight.megatron}
-        embedding = by_name["embedding.word_embeddings.weight"]
-        buffers = {name for weight in self._maps if weight.buffer for name in weight.megatron}
-        local, unknown = [], []
-        for name, param in (entry for chunk in chunks for entry in _named_tensors(chunk, buffers, self._first_expert)):
-            if self.tied and name == "output_layer.weight":
-                local.append(LocalWeight(name=name, param=param, weight=embedding, exported=False))
-            elif name in by_name:
-                local.append(LocalWeight(name=name, param=param, weight=by_name[name], exported=True))
-            else:
-                unknown.append(name)
+        copies = {"output_layer.weight": by_name["embedding.word_embeddings.weight"]} if self.tied else {}
+        known = by_name | copies
+        num_experts = self.arch.dimensions(self.hf).get("experts", 0) // self.ranks.ep_size
+        first_expert = self.ranks.ep_rank * num_experts
+        tensors = {name: t for chunk in chunks for name, t in _named_tensors(chunk, first_expert)}
+        unknown = [name for name, t in tensors.items() if name not in known and isinstance(t, torch.nn.Parameter)]
         if unknown:
             raise ValueError(f"{self.arch.hf_class}: Megatron parameters without an entry in the table: {unknown}")
+        local = [
+            LocalWeight(name=name, param=tensor, weight=known[name], exported=name in by_name)
+            for name, tensor in tensors.items()
+            if name in known
+        ]
         layers = {layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers}
-        absent = self._expected(layers) - {entry.weight.hf for entry in local}
+        experts = {None, *range(first_expert, first_expert + num_experts)}
+        expected = {w.hf for w in self._maps if w.layer_number in layers and w.expert_number in experts}
+        absent = expected - {entry.weight.hf for entry in local}
         if absent:
             raise ValueError(f"{self.arch.hf_class}: entries of the table without a Megatron parameter: {absent}")
         for entry in local:
             _mark_parallel(entry)
         return local
 
-    def _expected(self, layers: set[int]) -> set[tuple[str, ...]]:
-        """HF names of what the table has for these layers, of experts for this rank's."""
-        experts = self.arch.dimensions(self.hf).get("experts", 0) // self.ranks.ep_size
-        mine = range(self._first_expert, self._first_expert + experts)
-        return {
-            weight.hf
-            for weight in self._maps
-            if (layer := _LAYER.search(weight.megatron[0])) is not None
-            and int(layer[1]) in layers
-            and ((expert := _EXPERT.search(weight.megatron[0])) is None or int(expert[2]) in mine)
-        }
-
-    @property
-    def _first_expert(self) -> int:
-        return self.ranks.ep_rank * (self.arch.dimensions(self.hf).get("experts", 0) // self.ranks.ep_size)
-
     def shards(self, local: LocalWeight, data: Tensor) -> list[Shard]:
         """Where the HF tensors' parts lie in `data`, which is shaped as the parameter: itself, or its gradient."""
         ranks, expert = self.ranks, local.weight.expert
-        return shards_of(
-            local.weight,
-            data,
-            attention=self._attention,
-            vocab_size=self.hf.vocab_size,
-            tp_rank=ranks.etp_rank if expert else ranks.tp_rank,
-            tp_size=ranks.etp_size if expert else ranks.tp_size,
-        )
+        rank, size = (ranks.etp_rank, ranks.etp_size) if expert else (ranks.tp_rank, ranks.tp_size)
+        return shards_of(local.weight, data, self.hf, tp_rank=rank, tp_size=size)
 
     def hf_names(self) -> list[str]:
         """Every HF tensor of the whole model, in the table's order."""
@@ -205,11 +184,6 @@ def _exchange(operations: list[dist.P2POp]) -> None:
         work.wait()
 
 
-def attention_shape(hf: HFConfig) -> AttentionShape:
-    """Head counts of a configuration."""
-    return AttentionShape(num_heads=hf.num_attention_heads, num_groups=hf.num_key_value_heads, head_dim=head_dim(hf))
-
-
 def _mark_parallel(local: LocalWeight) -> None:
     """Say which parameters are cut over tensor parallelism.
 
@@ -224,16 +198,13 @@ def _mark_parallel(local: LocalWeight) -> None:
         set_tensor_model_parallel_attributes(local.param, True, dimension, 1)
 
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc\d\.weight))(\d+)")
 
 
-def _named_tensors(chunk: Any, buffers: set[str], first_expert: int) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and those buffers that hold weights, with layer and expert numbers of the whole model."""
+def _named_tensors(chunk: Any, first_expert: int) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, with layer and expert numbers of the whole model."""
     for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
-        name = _EXPERT.sub(lambda match: f"{match[1]}{first_expert + int(match[2])}", ".".join(parts))
-        if isinstance(tensor, torch.nn.Parameter) or name in buffers:
-            yield name, tensor
+        yield _EXPERT.sub(lambda match: f"{match[1]}{first_expert + int(match[2])}", ".".join(parts)), tensor
