@@ -54,7 +54,7 @@ def write_random_llama(directory: Path, size: str, dtype: str) -> None:
         for weight in arch.weight_maps(config, tied=True, head="lm")
         for name, shape in zip(weight.hf, weight.shapes, strict=True)
     ]
-    with TensorFile.create(directory / "model.safetensors", specs, {"format": "pt"}) as file:
+    with TensorFile.create(directory / "model.safetensors", specs) as file:
         for spec in specs:
             file.view(spec.name).uniform_(-0.05, 0.05)
         file.flush()

@@ -3,5 +3,5 @@
     cuts               how Megatron-Core cuts a model's weights for a layout
     to_hf              torch_dist -> safetensors
     to_megatron        safetensors -> torch_dist
-    work               what both share: bytes at offsets, digests, memory, the manifest
+    steps              what both share: bytes at offsets, digests, memory, the manifest
 """

@@ -6,8 +6,7 @@ asked for its sharded state.
 
 import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import parallel_state
@@ -66,30 +65,22 @@ class CutModel:
     objects: dict[str, Any]  # what Megatron-Core stores besides tensors, by key
 
 
-@dataclass
-class _Found:
-    """What the ranks hold of one parameter."""
-
-    weight: WeightMap
-    stage: int
-    tensors: dict[tuple[int, ...], ShardedTensor] = field(default_factory=dict)  # by offset
-
-    def merged(self) -> GlobalWeight:
-        """The ranks' boxes and the one around them all."""
-        first = next(iter(self.tensors.values()))
-        stacked, axes = first.prepend_axis_num, range(len(first.global_shape))
-        chunks = [Region(offset=o, shape=(1,) * stacked + tuple(t.local_shape)) for o, t in self.tensors.items()]
-        start = tuple(min(chunk.offset[axis] for chunk in chunks) for axis in axes)
-        end = tuple(max(chunk.offset[axis] + chunk.shape[axis] for chunk in chunks) for axis in axes)
-        return GlobalWeight(
-            weight=self.weight,
-            key=first.key,
-            tensor_shape=tuple(first.global_shape),
-            region=Region(offset=start, shape=tuple(e - s for s, e in zip(start, end, strict=True))),
-            num_stacked=stacked,
-            chunks=tuple(chunks),
-            stage=self.stage,
-        )
+def _merged(weight: WeightMap, stage: int, parts: dict[tuple[int, ...], ShardedTensor]) -> GlobalWeight:
+    """What the ranks hold of one parameter, by offset, and the box around it all."""
+    first = next(iter(parts.values()))
+    stacked, axes = first.prepend_axis_num, range(len(first.global_shape))
+    chunks = [Region(offset=o, shape=(1,) * stacked + tuple(t.local_shape)) for o, t in parts.items()]
+    start = tuple(min(chunk.offset[axis] for chunk in chunks) for axis in axes)
+    end = tuple(max(chunk.offset[axis] + chunk.shape[axis] for chunk in chunks) for axis in axes)
+    return GlobalWeight(
+        weight=weight,
+        key=first.key,
+        tensor_shape=tuple(first.global_shape),
+        region=Region(offset=start, shape=tuple(e - s for s, e in zip(start, end, strict=True))),
+        num_stacked=stacked,
+        chunks=tuple(chunks),
+        stage=stage,
+    )
 
 
 def cut_model(
@@ -100,11 +91,11 @@ def cut_model(
     Raises:
         ValueError: the layout does not fit the model.
     """
-    check_layout(arch, hf, tensor=tensor, pipeline=pipeline, expert=expert)
+    _check_layout(arch, hf, tensor=tensor, pipeline=pipeline, expert=expert)
     without_rope = copy.copy(hf)
     without_rope.rope_parameters = {}  # positions cut no weight, and Megatron-Core may lack the model's kind
     sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, expert=expert)
-    found: dict[tuple[str, ...], _Found] = {}
+    found: dict[tuple[str, ...], tuple[int, dict[tuple[int, ...], ShardedTensor]]] = {}  # first stage, parts
     objects: dict[str, Any] = {}
     names: ModelWeights | None = None
     world_size = tensor * pipeline * expert
@@ -115,52 +106,42 @@ def cut_model(
             weights = ModelWeights(chunks, arch, hf, ranks, head=head)
             names = names or weights
             exported = {id(local.param): local.weight for local in weights.local if local.exported}
-            for entry in _sharded_state(chunks[0]):
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            sharding = {"singleton_local_shards": False, "dp_cp_group": group}
+            for entry in nested_values(chunks[0].sharded_state_dict(metadata=sharding)):
                 if isinstance(entry, ShardedObject):
                     objects[entry.unique_key] = entry.data
                 elif id(entry.data) in exported:
                     weight = exported[id(entry.data)]
                     parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-                    whole = found.setdefault(weight.hf, _Found(weight, ranks.pp_rank))
-                    whole.tensors.update({part.global_offset: part for part in parts})
+                    _, whole = found.setdefault(weight.hf, (ranks.pp_rank, {}))
+                    whole.update({part.global_offset: part for part in parts})
     assert names is not None
     return CutModel(
         names=names,
-        weights=[found[weight.hf].merged() for weight in arch.weight_maps(hf, tied=names.tied, head=head)],
+        weights=[_merged(weight, *found[weight.hf]) for weight in arch.weight_maps(hf, tied=names.tied, head=head)],
         objects=objects,
     )
 
 
-def _sharded_state(chunk: Any) -> Iterator[Any]:
-    sharding = {
-        "singleton_local_shards": False,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    yield from nested_values(chunk.sharded_state_dict(metadata=sharding))
-
-
-def check_layout(arch: ArchSpec, hf: HFConfig, *, tensor: int, pipeline: int, expert: int) -> None:
+def _check_layout(arch: ArchSpec, hf: HFConfig, *, tensor: int, pipeline: int, expert: int) -> None:
     """Compare a layout with a model's heads, layers and experts.
 
     Raises:
         ValueError: naming every size that does not fit.
     """
     sizes = arch.dimensions(hf)
-    tp, pp, ep = (f"target_{kind}_parallel_size" for kind in ("tensor", "pipeline", "expert"))
-    rules = [
-        (tp, tensor, "num_attention_heads", hf.num_attention_heads),
-        (tp, tensor, "num_key_value_heads", hf.num_key_value_heads),
-        (pp, pipeline, "num_hidden_layers", hf.num_hidden_layers),
-        (ep, expert, "num_experts", sizes.get("experts", 1)),
-    ]
-    rules += [
-        (tp, tensor, f"{name} feed-forward size", sizes[name])
-        for name in ("ffn", "expert", "shared")
-        if sizes.get(name)
-    ]
+    layers = {name: sizes[name] for name in ("ffn", "expert", "shared") if sizes.get(name)}
+    heads = {name: getattr(hf, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    rules: dict[str, tuple[int, dict[str, int]]] = {
+        "tensor": (tensor, heads | {f"{name} feed-forward size": size for name, size in layers.items()}),
+        "pipeline": (pipeline, {"num_hidden_layers": hf.num_hidden_layers}),
+        "expert": (expert, {"num_experts": sizes.get("experts", 1)}),
+    }
     errors = [
-        f"{option}={size}; does not divide {what}={number}"
-        for option, size, what, number in rules
+        f"target_{kind}_parallel_size={size}; does not divide {what}={number}"
+        for kind, (size, numbers) in rules.items()
+        for what, number in numbers.items()
         if size < 1 or number % size
     ]
     if errors:

@@ -21,6 +21,7 @@ from torch import Tensor
 from megarlhf.conversion.cuts import GlobalWeight
 from megarlhf.formats.run_checkpoints import LATEST
 from megarlhf.formats.safetensors_file import tensor_places
+from megarlhf.formats.shared_memory import bytes_of
 from megarlhf.formats.staging import StagingDirectory, check_staging, staging_path
 from megarlhf.formats.threads import map_threads
 from megarlhf.parallel.device import num_cores
@@ -49,12 +50,6 @@ class ConvertOptions:
 def default_threads() -> int:
     """Two for each core: each waits for the disk part of its time."""
     return 2 * num_cores()
-
-
-def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, sharing its memory."""
-    assert tensor.is_contiguous()
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class Memory:
@@ -122,13 +117,7 @@ class TensorFiles:
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill a contiguous tensor of the same bytes."""
-        path, start, _ = self.places[name]
-        rest, descriptor = byte_view(out), self._descriptors[path]
-        while rest:
-            count = os.preadv(descriptor, [rest], start)
-            if count == 0:
-                raise ValueError(f"{path} ends inside {name}: it was cut short meanwhile")
-            rest, start = rest[count:], start + count
+        self._move(name, out, lambda descriptor, rest, start: os.preadv(descriptor, [rest], start))
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
@@ -138,10 +127,15 @@ class TensorFiles:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a whole tensor of the file's shape and dtype in its place."""
+        self._move(name, tensor, os.pwrite)
+
+    def _move(self, name: str, tensor: Tensor, move: Callable[[int, memoryview, int], int]) -> None:
         path, start, _ = self.places[name]
-        rest, descriptor = byte_view(tensor), self._descriptors[path]
+        rest = bytes_of(tensor)
         while rest:
-            count = os.pwrite(descriptor, rest, start)
+            count = move(self._descriptors[path], rest, start)
+            if count == 0:
+                raise ValueError(f"{path} ends inside {name}: it was cut short meanwhile")
             rest, start = rest[count:], start + count
 
     def sync(self, names: Sequence[str]) -> None:
@@ -157,7 +151,7 @@ class TensorFiles:
 
 def digest(tensor: Tensor, source: str) -> dict[str, Any]:
     """A tensor's entry in the manifest."""
-    sha256 = hashlib.sha256(byte_view(tensor)).hexdigest()
+    sha256 = hashlib.sha256(bytes_of(tensor)).hexdigest()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return {"sha256": sha256, "shape": list(tensor.shape), "dtype": dtype, "source": source}
 
@@ -218,23 +212,17 @@ def run_steps(
     map_threads(run, order, options.threads)
 
 
-def check_target(load: Path, save: Path, *, overwrite: bool) -> None:
-    """Raises ValueError where nothing may be written to `save`."""
+def check_target(load: Path, save: Path, num_bytes: int, *, overwrite: bool) -> None:
+    """Raises ValueError where a target of so many bytes may not be written to `save`, or has no room there."""
     if load.resolve().is_relative_to(save.resolve()):
         raise ValueError(f"save={save}; it holds what load={load} reads: give another directory")
     check_staging(save)
-    if not save.exists():
-        return
-    if not overwrite:
+    if save.exists() and not overwrite:
         raise ValueError(f"save={save}; it exists already: give another directory, or --overwrite")
-    if not any((save / name).exists() for name in (LATEST, "config.json")):
+    if save.exists() and not any((save / name).exists() for name in (LATEST, "config.json")):
         raise ValueError(f"save={save}; it is no checkpoint, so --overwrite does not remove it: give another directory")
-
-
-def check_space(save: Path, num_bytes: int) -> None:
-    """Raises ValueError where the disk lacks room for the target; what an earlier try left there counts as room."""
     parent = next(path for path in save.absolute().parents if path.exists())
-    left = staging_path(save).rglob("*")
+    left = staging_path(save).rglob("*")  # by an earlier try: it counts as room
     free = shutil.disk_usage(parent).free + sum(path.stat().st_blocks * 512 for path in left)
     if free < num_bytes + _SPARE_BYTES:
         raise ValueError(

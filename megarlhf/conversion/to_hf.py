@@ -9,10 +9,12 @@ SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_conf
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from megarlhf.config.roles import ROLES
@@ -24,7 +26,6 @@ from megarlhf.conversion.steps import (
     TensorFiles,
     bundles,
     check_manifest,
-    check_space,
     check_target,
     converted,
     digest,
@@ -107,11 +108,20 @@ def megatron_to_hf(
         is_converted = any(dtypes[name] != reader.dtype(weight.key) for name in weight.weight.hf)
         return reading_bytes(weight, reader) + (num_bytes(weight) if is_converted else 0)
 
-    check_target(checkpoint.directory, save, overwrite=options.overwrite)
-    check_space(save, sum(map(num_bytes, weights)))
+    check_target(checkpoint.directory, save, sum(map(num_bytes, weights)), overwrite=options.overwrite)
     if options.dry_run:
         return
-    layout = _weight_files([TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()], max_shard_bytes)
+    specs = {name: TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()}
+    split = split_state_dict_into_shards_factory(
+        specs,
+        get_storage_size=lambda spec: spec.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    layout = {  # wider types first, as the format has them aligned
+        file: sorted((specs[name] for name in names), key=lambda spec: -spec.dtype.itemsize)
+        for file, names in split.filename_to_tensors.items()
+    }
     about = {"source": str(checkpoint.directory), "architecture": arch.hf_class, "head": head}
     steps = bundles(weights, num_bytes)
     contents = {name: [repr(spec) for spec in file] for name, file in layout.items()}
@@ -147,7 +157,8 @@ def megatron_to_hf(
         config = exported_config(files_of.directory, hf, arch.class_with_head(head), main_dtype(shapes, dtypes))
         write_json(staging.path / "config.json", config)
         write_companions(staging.path, files_of.directory, tokenizer=files_of.tokenizer, chat_template=template)
-        _write_index(staging.path, layout)
+        if split.is_sharded:
+            write_json(staging.path / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
         if options.verify:
             run_steps(steps, verify, num_bytes, phase="verify", staging=None, options=options)
         files.close()
@@ -192,12 +203,10 @@ def _dtypes(
     of_run: Mapping[str, torch.dtype],
 ) -> dict[str, torch.dtype]:
     """The dtype of every HF tensor in the target; what Megatron-Core keeps as buffers is not converted."""
-    found = {}
+    found: dict[str, torch.dtype] = {}
     for weight in weights:
-        stored = reader.dtype(weight.key)
-        for name in weight.weight.hf:
-            found[name] = stored if weight.weight.buffer or wanted is None else wanted
-            found[name] = of_run.get(name, found[name])
+        dtype = reader.dtype(weight.key) if weight.weight.buffer or wanted is None else wanted
+        found |= {name: of_run.get(name, dtype) for name in weight.weight.hf}
     return found
 
 
@@ -211,9 +220,8 @@ def _locate(model: CutModel, reader: TorchDistReader) -> list[GlobalWeight]:
     """
     found, problems = [], []
     for weight in model.weights:
-        place = next(
-            (form for form in _forms(weight, model.names.hf.num_hidden_layers) if form.key in reader.tensors), None
-        )
+        forms = _forms(weight, model.names.hf.num_hidden_layers)
+        place = next((form for form in forms if form.key in reader.tensors), None)
         if place is None:
             problems.append(f"missing {weight.key}")
             continue
@@ -239,64 +247,26 @@ def _forms(weight: GlobalWeight, num_layers: int) -> Iterator[GlobalWeight]:
     layer = _NUMBERED.match(weight.weight.megatron[0])
     if layer is None:
         return
-    for key in (weight.key, *weight.weight.megatron):
-        region, shape, is_numbered = weight.region, weight.tensor_shape, _NUMBERED.match(weight.key) is not None
-        short = _NUMBERED.sub("decoder.layers.", key)
-        named = _NUMBERED.sub(layer[0], key) if _NUMBERED.match(key) else key.replace("decoder.layers.", layer[0], 1)
-        if is_numbered:
-            stacked = replace(
-                weight,
-                key=short,
-                tensor_shape=(num_layers, *shape),
-                region=Region(offset=(int(layer[1]), *region.offset), shape=(1, *region.shape)),
-                num_stacked=weight.num_stacked + 1,
-            )
-            yield from (replace(weight, key=named), stacked)
-        else:
-            numbered = replace(
-                weight,
-                key=named,
-                tensor_shape=shape[1:],
-                region=Region(offset=region.offset[1:], shape=region.shape[1:]),
-                num_stacked=weight.num_stacked - 1,
-            )
-            yield from (replace(weight, key=short), numbered)
-
-
-def _weight_files(specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Tensors by file: as many as fit, in order, and wider types first, as the format has them aligned."""
-    found: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if found[-1] and size + spec.num_bytes > max_bytes:
-            found.append([])
-            size = 0
-        found[-1].append(spec)
-        size += spec.num_bytes
-    if len(found) == 1:
-        names = ["model.safetensors"]
+    shape, offset, size = weight.tensor_shape, weight.region.offset, weight.region.shape
+    numbered = stacked = weight
+    if _NUMBERED.match(weight.key):
+        region = Region(offset=(int(layer[1]), *offset), shape=(1, *size))
+        stacked = replace(weight, tensor_shape=(num_layers, *shape), region=region, num_stacked=weight.num_stacked + 1)
     else:
-        names = [f"model-{number:05d}-of-{len(found):05d}.safetensors" for number in range(1, len(found) + 1)]
-    return {n: sorted(file, key=lambda s: -s.dtype.itemsize) for n, file in zip(names, found, strict=True)}
+        region = Region(offset=offset[1:], shape=size[1:])
+        numbered = replace(weight, tensor_shape=shape[1:], region=region, num_stacked=weight.num_stacked - 1)
+    for key in (weight.key, *weight.weight.megatron):
+        short = _NUMBERED.sub("decoder.layers.", key)
+        yield replace(numbered, key=short.replace("decoder.layers.", layer[0], 1))
+        yield replace(stacked, key=short)
 
 
 def _prepare(path: Path, specs: list[TensorSpec]) -> Path:
     """Make a weight file of zeros, unless an earlier try has left it."""
-    try:
+    with suppress(FileNotFoundError, ValueError):  # ValueError: its making was interrupted
         if [spec for _, spec in tensor_places(path).values()] == specs:
             return path
-        path.unlink()
-    except FileNotFoundError:
-        pass
-    except ValueError:
-        path.unlink()  # its making was interrupted, before any tensor was written
-    TensorFile.create(path, specs, {"format": "pt"}).close()
+    path.unlink(missing_ok=True)
+    TensorFile.create(path, specs).close()
     path.chmod(0o644)
     return path
-
-
-def _write_index(target: Path, layout: dict[str, list[TensorSpec]]) -> None:
-    if len(layout) > 1:
-        weight_map = {spec.name: name for name, file in layout.items() for spec in file}
-        total = {"total_size": sum(spec.num_bytes for file in layout.values() for spec in file)}
-        write_json(target / INDEX, {"metadata": total, "weight_map": weight_map})

@@ -9,7 +9,7 @@ Any layout loads the result; the target sizes decide into which chunks and files
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
@@ -28,7 +28,6 @@ from megarlhf.conversion.steps import (
     TensorFiles,
     bundles,
     check_manifest,
-    check_space,
     check_target,
     converted,
     digest,
@@ -71,8 +70,7 @@ def hf_to_megatron(
     model = cut_model(arch, hf, head=kind, tensor=tensor, pipeline=pipeline, expert=expert)
     paths = [load / name for name in source.files]
     work = _Conversion(hf=hf, model=model, files=TensorFiles(paths), options=options)
-    check_target(load, save, overwrite=options.overwrite)
-    check_space(save, sum(map(work.num_bytes, model.weights)))
+    check_target(load, save, sum(map(work.num_bytes, model.weights)), overwrite=options.overwrite)
     if options.dry_run:
         return
     layout = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
@@ -156,7 +154,12 @@ class _Conversion:
         """Offset, shape and place in the file of each chunk of a parameter, which `buffer` holds meanwhile."""
         param = buffer.view(self.dtype(weight)).view(*weight.shape)
         self._fill(param, weight, digests)
-        return [(offset, shape, write_tensor(file, chunk)) for offset, shape, chunk in _chunks(weight, param)]
+        whole, origin, found = param.view(weight.region.shape), weight.region.offset, []
+        for chunk in weight.chunks:
+            starts = [place - first for place, first in zip(chunk.offset, origin, strict=True)]
+            inside = tuple(slice(s, s + length) for s, length in zip(starts, chunk.shape, strict=True))
+            found.append((chunk.offset, chunk.shape, write_tensor(file, whole[inside])))
+        return found
 
     def _fill(self, param: Tensor, weight: GlobalWeight, digests: Digests) -> None:
         """Put together the whole Megatron parameter, and its HF tensors' entries in the manifest."""
@@ -194,12 +197,3 @@ class _Conversion:
         for weight in bundle:
             with memory.lend(0, besides=reading_bytes(weight, reader)):
                 check_manifest(hf_tensors(weight, reader, self.hf), manifest, reader.source)
-
-
-def _chunks(weight: GlobalWeight, param: Tensor) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
-    """Offset, shape and numbers of each chunk of the layout."""
-    whole, origin = param.view(weight.region.shape), weight.region.offset
-    for chunk in weight.chunks:
-        start = [place - first for place, first in zip(chunk.offset, origin, strict=True)]
-        inside = tuple(slice(s, s + length) for s, length in zip(start, chunk.shape, strict=True))
-        yield chunk.offset, chunk.shape, whole[inside]

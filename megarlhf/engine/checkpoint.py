@@ -27,15 +27,6 @@ _HAS_MOMENTS = "optimizer_has_state"
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")  # of an optimizer's parameter group
 
 
-def _sharding() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
 def _chunks(engine: MegatronEngine) -> dict[str, Any]:
     """Chunks under Megatron-LM's keys; what is on disk is named by layer, whatever the chunks."""
     if len(engine.chunks) == 1:
@@ -44,7 +35,12 @@ def _chunks(engine: MegatronEngine) -> dict[str, Any]:
 
 
 def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> dict[str, Any]:
-    sharding = _sharding()
+    sharding = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
     state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=sharding) for key, chunk in _chunks(engine).items()}
     if engine.optimizer is not None:
         state["scheduler"] = engine.scheduler.state_dict()

@@ -126,7 +126,8 @@ class MegatronEngine:
         ]
         weakref.finalize(self, _empty_wrappers, self.model).atexit = False
         if options.overlap_grad_reduce:
-            self.config.no_sync_func = _one_or_list([chunk.no_sync for chunk in self.model])
+            no_syncs = [chunk.no_sync for chunk in self.model]
+            self.config.no_sync_func = no_syncs[0] if len(no_syncs) == 1 else no_syncs  # Megatron-Core's convention
         self._gathers_late = options.overlap_param_gather
         self.optimizer = build_optimizer(self.model, options, bf16=self._bf16)
         self.optimizer.reload_model_params()
@@ -185,27 +186,15 @@ class MegatronEngine:
                 chunk.start_param_sync(force_sync=True)
 
     def log_probs(self, rows: TrainingRows) -> TargetValues:
-        """Log-probability of each target under the current weights; of this rank's rows, on the last stage.
-
-        Rows' fields are not looked at. Temperature is the rollout's.
-
-        Args:
-            rows: of all data-parallel ranks; every rank has them.
-        """
-        return self.forward(self.micro_batches(rows))
-
-    def values(self, rows: TrainingRows) -> TargetValues:
-        """Value of the state before each target; otherwise as `log_probs`."""
-        assert self.head == "value"
+        """`forward` on rows that every rank has, at the rollout's temperature; their fields are not looked at."""
         return self.forward(self.micro_batches(rows))
 
     def forward(self, batches: list[MicroBatch]) -> TargetValues:
-        """Log-probs, or the value head's values, of this rank's packed sequences; empty before the last stage."""
+        """Log-probs of this rank's targets, or the value head's values before them; empty before the last stage."""
         self.memory.require("parameters")
         for chunk in self.chunks:
             chunk.eval()
-        collected = run_forward(self.model, self._own_parts(batches), self._outputs)
-        return self._results(batches, collected)
+        return self._results(batches, run_forward(self.model, self._own_parts(batches), self._outputs))
 
     def _own_parts(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         return [context_part(batch, self.ranks.cp_rank, self.ranks.cp_size) for batch in batches]
@@ -213,10 +202,12 @@ class MegatronEngine:
     def _results(self, batches: list[MicroBatch], outputs: list[TokenOutputs]) -> TargetValues:
         if not self.ranks.is_last_stage:
             return join_values([])
-        name = "values" if self.head == "value" else "log_probs"
-        pairs = zip(batches, outputs, strict=True)
-        whole = [(batch, self._whole_sequence(batch, getattr(computed, name).detach())) for batch, computed in pairs]
-        return join_values([gather_targets(batch, values.cpu()) for batch, values in whole])
+        found = []
+        for batch, computed in zip(batches, outputs, strict=True):
+            part = computed.values if self.head == "value" else computed.log_probs
+            assert part is not None
+            found.append(gather_targets(batch, self._whole_sequence(batch, part.detach()).cpu()))
+        return join_values(found)
 
     def _whole_sequence(self, batch: MicroBatch, part: Tensor) -> Tensor:
         """Values of every context rank's tokens; all of the group call it."""
@@ -357,11 +348,6 @@ class MegatronEngine:
         """Megatron-Core's buffers of parameters and gradients, experts' included."""
         chunks = [chunk for chunk in self.model if isinstance(chunk, DistributedDataParallel)]
         return [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-
-
-def _one_or_list(functions: list[Any]) -> Any:
-    """Megatron-Core's convention for what each chunk has: alone where there is one chunk."""
-    return functions[0] if len(functions) == 1 else functions
 
 
 def _empty_wrappers(chunks: list[Any]) -> None:

@@ -5,6 +5,7 @@ reduction adds, and Megatron-Core's own divisions (by micro-batches, by tokens) 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,6 @@ def run_forward_backward(
 
 def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
     """Megatron-Core's schedule for one chunk of layers per rank, or the interleaved one for several."""
-
     impl = get_model_config(chunks[0]).transformer_impl
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -101,8 +101,7 @@ def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any
 
     device = current_device()
     longest = max(int(batch.cu_seqlens[-1]) for batch in batches)
-    run = get_forward_backward_func()
-    return run(
+    return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
         model=chunks[0] if len(chunks) == 1 else chunks,
@@ -117,17 +116,5 @@ def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The same micro-batch with its tensors on `device`."""
-    if device.type == "cpu":
-        return batch
-    return MicroBatch(
-        tokens=batch.tokens.to(device),
-        targets=batch.targets.to(device),
-        position_ids=batch.position_ids.to(device),
-        cu_seqlens=batch.cu_seqlens.to(device),
-        prefix_segments=batch.prefix_segments,
-        target_mask=batch.target_mask.to(device),
-        fields={name: value.to(device) for name, value in batch.fields.items()},
-        row_ids=batch.row_ids.to(device),
-        places=batch.places,
-        context_size=batch.context_size,
-    )
+    tensors: dict[str, Any] = {key: value.to(device) for key, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors, fields={name: value.to(device) for name, value in batch.fields.items()})

@@ -1,11 +1,10 @@
 """Sums over whole sequences, for losses that compare sequences and not tokens."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.distributed.nn.functional import reduce
 
 from megarlhf.data.types import MicroBatch
 
@@ -32,23 +31,5 @@ def sequence_sums(values: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     if batch.context_size == 1:
         return rows, sums
     group = parallel_state.get_context_parallel_group()
-    whole = _SumOnFirstRank.apply(sums, group)
-    return rows[: len(whole)], whole
-
-
-class _SumOnFirstRank(torch.autograd.Function):
-    """Forward: the sum over the group on its first rank, nothing elsewhere. Backward: the first rank's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.count = group, len(sums)
-        whole = sums.clone()
-        dist.all_reduce(whole, group=group)
-        return whole if group.rank() == 0 else whole[:0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        whole = grad.contiguous() if ctx.group.rank() == 0 else grad.new_empty(ctx.count)
-        dist.broadcast(whole, dist.get_global_rank(ctx.group, 0), group=ctx.group)
-        return whole, None
+    whole = reduce(sums, dist.get_global_rank(group, 0), group=group)
+    return (rows, whole) if group.rank() == 0 else (rows[:0], whole[:0])

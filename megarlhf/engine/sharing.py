@@ -10,11 +10,11 @@ from megarlhf.formats.shared_memory import (
     bytes_of,
     bytes_to_move,
     check_shared_memory,
+    copies_together,
     describe_block,
     digest,
     free_shared_memory,
     move_to_shared_memory,
-    shared_copies,
 )
 from megarlhf.formats.threads import map_threads
 from megarlhf.models.weights import LocalWeight, ModelWeights
@@ -48,7 +48,7 @@ class SharedWeights:
         check_shared_memory(sum(mine for mine, _ in asked), min(free for _, free in asked))
         if self._on_cpu:
             move_to_shared_memory(data, pools)
-        self._shared: list[Tensor] = [t.data for t in data] if self._on_cpu else shared_copies(data)
+        self._shared: list[Tensor] = [t.data for t in data] if self._on_cpu else copies_together(data, shared=True)
         self._bytes = [bytes_of(shared) for shared in self._shared]
         places = {name: place for place, name in enumerate(engine.weights.hf_names())}
         self.blocks: list[Block] = [

@@ -32,8 +32,7 @@ def staging_directory(root: Path, step: int) -> Path:
 def begin(root: Path, step: int) -> Path:
     """An empty directory for a new checkpoint; what an interrupted save left there is removed."""
     staging = staging_directory(root, step)
-    if staging.exists():
-        shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
 

@@ -11,32 +11,20 @@ import json
 import math
 import mmap
 import os
-import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import cast
 
 import torch
+from safetensors.torch import _TYPES
 from torch import Tensor
 
-_DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+from megarlhf.formats.staging import sync
 
+_DTYPES = cast(dict[str, torch.dtype], _TYPES)
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT_BYTES = 64  # of the data's start: a cache line, and enough for every vector load
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors limit
 
@@ -72,9 +60,9 @@ def _offsets(specs: Sequence[TensorSpec]) -> list[int]:
     return starts
 
 
-def _encode_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
     """Length prefix and JSON, padded with spaces so that the data is aligned."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for spec, start in zip(specs, _offsets(specs), strict=True):
         if spec.dtype not in _DTYPE_NAMES:
             raise ValueError(f"tensor {spec.name!r} has dtype {spec.dtype}, which safetensors cannot hold")
@@ -85,75 +73,54 @@ def _encode_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def _decode_header(
-    path: Path, file_bytes: int, mapped: mmap.mmap | bytes
-) -> tuple[list[TensorSpec], dict[str, str], int]:
-    """Specs in file order, metadata and the data's first byte; raises ValueError for anything malformed."""
-    length = int.from_bytes(mapped[:8], "little")
-    if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
-        raise ValueError(f"{path} is not a safetensors file: header length {length} in a file of {file_bytes} bytes")
-    try:
-        header = json.loads(mapped[8 : 8 + length])
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        entries = sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"]))
-        specs = [TensorSpec(name, tuple(map(int, e["shape"])), _DTYPES[e["dtype"]]) for name, e in entries]
-        ends = [int(entry["data_offsets"][1]) for _, entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is not a safetensors file: its header does not parse ({error!r})") from error
-    starts = _offsets(specs)
-    if ends != [start + spec.num_bytes for start, spec in zip(starts, specs, strict=True)]:
-        raise ValueError(f"{path}: tensor offsets overlap, leave holes or disagree with the shapes")
-    data_bytes = ends[-1] if ends else 0
-    if 8 + length + data_bytes != file_bytes:
-        raise ValueError(f"{path} has {file_bytes} bytes where its header says {8 + length + data_bytes}: cut short?")
-    return specs, metadata, 8 + length
-
-
 def tensor_places(path: str | os.PathLike[str]) -> dict[str, tuple[int, TensorSpec]]:
     """Each tensor's first byte in a safetensors file and its spec, in file order; reads the header alone.
-
-    For programs that read and write at offsets: pages of a mapping count as their memory.
 
     Raises:
         ValueError: not a safetensors file, cut short, or with a misaligned tensor.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        head += file.read(min(int.from_bytes(head, "little"), _MAX_HEADER_BYTES))
-    specs, _, data_start = _decode_header(Path(path), size, head)
-    return {spec.name: (data_start + start, spec) for spec, start in zip(specs, _offsets(specs), strict=True)}
+        file_bytes = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+            raise ValueError(f"{path} is no safetensors file: header length {length} in a file of {file_bytes} bytes")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"]))
+        specs = [TensorSpec(name, tuple(map(int, e["shape"])), _DTYPES[e["dtype"]]) for name, e in entries]
+        ends = [int(entry["data_offsets"][1]) for _, entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is no safetensors file: its header does not parse ({error!r})") from error
+    starts = _offsets(specs)
+    if ends != [start + spec.num_bytes for start, spec in zip(starts, specs, strict=True)]:
+        raise ValueError(f"{path}: tensor offsets overlap, leave holes or disagree with the shapes")
+    expected = 8 + length + (ends[-1] if ends else 0)
+    if expected != file_bytes:
+        raise ValueError(f"{path} has {file_bytes} bytes where its header says {expected}: cut short?")
+    return {spec.name: (8 + length + start, spec) for spec, start in zip(specs, starts, strict=True)}
 
 
-class TensorFile:
-    """Tensors that lie in a shared mapping of one safetensors file.
+class TensorFile(AbstractContextManager["TensorFile"]):
+    """Tensors that lie in a shared mapping of one safetensors file, to be read and written.
 
     What one process writes into a view, every other process that has the file open reads at once; the caller orders
     writers and readers. Views stay valid after `close` and after the path is unlinked.
+
+    Raises:
+        ValueError: see tensor_places.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, writable: bool = False) -> None:
-        self.path = Path(path)
-        with open(self.path, "r+b" if writable else "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise ValueError(f"{self.path} is not a safetensors file: {size} bytes")
-            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-            self._mapping = mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED, prot=protection)
-        self.specs, self.metadata, self._data_start = _decode_header(self.path, size, self._mapping)
-        with warnings.catch_warnings():  # a read-only mapping gives tensors that must not be written, as documented
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            self._data = torch.frombuffer(self._mapping, dtype=torch.uint8)[self._data_start :]
-        self._places = {s.name: (start, s) for s, start in zip(self.specs, _offsets(self.specs), strict=True)}
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path, self._places = Path(path), tensor_places(path)
+        with open(path, "r+b") as file:
+            self._mapping = mmap.mmap(file.fileno(), 0)
+        self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
 
     @classmethod
-    def create(
-        cls,
-        path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
-        metadata: dict[str, str] | None = None,
-    ) -> "TensorFile":
-        """Make a new file of zeros with this layout, readable by its owner alone, and open it for writing.
+    def create(cls, path: str | os.PathLike[str], specs: Sequence[TensorSpec]) -> "TensorFile":
+        """Make a new file of zeros with this layout, readable by its owner alone, and open it.
 
         Its whole space is reserved here, so that a later write into a view cannot run out of space (SIGBUS).
 
@@ -162,7 +129,7 @@ class TensorFile:
             OSError: the file system has not enough space; nothing is left behind.
             ValueError: a repeated name, a dtype outside safetensors, or an order that misaligns a tensor.
         """
-        header = _encode_header(specs, metadata or {})
+        header = _encode_header(specs)
         size = len(header) + sum(spec.num_bytes for spec in specs)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -173,44 +140,26 @@ class TensorFile:
             raise
         finally:
             os.close(descriptor)
-        return cls(path, writable=True)
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> "TensorFile":
-        """Map an existing file.
-
-        Without `writable` the mapping is read-only: writing into a view ends the process with SIGSEGV.
-
-        Raises:
-            ValueError: not a safetensors file, cut short, or with a misaligned tensor.
-        """
-        return cls(path, writable=writable)
+        return cls(path)
 
     @property
     def names(self) -> list[str]:
         """Tensor names in file order."""
-        return [spec.name for spec in self.specs]
+        return list(self._places)
 
     def view(self, name: str) -> Tensor:
         """The tensor itself, sharing memory with the file; KeyError for an unknown name."""
         start, spec = self._places[name]
-        return self._data[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)
+        return self._bytes[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)
 
     def flush(self) -> None:
         """Write changed pages to the disk and wait."""
         self._mapping.flush()
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(self.path)
 
     def close(self) -> None:
         """Let go of the mapping; it is unmapped once no view of it is left. The object cannot be used afterwards."""
-        del self._data, self._mapping
+        del self._bytes, self._mapping
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -121,26 +121,16 @@ def move_to_shared_memory(tensors: Sequence[Tensor], pools: Sequence[Tensor]) ->
         pool.untyped_storage().share_memory_()
     outside = [tensor for tensor in tensors if not _is_shared(tensor)]
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in outside), "views of a missing pool"
-    for tensor, place in zip(outside, shared_copies(outside), strict=True):
+    for tensor, place in zip(outside, copies_together(outside, shared=True), strict=True):
         tensor.data = place
 
 
-def shared_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors of any device, in one new region of shared memory."""
-    region = torch.empty(_region_bytes(tensors), dtype=torch.uint8)
-    if tensors:
+def copies_together(tensors: Sequence[Tensor], *, shared: bool = False) -> list[Tensor]:
+    """Copies one after the other in one new storage, each aligned: on the tensors' device, or in shared memory."""
+    device = None if shared or not tensors else tensors[0].device
+    region = torch.empty(_region_bytes(tensors), dtype=torch.uint8, device=device)
+    if shared and tensors:
         region.untyped_storage().share_memory_()
-    return copies_in(region, tensors)
-
-
-def copies_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors of one device, in one new storage there."""
-    device = tensors[0].device if tensors else None
-    return copies_in(torch.empty(_region_bytes(tensors), dtype=torch.uint8, device=device), tensors)
-
-
-def copies_in(region: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors one after the other in a region of bytes, each aligned."""
     copies, start = [], 0
     for tensor in tensors:
         place = region[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

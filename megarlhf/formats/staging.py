@@ -92,20 +92,19 @@ class StagingDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Finish. After an error keep what is done, but for a ValueError, which a rerun would meet again."""
+        """Bring all to the disk and put the directory in its place, for what was there.
+
+        After an error what is done is kept, but for a ValueError, which a rerun would meet again.
+        """
         if error is None:
-            self._finish()
+            for path in [*self.path.rglob("*"), self.path]:
+                sync(path)
+            replace_directory(self.path, self.target)
+            (self.target / _JOURNAL).unlink()
+            sync(self.target.parent)
         elif isinstance(error, ValueError):
             shutil.rmtree(self.path)
         self._journal.close()
-
-    def _finish(self) -> None:
-        """Bring everything to the disk and put the directory in its place; what was there is replaced."""
-        for path in [*self.path.rglob("*"), self.path]:
-            sync(path)
-        replace_directory(self.path, self.target)
-        (self.target / _JOURNAL).unlink()
-        sync(self.target.parent)
 
 
 def sync(path: Path) -> None:

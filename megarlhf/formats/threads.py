@@ -1,8 +1,7 @@
 """Many operations of a millisecond in threads next to each other."""
 
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -21,23 +20,16 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item], threa
     if threads == 1:
         return [function(item) for item in items]
     default = torch.get_num_threads()
-    todo = list(enumerate(items))
-    results: dict[int, Result] = {}
-    left = iter(todo)  # shared: whichever thread is free takes the next
 
-    def work() -> None:
+    def use_one_core() -> None:
         torch.get_num_threads()  # PyTorch sets a new thread's count at its first use, which must not come later
         set_num_threads(1)
-        try:
-            for index, item in left:
-                results[index] = function(item)
-        finally:
-            deque(left, maxlen=0)  # after a failure no thread starts another
 
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            for future in [pool.submit(work) for _ in range(threads)]:
-                future.result()
+        with ThreadPoolExecutor(threads, initializer=use_one_core) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).not_done:
+                future.cancel()
+            return [future.result() for future in futures]  # a failure comes before what was cancelled for it
     finally:
         set_num_threads(default)  # for threads that start later
-    return [results[index] for index in range(len(todo))]

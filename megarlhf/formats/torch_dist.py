@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megarlhf.formats.shared_memory import bytes_of
+
 METADATA = ".metadata"
 Place = tuple[str, int, int]  # file, first byte, number of bytes
 
@@ -145,8 +147,7 @@ def write_tensor(file: BinaryIO, tensor: Tensor) -> tuple[int, int]:
     """Append a tensor to a `.distcp` file; its first byte there and the number of bytes."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         # torch.save writes a storage whole: make one of these bytes alone, copied where they do not lie together.
-        numbers = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        tensor = torch.frombuffer(numbers.data, dtype=tensor.dtype).view(tensor.shape)
+        tensor = torch.frombuffer(bytes_of(tensor.contiguous()), dtype=tensor.dtype).view(tensor.shape)
     return _append(file, tensor)
 
 

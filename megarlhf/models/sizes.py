@@ -15,7 +15,7 @@ def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: 
     """Each pipeline stage's chunks, in order; all tensor-parallel ranks of a stage hold as much.
 
     Args:
-        hf: as read_checkpoint gives it; the model's sizes are divisible as check_layout asks.
+        hf: as read_checkpoint gives it; the model's sizes are divisible as cut_model asks.
         head: "lm" or "value".
     """
     pp, virtual = layout.pipeline_model_parallel_size, layout.virtual_stages

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megarlhf.data.planning import prompt_units
-from megarlhf.data.types import TargetValues, TrainingRows, training_rows
+from megarlhf.data.types import TrainingRows, training_rows
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import main_weight
@@ -149,10 +149,6 @@ def _parts(engine: MegatronEngine, tensor_of: Callable[[Any], Tensor], *, buffer
                 yield shard.hf_name, shard.index, shard.view.float().reshape(shape)
 
 
-def _forward(engine: MegatronEngine, rows: TrainingRows) -> TargetValues:
-    return engine.values(rows) if engine.head == "value" else engine.log_probs(rows)
-
-
 def _train(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, record: Record) -> dict[str, Any]:
     """What is compared after the forward pass; gradients and weights go through `record` while they exist."""
     denominator, objective = parity_denominator(name, rows), parity_objective(name)
@@ -165,7 +161,7 @@ def _train(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, reco
     found["grad norm"] = engine.train_step(rows, objective, denominator=denominator).grad_norm
     after = zip(main_parts(engine), before, strict=True)
     record("step", ((hf_name, index, part.cpu() - old) for (hf_name, index, part), old in after))
-    return found | {"after": _forward(engine, rows)}
+    return found | {"after": engine.forward(engine.micro_batches(rows))}
 
 
 def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, directory: Path) -> None:
@@ -179,7 +175,7 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: TrainingR
     directory.mkdir()
     specs = engine.weights.tensor_specs(dict.fromkeys(engine.weights.hf_shapes, torch.float32))
     rows = fitting(engine, rows)
-    forward = _forward(engine, rows)
+    forward = engine.forward(engine.micro_batches(rows))
     flat = torch.empty(int(rows.num_targets.sum()))
     flat[forward.indices] = torch.from_numpy(forward.values)
     found = _train(engine, name, anchored(rows, flat), record) | {"forward": forward}
@@ -205,7 +201,7 @@ class _Differences:
             self._worst[quantity] = max(self._worst[quantity], worst)
 
     def record(self, quantity: str, parts: Iterator[Part]) -> None:
-        with TensorFile.open(self._directory / f"{quantity}.safetensors") as file:
+        with TensorFile(self._directory / f"{quantity}.safetensors") as file:
             least = 1e-3 * _largest(file)
             for hf_name, index, part in parts:
                 expected = file.view(hf_name)
@@ -238,7 +234,7 @@ def compare(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, dir
     """
     differences = _Differences(directory)
     tokens, rows = load_file(directory / "tokens.safetensors"), fitting(engine, rows)
-    forward = _forward(engine, rows)
+    forward = engine.forward(engine.micro_batches(rows))
     rows = anchored(rows, tokens["forward"])
     found = _train(engine, name, rows, differences.record) | {"forward": forward}
     for quantity in ("forward", "training", "after"):
@@ -268,7 +264,7 @@ def scales(directory: Path) -> dict[str, float]:
     Returns:
         "gradients": largest gradient; "grad norm"; "loss"; "moved": most that the step moves a log-prob or value.
     """
-    with TensorFile.open(directory / "gradients.safetensors") as file:
+    with TensorFile(directory / "gradients.safetensors") as file:
         gradient = _largest(file)
     tokens = load_file(directory / "tokens.safetensors")
     moved = float((tokens["after"] - tokens["forward"]).abs().max())

@@ -91,7 +91,7 @@ def differences_to(source: Path, layout: Layout, model_dir: Path, objective: Obj
     engine.keep_reference()
     differences, rows = compare(engine, objective, rows, source), fitting(engine, rows)
     with engine.reference_weights():
-        found = engine.values(rows) if engine.head == "value" else engine.log_probs(rows)
+        found = engine.forward(engine.micro_batches(rows))
     expected = load_file(source / "tokens.safetensors")
     kept = (torch.from_numpy(found.values) - expected["forward"][found.indices]).abs()
     return differences | {"reference": float(kept.max()) if len(kept) else 0.0}
@@ -136,7 +136,7 @@ def conformance_case(
         head = "value" if objective == "critic" else "lm"
         engine = build(layout, model_dir, head=head, temperature=temperature)
         rows = fitting(engine, make_rows())
-        found = engine.values(rows) if objective == "critic" else engine.log_probs(rows)
+        found = engine.forward(engine.micro_batches(rows))
         result, batches = Result(forward=by_row(rows, found)), engine.micro_batches(rows)
         denominator = parity_denominator(objective, rows)
         engine.accumulate_gradients(batches, parity_objective(objective), denominator=denominator)

@@ -16,11 +16,11 @@ from megarlhf.formats.shared_memory import (
     bytes_of,
     bytes_to_move,
     checksum,
+    copies_together,
     copy_part,
     describe_block,
     digest,
     move_to_shared_memory,
-    shared_copies,
 )
 
 
@@ -51,7 +51,7 @@ def interleaved() -> tuple[Tensor, list[Piece]]:
 
 
 def shared(tensor: Tensor, pieces: list[Piece]) -> Block:
-    (copy,) = shared_copies([tensor])
+    (copy,) = copies_together([tensor], shared=True)
     KEPT.append(copy)
     return describe_block(copy, pieces)
 
@@ -156,7 +156,7 @@ def test_views_of_a_pool_left_out_are_refused() -> None:
 
 def test_checksum_is_the_documented_hash_and_sees_one_bit() -> None:
     values = [torch.randn(5, 3), torch.randn(7).bfloat16(), torch.tensor([True, False])]
-    copies = shared_copies(values)
+    copies = copies_together(values, shared=True)
     tensors = SharedTensors([describe_block(c, [whole_piece(str(i), c)]) for i, c in enumerate(copies)])
 
     def found() -> str:
@@ -178,7 +178,7 @@ def test_copy_part_takes_more_dimensions_and_columns() -> None:
 
 def owner(pipe: Connection) -> None:
     """Hold a tensor until told to end."""
-    (held,) = shared_copies([torch.arange(6.0)])
+    (held,) = copies_together([torch.arange(6.0)], shared=True)
     pipe.send(describe_block(held, [whole_piece("x", held)]))
     pipe.recv()
     held.fill_(9)

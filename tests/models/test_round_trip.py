@@ -55,7 +55,7 @@ def round_trip(rank: int, layout: Layout, source: Path) -> Trip:
     if rank == 0:
         TensorFile.create(target, engine.weights.tensor_specs(engine.source_dtypes)).close()
     dist.barrier()
-    engine.weights.write(TensorFile.open(target, writable=True))
+    engine.weights.write(TensorFile(target))
     sent_bytes, exchange = 0, dist.batch_isend_irecv
 
     def counted(operations: list[dist.P2POp]) -> Any:

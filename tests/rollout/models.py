@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from megarlhf.data.types import FinishReason, GeneratedGroup, TokenIds
-from megarlhf.formats.shared_memory import Block, Piece, bytes_of, checksum, describe_block, digest, shared_copies
+from megarlhf.formats.shared_memory import Block, Piece, bytes_of, checksum, copies_together, describe_block, digest
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 
@@ -51,7 +51,7 @@ class SharedModel:
             halves = 2 if cut and all(tensor.dim() == 2 for tensor in fused.values()) else 1
             for half in range(halves):
                 parts = {name: tensor.chunk(halves, dim=-1)[half] for name, tensor in fused.items()}
-                (block,) = shared_copies([torch.cat(list(parts.values())).to(dtype).contiguous()])
+                (block,) = copies_together([torch.cat(list(parts.values())).to(dtype).contiguous()], shared=True)
                 self._tensors.append(block)
                 self.blocks.append(describe_block(block, _pieces(fused, parts, half)))
 
