@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from transformers import AutoTokenizer
 
@@ -15,8 +14,7 @@ from megarlhf.config.roles import EnginePart
 from megarlhf.data.types import GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.formats.shared_memory import Block
-from megarlhf.rollout.decoding import response_texts
-from megarlhf.rollout.sampling import request_seed
+from megarlhf.rollout.sampling import request_seed, response_texts
 
 _CPU_BLOCK_TOKENS = 32  # the prefix cache shares whole blocks: vLLM's 128 on a CPU is longer than most prompts
 
@@ -26,7 +24,6 @@ def engine_environment(*, threads: int, tensor_parallel_size: int = 1) -> dict[s
 
     Args:
         threads: CPU threads of the whole engine, shared out over its tensor-parallel ranks.
-        tensor_parallel_size: ranks of the engine.
     """
     if threads < tensor_parallel_size:
         raise ValueError(
@@ -45,15 +42,6 @@ def engine_environment(*, threads: int, tensor_parallel_size: int = 1) -> dict[s
         "MALLOC_MMAP_THRESHOLD_": str(4 << 30),  # which stays with us for the next update
         "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     }
-
-
-def _check_length(max_model_len: int, known: int, model_dir: str | os.PathLike[str]) -> None:
-    """vLLM's own error cannot be pickled, so Ray would lose it."""
-    if max_model_len > known:
-        raise ValueError(
-            f"max_model_len={max_model_len} is more than max_position_embeddings={known} of {model_dir} (the model "
-            "knows no later positions): set prompt_max_len and generate_max_len to a smaller sum"
-        )
 
 
 class RolloutEngine:
@@ -80,30 +68,28 @@ class RolloutEngine:
         skip_special_tokens: bool = True,
         passed: Mapping[str, Any] | None = None,
     ) -> None:
-        """Load the model.
+        """Load the model. What is not said here means what it means in vLLM.
 
         Args:
-            model_dir: Hugging Face model directory.
-            dtype: of weights and activations.
             seed: of vLLM itself; sampled tokens depend on the seeds of `generate` alone.
             max_model_len: longest prompt and response together, in tokens.
-            tensor_parallel_size: ranks that the model is split over.
-            max_num_seqs: sequences computed at once.
-            enforce_eager: no compilation and no graphs.
-            gpu_memory_utilization: fraction of a GPU's memory for weights and KV cache.
             kv_cache_gib: KV cache on a CPU, in GiB a rank.
             threads: CPU threads of the whole engine; all cores that the process may use if None.
-            tokenizer_dir: where the tokenizer lies, `model_dir` if None.
+            tokenizer_dir: `model_dir` if None.
             skip_special_tokens: leave special tokens out of the text of responses.
             passed: further options of vLLM's EngineArgs (config/refused_options.py has those that may not be here).
         Raises:
             ValueError: the model knows fewer positions than max_model_len.
         """
         config, _ = read_checkpoint(Path(model_dir), option="model_dir")
-        _check_length(max_model_len, config.max_position_embeddings, model_dir)
+        known = config.max_position_embeddings
+        if max_model_len > known:  # vLLM's own error cannot be pickled, so Ray would lose it
+            raise ValueError(
+                f"max_model_len={max_model_len} is more than max_position_embeddings={known} of {model_dir} (the model "
+                "knows no later positions): set prompt_max_len and generate_max_len to a smaller sum"
+            )
         threads = threads or len(os.sched_getaffinity(0))
-        environment = engine_environment(threads=threads, tensor_parallel_size=tensor_parallel_size)
-        for name, value in environment.items():
+        for name, value in engine_environment(threads=threads, tensor_parallel_size=tensor_parallel_size).items():
             os.environ.setdefault(name, value)
         torch.set_num_threads(threads // tensor_parallel_size)  # vLLM's CPU worker forbids it afterwards
 
@@ -113,9 +99,7 @@ class RolloutEngine:
 
         from megarlhf.rollout import weight_transfer
 
-        weight_transfer.register()
         self.max_model_len = max_model_len
-        self.tensor_parallel_size = tensor_parallel_size
         self.weight_version = 0
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
         self._skip_special_tokens = skip_special_tokens
@@ -207,10 +191,9 @@ class RolloutEngine:
         ]
         inputs = [TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts for _ in range(n_samples)]
         completions = [output.outputs[0] for output in self._llm.generate(inputs, parameters, use_tqdm=False)]
-        starts = range(0, len(completions), n_samples)
         return [
-            self._group(prompt, completions[start : start + n_samples])
-            for prompt, start in zip(prompts, starts, strict=True)
+            self._group(prompt, completions[place * n_samples : (place + 1) * n_samples])
+            for place, prompt in enumerate(prompts)
         ]
 
     def _group(self, prompt: TokenIds, completions: Sequence[Any]) -> GeneratedGroup:
@@ -298,18 +281,6 @@ class RolloutEngine:
     def wake(self, parts: Sequence[EnginePart]) -> None:
         """Take the GPU's memory back for these parts; `update_weights` needs "weights", `generate` both."""
         self._llm.wake_up(tags=list(parts))
-
-    def info(self) -> dict[str, Any]:
-        """What a launcher or a report wants to know of this engine."""
-        return {
-            "pid": os.getpid(),
-            "weight_version": self.weight_version,
-            "weight_status": self._llm.collective_rpc("weight_status"),
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "threads": torch.get_num_threads(),
-            "max_model_len": self.max_model_len,
-            "rss_bytes": psutil.Process().memory_info().rss,
-        }
 
     def close(self) -> None:
         """Stop the engine and free its memory; it cannot be used afterwards."""

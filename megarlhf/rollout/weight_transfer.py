@@ -20,10 +20,12 @@ and merely copied at a reload, unpacked, over the packed ones: `forget_expert_ke
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -40,10 +42,6 @@ from vllm.platforms import current_platform
 
 from megarlhf.formats.shared_memory import Block, SharedTensors, checksum
 from megarlhf.formats.threads import map_threads
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.config.weight_transfer import WeightTransferConfig
 
 BACKEND = "megarlhf_shared_memory"
 NO_VERSION = -1  # of an engine whose update failed halfway, or whose weights are dropped
@@ -70,15 +68,14 @@ class Pack:
 
     module: LinearBase
     names: list[str]
-    shape: torch.Size  # of the layer's weight
-    dtype: torch.dtype
+    loaded: Tensor  # the layer's weight as it was before packing, without numbers
     joined: Tensor | None  # view over the tensors; None where their numbers have to be put together
 
     def packed_kernel(self, tensors: SharedTensors) -> Any:
         """What vLLM calls as `module.cpu_linear`, made of the tensors as they are now; the module is left alone."""
         weight = self.joined
         if weight is None:
-            weight, row = torch.empty(self.shape, dtype=self.dtype), 0
+            weight, row = torch.empty(self.loaded.shape, dtype=self.loaded.dtype), 0
             for name in self.names:
                 rows = tensors.shape(name)[0]
                 tensors.read(name, weight[row : row + rows])
@@ -96,23 +93,9 @@ class Copy:
     name: str
 
 
-@dataclass(frozen=True)
-class DirectPlan:
-    """How every shared tensor reaches every parameter of one model; valid as long as both exist."""
-
-    copies: list[Copy]
-    packs: list[Pack]
-    blocks: list[list[int]]  # for each copy, then each pack: those that it reads and none before it does
-
-    @classmethod
-    def of(cls, copies: list[Copy], packs: list[Pack], tensors: SharedTensors) -> "DirectPlan":
-        """With the blocks dealt out."""
-        left, blocks = set(range(len(tensors.blocks))), []
-        for names in [*([copy.name] for copy in copies), *(pack.names for pack in packs)]:
-            mine = left.intersection(tensors.blocks_of(names))
-            left -= mine
-            blocks.append(sorted(mine))
-        return cls(copies, packs, blocks)
+# What reaches a model in this order, and the blocks that each step reads and none before it does; valid as long as the
+# model and the memory exist.
+DirectPlan = list[tuple[Copy | Pack, list[int]]]
 
 
 def register() -> None:
@@ -157,23 +140,18 @@ def _fused_names(model: nn.Module, module_name: str, parameter_name: str) -> lis
     return [".".join(filter(None, (prefix, part, parameter_name))) for part in parts]
 
 
-def _is_tied(module: nn.Module, embeddings: Sequence[nn.Module]) -> bool:
-    return isinstance(module, ParallelLMHead) and any(module.weight is other.weight for other in embeddings)
-
-
 def _plan_pack(module: nn.Module, parameter: Tensor, names: list[str], tensors: SharedTensors) -> Pack | None:
     """None unless the layer keeps nothing but a packed copy, of exactly these tensors."""
     if type(module.quant_method) is not UnquantizedLinearMethod or parameter.numel() != 0:
         return None
-    loaded = get_layerwise_info(module).restore_metadata[0]["weight"]  # the parameter as it was before packing
+    loaded = get_layerwise_info(module).restore_metadata[0]["weight"]
     shapes = [tensors.shape(name) for name in names]
     if (sum(shape[0] for shape in shapes), *shapes[0][1:]) != tuple(loaded.shape):
         return None
     joined = tensors.joined(names)
-    same_dtype = joined is not None and joined.dtype == loaded.dtype
-    return Pack(
-        module=module, names=names, shape=loaded.shape, dtype=loaded.dtype, joined=joined if same_dtype else None
-    )
+    if joined is not None and joined.dtype != loaded.dtype:
+        joined = None
+    return Pack(module=module, names=names, loaded=loaded, joined=joined)
 
 
 def _plan_copies(module: nn.Module, parameter: Tensor, names: list[str], tensors: SharedTensors) -> list[Copy] | None:
@@ -200,9 +178,9 @@ def plan_direct_update(model: nn.Module, tensors: SharedTensors) -> DirectPlan |
     unused = set(tensors.names)
     embeddings = [m for m in model.modules() if type(m) is VocabParallelEmbedding]
     for module_name, module in model.named_modules():
+        if isinstance(module, ParallelLMHead) and any(module.weight is other.weight for other in embeddings):
+            continue  # tied
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if _is_tied(module, embeddings):
-                continue
             names = _fused_names(model, module_name, parameter_name)
             if not unused.issuperset(names):
                 return None
@@ -217,7 +195,15 @@ def plan_direct_update(model: nn.Module, tensors: SharedTensors) -> DirectPlan |
                 if placed is None:
                     return None
                 copies += placed
-    return None if unused else DirectPlan.of(copies, packs, tensors)
+    if unused:
+        return None
+    left, plan = set(range(len(tensors.blocks))), DirectPlan()
+    steps: list[Copy | Pack] = [*copies, *packs]  # the largest is among the copies: the embedding
+    for step in steps:
+        mine = left.intersection(tensors.blocks_of(step.names if isinstance(step, Pack) else [step.name]))
+        left -= mine
+        plan.append((step, sorted(mine)))
+    return plan
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
@@ -228,7 +214,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     supports_draft_weight_update = False
 
     def __init__(
-        self, config: "WeightTransferConfig", vllm_config: "VllmConfig", device: torch.device, model: nn.Module
+        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
         self.version = 0
@@ -311,15 +297,14 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             digests.update({number: tensors.digest(number) for number in blocks})
             return step.packed_kernel(tensors) if isinstance(step, Pack) else None
 
-        steps: list[Copy | Pack] = [*plan.copies, *plan.packs]  # the largest is among the copies: the embedding
-        kernels = map_threads(digest_and_pack, zip(steps, plan.blocks, strict=True), torch.get_num_threads())
+        kernels = map_threads(digest_and_pack, plan, torch.get_num_threads())
         self._verify([digests[number] for number in range(len(tensors.blocks))], update_info)
         self.version = NO_VERSION
-        for pack, kernel in zip(plan.packs, kernels[len(plan.copies) :], strict=True):
-            pack.module.cpu_linear = kernel
-        del kernels
-        for copy in plan.copies:
-            tensors.read(copy.name, copy.destination)
+        for (step, _), kernel in zip(plan, kernels, strict=True):
+            if isinstance(step, Pack):
+                step.module.cpu_linear = kernel
+            else:
+                tensors.read(step.name, step.destination)
         repack_output_heads(self.model)
 
 

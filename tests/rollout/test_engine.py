@@ -265,7 +265,7 @@ def test_an_engine_wakes_part_by_part_for_an_update(engine: RolloutEngine, model
     shared = SharedModel(model, cut=way == "cut")
     engine.connect_weights(shared.blocks)
     engine.sleep(keep_weights=False)
-    assert engine.info()["weight_status"][0]["version"] == engine.weight_version == -1
+    assert engine._llm.collective_rpc("weight_status")[0]["version"] == engine.weight_version == -1
     with pytest.raises(RuntimeError, match="the engine sleeps"):
         generate(engine)
     engine.wake(["weights"])

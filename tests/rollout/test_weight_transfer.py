@@ -198,6 +198,6 @@ def test_two_tensor_parallel_ranks(tmp_path: Path, tied: bool) -> None:
         with pytest.raises(RuntimeError, match="does not match"):
             engine.update_weights(3, "0" * 32)
         assert {s.weight_version for s in generate(engine)} == {2}
-        assert len(engine.info()["weight_status"]) == 2
+        assert len(engine._llm.collective_rpc("weight_status")) == 2
     finally:
         engine.close()
