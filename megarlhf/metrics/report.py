@@ -6,6 +6,7 @@ import math
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from matplotlib.axes import Axes
@@ -91,6 +92,7 @@ SUMMARY = {
 # Told apart by colour-blind readers and in grey; one per line of the panel with the most lines.
 COLORS = ("#2a6fbb", "#e08a1e", "#2f9e78", "#b5489a", "#7a5fc7", "#c94f3d", "#7d8794")
 INK, FAINT_INK, GRID = "#1f2933", "#5f6b78", "#e3e7ec"
+LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": FAINT_INK}
 MARKED_POINTS = 40  # a line of at most so many points shows each of them
 
 PAGE = string.Template("""<!doctype html>
@@ -175,11 +177,8 @@ def _draw(rows: Rows, title: str, path: Path) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(num_rows, num_columns, place + 1)
-        if panel.stacked:
-            _draw_stacked(axes, panel, rows)
-        else:
-            _draw_lines(axes, panel, rows)
-        _dress(axes, panel, first_step=step_of(rows[0]), last_step=step_of(rows[-1]))
+        (_draw_stacked if panel.stacked else _draw_lines)(axes, panel, rows)
+        _dress(axes, panel, rows)
     figure.savefig(path)
 
 
@@ -193,7 +192,7 @@ def _draw_lines(axes: Axes, panel: Panel, rows: Rows) -> None:
     if panel.log_scale and all(value > 0 for key in panel.lines for _, value in _series(rows, key)):
         axes.set_yscale("log")
     if len(drawn) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=FAINT_INK)
+        axes.legend(**LEGEND, fontsize=8)
 
 
 def _draw_stacked(axes: Axes, panel: Panel, rows: Rows) -> None:
@@ -206,26 +205,18 @@ def _draw_stacked(axes: Axes, panel: Panel, rows: Rows) -> None:
         axes.bar(steps, heights, bottom=tops, width=1.0, color=color, linewidth=0, label=label)
         tops = [top + height for top, height in zip(tops, heights, strict=True)]
     axes.set_ylim(0, 1.35 * max(tops) or 1.0)  # room for the legend
-    axes.legend(
-        frameon=False,
-        fontsize=7.5,
-        labelcolor=FAINT_INK,
-        loc="upper left",
-        ncols=4,
-        handlelength=1.0,
-        columnspacing=1.0,
-        borderaxespad=0.0,
-    )
+    axes.legend(**LEGEND, fontsize=7.5, loc="upper left", ncols=4, handlelength=1, columnspacing=1, borderaxespad=0)
 
 
-def _dress(axes: Axes, panel: Panel, *, first_step: int, last_step: int) -> None:
+def _dress(axes: Axes, panel: Panel, rows: Rows) -> None:
     axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     axes.set_xlabel("step", fontsize=8.5, color=FAINT_INK)
     axes.set_ylabel(panel.unit, fontsize=8.5, color=FAINT_INK)
     axes.tick_params(which="both", labelsize=8, colors=FAINT_INK, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    margin = max(0.5, 0.02 * (last_step - first_step))
-    axes.set_xlim(first_step - margin, last_step + margin)  # the same for all panels, so that they can be compared
+    first, last = step_of(rows[0]), step_of(rows[-1])
+    margin = max(0.5, 0.02 * (last - first))
+    axes.set_xlim(first - margin, last + margin)  # the same for all panels, so that they can be compared
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -6,10 +6,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
@@ -29,16 +29,6 @@ CONSOLE_METRICS = {
     "eval/accuracy": "eval accuracy {:.1%}",
     "perf/tokens_per_second": "{:,.0f} tokens/s",
 }
-
-
-class MetricSink(Protocol):
-    """A place that keeps or shows metrics."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take one step's metrics: name of METRICS -> value, NaN and infinity among them."""
-
-    def close(self) -> None:
-        """Write out what is still held back."""
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -70,22 +60,26 @@ class JsonlSink:
     JSON has no NaN and no infinity: they become null.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open `path` to append to it; a half-written last line goes."""
+    def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
+        """Open `path` to append to its rows up to `resumed_step`; later ones, and a half-written last line, go.
+
+        Raises:
+            ValueError: a fresh run where another's metrics are.
+        """
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._last_step: int | None = None
-        self._file = self._open_with(read_rows(path))
-
-    @property
-    def last_step(self) -> int | None:
-        """Step of the last row; None in an empty file."""
-        return self._last_step
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows past `step`: a resumed run goes through those steps again."""
-        self._file.close()
-        self._file = self._open_with([row for row in read_rows(self._path) if step_of(row) <= step])
+        rows = read_rows(path)
+        if rows and resumed_step is None:
+            raise ValueError(
+                f"save={path.parent}; it holds the metrics of a run up to step {step_of(rows[-1])}, and a fresh run "
+                "would mix with them: set load to that run's directory to continue it, or save to a new directory"
+            )
+        kept = [row for row in rows if resumed_step is not None and step_of(row) <= resumed_step]
+        self._last_step = step_of(kept[-1]) if kept else None
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(whole, path)  # all or nothing: the file is the record of the run
+        self._file = path.open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one row.
@@ -97,21 +91,13 @@ class JsonlSink:
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step={step} after step {self._last_step} in {self._path}: steps go up, one row for each")
         values = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
-        row = {"step": step, **values}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         self._last_step = step
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _open_with(self, rows: list[dict[str, float | None]]) -> TextIO:
-        whole = self._path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(whole, self._path)  # all or nothing: the file is the record of the run
-        self._last_step = step_of(rows[-1]) if rows else None
-        return self._path.open("a")
 
 
 class TensorBoardSink:
@@ -272,23 +258,23 @@ class Sinks:
         Raises:
             ValueError: a fresh run in a directory that holds another's metrics, or W&B online without its key.
         """
-        self._sinks: list[MetricSink] = []
         self._warned: set[str] = set()  # metrics that were not finite once
-        self._stack = ExitStack()
-        with ExitStack() as undo:  # closes what is open when a later one fails
-            undo.callback(self.close)
+        with ExitStack() as opened:  # closes what is open when a later one fails
             # The file comes first: it checks what the others take as it is.
-            self._add(_open_metrics_file(directory, resumed_step))
+            file = opened.enter_context(closing(JsonlSink(directory / METRICS_FILE, resumed_step=resumed_step)))
+            self._sinks: list[JsonlSink | TensorBoardSink | WandbSink | ConsoleSink] = [file]
             if use_tensorboard:
-                self._add(TensorBoardSink(directory / "tensorboard", resumed_step=resumed_step))
+                board = TensorBoardSink(directory / "tensorboard", resumed_step=resumed_step)
+                self._sinks.append(opened.enter_context(closing(board)))
             if use_wandb:
                 name = run_name if run_name is not None else directory.resolve().name
-                self._add(WandbSink(directory, project=project, run_name=name, config=config or {}))
+                wandb = WandbSink(directory, project=project, run_name=name, config=config or {})
+                self._sinks.append(opened.enter_context(closing(wandb)))
             self._console = ConsoleSink(
                 total_steps=total_steps, first_step=resumed_step or 0, log_interval=log_interval, console=console
             )
-            self._add(self._console)
-            undo.pop_all()
+            self._sinks.append(opened.enter_context(closing(self._console)))
+            self._opened = opened.pop_all()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand one step's metrics to every sink; the first value of a metric that is not finite is warned of.
@@ -308,21 +294,4 @@ class Sinks:
 
     def close(self) -> None:
         """Close all of them, also when one fails."""
-        self._stack.close()
-
-    def _add(self, sink: MetricSink) -> None:
-        self._sinks.append(sink)
-        self._stack.callback(sink.close)
-
-
-def _open_metrics_file(directory: Path, resumed_step: int | None) -> JsonlSink:
-    sink = JsonlSink(directory / METRICS_FILE)
-    if resumed_step is not None:
-        sink.truncate_after(resumed_step)
-    elif sink.last_step is not None:
-        sink.close()
-        raise ValueError(
-            f"save={directory}; it holds the metrics of a run up to step {sink.last_step}, and a fresh run would mix "
-            "with them: set load to that run's directory to continue it, or save to a new directory"
-        )
-    return sink
+        self._opened.close()

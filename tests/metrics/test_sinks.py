@@ -47,9 +47,7 @@ def test_jsonl_writes_what_is_not_finite_as_null_and_resumes_from_it(tmp_path: P
         '{"step": 2, "policy/ratio_mean": null, "policy/loss": null, "kl/mean": 1e+300}',
     ]
     assert path.read_text().splitlines() == expected
-    resumed = JsonlSink(path)
-    resumed.truncate_after(1)
-    resumed.close()
+    JsonlSink(path, resumed_step=1).close()
     assert path.read_text().splitlines() == expected[:1]
 
 
@@ -60,9 +58,9 @@ def test_jsonl_truncates_to_the_resumed_step_and_goes_on(tmp_path: Path) -> None
         sink.log(step, {"reward/mean": step / 10})
     sink.close()
 
-    resumed = JsonlSink(path)
-    resumed.truncate_after(2)
-    assert resumed.last_step == 2
+    resumed = JsonlSink(path, resumed_step=2)
+    with pytest.raises(ValueError, match="step=2 after step 2"):
+        resumed.log(2, {"reward/mean": 9.0})
     resumed.log(3, {"reward/mean": 9.0})
     resumed.close()
     assert [(row["step"], row["reward/mean"]) for row in read_rows(path)] == [(1, 0.1), (2, 0.2), (3, 9.0)]
@@ -73,7 +71,7 @@ def test_jsonl_line_that_a_killed_process_left_half_written_is_dropped(tmp_path:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kl/mean": 0.5}\n{"step": 2, "kl/me')
     assert [row["step"] for row in read_rows(path)] == [1]
-    sink = JsonlSink(path)
+    sink = JsonlSink(path, resumed_step=1)
     sink.log(2, {"kl/mean": 0.25})
     sink.close()
     assert [json.loads(line)["kl/mean"] for line in path.read_text().splitlines()] == [0.5, 0.25]
