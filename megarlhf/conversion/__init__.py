@@ -5,3 +5,5 @@
     to_megatron        safetensors -> torch_dist
     steps              what both share: bytes at offsets, digests, memory, the manifest
 """
+
+import megarlhf.parallel  # noqa: F401  (before megatron.core)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megarlhf.conversion.cuts import cut_model
+from megarlhf.conversion.cuts import Region, cut_model
+from megarlhf.conversion.to_hf import _forms
 from megarlhf.formats.huggingface import read_config
 from megarlhf.models.registry import find_architecture
 from tests.tiny_models import make_model
@@ -45,3 +46,17 @@ def test_tensors_do_not_depend_on_the_layout(tmp_path: Path) -> None:
     for first, second in zip(one.weights, many.weights, strict=True):
         assert (first.key, first.tensor_shape, first.region) == (second.key, second.tensor_shape, second.region)
     assert one.objects.keys() == many.objects.keys()
+
+
+def test_a_layers_weight_is_looked_for_stacked_and_numbered(tmp_path: Path) -> None:
+    """Either way round, whichever way Megatron-Core cuts this model."""
+    hf = read_config(make_model(tmp_path / "model", num_hidden_layers=3))
+    weights = {weight.weight.hf: weight for weight in cut_model(find_architecture(hf), hf, head="lm").weights}
+    stacked = weights[("model.layers.2.mlp.down_proj.weight",)]
+    rows, columns = stacked.shape
+    assert (stacked.tensor_shape, stacked.region.offset) == ((3, rows, columns), (2, 0, 0))
+    numbered = {form.key: form for form in _forms(stacked, 3)}["decoder.layers.2.mlp.linear_fc2.weight"]
+    assert (numbered.tensor_shape, numbered.region) == ((rows, columns), Region(offset=(0, 0), shape=(rows, columns)))
+    assert {form.key: form for form in _forms(numbered, 3)}[stacked.key] == stacked
+    (embedding,) = _forms(weights[("model.embed_tokens.weight",)], 3)
+    assert embedding.key == "embedding.word_embeddings.weight"
