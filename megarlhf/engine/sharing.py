@@ -37,8 +37,8 @@ class SharedWeights:
     def __init__(self, engine: MegatronEngine) -> None:
         self._engine = engine
         engine.finish_param_gather()  # nothing may be on its way into memory that is about to move
-        pieces = [(local, _pieces(engine.weights, local)) for local in engine.weights.owned_weights()]
-        pieces = [(local, held) for local, held in pieces if held]  # not what is padding alone
+        owned = engine.weights.owned_weights()
+        pieces = [(local, held) for local in owned if (held := _pieces(engine.weights, local))]  # not padding alone
         self._local = [local for local, _ in pieces]
         data = [local.param for local in self._local]
         self._on_cpu = device_kind() == "cpu"

@@ -131,6 +131,11 @@ def copies_together(tensors: Sequence[Tensor], *, shared: bool = False) -> list[
     region = torch.empty(_region_bytes(tensors), dtype=torch.uint8, device=device)
     if shared and tensors:
         region.untyped_storage().share_memory_()
+    return copies_in(region, tensors)
+
+
+def copies_in(region: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies one after the other in a region of bytes, each aligned."""
     copies, start = [], 0
     for tensor in tensors:
         place = region[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
