@@ -31,7 +31,6 @@ from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_token
 from megarlhf.data.types import Prompt
 from megarlhf.formats.huggingface import HFConfig, read_config
 from megarlhf.metrics.report import write_report
-from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.object_store import object_store_bytes
 from megarlhf.planner.placement import Machine, plan_placement
@@ -225,7 +224,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
     directory = open_run_directory(config.logging.save, to_yaml(config))
-    stop, timers = StopSignal(), Timers()
+    stop = StopSignal()
     print(decided)
     sinks = open_sinks(config.logging, to_dict(config), total_steps=batch.train_iters, resumed_step=inputs.continued)
     try:
@@ -239,15 +238,14 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
                 stop_token_ids=inputs.stop_tokens,
                 share_prompt_prefix=bool(batch.share_prompt_prefix),
                 identity=inputs.identity,
-                timers=timers,
+                show=sinks.phase,
             ) as cluster,
         ):
             stop.listen()  # starting Ray takes SIGTERM
             state = LoopState.fresh(config.algorithm)
             if config.logging.load is not None:
                 state.restore(cluster.load(Path(config.logging.load) / "checkpoints"))
-            rl.train(config, cluster.roles, prompts, eval_prompts, state, sinks, timers, stop)
-            sinks.phase("export")
+            rl.train(config, cluster.roles, prompts, eval_prompts, state, sinks, stop)
             cluster.export(directory / "hf")
     finally:
         sinks.close()

@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from megarlhf.cluster.weight_sync import weight_sync
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import PARTS, roles_of
-from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import visible_devices_environment
 from megarlhf.planner.object_store import object_store_bytes
 from megarlhf.planner.placement import PlacementPlan, Worker
@@ -50,7 +49,7 @@ class Cluster:
 
     def load(self, root: Path) -> dict[str, Any]:
         """Bring every role to the latest checkpoint under `root`; see CheckpointGroup.load."""
-        with self.phases.checkpoint():
+        with self.phases.load():
             return self.checkpoints.load(root)
 
 
@@ -63,12 +62,13 @@ def start(
     stop_token_ids: tuple[int, ...],
     share_prompt_prefix: bool,
     identity: dict[str, Any],
-    timers: Timers,
+    show: Callable[[str], None],
 ) -> Iterator[Cluster]:
     """Everything running inside the block; all of it ended after, also when the block raises.
 
     Args:
         identity: what a checkpoint must agree with to be loaded.
+        show: is told the name of each phase that begins.
     Raises:
         WorkerFailedError: a worker did not come up.
     """
@@ -88,7 +88,7 @@ def start(
         rendezvous = stack.enter_context(TemporaryDirectory(prefix="megarlhf-"))
         colocated = config.cluster.colocate_all_models
         places = start_workers(groups, rendezvous, config.cluster.start_timeout_seconds, colocated=colocated)
-        phases = ResourceManager(models, groups["rollout"], timers, colocated=colocated)
+        phases = ResourceManager(models, groups["rollout"], show, colocated=colocated)
         packing = packing_options(config, share_prompt_prefix=share_prompt_prefix)
 
         def training_group(role: str) -> TrainingGroup:

@@ -1,11 +1,11 @@
-"""Who has the devices: phases that wake and put to sleep the roles that share them.
+"""Phases of a run: each is shown and timed, and wakes and puts to sleep the roles that share the devices.
 
 The only place where a role is told to sleep or wake; config/roles.py says who does in which phase. A phase may be
-entered again and again; its seconds are counted.
+entered again and again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 from megarlhf.cluster.group import WorkerGroup
@@ -16,59 +16,75 @@ _Part = TypeVar("_Part", bound=str)
 
 
 class ResourceManager:
-    """Phases over colocated or disjoint roles.
+    """Phases over colocated or disjoint roles; see trainers/roles.py Phases.
 
     Args:
         training: groups of training processes; where colocated all of them sleep at the start.
         rollout: the inference engines; awake at the start.
+        show: is told the name of each phase that begins, for the progress bar.
         colocated: the roles share devices, so that only the phase's own may be awake. Disjoint roles never sleep.
     """
 
-    def __init__(self, training: list[WorkerGroup], rollout: WorkerGroup, timers: Timers, *, colocated: bool) -> None:
-        self._training, self._rollout, self._timers, self._colocated = training, rollout, timers, colocated
+    def __init__(
+        self, training: list[WorkerGroup], rollout: WorkerGroup, show: Callable[[str], None], *, colocated: bool
+    ) -> None:
+        self._training, self._rollout, self._show, self._colocated = training, rollout, show, colocated
+        self._timers = Timers()
         self._awake: dict[str, tuple[Part, ...]] = {group.role.name: () for group in training}
         self._engines_awake: tuple[EnginePart, ...] = ENGINE_PARTS
 
-    @contextmanager
-    def rollout(self) -> Iterator[None]:
+    def rollout(self) -> AbstractContextManager[None]:
         """The inference engines have the devices."""
-        with self._timers("rollout"):
-            self._give_devices("rollout")
-            yield
+        return self._phase("rollout", "rollout")
 
-    @contextmanager
-    def train(self) -> Iterator[None]:
+    def reward(self) -> AbstractContextManager[None]:
+        """Nobody needs the devices."""
+        return self._phase("reward", None)
+
+    def train(self) -> AbstractContextManager[None]:
         """The training roles have the devices; the engines' weights are dropped, so a sync comes next."""
-        with self._timers("train"):
-            self._give_devices("train")
-            yield
+        return self._phase("train", "train")
 
-    @contextmanager
-    def sync(self) -> Iterator[None]:
+    def experience(self) -> AbstractContextManager[None]:
+        """The part of training that comes before the updates."""
+        return self._phase("experience", "train")
+
+    def sync(self) -> AbstractContextManager[None]:
         """Weights move: the actor's and the engines' are awake, and nothing else."""
-        with self._timers("sync"):
-            self._give_devices("sync")
-            yield
+        return self._phase("sync", "sync")
 
-    @contextmanager
-    def checkpoint(self) -> Iterator[None]:
-        """The training roles' state is saved or loaded."""
-        self._give_devices("checkpoint")
-        yield
+    def evaluate(self) -> AbstractContextManager[None]:
+        """The inference engines have the devices, for held-out prompts."""
+        return self._phase("eval", "rollout")
 
-    @contextmanager
-    def export(self) -> Iterator[None]:
+    def save(self) -> AbstractContextManager[None]:
+        """The training roles' state is saved; the engines keep their weights."""
+        return self._phase("save", "checkpoint")
+
+    def load(self) -> AbstractContextManager[None]:
+        """The training roles' state is loaded."""
+        return self._phase("load", "checkpoint", timed=False)
+
+    def export(self) -> AbstractContextManager[None]:
         """The actor's weights are written."""
-        self._give_devices("export")
-        yield
+        return self._phase("export", "export", timed=False)
+
+    def rescue(self) -> AbstractContextManager[None]:
+        """The run is failing: the engines, which may not answer, are ended, and the training roles are saved."""
+        self._rollout.kill()
+        self._engines_awake = ()
+        return self.save()
+
+    def seconds(self) -> dict[str, float]:
+        """Metrics: of each phase since the last call, time/PHASE_seconds."""
+        return self._timers.pop()
 
     @contextmanager
-    def rescue(self) -> Iterator[None]:
-        """The run is failing: the engines, which may not answer, are ended, and the training roles are saved."""
-        with self._timers("save"):
-            self._rollout.kill()
-            self._engines_awake = ()
-            self._give_devices("checkpoint")
+    def _phase(self, name: str, devices: Phase | None, *, timed: bool = True) -> Iterator[None]:
+        self._show(name)
+        with self._timers(name) if timed else nullcontext():
+            if devices is not None:
+                self._give_devices(devices)
             yield
 
     def memory(self) -> dict[str, float]:

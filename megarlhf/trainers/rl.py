@@ -9,7 +9,6 @@ from megarlhf.data.prompts import PromptData, PromptSampler
 from megarlhf.data.types import Prompt, Rollout
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
-from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import summary
 from megarlhf.trainers.evaluation import evaluate
 from megarlhf.trainers.experience import (
@@ -33,7 +32,6 @@ def train(
     eval_prompts: list[Prompt] | None,
     state: LoopState,
     sinks: Sinks,
-    timers: Timers,
     should_stop: Callable[[], bool],
 ) -> None:
     """Run from `state` to train_iters; evaluate before the first step, every eval_interval and at the end.
@@ -41,7 +39,7 @@ def train(
     When should_stop() turns true the step in progress is finished, saved, and the loop returns. What ends the run
     otherwise leaves a checkpoint of the last finished step, as far as its weights are still known.
     """
-    batch, logging = config.batch, config.logging
+    batch, logging, phases = config.batch, config.logging, roles.phases
     sampler = PromptSampler(
         len(prompts.prompts),
         batch.rollout_batch_size,
@@ -52,37 +50,32 @@ def train(
     first = state.step
     dropped = {"data/prompts_dropped": float(prompts.num_dropped)}
     with saved_on_failure(roles, state):
-        with roles.phases.sync():
+        with phases.sync():
             roles.sync.push(state.step)  # the engines start from the pretrained weights
         if state.step == 0:
-            sinks.log(0, evaluate(roles, eval_prompts, timers) | dropped | timers.pop())
+            sinks.log(0, evaluate(roles, eval_prompts) | dropped | phases.seconds())
         while state.step < batch.train_iters:
             step, started = state.step + 1, time.perf_counter()
             chosen = [prompts.prompts[i] for i in sampler.batch(step - 1)]
-            sinks.phase("rollout")
-            with roles.phases.rollout():
+            with phases.rollout():
                 generated = of_version(roles.rollout.generate(chosen, step=step), state.step)
-            sinks.phase("reward")
-            with timers("reward"):
+            with phases.reward():
                 scored = replace(generated, samples=roles.reward.score(generated.samples))
-            sinks.phase("train")
-            with roles.phases.train():
-                metrics = train_step(config, roles, scored, state, timers, consumed=sampler.consumed(step))
-            sinks.phase("sync")
-            with roles.phases.sync():
+            with phases.train():
+                metrics = train_step(config, roles, scored, state, consumed=sampler.consumed(step))
+            with phases.sync():
                 metrics |= roles.sync.push(step)
             if step == first + 1:
-                metrics |= roles.phases.memory()
+                metrics |= phases.memory()
             metrics |= summary.speed(generated.samples, seconds=time.perf_counter() - started)
             last = step == batch.train_iters or should_stop()
             if last or (logging.eval_interval and step % logging.eval_interval == 0):
-                metrics |= evaluate(roles, eval_prompts, timers)
-            sinks.log(step, metrics | {"data/epoch": sampler.epoch(step)} | dropped | timers.pop())
+                metrics |= evaluate(roles, eval_prompts)
+            sinks.log(step, metrics | {"data/epoch": sampler.epoch(step)} | dropped | phases.seconds())
             check_rewards(state, scored.samples, config)
             # Logged first: a run killed in between continues from the checkpoint before, and logs this step again.
             if last or (logging.save_interval and step % logging.save_interval == 0):
-                sinks.phase("save")
-                with roles.phases.checkpoint(), timers("save"):
+                with phases.save():
                     roles.checkpoint.save(step, state.to_json())
             if last:
                 return
@@ -101,7 +94,7 @@ def of_version(rollout: Rollout, version: int) -> Rollout:
 
 
 def train_step(
-    config: PPOConfig, roles: Roles, scored: Rollout, state: LoopState, timers: Timers, *, consumed: int
+    config: PPOConfig, roles: Roles, scored: Rollout, state: LoopState, *, consumed: int
 ) -> dict[str, float]:
     """Experience and optimizer steps on the samples with a result, if they are enough; finishes the step in `state`.
 
@@ -119,7 +112,7 @@ def train_step(
     if config.algorithm.normalize_reward:
         moments = state.reward_moments.merged([sample.reward for sample in samples if sample.reward is not None])
     step, coef, updates = state.step + 1, state.kl_controller.coef, Updates()
-    with timers("experience"):
+    with roles.phases.experience():
         experience = make_experience(
             replace(scored, samples=samples),
             roles.actor,

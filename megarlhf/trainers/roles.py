@@ -150,22 +150,34 @@ class WeightSyncRole(Protocol):
 
 
 class Phases(Protocol):
-    """Who has the devices. Each phase wakes and puts to sleep what it must, and is timed."""
+    """What a run is doing. Each phase is shown and timed, and gives the devices to the roles that it is for."""
 
     def rollout(self) -> AbstractContextManager[None]:
-        """The inference engines have the devices."""
+        """The inference engines generate."""
+
+    def reward(self) -> AbstractContextManager[None]:
+        """Responses are scored."""
 
     def train(self) -> AbstractContextManager[None]:
         """The training roles have the devices; a sync comes before the next rollout."""
 
+    def experience(self) -> AbstractContextManager[None]:
+        """Inside of train: what comes before the updates."""
+
     def sync(self) -> AbstractContextManager[None]:
         """The weights of actor and engines are awake, to be moved."""
 
-    def checkpoint(self) -> AbstractContextManager[None]:
+    def evaluate(self) -> AbstractContextManager[None]:
+        """The inference engines answer held-out prompts, and the answers are scored."""
+
+    def save(self) -> AbstractContextManager[None]:
         """The training roles are awake, to be saved; the engines keep their weights."""
 
     def rescue(self) -> AbstractContextManager[None]:
         """The run is failing: the inference engines are ended, and the training roles are awake, to be saved."""
+
+    def seconds(self) -> dict[str, float]:
+        """Metrics: seconds in each phase since the last call."""
 
     def memory(self) -> dict[str, float]:
         """Metrics: the most that each part of each training role has held on a device."""

@@ -1,7 +1,7 @@
 """Who sleeps and wakes, and in which order: at the start, in each phase, and in a run of real engines."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.cluster.runs import SMALL, metrics, run, write_inputs
 Log = list[tuple[str, str, tuple[Any, ...]]]
 
 
-def manager(log: Log, *, colocated: bool = True) -> ResourceManager:
+def manager(log: Log, *, colocated: bool = True, show: Callable[[str], None] = lambda name: None) -> ResourceManager:
     groups = [
         RecordedGroup(
             role,
@@ -28,7 +28,7 @@ def manager(log: Log, *, colocated: bool = True) -> ResourceManager:
         )
         for role in ("actor", "critic", "rollout")
     ]
-    return ResourceManager(groups[:2], groups[2], Timers(), colocated=colocated)
+    return ResourceManager(groups[:2], groups[2], show, colocated=colocated)
 
 
 def said(log: Log) -> list[str]:
@@ -56,7 +56,7 @@ def test_a_step_from_the_start_to_the_checkpoint() -> None:
     phases = manager(log)
     with phases.sync():  # the engines have just started, the training roles sleep
         assert said(log) == START
-    with phases.rollout():  # an evaluation
+    with phases.evaluate():
         assert said(log) == ["actor sleep parameters", "rollout wake kv_cache"]
     with phases.rollout():
         assert said(log) == []
@@ -66,7 +66,7 @@ def test_a_step_from_the_start_to_the_checkpoint() -> None:
         assert said(log) == ["actor sleep optimizer", "critic sleep parameters+optimizer", "rollout wake weights"]
     with phases.rollout():
         assert said(log) == ["actor sleep parameters", "rollout wake kv_cache"]
-    with phases.checkpoint():  # the next rollout has the same weights
+    with phases.save():  # the next rollout has the same weights
         assert said(log) == ["rollout sleep keeping weights", *TRAIN[1:]]
     with phases.rollout():
         sleeping = [f"{role} sleep parameters+optimizer" for role in ("actor", "critic")]
@@ -80,7 +80,7 @@ def test_the_end_of_a_run() -> None:
         pass
     with phases.sync():
         said(log)
-    with phases.checkpoint():
+    with phases.save():
         assert said(log) == ["rollout sleep keeping weights", "actor wake optimizer", TRAIN[2]]
     with phases.export():
         assert said(log) == ["actor sleep optimizer", "critic sleep parameters+optimizer"]
@@ -89,7 +89,7 @@ def test_the_end_of_a_run() -> None:
 def test_a_run_that_continues_loads_before_its_first_sync() -> None:
     log: Log = []
     phases = manager(log)
-    with phases.checkpoint():
+    with phases.load():
         assert said(log) == ["rollout sleep keeping weights", *TRAIN[1:]]
     with phases.sync():
         assert said(log) == ["actor sleep optimizer", "critic sleep parameters+optimizer", "rollout wake weights"]
@@ -100,16 +100,44 @@ def test_a_phase_inside_another_has_the_devices() -> None:
     phases = manager(log)
     with phases.train():
         said(log)
-        with phases.checkpoint():
+        with phases.save():
             assert said(log) == []
         with phases.export():
             assert said(log) == ["actor sleep optimizer", "critic sleep parameters+optimizer"]
 
 
+def test_a_phase_is_shown_timed_and_given_the_devices_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: Log = []
+    shown: list[str] = []
+    phases, now = manager(log, show=shown.append), [0.0]
+    monkeypatch.setattr(phases, "_timers", Timers(lambda: now[0]))
+    for seconds, phase in enumerate(("rollout", "reward", "train", "sync", "evaluate", "save", "load", "export"), 1):
+        with getattr(phases, phase)():
+            now[0] += seconds
+            if phase == "train":
+                with phases.experience():
+                    now[0] += 0.25
+            if phase == "reward":
+                log.append(("scoring", "", ()))
+    assert shown == ["rollout", "reward", "train", "experience", "sync", "eval", "save", "load", "export"]
+    order = [role for role, *_ in log]
+    assert order[:2] == ["scoring", "rollout"], "no device is given or taken for the reward"
+    assert phases.seconds() == {
+        "time/rollout_seconds": 1.0,
+        "time/reward_seconds": 2.0,
+        "time/train_seconds": 3.0,
+        "time/experience_seconds": 0.25,
+        "time/sync_seconds": 4.0,
+        "time/eval_seconds": 5.0,
+        "time/save_seconds": 6.0,
+    }
+    assert phases.seconds() == {}
+
+
 def test_disjoint_roles_never_sleep() -> None:
     log: Log = []
     phases = manager(log, colocated=False)
-    for phase in (phases.sync, phases.rollout, phases.train, phases.checkpoint, phases.rollout, phases.export):
+    for phase in (phases.sync, phases.rollout, phases.train, phases.save, phases.rollout, phases.export):
         with phase():
             pass
     assert said(log) == []
@@ -125,7 +153,7 @@ def test_a_rescue_ends_the_engines_and_asks_them_nothing_more(colocated: bool) -
         said(log)
     with phases.rescue():
         assert said(log) == ["rollout kill", *(TRAIN[1:] if colocated else [])]
-    with phases.checkpoint():
+    with phases.save():
         assert said(log) == []
 
 

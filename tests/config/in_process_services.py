@@ -35,8 +35,8 @@ class FakeHandle:
         trace, spec, method = self._trace, self._worker.spec, getattr(self._worker, name)
 
         def remote(*arguments: Any) -> Ref:
-            trace.calls.append((spec.role, spec.rank, name))
-            before, trace.process = trace.process, (spec.role, spec.rank)
+            trace.calls.append((spec.role.name, spec.rank, name))
+            before, trace.process = trace.process, (spec.role.name, spec.rank)
             try:
                 return Ref(method(*[a.value if isinstance(a, Ref) else a for a in arguments]))
             finally:

@@ -1,7 +1,7 @@
 """The loop's roles as plain objects that write down what happens to them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class PlainRoles:
 
     def roles(self, *, critic: bool) -> Roles:
         return Roles(
-            phases=self,
+            phases=_Phases(self),
             rollout=self,
             reward=self,
             actor=_Training(self, "actor"),
@@ -98,31 +98,6 @@ class PlainRoles:
             sync=self,
             checkpoint=self,
         )
-
-    @contextmanager
-    def _enter(self, name: str) -> Iterator[None]:
-        self.phase = name
-        yield
-        self.phase = "none"
-
-    def rollout(self) -> Any:
-        return self._enter("rollout")
-
-    def train(self) -> Any:
-        return self._enter("train")
-
-    def sync(self) -> Any:
-        return self._enter("sync")
-
-    def checkpoint(self) -> Any:
-        return self._enter("checkpoint")
-
-    def rescue(self) -> Any:
-        self.events.append("rescue")
-        return self._enter("checkpoint")
-
-    def memory(self) -> dict[str, float]:
-        return {"memory/actor/parameters_gib": 0.5}
 
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         assert self.phase == "rollout"
@@ -136,7 +111,7 @@ class PlainRoles:
         return Rollout(samples=samples, tokens=tokens_of(samples))
 
     def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        assert self.phase == "rollout"
+        assert self.phase == "evaluate"
         self.events.append("evaluate")
         return [self._sample(p, g, 0, 0) for g, p in enumerate(prompts)]
 
@@ -152,6 +127,7 @@ class PlainRoles:
         )
 
     def score(self, samples: Sequence[Sample]) -> list[Sample]:
+        assert self.phase in ("reward", "evaluate")
         return [
             replace(s, reward=None if (s.group_id, s.sample_id) in self._without_result else float(s.sample_id))
             for s in samples
@@ -164,7 +140,7 @@ class PlainRoles:
         return {"sync/version": float(version)}
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
-        assert self.phase == "checkpoint", "what is saved is on the device, and the engines keep their weights"
+        assert self.phase == "save", "what is saved is on the device, and the engines keep their weights"
         self.events.append(f"save {step}")
         self.last_saved = step
         self.saved[step] = run_state
@@ -223,3 +199,34 @@ class _Training:
         metrics = {"clip_frac": 0.0, "value_mean": 0.0} if self._name == "critic" else {"clip_frac": 0.0, "kl": 0.5}
         difference = LogProbDifference.between(outputs, rows.fields["rollout_log_probs"])
         return UpdateResult(loss=1.0, metrics=metrics, grad_norm=1.0, learning_rate=0.1, difference=difference)
+
+
+class _Phases:
+    """Says which phase its parent is in."""
+
+    def __init__(self, parent: PlainRoles) -> None:
+        self._parent = parent
+
+    @contextmanager
+    def _enter(self, name: str) -> Iterator[None]:
+        before, self._parent.phase = self._parent.phase, name
+        yield
+        self._parent.phase = before
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in ("rollout", "reward", "train", "sync", "evaluate", "save"), name
+        return lambda: self._enter(name)
+
+    def experience(self) -> Any:
+        assert self._parent.phase == "train"
+        return nullcontext()
+
+    def rescue(self) -> Any:
+        self._parent.events.append("rescue")
+        return self._enter("save")
+
+    def seconds(self) -> dict[str, float]:
+        return {}
+
+    def memory(self) -> dict[str, float]:
+        return {"memory/actor/parameters_gib": 0.5}

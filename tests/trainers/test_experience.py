@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import ROLES
 from megarlhf.data.types import Rollout, Sample
-from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import summary
 from megarlhf.trainers.assembly import optimizer_steps
 from megarlhf.trainers.evaluation import evaluate
@@ -201,7 +200,7 @@ def test_evaluation_counts_correct_answers_among_those_with_a_result() -> None:
             return [replace(s, reward=r) for s, r in zip(samples, rewards, strict=True)]
 
     plain, prompts = Judged(), make_prompts(5)
-    metrics = evaluate(plain.roles(critic=False), prompts, Timers())
+    metrics = evaluate(plain.roles(critic=False), prompts)
     lengths = [plain._sample(p, g, 0, 0).response_length for g, p in enumerate(prompts)]
     assert metrics == {
         "eval/accuracy": 2 / 4,

@@ -11,7 +11,6 @@ from megarlhf.data.prompts import PromptData
 from megarlhf.data.types import starts_of
 from megarlhf.engine.engine import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
-from megarlhf.metrics.timers import Timers
 from megarlhf.trainers import rl
 from megarlhf.trainers.state import LoopState
 from megarlhf.trainers.summary import LogProbDifferenceError
@@ -40,7 +39,6 @@ def run(
         make_prompts(2),
         state,
         sinks,
-        Timers(),
         lambda: stop_after is not None and f"push {stop_after}" in plain.events,
     )
     sinks.close()
