@@ -110,7 +110,6 @@ class MegatronWorker:
         if spec.role.keeps_reference(spec.config):
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)
-        self._shares_device = spec.config.cluster.colocate_all_models and len(megatron_roles(spec.config)) > 1
         self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
         return Place(dp_rank=self.engine.ranks.dp_rank, holds_results=self.engine.ranks.holds_results)
@@ -161,13 +160,17 @@ class MegatronWorker:
         return field if self.engine.ranks.holds_results else None
 
     def update(self, mini_batch: int, denominator: float) -> UpdateResult:
-        """One optimizer step."""
+        """One optimizer step; it measures the difference of log-probs where no pass before it has."""
+        is_policy, fields = self.spec.role.head == "lm", self.rows.rows.fields
+        unread = () if is_policy and self.spec.config.uses_tis else ("rollout_log_probs",)
         with self._giving_back():
-            done = self.engine.step(self.rows.batches(mini_batch), self.objective, denominator=denominator)
+            batches = self.rows.batches(mini_batch, unread=unread)
+            done = self.engine.step(batches, self.objective, denominator=denominator)
         difference = None
-        if self.spec.role.has_reference and self.engine.ranks.holds_results:
-            engine = self.rows.rows.fields["rollout_log_probs"][done.outputs.indices]
-            difference = LogProbDifference.between(done.outputs.values, engine)
+        if is_policy and "old_log_probs" not in fields and self.engine.ranks.holds_results:
+            difference = LogProbDifference.between(
+                done.outputs.values, fields["rollout_log_probs"][done.outputs.indices]
+            )
         return UpdateResult(
             loss=done.loss,
             metrics=done.metrics,
@@ -182,7 +185,8 @@ class MegatronWorker:
         from megarlhf.parallel.device import release_cache
 
         yield
-        if self._shares_device:
+        config = self.spec.config
+        if config.cluster.colocate_all_models and len(megatron_roles(config)) > 1:
             release_cache()
 
     def share_weights(self) -> list[Block]:

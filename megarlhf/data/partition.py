@@ -4,8 +4,8 @@ The driver knows lengths alone. Tokens go from the engines that generated them t
 later passes compute stays with the rows, and only new fields follow.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,11 +134,13 @@ class RankRows:
             longest = max(int(batch.cu_seqlens[-1]) for batches in self._packed for batch in batches)
             self._packed = [[pack(self.rows, indices, longest) for indices in part] for part in partition.plan]
 
-    def batches(self, mini_batch: int | None = None) -> list[MicroBatch]:
-        """Packed sequences of one mini-batch with all fields, or of the whole step without any."""
+    def batches(self, mini_batch: int | None = None, *, unread: Collection[str] = ()) -> list[MicroBatch]:
+        """Packed sequences of one mini-batch with all fields but `unread`, or of the whole step without any."""
         if mini_batch is None:
             return [batch for batches in self._packed for batch in batches]
-        return [fill_fields(batch, self.rows) for batch in self._packed[mini_batch]]
+        fields = {name: values for name, values in self.rows.fields.items() if name not in unread}
+        rows = replace(self.rows, fields=fields)
+        return [fill_fields(batch, rows) for batch in self._packed[mini_batch]]
 
     def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats] | None = None) -> None:
         """Add fields, one number for each target, and scalars, one for each row."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 import torch
@@ -24,19 +25,14 @@ class Experience:
     Arrays and tensors have one number for each response token, in the order of the samples.
     """
 
-    samples: list[Sample]
-    mini_batches: list[list[int]]  # indices of the samples of each optimizer step of an epoch
+    actor_denominators: list[float]  # of the loss, of each optimizer step of an epoch
+    critic_denominators: list[float]
     difference: LogProbDifference | None  # None: the first update measures it
     has_reference: bool
     values: Floats | None
     kl: Floats | None  # estimate, where the policy's log-probs before the updates and the reference's are known
     advantages: Tensor
     returns: Tensor
-
-    @property
-    def lengths(self) -> Tensor:
-        """[n] int64 response tokens of each sample."""
-        return torch.tensor([sample.response_length for sample in self.samples])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +137,14 @@ def make_experience(
         clip_range=algorithm.reward_clip_range,
         normalize=algorithm.normalize_advantages,
     )
-    weights, _ = loss_weights(lengths, config, critic=False)
+    weights, actor_denominators = loss_weights(lengths, mini_batches, config, critic=False)
     actor.keep({"advantages": result.advantages.numpy()}, scalars={"weights": weights.numpy()})
+    weights, critic_denominators = loss_weights(lengths, mini_batches, config, critic=True)
     if critic is not None:
-        weights, _ = loss_weights(lengths, config, critic=True)
         critic.keep({"returns": result.returns.numpy()}, scalars={"weights": weights.numpy()})
     return Experience(
-        samples=samples,
-        mini_batches=mini_batches,
+        actor_denominators=actor_denominators,
+        critic_denominators=critic_denominators,
         difference=difference,
         has_reference=has_reference,
         values=values,
@@ -189,17 +185,21 @@ def update_order(num_mini_batches: int, config: PPOConfig, *, step: int) -> list
     return order
 
 
-def loss_weights(lengths: Tensor, config: PPOConfig, *, critic: bool) -> tuple[Tensor, float]:
-    """Weight of each sample's tokens in the actor's or the critic's loss, and the denominator of these samples.
+def loss_weights(
+    lengths: Tensor, mini_batches: Sequence[Sequence[int]], config: PPOConfig, *, critic: bool
+) -> tuple[Tensor, list[float]]:
+    """Weight of each sample's tokens in the actor's or the critic's loss, and the denominator of each mini-batch.
 
     Dr. GRPO's denominator is the longest response that may be generated.
 
     Args:
         lengths: [n] int64 response tokens.
+        mini_batches: indices of the samples of each optimizer step.
     """
     algorithm = config.algorithm
     aggregation: Aggregation = algorithm.critic_loss_aggregation if critic else algorithm.loss_aggregation
     if algorithm.advantage_estimator == "dr_grpo":
         aggregation = "constant"
     limit = config.rollout.generate_max_len if aggregation == "constant" else None
-    return token_weights(lengths, aggregation=aggregation, max_length=limit)
+    weights_of = partial(token_weights, aggregation=aggregation, max_length=limit)
+    return weights_of(lengths)[0], [weights_of(lengths[chosen])[1] for chosen in mini_batches]

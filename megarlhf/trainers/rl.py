@@ -15,7 +15,6 @@ from megarlhf.trainers.experience import (
     Updates,
     check_rewards,
     enough_results,
-    loss_weights,
     make_experience,
     update_order,
     with_result,
@@ -124,16 +123,14 @@ def train_step(
         )
     if experience.difference is not None:
         metrics |= summary.check_log_prob_difference(experience.difference, config)
-    every_length = experience.lengths
     state.updating = True
     try:
-        for mini_batch in update_order(len(experience.mini_batches), config, step=step):
-            lengths = every_length[experience.mini_batches[mini_batch]]
+        for mini_batch in update_order(len(experience.actor_denominators), config, step=step):
             if roles.critic is not None:
-                _, denominator = loss_weights(lengths, config, critic=True)
+                denominator = experience.critic_denominators[mini_batch]
                 updates.critic.append(roles.critic.update(mini_batch, denominator=denominator))
             if state.step >= config.optimizer.freezing_actor_steps:
-                _, denominator = loss_weights(lengths, config, critic=False)
+                denominator = experience.actor_denominators[mini_batch]
                 updates.actor.append(roles.actor.update(mini_batch, denominator=denominator))
     except NonFiniteError:  # it left the weights as they were before its optimizer step
         state.updating = False
@@ -144,6 +141,6 @@ def train_step(
     state.finish_step(consumed_prompts=consumed, trained=True)
     metrics |= summary.training_metrics(experience, updates) | {"kl/coef": coef}
     state.kl_controller.update(metrics.get("kl/mean", 0.0), len(samples))
-    if experience.difference is None and updates.actor and updates.actor[0].difference is not None:
+    if updates.actor and updates.actor[0].difference is not None:
         metrics |= summary.check_log_prob_difference(updates.actor[0].difference, config)
     return metrics | {"reward/untrained_steps": float(state.untrained_steps)}

@@ -52,7 +52,7 @@ class UpdateResult:
     metrics: dict[str, float]
     grad_norm: float
     learning_rate: float
-    difference: LogProbDifference | None = None  # of the actor's log-probs before the step
+    difference: LogProbDifference | None = None  # of the log-probs before it, if no pass before has measured it
 
 
 class RoleFailedError(RuntimeError):

@@ -14,6 +14,8 @@ import ray
 
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import MegatronWorker, Place
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.command_line import from_dict
 from megarlhf.config.roles import ROLES
 from megarlhf.data.packing import gather_targets, join_values, pack_rows
 from megarlhf.data.planning import PackingOptions
@@ -130,18 +132,19 @@ class PlainEngine:
 class PlainWorkers(WorkerGroup):
     """A role's processes, here: Ray resolves arguments that are references, and none inside others."""
 
-    def __init__(self, role: str, places: Sequence[tuple[int, str]], packing: PackingOptions) -> None:
+    def __init__(self, role: str, places: Sequence[tuple[int, str]], packing: PackingOptions, **options: Any) -> None:
         self.given: list[tuple[str, int, tuple[Any, ...]]] = []  # method, rank and arguments of every call
-        self.workers = [self._worker(role, kind, packing) for _, kind in places]
+        config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s", **options})
+        self.workers = [self._worker(role, kind, packing, config) for _, kind in places]
         handles = [_Handle(self, rank) for rank in range(len(places))]
         super().__init__(ROLES[role], handles, [], timeout_seconds=1.0)
 
     @staticmethod
-    def _worker(role: str, kind: str, packing: PackingOptions) -> MegatronWorker:
+    def _worker(role: str, kind: str, packing: PackingOptions, config: PPOConfig) -> MegatronWorker:
         worker = object.__new__(MegatronWorker)  # whose __init__ takes over the process's output
-        worker.spec = SimpleNamespace(role=ROLES[role])
+        worker.spec = SimpleNamespace(role=ROLES[role], config=config)
         worker.engine = PlainEngine("value" if role == "critic" else "lm", kind, packing)
-        worker.objective, worker._shares_device = None, False
+        worker.objective = None
         return worker
 
 

@@ -15,6 +15,7 @@ import ray
 from megarlhf.cluster.roles import TrainingGroup
 from megarlhf.cluster.workers import RolloutWorker
 from megarlhf.data.types import Floats, GeneratedGroup, GroupTokens, Rollout, Sample
+from megarlhf.parallel import device
 from megarlhf.trainers.roles import LogProbDifference
 from tests.cluster.plain_workers import (
     PACKING,
@@ -45,9 +46,11 @@ KINDS = [
 ]
 
 
-def begun(role: str, store: list[Ref], *, share_prefix: bool) -> tuple[TrainingGroup, PlainWorkers, Rollout]:
+def begun(
+    role: str, store: list[Ref], *, share_prefix: bool, **options: Any
+) -> tuple[TrainingGroup, PlainWorkers, Rollout]:
     packing = replace(PACKING, share_prefix=share_prefix)
-    workers = PlainWorkers(role, KINDS, packing)
+    workers = PlainWorkers(role, KINDS, packing, **options)
     group = TrainingGroup(workers, places_of(KINDS), packing=packing)
     rollout = make_rollout(LENGTHS, without=WITHOUT)
     assert len(rollout.samples) == sum(map(len, MINI_BATCHES))
@@ -102,9 +105,10 @@ def test_each_replica_gets_its_own_share_by_one_reference(store: list[Ref], shar
         assert rows.fields["rollout_log_probs"].tolist() == [engines(token) for token in own_targets]
 
 
+@pytest.mark.parametrize("use_tis", [False, True])
 @pytest.mark.parametrize("share_prefix", [False, True])
-def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: bool) -> None:
-    actor, workers, rollout = begun("actor", store, share_prefix=share_prefix)
+def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: bool, use_tis: bool) -> None:
+    actor, workers, rollout = begun("actor", store, share_prefix=share_prefix, use_tis=use_tis)
     tokens = targets(rollout.samples)
     assert asdict(actor.log_probs()) == pytest.approx(asdict(difference(rollout.samples)), rel=1e-12)
     assert actor.ref_log_probs() is None
@@ -125,11 +129,46 @@ def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: boo
             3.5 * (step + 1),
             4.5,
         )
-        assert result.difference is not None
-        expected = difference([rollout.samples[i] for i in MINI_BATCHES[mini_batch]], steps=step)
-        assert asdict(result.difference) == pytest.approx(asdict(expected), rel=1e-12)
+        assert result.difference is None, "log_probs has measured it"
+        computed = {"old_log_probs": own, "ref_log_probs": reference}
         chosen = [rollout.samples[i] for i in MINI_BATCHES[mini_batch]]
-        check_lines(workers, chosen, denominator=7.0 + mini_batch, actor=True)
+        check_lines(workers, chosen, denominator=7.0 + mini_batch, computed=computed)
+        read = workers.workers[1].engine.lines[-1][0][0].fields
+        assert ("rollout_log_probs" in read) == use_tis, "laid out where the loss reads them"
+
+
+def test_an_update_measures_the_difference_where_no_pass_before_it_has(store: list[Ref]) -> None:
+    actor, workers, rollout = begun("actor", store, share_prefix=False)
+    for mini_batch in (1, 0):
+        found = actor.update(mini_batch, denominator=1.0).difference
+        expected = difference([rollout.samples[i] for i in MINI_BATCHES[mini_batch]], steps=1 - mini_batch)
+        assert found is not None and asdict(found) == pytest.approx(asdict(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["forward", "release", "step", "release"]),
+        ({"colocate_all_models": False}, ["forward", "step"]),
+        ({"advantage_estimator": "rloo"}, ["forward", "step"]),
+    ],
+)
+def test_what_a_pass_has_freed_goes_back_where_another_model_is_on_the_device(
+    store: list[Ref], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: list[str]
+) -> None:
+    done: list[str] = []
+    critic = PlainWorkers("critic", [(0, "counts")], PACKING, **options)
+    group = TrainingGroup(critic, places_of([(0, "counts")]), packing=PACKING)
+    group.begin(make_rollout([[2, 3]]), [[0, 1]])
+    engine = critic.workers[0].engine
+    forward, step = engine.forward, engine.step
+    monkeypatch.setattr(device, "release_cache", lambda: done.append("release"))
+    monkeypatch.setattr(engine, "forward", lambda batches: [forward(batches), done.append("forward")][0])
+    group.values()
+    monkeypatch.setattr(engine, "forward", forward)
+    monkeypatch.setattr(engine, "step", lambda *a, **k: [step(*a, **k), done.append("step")][0])
+    group.update(0, denominator=1.0)
+    assert done == expected
 
 
 def test_critic_from_values_to_its_updates(store: list[Ref]) -> None:
@@ -142,10 +181,14 @@ def test_critic_from_values_to_its_updates(store: list[Ref]) -> None:
     critic.keep({"advantages": advantage(tokens)}, scalars={"weights": weights})
     for mini_batch in (0, 1):
         assert critic.update(mini_batch, denominator=3.0).difference is None
-        check_lines(workers, [rollout.samples[i] for i in MINI_BATCHES[mini_batch]], denominator=3.0, actor=False)
+        chosen = [rollout.samples[i] for i in MINI_BATCHES[mini_batch]]
+        check_lines(workers, chosen, denominator=3.0, computed={"old_values": value})
+        assert "rollout_log_probs" not in workers.workers[1].engine.lines[-1][0][0].fields
 
 
-def check_lines(workers: PlainWorkers, samples: Sequence[Sample], *, denominator: float, actor: bool) -> None:
+def check_lines(
+    workers: PlainWorkers, samples: Sequence[Sample], *, denominator: float, computed: dict[str, Any]
+) -> None:
     """The last step's lines have the mini-batch's samples, once in each layer of processes, with their own numbers."""
     seen: dict[str, list[float]] = {kind: [] for _, kind in KINDS}
     counts = set()
@@ -160,13 +203,13 @@ def check_lines(workers: PlainWorkers, samples: Sequence[Sample], *, denominator
             seen[kind] += tokens.tolist()
             group_and_sample = [(int(token) // 10_000 - 1, int(token) % 10_000 // 100) for token in tokens]
             expected: dict[str, Floats] = {
-                "rollout_log_probs": engines(tokens),
                 "advantages": advantage(tokens),
                 "weights": np.array([weight(*pair) for pair in group_and_sample], dtype=np.float32),
             }
             if kind == "counts":
-                computed = {"old_log_probs": own(tokens), "ref_log_probs": reference(tokens)}
-                expected |= computed if actor else {"old_values": value(tokens)}
+                expected |= {name: of(tokens) for name, of in computed.items()}
+            if "rollout_log_probs" in fields:
+                expected["rollout_log_probs"] = engines(tokens)
             for name, numbers in expected.items():
                 np.testing.assert_array_equal(fields[name], numbers, err_msg=name)
     assert len(counts) == 1, "as many micro-batches on every rank"

@@ -197,7 +197,9 @@ class _Training:
         self._parent.updates.append((self._name, rows, denominator))
         outputs = self._parent.forward(rows, self._parent.difference())
         metrics = {"clip_frac": 0.0, "value_mean": 0.0} if self._name == "critic" else {"clip_frac": 0.0, "kl": 0.5}
-        difference = LogProbDifference.between(outputs, rows.fields["rollout_log_probs"])
+        difference = None
+        if self._name == "actor" and "old_log_probs" not in rows.fields:
+            difference = LogProbDifference.between(outputs, rows.fields["rollout_log_probs"])
         return UpdateResult(loss=1.0, metrics=metrics, grad_norm=1.0, learning_rate=0.1, difference=difference)
 
 

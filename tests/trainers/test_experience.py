@@ -49,8 +49,9 @@ def experience_of(samples: list[Sample], **values: Any) -> Experience:
     def column(offset: float) -> torch.Tensor:
         return torch.cat([torch.full((s.response_length,), float(offset + i)) for i, s in enumerate(samples)])
 
-    known = {"values": column(300).numpy(), "kl": None, "mini_batches": [], "difference": None, "has_reference": True}
-    return Experience(samples=samples, advantages=column(400), returns=column(500), **(known | values))
+    known = {"values": column(300).numpy(), "kl": None, "difference": None, "has_reference": True}
+    known |= {"actor_denominators": [], "critic_denominators": []}
+    return Experience(advantages=column(400), returns=column(500), **(known | values))
 
 
 @given(
@@ -150,8 +151,8 @@ def test_weights_and_denominator_of_an_update(
     algorithm: dict[str, Any], critic: bool, weights: tuple[float, float], denominator: float
 ) -> None:
     config = make_config(Path("unused"), algorithm=algorithm)
-    found, total = loss_weights(torch.tensor([3, 1]), config, critic=critic)
-    assert total == denominator and found.tolist() == pytest.approx(weights)
+    found, totals = loss_weights(torch.tensor([3, 1]), [[1, 0], [0], [1]], config, critic=critic)
+    assert totals[0] == totals[1] + totals[2] == denominator and found.tolist() == pytest.approx(weights)
 
 
 def test_each_role_is_given_what_its_loss_asks_for_of_the_same_samples() -> None:
@@ -163,7 +164,10 @@ def test_each_role_is_given_what_its_loss_asks_for_of_the_same_samples() -> None
     rollout = Rollout(samples=samples, tokens=tokens_of(samples))
     assert roles.critic is not None
     experience = make_experience(rollout, roles.actor, roles.critic, config, step=1, kl_coef=0.25)
-    mini_batches = [experience.mini_batches[0], experience.mini_batches[1]]
+    mini_batches = split_mini_batches(samples, config, step=1)
+    assert experience.actor_denominators == [len(mini_batch) for mini_batch in mini_batches]
+    tokens = [sum(samples[i].response_length for i in mini_batch) for mini_batch in mini_batches]
+    assert experience.critic_denominators == tokens
     assert sorted(sum(mini_batches, [])) == [0, 1, 2, 3, 4]
     lengths = [sample.response_length for sample in samples]
     advantages, returns = experience.advantages.split(lengths), experience.returns.split(lengths)
