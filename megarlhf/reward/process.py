@@ -2,8 +2,8 @@
 
 import json
 import os
-import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +27,7 @@ class WorkerLostError(Exception):
 
 
 class RewardProcess:
-    """One `megarlhf.reward.worker` at a time, in its own process group, talked to in lines of JSON over pipes."""
+    """One `megarlhf.reward.worker` at a time, in its own process group, talked to in lines of JSON over a socket."""
 
     def __init__(self, passed_variables: Sequence[str] = ()) -> None:
         """Nothing runs before `start`.
@@ -51,17 +51,15 @@ class RewardProcess:
     def start(self) -> None:
         """Start a worker in place of the last one."""
         self.kill()
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", "megarlhf.reward.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=worker_environment(os.environ, self._passed_variables),
-            start_new_session=True,
-        )
-        assert self._popen.stdin is not None and self._popen.stdout is not None
-        os.set_blocking(self._popen.stdin.fileno(), False)
-        os.set_blocking(self._popen.stdout.fileno(), False)
+        self._channel, its_end = socket.socketpair()
+        with its_end:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "megarlhf.reward.worker"],
+                stdin=its_end.fileno(),
+                stdout=its_end.fileno(),
+                env=worker_environment(os.environ, self._passed_variables),
+                start_new_session=True,
+            )
 
     def request(self, message: Mapping[str, Any], *, timeout_seconds: float) -> dict[str, Any]:
         """Send one line and wait for the line that answers it.
@@ -73,13 +71,13 @@ class RewardProcess:
         self._num_requests += 1
         line = json.dumps({**message, "id": self._num_requests}).encode() + b"\n"
         try:
-            reply = json.loads(_exchange(self._popen, line, timeout_seconds))
+            reply = json.loads(_exchange(self._channel, line, timeout_seconds))
             if not isinstance(reply, dict) or reply.pop("id", None) != self._num_requests:
                 raise ValueError("not the answer to this call")
         except TimeoutError:
             self.kill()
             raise WorkerLostError(f"took longer than its limit of {timeout_seconds:g} seconds") from None
-        except (BrokenPipeError, EOFError):
+        except (ConnectionError, EOFError):
             raise WorkerLostError(f"ended its process ({_describe_end(self.kill())})") from None
         except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
             self.kill()
@@ -96,10 +94,8 @@ class RewardProcess:
             popen, self._popen = self._popen, None
             if popen is None:
                 return 0
-            assert popen.stdin is not None and popen.stdout is not None
             os.killpg(popen.pid, signal.SIGKILL)
-            popen.stdin.close()
-            popen.stdout.close()
+            self._channel.close()
             return popen.wait()
 
     def interrupt(self) -> None:
@@ -123,33 +119,28 @@ def worker_environment(environment: Mapping[str, str], passed_variables: Sequenc
 def _describe_end(code: int) -> str:
     if code >= 0:
         return f"exit status {code}"
-    named = {number.value: number.name for number in signal.Signals}
-    return named.get(-code, f"signal {-code}")
+    return signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
 
 
-def _exchange(popen: subprocess.Popen[bytes], line: bytes, timeout_seconds: float) -> bytes:
-    """Write a line and read one, both within the limit: a worker that hangs may leave either pipe as it is."""
-    assert popen.stdin is not None and popen.stdout is not None
-    to_worker, from_worker = popen.stdin.fileno(), popen.stdout.fileno()
-    poll = select.poll()
-    poll.register(to_worker, select.POLLOUT)
-    poll.register(from_worker, select.POLLIN)
+def _exchange(channel: socket.socket, line: bytes, timeout_seconds: float) -> bytes:
+    """Write a line and read one, both within the limit: a worker that hangs does neither."""
     deadline = time.monotonic() + timeout_seconds
-    unsent, answer = memoryview(line), bytearray()
-    while unsent or not answer.endswith(b"\n"):
-        if len(answer) > _MAX_ANSWER_BYTES:
-            raise ValueError(f"more than {_MAX_ANSWER_BYTES} bytes without an end of line")
+
+    def limit_next_call() -> None:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
-        for descriptor, _ in poll.poll(remaining * 1000):
-            if descriptor == to_worker:
-                unsent = unsent[os.write(to_worker, unsent) :]
-                if not unsent:
-                    poll.unregister(to_worker)
-            else:
-                chunk = os.read(from_worker, 1 << 16)
-                if not chunk:
-                    raise EOFError
-                answer += chunk
+        channel.settimeout(remaining)
+
+    limit_next_call()
+    channel.sendall(line)
+    answer = bytearray()
+    while not answer.endswith(b"\n"):
+        if len(answer) > _MAX_ANSWER_BYTES:
+            raise ValueError(f"more than {_MAX_ANSWER_BYTES} bytes without an end of line")
+        limit_next_call()
+        chunk = channel.recv(1 << 16)
+        if not chunk:
+            raise EOFError
+        answer += chunk
     return bytes(answer)

@@ -1,13 +1,11 @@
 """Rewards for samples, from reward code in processes of its own that may raise, hang or die."""
 
 import logging
-import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 from megarlhf.data.types import Sample
 from megarlhf.reward.pool import LOAD_TIMEOUT_SECONDS, ChunkScores, Outcome, PoolWorker, TimeLimit, chunks
@@ -15,7 +13,13 @@ from megarlhf.reward.process import RewardProcess
 
 logger = logging.getLogger(__name__)
 
-RULES = ("math", "exact_match", "format")
+# What reward code can do where it has no namespaces of its own, by the kind of its separation (separation.py).
+_NOT_KEPT_FROM = {
+    "landlock": "see the names of this run's processes, though not their environment or memory: the system gives it no "
+    "namespace of its own",
+    "none": "read the environment and memory of this run's processes, as every program of this user can: the system "
+    "keeps them apart in no way",
+}
 # Chunks in a row that a process gives up; then it takes no more of the batch.
 MAX_CHUNKS_GIVEN_UP = 2
 # A batch may take this many times the limit of a call more than its chunks, for scoring samples one by one.
@@ -45,20 +49,18 @@ class RewardScorer:
         chunk_size: int = 1024,
         passed_variables: Sequence[str] = (),
     ) -> None:
-        """Check the settings; nothing is loaded before `check`.
+        """Take settings that config/checks.py has passed; nothing is loaded before `check`.
 
         Args:
             function_path: Python file that defines `reward_func`; either this or `rule` is given.
-            rule: one of RULES.
+            rule: "math", "exact_match" or "format".
             rule_pattern: regular expression of the rule "format".
             timeout_seconds: limit of one call, be it for a chunk or for a sample.
             num_workers: processes side by side.
             chunk_size: samples in one call, at most.
             passed_variables: environment variables that the code sees besides PASSED_VARIABLES.
-        Raises:
-            ValueError: settings that do not fit together.
         """
-        _check_settings(function_path, rule, rule_pattern, timeout_seconds)
+        assert (function_path is None) != (rule is None) and (rule == "format") == (rule_pattern is not None)
         self.last_failures: list[str] = []  # what went wrong in the last `score`; a sample's entry names its place
         self._source = f"reward_function={function_path}" if rule is None else f"reward_rule={rule}"
         self._timeout_seconds = timeout_seconds
@@ -145,7 +147,9 @@ class RewardScorer:
         said = next((worker.separation for worker in self._workers if worker.separation is not None), None)
         if said is not None and not self._has_said_separation:
             self._has_said_separation = True
-            _say_separation(*said)
+            kind, reason = said
+            if kind != "namespaces":
+                logger.warning("reward code can %s (%s); see docs/limits.md", _NOT_KEPT_FROM[kind], reason)
 
     def _say_losses(self, outcomes: Sequence[Outcome]) -> None:
         reasons = [reason for _, reason in outcomes if reason is not None]
@@ -158,42 +162,3 @@ class RewardScorer:
 def _end(processes: Sequence[RewardProcess]) -> None:
     for process in processes:
         process.kill()
-
-
-def _say_separation(kind: str, reason: str) -> None:
-    if kind == "landlock":
-        logger.warning(
-            "reward code can see the names of this run's processes, though not their environment or memory: the system "
-            "gives it no namespace of its own (%s); see docs/limits.md",
-            reason,
-        )
-    elif kind != "namespaces":
-        logger.warning(
-            "reward code can read the environment and memory of this run's processes, as every program of this user "
-            "can: the system keeps them apart in no way (%s); see docs/limits.md",
-            reason,
-        )
-
-
-def _check_settings(
-    function_path: str | None, rule: str | None, rule_pattern: str | None, timeout_seconds: float
-) -> None:
-    if (function_path is None) == (rule is None):
-        raise ValueError(
-            f"reward_function={function_path}, reward_rule={rule}; rewards have one source: set exactly one"
-        )
-    if function_path is not None and not (function_path.endswith(".py") and Path(function_path).is_file()):
-        raise ValueError(f"reward_function={function_path} is not a Python file that exists")
-    if rule is not None and rule not in RULES:
-        raise ValueError(f"reward_rule={rule} is not one of {', '.join(RULES)}")
-    if (rule == "format") != (rule_pattern is not None):
-        raise ValueError(
-            f"reward_rule={rule}, reward_format={rule_pattern}; the rule format, and no other, needs a pattern"
-        )
-    if rule_pattern is not None:
-        try:
-            re.compile(rule_pattern)
-        except re.error as error:
-            raise ValueError(f"reward_format={rule_pattern!r} is not a regular expression: {error}") from error
-    if not timeout_seconds > 0:
-        raise ValueError(f"reward_timeout_seconds={timeout_seconds}; a call needs more than 0 seconds")

@@ -67,7 +67,7 @@ def _per_response(
 
 
 def _take_pipes() -> tuple[BinaryIO, TextIO]:
-    """Keep the pipes to the trainer to ourselves: reward code reads nothing, and what it prints goes to stderr."""
+    """Keep the socket to the trainer to ourselves: reward code reads nothing, and what it prints goes to stderr."""
     requests, replies = os.fdopen(os.dup(0), "rb", _READ_BYTES), os.fdopen(os.dup(1), "w", encoding="utf-8")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -96,23 +96,21 @@ def _describe(error: BaseException) -> str:
 def _load(
     *, function_path: str | None, rule: str | None, rule_pattern: str | None
 ) -> Callable[[dict[str, list[Any]]], Scores]:
-    return _load_rule(rule, rule_pattern) if function_path is None else load_function(function_path)
-
-
-def _load_rule(rule: str | None, pattern: str | None) -> Callable[[dict[str, list[Any]]], Scores]:
+    if function_path is not None:
+        return load_function(function_path)
     from megarlhf.reward import rules  # math-verify takes a second to import, which a reward function need not wait for
 
+    judges: dict[str | None, Callable[[str, Any], float | None]] = {
+        "math": rules.math_reward,
+        "exact_match": rules.exact_match_reward,
+        "format": lambda response, label: rules.format_reward(response, rule_pattern or ""),
+    }
+
     def score(call: dict[str, list[Any]]) -> Scores:
-        rewards: list[float | None] = []
-        for *texts, stop_text in zip(call["responses"], call["labels"], call["stop_texts"], strict=True):
-            response, label = (_without(stop_text, text) for text in texts)  # it is no part of an answer
-            if rule == "math":
-                rewards.append(rules.math_reward(response, label))
-            elif rule == "exact_match":
-                rewards.append(rules.exact_match_reward(response, label))
-            else:
-                assert rule == "format" and pattern is not None
-                rewards.append(rules.format_reward(response, pattern))
+        rewards = [
+            judges[rule](_without(stop_text, response), _without(stop_text, label))  # it is no part of an answer
+            for response, label, stop_text in zip(call["responses"], call["labels"], call["stop_texts"], strict=True)
+        ]
         reasons = [
             f"reward_rule={rule} has no use for label {label!r:.100}" if reward is None else None
             for reward, label in zip(rewards, call["labels"], strict=True)

@@ -43,16 +43,14 @@ def reward_func(queries, prompts, labels):
 """
 
 # A reward function that answers in place of the worker: responses that begin with "!" are written, as Latin-1, into
-# every pipe that it can write to, with the number of the call in them.
+# the socket that it finds, with the number of the call in them.
 INTRUDER = """
-import fcntl, os, stat, time
-def pipes():
-    for fd in range(3, 32):
-        try:
-            if stat.S_ISFIFO(os.fstat(fd).st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY:
-                yield fd
-        except OSError:
-            pass
+import os, stat, time
+def is_socket(fd):
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        return False
 calls = 0
 def reward_func(queries, prompts, labels):
     global calls
@@ -60,8 +58,8 @@ def reward_func(queries, prompts, labels):
     for query, prompt in zip(queries, prompts):
         if query[len(prompt):].startswith("!"):
             text = query[len(prompt) + 1:].replace("NUMBER", str(calls + 1)).encode("latin-1")
-            for fd in pipes():
-                os.write(fd, text)
+            fd = next(filter(is_socket, range(3, 32)))
+            os.write(fd, text)
     return [len(query) - len(prompt) for query, prompt in zip(queries, prompts)]
 """
 
@@ -390,22 +388,3 @@ def test_rule_that_hangs_is_stopped() -> None:
     scorer = RewardScorer(function_path=None, rule="format", rule_pattern="(a+)+b", timeout_seconds=0.5)
     assert rewards(scorer, "ab", "a" * 40, "aab") == [1.0, None, 1.0]
     scorer.close()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, "reward_function=None, reward_rule=None"),
-        ({"function_path": "x.py", "rule": "math"}, "set exactly one"),
-        ({"function_path": "absent.py"}, "reward_function=absent.py is not a Python file"),
-        ({"rule": "style"}, "reward_rule=style is not one of math"),
-        ({"rule": "format"}, "reward_format=None"),
-        ({"rule": "math", "rule_pattern": "a"}, "reward_format=a"),
-        ({"rule": "format", "rule_pattern": "("}, r"reward_format='\(' is not a regular expression"),
-        ({"rule": "math", "timeout_seconds": 0.0}, "reward_timeout_seconds=0"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
-    settings: dict[str, object] = {"function_path": None, "rule": None, "rule_pattern": None, "timeout_seconds": 1.0}
-    with pytest.raises(ValueError, match=message):
-        RewardScorer(**(settings | changes))  # type: ignore[arg-type]
