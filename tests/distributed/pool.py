@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -21,6 +20,7 @@ def _serve(connection: Connection, rank: int) -> None:
             return
         function, world_size, port, arguments = message
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store at that port is the test session's
         try:
             connection.send((True, function(rank, world_size, f"tcp://127.0.0.1:{port}", *arguments)))
         except BaseException:
@@ -51,14 +51,16 @@ class RankPool:
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Results in rank order; the first rank's traceback is raised."""
+        from torch.distributed import TCPStore
+
         if not all(process.is_alive() for process in self._processes):
             self.close()  # a test has cost a rank its life; the next ones get new ranks
         self._grow(world_size)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Held from here on. A port that is only looked up may be taken before rank 0 listens there, by a connection of
+        # any process of the machine, and then the other ranks wait for answers of a stranger.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for pipe in self._pipes[:world_size]:
-            pipe.send((function, world_size, port, arguments))
+            pipe.send((function, world_size, store.port, arguments))
         results = []
         for rank, pipe in enumerate(self._pipes[:world_size]):
             if not pipe.poll(_TIMEOUT_SECONDS):

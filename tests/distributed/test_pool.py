@@ -1,6 +1,7 @@
 """What the ranks of tests do for the tests after one that goes wrong."""
 
 import os
+import socket
 
 import pytest
 
@@ -13,6 +14,17 @@ def die(rank: int, world_size: int, init_method: str) -> None:
 
 def answer(rank: int, world_size: int, init_method: str) -> int:
     return rank + 10
+
+
+def port_is_held(rank: int, world_size: int, init_method: str) -> bool:
+    """Before any rank has listened: nobody else can have the port."""
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", int(init_method.rpartition(":")[2])))
+    return True
+
+
+def test_the_port_of_a_world_is_held_from_the_start(ranks: RankPool) -> None:
+    assert ranks.run(2, port_is_held) == [True, True]
 
 
 def test_ranks_that_die_fail_their_own_test_alone(ranks: RankPool) -> None:
