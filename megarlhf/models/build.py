@@ -167,31 +167,24 @@ def build_model(
     One chunk, or ranks.vpp_size of them, which lie apart in the model, for the interleaved pipeline schedule.
     """
     config = transformer_config(arch, hf, ranks, options)
-    if ranks.vpp_size == 1:
-        return [_build_chunk(arch, hf, ranks, config, head=head, seed=seed, vp_stage=None)], config
-    stages = range(ranks.vpp_size)
-    return [_build_chunk(arch, hf, ranks, config, head=head, seed=seed, vp_stage=stage) for stage in stages], config
+    stages = range(ranks.vpp_size) if ranks.vpp_size > 1 else (None,)
+    chunks = [_build_chunk(arch, hf, ranks, config, head, stage) for stage in stages]
+    if head == "value" and chunks[-1].post_process:
+        chunks[-1].output_layer.initialize(seed)
+    return chunks, config
 
 
 def _build_chunk(
-    arch: ArchSpec,
-    hf: HFConfig,
-    ranks: Ranks,
-    config: TransformerConfig,
-    *,
-    head: Head,
-    seed: int,
-    vp_stage: int | None,
+    arch: ArchSpec, hf: HFConfig, ranks: Ranks, config: TransformerConfig, head: Head, vp_stage: int | None
 ) -> GPTModel:
     rope, additions = rope_parameters(hf), arch.additions(hf)
-    is_first = ranks.is_first_stage and vp_stage in (None, 0)
     is_last = ranks.is_last_stage and vp_stage in (None, ranks.vpp_size - 1)
     model = GPTModel(
         config,
         _block_spec(config, additions, vp_stage),
         vocab_size=padded_vocab_size(hf.vocab_size, ranks.tp_size),
         max_sequence_length=hf.max_position_embeddings,
-        pre_process=is_first,
+        pre_process=ranks.is_first_stage and vp_stage in (None, 0),
         post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=is_tied(hf, head),
@@ -207,6 +200,4 @@ def _build_chunk(
     add_around(model, additions)
     if is_last:
         model.output_layer = ValueHead(config) if head == "value" else LMHead(model.output_layer)
-    if is_last and head == "value":
-        model.output_layer.initialize(seed)
     return model

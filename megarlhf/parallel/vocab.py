@@ -167,12 +167,14 @@ class _LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, part: _Part, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        rows, places, chunks = part.rows(weight), part.places(targets, weight), part.chunks(len(hidden))
-        buffer = _buffer(hidden, rows, part)
+        rows = part.rows(weight)
+        # Holds scores, probabilities and gradients in turn.
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        buffer = hidden.new_empty(min(len(hidden), part.of.chunk_tokens), len(rows), dtype=dtype)
         notes = buffer.new_zeros(4, len(hidden))
-        for chunk in chunks:
+        for chunk in part.chunks(len(hidden)):
             scores = part.scores(hidden[chunk], rows, buffer)
-            notes[:, chunk] = part.normalize(scores, _of(places, chunk))
+            notes[:, chunk] = part.normalize(scores, part.places(targets[chunk], weight))
         log_probs, entropy, log_share, log_total = part.merge(notes, targets // len(weight))
         if keep:
             ctx.save_for_backward(hidden, weight, targets, torch.stack([log_probs, entropy, log_share, log_total]))
@@ -186,33 +188,22 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, targets, notes = ctx.saved_tensors
         part, buffer, ctx.buffer = ctx.part, ctx.buffer, None
-        rows, places, chunks = part.rows(weight), part.places(targets, weight), part.chunks(len(hidden))
+        rows, chunks = part.rows(weight), part.chunks(len(hidden))
         grad_log_probs = torch.zeros_like(notes[0]) if grads[0] is None else grads[0]
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = _WeightGradient(weight, len(rows), len(chunks)) if ctx.needs_input_grad[1] else None
         for number, chunk in reversed(list(enumerate(chunks))):
-            probs = buffer[: len(hidden[chunk])]
+            probs, places = buffer[: len(hidden[chunk])], part.places(targets[chunk], weight)
             if number < len(chunks) - 1:  # the last chunk's are there still
                 probs = part.scores(hidden[chunk], rows, buffer)
-                part.normalize(probs, _of(places, chunk))
+                part.normalize(probs, places)
             wanted = (grad_log_probs[chunk], None if grads[1] is None else grads[1][chunk])
-            grad = part.to_gradient(probs, _of(places, chunk), notes[:, chunk], wanted).to(weight.dtype)
+            grad = part.to_gradient(probs, places, notes[:, chunk], wanted).to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, rows, out=grad_hidden[chunk])
             if total is not None:
                 total.add(grad, hidden[chunk])
         return grad_hidden, None if total is None else total.result(), None, None, None
-
-
-def _buffer(hidden: Tensor, rows: Tensor, part: _Part) -> Tensor:
-    """[longest chunk, v] for scores, probabilities and gradients in turn, float32 or wider."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return torch.empty(min(len(hidden), part.of.chunk_tokens), len(rows), dtype=dtype, device=hidden.device)
-
-
-def _of(places: tuple[Tensor, Tensor], chunk: slice) -> tuple[Tensor, Tensor]:
-    local, inside = places
-    return local[chunk], inside[chunk]
 
 
 class _WeightGradient:
