@@ -1,16 +1,17 @@
-"""Room on the disk for what a run will write: checkpoints and the exported model, known before it starts."""
+"""Room for what a run will write, known before it starts: checkpoints and model on the disk, weights in memory."""
 
 import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from megarlhf.cli.run import Opened
 from megarlhf.config.arguments import LoggingArguments
-
-if TYPE_CHECKING:
-    from megarlhf.formats.huggingface import HFConfig
+from megarlhf.formats import shared_memory
+from megarlhf.formats.huggingface import HFConfig
+from megarlhf.models.names import model_shapes
+from megarlhf.models.registry import find_architecture
 
 _GIB = 2**30
 
@@ -42,11 +43,23 @@ def num_checkpoints(*, first_step: int, last_step: int, interval: int | None, ke
     return max(1, min(saves + present, keep + 1) - present)
 
 
+def check_shared_memory(config: HFConfig, *, bf16: bool, object_store_bytes: int) -> None:
+    """There must be room for the model's weights and a step's tokens; layouts with replicas may take more.
+
+    Args:
+        config: as read_checkpoint gives it.
+    Raises:
+        ValueError: these alone do not fit.
+    """
+    num_bytes = _num_parameters(config, "lm") * (2 if bf16 else 4)
+    free = shared_memory.free_shared_memory()
+    shared_memory.check_shared_memory(num_bytes, free, object_store_bytes=object_store_bytes)
+
+
 def check_disk_space(
     logging: LoggingArguments,
-    models: Sequence[tuple["HFConfig", str]],
+    models: Sequence[Opened],
     *,
-    pretrain: str,
     bf16: bool,
     distributed: bool,
     first_step: int,
@@ -55,18 +68,12 @@ def check_disk_space(
     """There must be room for the run's checkpoints and the exported model.
 
     Args:
-        models: configuration and head of each model that is trained.
-        pretrain: directory whose weights the exported model is as large as.
+        models: those that are trained; the first's weights are as large as the exported model's.
     Raises:
         ValueError: there is not; logs and metrics, which are small, are not counted.
     """
-    from megarlhf.formats.huggingface import HFWeights
-    from megarlhf.models.names import model_shapes
-    from megarlhf.models.registry import find_architecture
-
-    save, source = Path(logging.save).absolute(), HFWeights(pretrain)
-    shapes = [model_shapes(find_architecture(config), config, head) for config, head in models]
-    num_parameters = sum(math.prod(shape) for of_model in shapes for shape in of_model.values())
+    save, source = Path(logging.save).absolute(), models[0].weights
+    num_parameters = sum(_num_parameters(model.config, model.head) for model in models)
     root = save / "checkpoints"
     more = num_checkpoints(
         first_step=first_step,
@@ -83,6 +90,10 @@ def check_disk_space(
     problems = space_problems(needs, what)
     if problems:
         raise ValueError(f"save={logging.save}; {'; '.join(problems)}")
+
+
+def _num_parameters(config: HFConfig, head: str) -> int:
+    return sum(map(math.prod, model_shapes(find_architecture(config), config, head).values()))
 
 
 def space_problems(needs: Mapping[Path, int], what: Mapping[Path, str]) -> list[str]:

@@ -61,7 +61,7 @@ def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:
     """What each step returns; every step is tried, so that all mistakes are reported together.
 
     Raises:
-        ConfigError: one line for each step that raised a ValueError.
+        ConfigError: one line for each step that raised a ValueError of its own.
     """
     results, errors = [], []
     for step in steps:
@@ -69,5 +69,5 @@ def all_or_errors(steps: Sequence[Callable[[], Any]]) -> list[Any]:
             results.append(step())
         except ValueError as error:
             errors.append(str(error))
-    raise_if(errors)
+    raise_if(list(dict.fromkeys(errors)))
     return results

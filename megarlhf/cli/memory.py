@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -109,13 +108,8 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
 
 
 def _supervised_ranks(config: SFTConfig, hf: HFConfig) -> list[RankBytes]:
-    role = _Role(hf, "lm", config.layout, _supervised_world(config), True, False)
+    role = _Role(hf, "lm", config.layout, config.world_size, True, False)
     return _training_ranks(role, config.model, config.batch, tokens=config.micro_batch_tokens)
-
-
-def _supervised_world(config: SFTConfig) -> int:
-    started = os.environ.get("WORLD_SIZE", "")  # by torchrun
-    return int(started) if started.isdecimal() else config.sft_cluster.num_gpus_per_node
 
 
 def _training_ranks(role: _Role, model: ModelArguments, batch: Batch, *, tokens: int) -> list[RankBytes]:
@@ -195,7 +189,7 @@ def _peak_if_it_runs(config: Config, models: Sequence[HFConfig]) -> int | None:
     if isinstance(config, PPOConfig):
         possible = not cluster_errors(config)
     else:
-        possible = not world_errors("", _supervised_world(config), config.layout, config.batch.global_batch_size)
+        possible = not world_errors("", config.world_size, config.layout, config.batch.global_batch_size)
     plan = plan_memory(config, models) if possible else None
     if plan is None or plan.misfits:
         return None

@@ -2,6 +2,9 @@
 
 from megarlhf.config.arguments import ModelArguments, PromptDataArguments
 from megarlhf.config.supervised_arguments import SFTDataArguments
+from megarlhf.data.token_ids import token_text
+from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
+from megarlhf.formats.huggingface import read_config
 
 
 def resolved_files(model: ModelArguments, data: PromptDataArguments | SFTDataArguments) -> str:
@@ -10,16 +13,10 @@ def resolved_files(model: ModelArguments, data: PromptDataArguments | SFTDataArg
     A supervised run has no stop tokens: what it puts after each row is the tokenizer's EOS.
 
     Raises:
-        ValueError: files that cannot be read, or a template that does not place its input.
+        ValueError: files that cannot be read.
     """
-    from megarlhf.data.templates import make_renderer
-    from megarlhf.data.token_ids import token_text
-    from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
-    from megarlhf.formats.huggingface import read_config
-
     directory = model.tokenizer or model.pretrain
     tokenizer = load_tokenizer(directory, chat_template=data.tokenizer_chat_template)
-    make_renderer(tokenizer, apply_chat_template=data.apply_chat_template, input_template=data.input_template)
     config = read_config(model.pretrain)
     template = "none (apply_chat_template=False)"
     if data.apply_chat_template:

@@ -1,22 +1,22 @@
 """What the programs share: signals, the models' files, the run directory."""
 
-import math
 import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from megarlhf.cli.errors import all_or_errors
 from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.layouts import LayoutArguments, TransformerImpl
 from megarlhf.formats import run_checkpoints
+from megarlhf.formats.huggingface import HFConfig, HFWeights, has_score_head, read_checkpoint, read_config
 from megarlhf.metrics.sinks import Sinks
-
-if TYPE_CHECKING:
-    from megarlhf.formats.huggingface import HFConfig
-    from megarlhf.models.build import Head
+from megarlhf.models.names import check_names, stored_dtypes
+from megarlhf.models.registry import check_computing, check_engine_head, check_transformer_engine, find_architecture
 
 
 class StopSignal:
@@ -40,61 +40,50 @@ class StopSignal:
         return self.received
 
 
+class Opened(NamedTuple):
+    """A model whose files are open."""
+
+    config: HFConfig  # with what the weights say of the output layer
+    weights: HFWeights
+    head: str
+
+
 def check_weights(
-    models: Sequence[tuple[str, LayoutArguments, "Head"]], *, transformer_impl: TransformerImpl, generates: bool = False
-) -> list["HFConfig"]:
-    """Open models: configurations, and the headers of their weights.
+    models: Sequence[tuple[str, str, LayoutArguments, str]],
+    *,
+    transformer_impl: TransformerImpl,
+    generates: bool = False,
+) -> list[Opened]:
+    """Open models, the headers of their weights alone.
 
     Args:
-        models: directory, the layout that it is to have, and its head.
+        models: option that names the directory, directory, the layout that it is to have, and its head.
         transformer_impl: what their layers are computed with.
         generates: vLLM loads the first of them too.
-    Returns:
-        The configuration of each, with what its weights say of the output layer.
     Raises:
-        ValueError: an architecture that cannot be trained so, weight files that are not whole, or tensors
-            that do not fit the configuration.
+        ConfigError: architectures that cannot be trained so, weight files that are not whole, or tensors that do not
+            fit the configuration.
     """
-    from megarlhf.formats.huggingface import read_checkpoint
-    from megarlhf.models.names import check_names, stored_dtypes
-    from megarlhf.models.registry import (
-        check_computing,
-        check_engine_head,
-        check_transformer_engine,
-        find_architecture,
-    )
+    read = cache(read_checkpoint)
 
-    opened: list[HFConfig] = []
-    for pretrain, layout, head in models:
-        config, source = read_checkpoint(pretrain)
-        arch = find_architecture(config)
-        check_computing(arch, config)
-        if transformer_impl == "transformer_engine":
-            check_transformer_engine(arch, config, context_parallel_size=layout.context_parallel_size)
+    def opened(option: str, directory: str, layout: LayoutArguments, head: str) -> Opened:
+        config, source = read(directory, option=option)
+        if head == "lm" and has_score_head(config):
+            raise ValueError(f"{source.source}; architectures={config.architectures} generate no text: use another")
+        try:
+            arch = find_architecture(config)
+            check_computing(arch, config)
+            if transformer_impl == "transformer_engine":
+                check_transformer_engine(arch, config, context_parallel_size=layout.context_parallel_size)
+        except ValueError as error:
+            raise ValueError(f"{source.source}; {error}") from error
         check_names(arch, config, source, head)
         stored_dtypes(arch, config, source, head)
-        if generates and not opened:
+        if generates and directory == models[0][1] and head == models[0][3]:
             check_engine_head(arch, config, source)
-        opened.append(config)
-    return opened
+        return Opened(config, source, head)
 
-
-def check_shared_memory(config: "HFConfig", *, bf16: bool, object_store_bytes: int) -> None:
-    """There must be room for the model's weights and a step's tokens; layouts with replicas may take more.
-
-    Args:
-        config: as read_checkpoint gives it.
-    Raises:
-        ValueError: these alone do not fit.
-    """
-    from megarlhf.formats import shared_memory
-    from megarlhf.models.names import model_shapes
-    from megarlhf.models.registry import find_architecture
-
-    shapes = model_shapes(find_architecture(config), config, "lm")
-    num_bytes = sum(map(math.prod, shapes.values())) * (2 if bf16 else 4)
-    free = shared_memory.free_shared_memory()
-    shared_memory.check_shared_memory(num_bytes, free, object_store_bytes=object_store_bytes)
+    return all_or_errors([partial(opened, *model) for model in models])
 
 
 def open_run_directory(save: str, config_yaml: str) -> Path:
@@ -166,8 +155,6 @@ def model_identity(pretrain: str, *layouts: LayoutArguments) -> dict[str, Any]:
     Args:
         layouts: of each model that is trained.
     """
-    from megarlhf.formats.huggingface import read_config
-
     config = read_config(pretrain)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     return {

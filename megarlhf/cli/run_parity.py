@@ -50,8 +50,8 @@ def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
         return _run_rank(config, Path(os.environ[_DIRECTORY]))
     device, shared = device_kind(), config.parity.share_prompt_prefix
     impl = resolve_kernels(config, {"": config.layout}, share_prompt_prefix=shared, device=device)
-    models = check_weights([(config.model.pretrain, config.layout, "lm")], transformer_impl=impl)
-    print(kernel_lines(config.kernels, models, device=device), flush=True)
+    (model,) = check_weights([("pretrain", config.model.pretrain, config.layout, "lm")], transformer_impl=impl)
+    print(kernel_lines(config.kernels, [model.config], device=device), flush=True)
     if dry_run:
         print(to_yaml(config) + f"\n{config.world_size} rank(s) of the layout, beside one process")
         return 0

@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megarlhf.cli.disk import check_disk_space
+from megarlhf.cli.disk import check_disk_space, check_shared_memory
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.memory import MemoryPlan, fitting_memory
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
+    Opened,
     StopSignal,
-    check_shared_memory,
     check_weights,
     data_identity,
     model_identity,
@@ -22,7 +22,7 @@ from megarlhf.cli.run import (
     open_sinks,
     resumed_step,
 )
-from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.arguments import PPOConfig, PromptDataArguments
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
 from megarlhf.config.roles import layout_lines, megatron_roles
@@ -102,6 +102,9 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
         ConfigError: what is wrong with either file.
     """
     data, model = config.data, config.model
+    # A label is optional under its default name; a rule that compares, or a name that the user chose, asks for it.
+    needs_label = config.reward.reward_rule in ("math", "exact_match")
+    needs_label |= data.label_key != PromptDataArguments.label_key
     tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
     hf_config = read_config(model.pretrain)
 
@@ -116,6 +119,7 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
             prompt_max_len=config.rollout.prompt_max_len,
             max_samples=data.max_samples,
             vocab_size=hf_config.vocab_size,
+            needs_label=needs_label,
         )
         if loaded.num_dropped:
             total = loaded.num_dropped + len(loaded.prompts)
@@ -129,14 +133,20 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
     return prompts, evaluation[0].prompts if evaluation else None, tuple(stop.token_id for stop in stops)
 
 
-def _check_models(config: PPOConfig, transformer_impl: TransformerImpl, *, dry_run: bool) -> list[HFConfig]:
-    """The weights of every role, and where vLLM is to read the actor's; the configuration of each."""
-    starts = [(role.start(config)[1], role.layout(config), role.head) for role in megatron_roles(config)]
+def _check_models(
+    config: PPOConfig, transformer_impl: TransformerImpl, *, dry_run: bool
+) -> tuple[list[Opened], MemoryPlan]:
+    """The weights of every role, and room for them: on the devices, and where vLLM is to read the actor's."""
+    starts = [(*role.start(config), role.layout(config), role.head) for role in megatron_roles(config)]
     models = check_weights(starts, transformer_impl=transformer_impl, generates=True)
-    with machine_checks(dry_run=dry_run):
-        store = object_store_bytes(config) if config.cluster.ray_address is None else 0  # a cluster's stands already
-        check_shared_memory(models[0], bf16=config.model.bf16, object_store_bytes=store)
-    return models
+    store = object_store_bytes(config) if config.cluster.ray_address is None else 0  # a cluster's stands already
+
+    def share() -> None:
+        with machine_checks(dry_run=dry_run):
+            check_shared_memory(models[0].config, bf16=config.model.bf16, object_store_bytes=store)
+
+    _, memory = all_or_errors([share, lambda: fitting_memory(config, [model.config for model in models])])
+    return models, memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +173,7 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
     }
-    (prompts, eval_prompts, stop_tokens), continued, models, _ = all_or_errors(
+    (prompts, eval_prompts, stop_tokens), continued, (models, memory), _ = all_or_errors(
         [
             lambda: load_data(config),
             lambda: resumed_step(config.logging, identity),
@@ -176,8 +186,7 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
     with machine_checks(dry_run=dry_run):
         check_disk_space(
             config.logging,
-            [(hf, role.head) for hf, role in zip(models, roles, strict=True) if role.trains],
-            pretrain=config.model.pretrain,
+            [model for model, role in zip(models, roles, strict=True) if role.trains],
             bf16=config.model.bf16,
             distributed=config.layout.use_distributed_optimizer,
             first_step=continued or 0,
@@ -187,10 +196,10 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
         prompts=prompts,
         eval_prompts=eval_prompts,
         stop_tokens=stop_tokens,
-        models=models,
+        models=[model.config for model in models],
         identity=identity,
         continued=continued,
-        memory=fitting_memory(config, models),
+        memory=memory,
     )
 
 

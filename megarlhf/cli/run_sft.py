@@ -16,9 +16,10 @@ from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.local_ranks import INPUTS, RENDEZVOUS, prepared_once, run_local_ranks
-from megarlhf.cli.memory import fitting_memory
+from megarlhf.cli.memory import MemoryPlan, fitting_memory
 from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
+    Opened,
     StopSignal,
     check_weights,
     data_identity,
@@ -88,26 +89,26 @@ def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> _Inputs:
     identity = model_identity(config.model.pretrain, config.layout) | {"seed": config.model.seed}
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
     steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
-    continued, models, data, *evaluation = all_or_errors(
-        [
-            partial(resumed_step, config.logging, identity),
-            partial(check_weights, [(config.model.pretrain, config.layout, "lm")], transformer_impl=impl),
-            *steps,
-        ]
+
+    def check_model() -> tuple[list[Opened], MemoryPlan]:
+        models = check_weights([("pretrain", config.model.pretrain, config.layout, "lm")], transformer_impl=impl)
+        return models, fitting_memory(config, [models[0].config])
+
+    continued, (models, memory), data, *evaluation = all_or_errors(
+        [partial(resumed_step, config.logging, identity), check_model, *steps]
     )
     identity |= {"data": data_identity(len(data.rows), data.fingerprint)}
     resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
         check_disk_space(
             config.logging,
-            [(models[0], "lm")],
-            pretrain=config.model.pretrain,
+            models,
             bf16=config.model.bf16,
             distributed=config.layout.use_distributed_optimizer,
             first_step=continued or 0,
             last_step=_total_steps(config, data),
         )
-    decided = f"{kernel_lines(config.kernels, models, device=device)}\n\n{fitting_memory(config, models).text()}"
+    decided = f"{kernel_lines(config.kernels, [models[0].config], device=device)}\n\n{memory.text()}"
     return _Inputs(data, evaluation[0] if evaluation else None, decided, identity, continued)
 
 

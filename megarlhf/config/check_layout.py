@@ -33,6 +33,11 @@ def one_of(numbers: list[int]) -> str:
     return f"{', '.join(rest)} or {last}" if rest else last
 
 
+def broken(rules: Mapping[str, object]) -> list[str]:
+    """The sentences of a table, sentence -> whether it is so, that are so."""
+    return [sentence for sentence, is_so in rules.items() if is_so]
+
+
 def layout_errors(layout: LayoutArguments, models: Mapping[str, Model], prefix: str = "") -> list[str]:
     """A layout that contradicts itself, or does not fit one of the models (option that names it -> config.json)."""
     errors = _sequence_parallel_errors(layout, prefix) + _virtual_errors(layout, prefix)

@@ -4,18 +4,11 @@ Every function returns sentences for the user and raises nothing; a value that i
 by `limit_errors`, and passed over by the rest.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megarlhf.config.arguments import (
-    AlgorithmArguments,
-    BatchArguments,
-    PPOConfig,
-    RolloutArguments,
-)
-from megarlhf.config.check_layout import one_of, size
-from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
+from megarlhf.config.arguments import AlgorithmArguments, BatchArguments, PPOConfig, RolloutArguments
+from megarlhf.config.check_layout import broken, one_of, size
 
 Models = Mapping[str, Mapping[str, Any]]  # option that names a checkpoint -> its config.json
 
@@ -63,14 +56,13 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 LIMITS = {name: (range_text, holds) for range_text, holds, names in _RANGES for name in names.split()}
 
 
-def limit_errors(config: PPOConfig | SFTConfig | ParityConfig) -> list[str]:
-    """Numbers outside their own range; None is in every range."""
-    errors = []
-    for group in (getattr(config, f.name) for f in dataclasses.fields(config)):
-        for name, value in ((f.name, getattr(group, f.name)) for f in dataclasses.fields(group)):
-            if name in LIMITS and value is not None and not LIMITS[name][1](value):
-                errors.append(f"{name}={value} must be {LIMITS[name][0]}")
-    return errors
+def limit_errors(options: Mapping[str, Any]) -> list[str]:
+    """Options, by name, outside their own range; None is in every range."""
+    return [
+        f"{name}={options[name]} must be {range_text}"
+        for name, (range_text, holds) in LIMITS.items()
+        if options.get(name) is not None and not holds(options[name])
+    ]
 
 
 def engine_errors(engine_tp: int, model: Mapping[str, Any]) -> list[str]:
@@ -90,24 +82,20 @@ def engine_errors(engine_tp: int, model: Mapping[str, Any]) -> list[str]:
 
 def batch_errors(batch: BatchArguments, context_parallel_size: int) -> list[str]:
     """A step that does not divide into optimizer steps, and prompts that cannot be shared."""
-    samples = batch.rollout_batch_size * batch.n_samples_per_prompt
-    errors: list[str] = []
-    if samples < 1 or batch.global_batch_size < 1:
-        return errors
-    if samples % batch.global_batch_size:
-        errors.append(
-            f"global_batch_size={batch.global_batch_size} does not divide rollout_batch_size={batch.rollout_batch_size}"
-            f" x n_samples_per_prompt={batch.n_samples_per_prompt} = {samples} (optimizer steps are all of one "
-            f"size): use {samples} or a divisor of it"
-        )
-    if batch.share_prompt_prefix and batch.global_batch_size % batch.n_samples_per_prompt:
-        errors.append(
-            f"share_prompt_prefix=True needs global_batch_size={batch.global_batch_size} to be a multiple of "
-            f"n_samples_per_prompt={batch.n_samples_per_prompt} (a prompt's samples stay together): change one of them"
-        )
-    if batch.share_prompt_prefix:
-        errors += shared_prefix_errors(context_parallel_size)
-    return errors
+    size, shared, each = batch.global_batch_size, batch.share_prompt_prefix, batch.n_samples_per_prompt
+    samples = batch.rollout_batch_size * each
+    if samples < 1 or size < 1:
+        return []
+    errors = broken(
+        {
+            f"global_batch_size={size} does not divide rollout_batch_size={batch.rollout_batch_size} x "
+            f"n_samples_per_prompt={each} = {samples} (optimizer steps are all of one size): use {samples} or a "
+            "divisor of it": samples % size,
+            f"share_prompt_prefix=True needs global_batch_size={size} to be a multiple of n_samples_per_prompt={each} "
+            "(a prompt's samples stay together): change one of them": shared and size % each,
+        }
+    )
+    return errors + (shared_prefix_errors(context_parallel_size) if shared else [])
 
 
 def shared_prefix_errors(context_parallel_size: int) -> list[str]:
@@ -119,37 +107,45 @@ def shared_prefix_errors(context_parallel_size: int) -> list[str]:
 
 def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freezing_actor_steps: int) -> list[str]:
     """Options of the objective that contradict each other or would be without effect."""
-    estimator = algorithm.advantage_estimator
-    errors = _kl_errors(algorithm, batch.rollout_batch_size * batch.n_samples_per_prompt)
-    if estimator in GROUP_ESTIMATORS and batch.n_samples_per_prompt == 1:
-        errors.append(
-            f"n_samples_per_prompt=1 with advantage_estimator={estimator} (it compares the samples of one prompt, "
-            "a single one teaches nothing): use 2 or more"
-        )
-    if freezing_actor_steps > 0 and estimator != "gae":
-        errors.append(
-            f"freezing_actor_steps={freezing_actor_steps} with advantage_estimator={estimator} (without a critic those "
-            "steps would train nothing): leave it out"
-        )
-    elif freezing_actor_steps > 0 and freezing_actor_steps >= batch.train_iters >= 1:
-        errors.append(
-            f"freezing_actor_steps={freezing_actor_steps} leaves none of train_iters={batch.train_iters} steps to "
-            "train the actor: use fewer"
-        )
-    if estimator == "dr_grpo" and algorithm.loss_aggregation != "token":
-        errors.append(
+    estimator, (low, high) = algorithm.advantage_estimator, algorithm.reward_clip_range
+    target, kl_coef, kl_loss = algorithm.kl_target, algorithm.init_kl_coef, algorithm.use_kl_loss
+    samples = batch.rollout_batch_size * batch.n_samples_per_prompt
+    frozen, steps = freezing_actor_steps, batch.train_iters
+    return broken(
+        {
+            f"kl_horizon={algorithm.kl_horizon} with {samples} samples a step (one step could take the KL coefficient "
+            f"to 0): set kl_horizon above {samples * KL_STEP_LIMIT:g}": (
+                target is not None and samples * KL_STEP_LIMIT >= algorithm.kl_horizon >= 1
+            ),
+            f"kl_target={target} needs init_kl_coef above 0 "
+            "(the adaptive weight is a multiple of it): set init_kl_coef": kl_coef == 0 and target is not None,
+            "use_kl_loss=True needs init_kl_coef above 0 (0 leaves the KL out): set init_kl_coef": (
+                kl_coef == 0 and kl_loss
+            ),
+            f"kl_target={target} with use_kl_loss=True (the adaptive weight is that of the KL in the reward): leave "
+            "one of them out": target is not None and kl_loss,
+            "kl_estimator=k1 with use_kl_loss=True (the gradient of k1 is 0 on average, so the loss would not hold the "
+            "policy near the reference): use k2 or k3": kl_loss and algorithm.kl_estimator == "k1",
+            f"n_samples_per_prompt=1 with advantage_estimator={estimator} (it compares the samples of one prompt, a "
+            "single one teaches nothing): use 2 or more": (
+                estimator in GROUP_ESTIMATORS and batch.n_samples_per_prompt == 1
+            ),
+            f"freezing_actor_steps={frozen} with advantage_estimator={estimator} (without a critic those steps would "
+            "train nothing): leave it out": frozen > 0 and estimator != "gae",
+            f"freezing_actor_steps={frozen} leaves none of train_iters={steps} steps to train the actor: use fewer": (
+                estimator == "gae" and frozen > 0 and frozen >= steps >= 1
+            ),
             f"loss_aggregation={algorithm.loss_aggregation} is ignored with advantage_estimator=dr_grpo (its "
-            "denominator is generate_max_len): leave it out"
-        )
-    if estimator != "gae" and algorithm.critic_loss_aggregation != "token":
-        errors.append(
+            "denominator is generate_max_len): leave it out": (
+                estimator == "dr_grpo" and algorithm.loss_aggregation != "token"
+            ),
             f"critic_loss_aggregation={algorithm.critic_loss_aggregation} is ignored with "
-            f"advantage_estimator={estimator} (only gae trains a critic): leave it out"
-        )
-    low, high = algorithm.reward_clip_range
-    if not low < high:
-        errors.append(f"reward_clip_range={low} {high} must be the lowest reward and then a higher one")
-    return errors
+            f"advantage_estimator={estimator} (only gae trains a critic): leave it out": (
+                estimator != "gae" and algorithm.critic_loss_aggregation != "token"
+            ),
+            f"reward_clip_range={low} {high} must be the lowest reward and then a higher one": not low < high,
+        }
+    )
 
 
 def correction_errors(config: PPOConfig) -> list[str]:
@@ -167,33 +163,6 @@ def correction_errors(config: PPOConfig) -> list[str]:
         errors.append(
             f"tis_mask_range={band[0]} {band[1]} must be a bound from 0 to below 1 and one above 1 (where trainer and "
             "vLLM agree the weight is 1): use 0.5 5"
-        )
-    return errors
-
-
-def _kl_errors(algorithm: AlgorithmArguments, samples_per_step: int) -> list[str]:
-    errors = []
-    if algorithm.kl_target is not None and samples_per_step * KL_STEP_LIMIT >= algorithm.kl_horizon >= 1:
-        errors.append(
-            f"kl_horizon={algorithm.kl_horizon} with {samples_per_step} samples a step (one step could take the KL "
-            f"coefficient to 0): set kl_horizon above {samples_per_step * KL_STEP_LIMIT:g}"
-        )
-    if algorithm.init_kl_coef == 0 and algorithm.kl_target is not None:
-        errors.append(
-            f"kl_target={algorithm.kl_target} needs init_kl_coef above 0 (the adaptive weight is a multiple of it): "
-            "set init_kl_coef"
-        )
-    if algorithm.init_kl_coef == 0 and algorithm.use_kl_loss:
-        errors.append("use_kl_loss=True needs init_kl_coef above 0 (0 leaves the KL out): set init_kl_coef")
-    if algorithm.kl_target is not None and algorithm.use_kl_loss:
-        errors.append(
-            f"kl_target={algorithm.kl_target} with use_kl_loss=True (the adaptive weight is that of the KL in the "
-            "reward): leave one of them out"
-        )
-    if algorithm.use_kl_loss and algorithm.kl_estimator == "k1":
-        errors.append(
-            "kl_estimator=k1 with use_kl_loss=True (the gradient of k1 is 0 on average, so the loss would not hold the "
-            "policy near the reference): use k2 or k3"
         )
     return errors
 

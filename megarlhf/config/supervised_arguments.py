@@ -1,6 +1,7 @@
 """Options of supervised training and of `megarlhf parity`; arguments.py has the groups that they share with RL."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -130,6 +131,12 @@ class SFTConfig:
     data: SFTDataArguments
     logging: LoggingArguments
     passed: MegatronPassedArguments = field(default_factory=MegatronPassedArguments)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that train: torchrun's, or those that are started here."""
+        started = os.environ.get("WORLD_SIZE", "")
+        return int(started) if started.isdecimal() else self.sft_cluster.num_gpus_per_node
 
     @property
     def max_row_tokens(self) -> int:

@@ -30,14 +30,12 @@ def load_rows(path: str, *, columns: Sequence[str] | None = None, limit: int | N
     Returns:
         One mapping per row. Blank lines of .jsonl and .csv files are not rows.
     Raises:
-        ValueError: nothing at `path`, a kind of file that is not read, a broken file (with its line), or no rows.
+        ValueError: a kind of file that is not read, a broken file (with its line), or no rows.
     """
     source = Path(path)
     suffix = source.suffix.lower()
     if source.is_dir():
         rows = _read_directory(source, columns, limit)
-    elif not source.is_file():
-        raise ValueError(f"data path={path} does not exist: give a .jsonl, .json, .csv or .parquet file or a directory")
     elif suffix not in _READERS:
         raise ValueError(f"data path={path}; a file ends in {', '.join(_READERS)}, not {source.suffix!r}: convert it")
     else:

@@ -42,6 +42,7 @@ def load_prompts(
     prompt_max_len: int,
     max_samples: int | None,
     vocab_size: int | None = None,
+    needs_label: bool = False,
 ) -> PromptData:
     """Read, render and tokenize the prompts of a data file.
 
@@ -55,9 +56,10 @@ def load_prompts(
         prompt_max_len: longest prompt in tokens; longer ones are dropped, never cut, and counted.
         max_samples: read only the first so many rows; None reads all.
         vocab_size: tokens that the model has embeddings for; None does not compare.
+        needs_label: the reward compares with the label.
     Raises:
-        ValueError: a missing or empty prompt, template settings that cannot work, every prompt too long, or a token
-            that the model has no embedding for.
+        ValueError: a missing or empty prompt, no label where one is needed, a template that cannot work, every prompt
+            too long, or a token that the model has no embedding for.
     """
     renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
     rows = load_rows(path, columns=(input_key, label_key), limit=max_samples)
@@ -71,6 +73,8 @@ def load_prompts(
 
     rendered = rows.collect(render)
     if all(label is None for _, label in rendered):
+        if needs_label:
+            raise ValueError(f"label_key={label_key} is in no row of {path}: set label_key to the answer's column")
         logger.info("label_key=%s is in no row of %s: every label is None", label_key, path)
     encoded = encode_prompts(
         tokenizer, [text for text, _ in rendered], apply_chat_template=apply_chat_template, rows=rows

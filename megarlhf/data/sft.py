@@ -78,17 +78,12 @@ def load_sft_rows(
     Returns:
         Rows, each a unit of its own, with no fields.
     Raises:
-        ValueError: a missing or empty value, settings that do not fit together, every row too long, or a token that the
+        ValueError: a missing or empty value, every row too long, or a token that the
             model has no embedding for.
     """
     renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={tokenizer.name_or_path} has no EOS: a model trained without one never stops")
-    if output_key is None and not apply_chat_template and not pretrain_mode:
-        raise ValueError(
-            f"output_key=None means that input_key={input_key} holds whole chats: set apply_chat_template, or "
-            "output_key for the answer, or pretrain_mode for plain text"
-        )
     keys = (input_key,) if output_key is None else (input_key, output_key)
     rows = load_rows(path, columns=keys, limit=max_samples)
 

@@ -126,23 +126,23 @@ class Renderer:
 def make_renderer(
     tokenizer: PreTrainedTokenizerBase, *, apply_chat_template: bool, input_template: str | None
 ) -> Renderer:
-    """Check the template settings, and find out what the chat template takes.
+    """Find out what the chat template takes.
 
+    Args:
+        input_template: as config/checks.py takes it, with a place for the input.
     Raises:
-        ValueError: both kinds of template, a chat template that the tokenizer lacks, or a template of either kind that
-            does not place its input.
+        ValueError: a chat template that the tokenizer lacks, or that does not place its input.
     """
-    if apply_chat_template and input_template is not None:
-        raise ValueError(
-            f"apply_chat_template=True and input_template={input_template!r}; one of them renders a prompt: unset one"
-        )
     if apply_chat_template and tokenizer.chat_template is None:
         raise ValueError(
             f"apply_chat_template=True, but tokenizer={tokenizer.name_or_path} has no chat template: "
             "set tokenizer_chat_template, or use input_template"
         )
-    if input_template is not None:
-        _check_input_template(input_template)
+    if input_template is not None and "\\n" in input_template:
+        logger.warning(
+            "input_template=%r holds a backslash and an n, not a line break: in bash $'...' makes line breaks",
+            input_template,
+        )
     if not apply_chat_template:
         return Renderer(tokenizer=tokenizer, apply_chat_template=False, input_template=input_template)
     of_text = _probe(tokenizer, {"role": "user", "content": _PROBE})
@@ -162,21 +162,6 @@ def make_renderer(
         takes_text=takes_text or not takes_parts,
         takes_parts=takes_parts,
     )
-
-
-def _check_input_template(template: str) -> None:
-    try:
-        placed = _PROBE in template.format(_PROBE)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"input_template={template!r} is not a format string: {error!r}; double other braces"
-        ) from error
-    if not placed:
-        raise ValueError(f"input_template={template!r} has no {{}} for the input: every prompt would be the same")
-    if "\\n" in template:
-        logger.warning(
-            "input_template=%r holds a backslash and an n, not a line break: in bash $'...' makes line breaks", template
-        )
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:

@@ -72,12 +72,15 @@ def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:
     """Step, directory and loop state of the latest complete checkpoint.
 
     Raises:
-        ValueError: there is none, or the pointer names an incomplete one.
+        ValueError: there is none, or the pointer names no step, or an incomplete one.
     """
     pointer = root / LATEST
     if not pointer.is_file():
         raise ValueError(f"load={root.parent}; {pointer} is missing: no complete checkpoint there")
-    step = int(pointer.read_text())
+    text = pointer.read_text(errors="replace").strip()
+    if not text.isdecimal():
+        raise ValueError(f"load={root.parent}; {pointer} holds {text!r}, not a step: name a saved one")
+    step = int(text)
     directory = iteration_directory(root, step)
     state = directory / "run_state.json"
     if not state.is_file():

@@ -60,7 +60,6 @@ class RewardScorer:
             chunk_size: samples in one call, at most.
             passed_variables: environment variables that the code sees besides PASSED_VARIABLES.
         """
-        assert (function_path is None) != (rule is None) and (rule == "format") == (rule_pattern is not None)
         self.last_failures: list[str] = []  # what went wrong in the last `score`; a sample's entry names its place
         self._source = f"reward_function={function_path}" if rule is None else f"reward_rule={rule}"
         self._timeout_seconds = timeout_seconds

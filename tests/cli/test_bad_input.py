@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megarlhf.cli import train_ppo, train_sft
-from megarlhf.cli.run import check_shared_memory, check_weights
+from megarlhf.cli.disk import check_shared_memory
+from megarlhf.cli.run import check_weights
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.formats import shared_memory
@@ -55,7 +56,6 @@ def test_all_configuration_errors_come_together(
             "--tensor-model-parallel-size": "3",
             "--rollout_batch_size": "7",
             "--prompt_data": str(tmp_path / "nowhere.jsonl"),
-            "--input_key": "question",
             "--top_p": "0.9",
         },
         capsys,
@@ -71,6 +71,8 @@ def test_unknown_flag_names_the_nearest(flags: Flags, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"--label_key": "answer"}, ("label_key=answer is in no row of",)),
+        ({"--apply_chat_template": None}, ("apply_chat_template=True, but tokenizer=", "set tokenizer_chat_template")),
         ({"--pretrain": "/nowhere/model"}, ("pretrain=/nowhere/model",)),
         ({"--input_key": "question"}, ("input_key=question", "input", "label")),
         ({"--advantage_estimator": "rloo", "--n_samples_per_prompt": "1"}, ("n_samples_per_prompt=1", "rloo")),
@@ -103,6 +105,23 @@ def test_a_dry_run_makes_every_check_of_a_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("program", ["ppo", "sft"])
+def test_a_run_that_does_not_fit_is_told_with_the_other_mistakes(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str], program: str
+) -> None:
+    small = {"--gpu_memory_gib": "0.001", "--load": str(checkpoint(tmp_path / "old"))}
+    if program == "ppo":
+        said = fail(flags | small | {"--prompt_max_len": "1"}, capsys)
+    else:
+        names = {"--pretrain", "--save"}
+        given = {name: value for name, value in flags.items() if name in names} | small | {"--max_len": "2"}
+        given |= {"--dataset": flags["--prompt_data"], "--output_key": "label"}
+        assert train_sft.main([str(word) for pair in given.items() for word in pair]) == 2
+        said = capsys.readouterr().err
+    for words in ("hidden_size: saved 9999", "gpu_memory_gib=0.001; ", "max_len=", " drops all "):
+        assert words in said, words
+
+
 def test_too_little_disk(flags: Flags, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of a run, and a note of a dry run, which may rehearse for another machine."""
     usage = shutil.disk_usage("/")._replace(free=100_000)
@@ -123,8 +142,19 @@ def test_unsupported_architecture_lists_the_supported(
     other = shutil.copytree(assets / "model", tmp_path / "other")
     config = json.loads((other / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
     (other / "config.json").write_text(json.dumps(config))
+    said = fail(flags | {"--critic_pretrain": str(other)}, capsys)
+    assert f"critic_pretrain={other}; config.json: architecture GPT2LMHeadModel has no table" in said
+    assert "LlamaForCausalLM" in said and "Qwen3ForCausalLM" in said
+
+
+def test_a_reward_model_generates_nothing(
+    flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(assets / "model", tmp_path / "reward")
+    config = json.loads((other / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    (other / "config.json").write_text(json.dumps(config))
     said = fail(flags | {"--pretrain": str(other)}, capsys)
-    assert "GPT2LMHeadModel" in said and "LlamaForCausalLM" in said and "Qwen3ForCausalLM" in said
+    assert f"pretrain={other}; architectures=['LlamaForSequenceClassification'] generate no text" in said
 
 
 def test_missing_tokenizer(flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +202,19 @@ def checkpoint(root: Path, *, complete: bool = True, vocab_size: int = 40) -> Pa
         identity = {"architecture": "LlamaForCausalLM", "vocab_size": vocab_size, "hidden_size": 9999}
         (directory / "run_state.json").write_text(json.dumps({"step": 3, "identity": identity}))
     return root
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [(None, "", "no complete checkpoint"), ("release", "release", "'release', not a step"), ("9", "9\n", "incomplete")],
+)
+def test_checkpoint_that_its_pointer_does_not_name(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str | None, text: str, words: str
+) -> None:
+    pointer = checkpoint(tmp_path / "old") / "checkpoints" / "latest_checkpointed_iteration.txt"
+    pointer.unlink() if name is None else pointer.write_text(text)
+    said = fail(flags | {"--load": str(tmp_path / "old")}, capsys)
+    assert f"load={tmp_path / 'old'}" in said and words in said
 
 
 def test_incomplete_checkpoint(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +286,6 @@ def test_supervised_tokens_past_the_vocabulary(
 
 def test_what_transformer_engine_cannot_do_is_said_before_the_weights_are_read(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model", family="gemma2")
-    check_weights([(str(model_dir), LayoutArguments(), "lm")], transformer_impl="local")
+    check_weights([("pretrain", str(model_dir), LayoutArguments(), "lm")], transformer_impl="local")
     with pytest.raises(ValueError, match="attn_logit_softcapping=.*set transformer_impl=local"):
-        check_weights([(str(model_dir), LayoutArguments(), "lm")], transformer_impl="transformer_engine")
+        check_weights([("pretrain", str(model_dir), LayoutArguments(), "lm")], transformer_impl="transformer_engine")

@@ -161,7 +161,7 @@ def assert_one_sentence(error: BaseException, file: str) -> None:
 
 
 def test_the_undamaged_model_is_taken(model: Path) -> None:
-    check_weights([(str(model), LayoutArguments(), "lm")], transformer_impl="local")
+    check_weights([("pretrain", str(model), LayoutArguments(), "lm")], transformer_impl="local")
     tokenizer = load_tokenizer(str(model), chat_template=None)
     assert stop_tokens(tokenizer, str(model), read_config(model))
 
@@ -170,7 +170,7 @@ def test_the_undamaged_model_is_taken(model: Path) -> None:
 def test_model_files(model: Path, file: str, damage: Damage) -> None:
     damage(model / file)
     with pytest.raises(ValueError) as raised:
-        check_weights([(str(model), LayoutArguments(), "lm")], transformer_impl="local")
+        check_weights([("pretrain", str(model), LayoutArguments(), "lm")], transformer_impl="local")
     assert_one_sentence(raised.value, file)
 
 

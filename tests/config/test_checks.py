@@ -9,7 +9,7 @@ import pytest
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import world_errors
-from megarlhf.config.checks import SUPPORTED_ARCHITECTURES, ConfigError, check_parity, check_ppo, check_sft, raise_if
+from megarlhf.config.checks import ConfigError, check_parity, check_ppo, check_sft, raise_if
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.roles import ROLES
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
@@ -298,7 +298,7 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ({"actor_num_nodes": 2}, "actor_num_nodes=2 is not supported yet"),
         ({"critic_num_nodes": 2}, "critic_num_nodes=2 is not supported yet"),
         ({"advantage_estimator": "reinforce", "critic_num_nodes": 1}, "critic_num_nodes=1 is ignored"),
-        ({"advantage_estimator": "reinforce", "critic_pretrain": "m"}, "critic_pretrain=m is ignored"),
+        ({"advantage_estimator": "reinforce", "critic_pretrain": "."}, "critic_pretrain=. is ignored"),
         ({"advantage_estimator": "reinforce", "freezing_actor_steps": 2}, "freezing_actor_steps=2"),
         ({"freezing_actor_steps": 100}, "freezing_actor_steps=100 leaves none of train_iters=100 steps"),
         (
@@ -341,10 +341,9 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ({"reward_rule": "format"}, "reward_format=None"),
         ({"reward_rule": "format", "reward_format": "("}, "reward_format='(' is not a regular expression"),
         ({"reward_format": "x"}, "reward_format='x' is ignored"),
-        ({"reward_rule": None, "reward_function": "/nowhere.py"}, "reward_function=/nowhere.py cannot be read"),
-        ({"reward_rule": None, "reward_function": "/nowhere"}, "reward_function=/nowhere does not end in .py"),
+        ({"reward_rule": None, "reward_function": "/nowhere.py"}, "reward_function=/nowhere.py is not a Python file"),
+        ({"reward_rule": None, "reward_function": "/bin/sh"}, "reward_function=/bin/sh is not a Python file"),
         ({"reward_env": ["PATH", "NO_SUCH_NAME"]}, "reward_env=NO_SUCH_NAME is not a variable of this environment"),
-        ({"apply_chat_template": True}, "tokenizer_chat_template"),
         ({"tokenizer_chat_template": "{{ messages }}"}, "tokenizer_chat_template is ignored"),
         ({"input_template": "no place"}, "input_template='no place'"),
         ({"input_template": "{} {x}"}, "input_template='{} {x}'"),
@@ -354,8 +353,6 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ),
         ({"prompt_data": "/nowhere.jsonl"}, "prompt_data=/nowhere.jsonl does not exist"),
         ({"eval_data": "/nowhere.jsonl"}, "eval_data=/nowhere.jsonl does not exist"),
-        ({"input_key": "question"}, "input_key=question is not a column"),
-        ({"label_key": "answer"}, "it has input, label"),
         ({"load": "/nowhere"}, "load=/nowhere"),
     ],
 )
@@ -389,18 +386,9 @@ def test_vllm_copies_kv_heads_where_there_are_fewer_than_ranks(check: Check, siz
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda d: (d / "config.json").unlink(), "has no config.json"),
-        (lambda d: (d / "config.json").write_text("{"), "config.json that cannot be read as JSON"),
-        (lambda d: (d / "config.json").write_text("[]"), "not a JSON object"),
-        (lambda d: (d / "config.json").write_text('{"architectures": ["BertModel"]}'), "architectures=['BertModel']"),
-        (lambda d: (d / "config.json").write_text('{"model_type": "x"}'), "architectures=None"),
-        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "has no *.safetensors"),
-        (
-            lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"w": "x-1.safetensors"}}'),
-            "lacks x-1.safetensors",
-        ),
-        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "without weight_map"),
-        (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda d: (d / "config.json").unlink(), "config.json cannot be read as JSON ([Errno 2]"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "holds no JSON object"),
     ],
 )
 def test_broken_checkpoints(check: Check, tmp_path: Path, break_it: Callable[[Path], object], said: str) -> None:
@@ -409,15 +397,9 @@ def test_broken_checkpoints(check: Check, tmp_path: Path, break_it: Callable[[Pa
     assert said in message and message.startswith("pretrain=")
 
 
-def test_supported_architectures_are_the_callers(tmp_path: Path, check: Check) -> None:
-    config = from_dict(PPOConfig, {"pretrain": str(tmp_path / "model"), "prompt_data": "x", "save": "y"})
-    assert any("supported are FalconForCausalLM" in error for error in check_ppo(config, ["FalconForCausalLM"]))
-
-
 def test_the_critic_may_be_a_reward_model_with_the_same_tokens(check: Check, tmp_path: Path) -> None:
     head = {"architectures": ["LlamaForSequenceClassification"]}
     assert check(critic_pretrain=write_model(tmp_path / "reward", **head)) == []
-    assert "architectures" in only(check(pretrain=str(tmp_path / "reward")))
     other = write_model(tmp_path / "other", tokenizer=TOKENIZER | {"model": {"vocab": {"a": 0}}}, **head)
     message = only(check(critic_pretrain=other))
     assert message.startswith("critic_pretrain=") and "2 tokens" in message and "3 tokens" in message
@@ -448,85 +430,6 @@ def test_a_file_where_the_text_itself_is_wanted(check: Check, tmp_path: Path) ->
     assert check(reward_rule="format", reward_format="a" * 9999) == []
 
 
-def test_a_chat_template_of_the_tokenizer_is_found(check: Check, tmp_path: Path) -> None:
-    (tmp_path / "model" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    assert check(apply_chat_template=True) == []
-    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
-    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
-    assert check(apply_chat_template=True) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("a.json", '[{"input": "x", "label": "y"}]', None),
-        ("a.csv", "input,label\nx,y\n", None),
-        ("A.CSV", '\ufeffinput,label\r\n"' + "x\n" * 99_999 + '",y\r\n\r\n', None),
-        ("a.JSONL", '{"input": "x", "label": "y"}', None),
-        ("a.jsonl", '{"input": ' + "1" * 5000 + "}", "cannot be read (ValueError: Exceeds"),
-        ("a.jsonl", "[" * 100_000, "cannot be read (RecursionError"),
-        ("a.csv", "input,label\n", "has no rows"),
-        ("a.jsonl", "\n", "has no rows"),
-        ("a.json", "[]", "has no rows"),
-        ("a.jsonl", "{", "cannot be read"),
-        ("a.jsonl", "3", "does not hold objects"),
-        ("a.json", '{"input": "x"}', "does not hold objects"),
-        ("a.parquet", "no parquet", "cannot be read"),
-        ("a.txt", "x", "is of no known kind"),
-        ("a.csv", "question,label\nx,y\n", "input_key=input is not a column"),
-    ],
-)
-def test_data_files(check: Check, tmp_path: Path, name: str, text: str, said: str | None) -> None:
-    file = tmp_path / name
-    file.write_text(text)
-    errors = check(prompt_data=str(file))
-    assert errors == [] if said is None else said in only(errors)
-    assert all(f"prompt_data={file}" in error for error in errors)
-
-
-def test_parquet_and_saved_directories(check: Check, tmp_path: Path) -> None:
-    import datasets
-
-    rows = datasets.Dataset.from_list([{"input": "x", "label": "y"}])
-    rows.to_parquet(str(tmp_path / "a.parquet"))
-    rows.save_to_disk(str(tmp_path / "saved"))
-    datasets.DatasetDict(train=rows).save_to_disk(str(tmp_path / "splits"))
-    assert check(prompt_data=str(tmp_path / "a.parquet")) == []
-    assert check(prompt_data=str(tmp_path / "saved")) == []
-    assert "several splits, train" in only(check(prompt_data=str(tmp_path / "splits")))
-    assert "cannot be read" in only(check(prompt_data=str(tmp_path / "model")))
-
-
-def test_a_label_is_asked_for_only_where_it_is_used(check: Check, tmp_path: Path) -> None:
-    (tmp_path / "bare.jsonl").write_text('{"input": "x"}')
-    data = str(tmp_path / "bare.jsonl")
-    assert "label_key=label" in only(check(prompt_data=data))
-    assert check(prompt_data=data, reward_rule="format", reward_format="a+") == []
-    assert "label_key=answer" in only(
-        check(prompt_data=data, reward_rule="format", reward_format="a+", label_key="answer")
-    )
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("def reward_func(queries, prompts, labels):\n    return []\n", None),
-        ("from rules import score as reward_func\n", None),
-        ("reward_func = print\n", None),
-        ("from rules import *\n", None),
-        ("reward_func: object = print\n", None),
-        ("try:\n    from rules import reward_func\nexcept ImportError:\n    reward_func = print\n", None),
-        ("def reward_func(:\n", "is not Python"),
-        ("x = '\0'\n", "is not Python"),
-    ],
-)
-def test_reward_files_are_read_and_not_run(check: Check, tmp_path: Path, source: str, said: str | None) -> None:
-    file = tmp_path / "reward.py"
-    file.write_text(source + "raise SystemExit('ran')\n")
-    errors = check(reward_rule=None, reward_function=str(file))
-    assert errors == [] if said is None else said in only(errors)
-
-
 def test_only_one_scorer(check: Check, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("reward_func = print\n")
     assert "reward_rule=math (exactly one" in only(check(reward_function=str(tmp_path / "reward.py")))
@@ -542,19 +445,6 @@ def test_names_that_the_system_refuses(check: Check, tmp_path: Path, key: str, n
     assert any(error.startswith(f"{key}={path}") for error in check(**without, **{key: path}))
 
 
-def test_loading_needs_a_complete_checkpoint(check: Check, tmp_path: Path) -> None:
-    run, checkpoints = str(tmp_path / "old"), tmp_path / "old" / "checkpoints"
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    checkpoints.mkdir(parents=True)
-    assert "no checkpoint was completed" in only(check(load=run))
-    tracker.write_text("release")
-    assert "'release'" in only(check(load=run))
-    tracker.write_text("12\n")
-    assert "iter_0000012" in only(check(load=run))
-    (checkpoints / "iter_0000012").mkdir()
-    assert check(load=run) == []
-
-
 @pytest.mark.parametrize(("name", "value"), [("WANDB_API_KEY", "key"), ("WANDB_MODE", "offline")])
 def test_wandb_from_the_environment(check: Check, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
@@ -567,12 +457,11 @@ def test_wandb_from_the_environment(check: Check, monkeypatch: pytest.MonkeyPatc
         ({"max_len": 65}, "max_len = 65 is above max_position_embeddings=64"),
         ({"num_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "num_gpus_per_node=3 makes 3 ranks"),
         ({"global_batch_size": 1, "num_gpus_per_node": 2}, "global_batch_size=1 is below the 2"),
-        ({"output_key": "answer"}, "output_key=answer is not a column"),
         ({"output_key": None}, "output_key=None"),
         ({"eval_dataset": "/nowhere.csv"}, "eval_dataset=/nowhere.csv"),
         ({"eval_interval": 1}, "set eval_dataset"),
         ({"learning_rate": -1}, "learning_rate=-1.0"),
-        ({"critic_pretrain": "m"}, "critic_pretrain=m is ignored"),
+        ({"critic_pretrain": "."}, "critic_pretrain=. is ignored"),
     ],
 )
 def test_one_supervised_mistake(check_supervised: Check, changes: dict[str, Any], said: str) -> None:
@@ -587,9 +476,3 @@ def test_the_launchers_world_size_wins(check_supervised: Check, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert check_supervised(tensor_model_parallel_size=2, num_gpus_per_node=1) == []
     assert "WORLD_SIZE=4 makes 4 ranks" in check_supervised(pipeline_model_parallel_size=3)[0]
-
-
-def test_the_architectures_are_those_of_the_tables() -> None:
-    from megarlhf.models.registry import ARCHITECTURES  # imports PyTorch, which the checks do without
-
-    assert set(SUPPORTED_ARCHITECTURES) == set(ARCHITECTURES)

@@ -134,8 +134,8 @@ COMPUTED_ELSEWHERE: list[tuple[str, dict[str, object]]] = [
 def test_what_only_training_cannot_do_is_converted(tmp_path: Path, family: str, options: dict[str, object]) -> None:
     """Weights lie alike, however the model computes with them."""
     source = make_model(tmp_path / "model", family=family, **options)
-    with pytest.raises(ValueError, match="^config.json: architecture "):
-        check_weights([(str(source), LayoutArguments(), "lm")], transformer_impl="local")
+    with pytest.raises(ValueError, match="^pretrain=.*; config.json: architecture "):
+        check_weights([("pretrain", str(source), LayoutArguments(), "lm")], transformer_impl="local")
     result = to_hf(to_megatron(source, tmp_path / "megatron", VERIFIED, tensor=2), tmp_path / "hf", VERIFIED)
     assert_equal(tensors(result), tensors(source))
     assert json.loads((result / "config.json").read_text()) == json.loads((source / "config.json").read_text())

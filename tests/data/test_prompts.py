@@ -74,9 +74,7 @@ def test_long_prompts_are_dropped_and_counted(write_jsonl: Write, tokenizer: Pre
         ({"input": ["a"]}, {"apply_chat_template": True}, "message 0 is 'a', not an object"),
         ({"input": 3}, {"apply_chat_template": True}, "neither a string nor a list of messages"),
         ({"input": [{"role": "assistant", "content": "a"}]}, {"apply_chat_template": True}, "ends with an assistant"),
-        ({"input": "a"}, {"input_template": "U: "}, "input_template='U: ' has no {}"),
-        ({"input": "a"}, {"input_template": '{"q": {}}'}, "not a format string"),
-        ({"input": "a"}, {"input_template": "{}", "apply_chat_template": True}, "unset one"),
+        ({"input": "a", "label": 1}, {"label_key": "answer", "needs_label": True}, "label_key=answer is in no row of"),
     ],
 )
 def test_bad_rows_and_settings_are_refused(

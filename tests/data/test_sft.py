@@ -98,7 +98,6 @@ def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTra
     [
         ({"input": "a"}, {}, "row 0 .*: output_key=output is not there; the keys are 'input'"),
         ({"input": "a", "output": 3}, {}, "output_key=output holds a int"),
-        ({"input": "a"}, {"output_key": None}, "output_key=None means that input_key=input holds whole chats"),
         ({"input": "a"}, {"output_key": None, "apply_chat_template": True}, "ends with the assistant's message"),
     ],
 )
