@@ -1,8 +1,7 @@
 """From the command line and YAML to a configuration, and back to a dictionary and YAML.
 
-Flags are flat and accept `-` and `_` alike. `--config FILE.yaml` gives values that flags override. tyro converts values
-and prints `--help`; what it cannot know is done here first: OpenRLHF's spellings (aliases.py), and every unknown or
-refused flag reported in one go.
+Flags are flat and accept `-` and `_` alike. `--config FILE.yaml` gives values that flags override. OpenRLHF's spellings
+are understood (aliases.py), and every unknown, refused or missing option is reported in one go. tyro prints `--help`.
 """
 
 import dataclasses
@@ -10,14 +9,14 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 import tyro
 import yaml
 
 from megarlhf.config import passed
 from megarlhf.config.aliases import ALIASES, SWITCH_HINTS, Alias
+from megarlhf.config.values import alternatives, as_text, value_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,14 +34,12 @@ class Option(NamedTuple):
     @property
     def is_switch(self) -> bool:
         """A bool, or a bool that may be None."""
-        return bool in (self.annotation, *get_args(self.annotation))
+        return bool in alternatives(self.annotation)
 
-    @property
-    def num_values(self) -> int:
-        """Values that its flag takes."""
-        if get_origin(self.annotation) is not tuple:
-            return 1
-        return sys.maxsize if Ellipsis in get_args(self.annotation) else len(get_args(self.annotation))
+    def value(self, texts: Sequence[str]) -> Any:
+        """The value that texts give; ValueError where they are of another type."""
+        found = value_of(texts, self.annotation)
+        return tuple(found) if isinstance(found, list) else found
 
 
 def options_of(config_class: type[ConfigT]) -> dict[str, Option]:
@@ -67,28 +64,26 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> tuple[
     """
     options = options_of(config_class)
     line = _read_flags(argv, options)
-    values: dict[str, Any] = {}
-    if line.config_file is not None:
-        values, errors = _read_yaml(config_class, line.config_file)
-        line.errors.extend(errors)
-    for program, given in line.passed.items():
-        values[program] = values.get(program, {}) | given
+    values, errors = ({}, []) if line.config_file is None else _read_yaml(config_class, line.config_file)
+    passed_on = {program: values.get(program, {}) | given for program, given in line.passed.items()}
+    values |= line.values | passed_on
     if line.help_of is not None:
         print(passed.help_text(line.help_of))
         raise SystemExit(0)
-    if line.errors and not line.help:
-        _fail(prog, line.errors)
+    if line.help:
+        tyro.cli(
+            config_class,
+            prog=prog,
+            description=_description(config_class),
+            args=["--help"],
+            default=_build(config_class, values, absent=tyro.MISSING),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    if errors := line.errors + errors or _missing(options, values):
+        _fail(prog, errors)
     for note in line.notes:
         print(f"{prog}: note: {note}", file=sys.stderr)
-    config = tyro.cli(
-        config_class,
-        prog=prog,
-        description=_description(config_class),
-        args=["--help"] if line.help else _tyro_arguments(line.values, options),
-        default=_build(config_class, values, absent=tyro.MISSING),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
-    return config, line.dry_run
+    return _build(config_class, values, absent=None), line.dry_run
 
 
 def to_dict(config: "DataclassInstance") -> dict[str, Any]:
@@ -112,12 +107,14 @@ def from_dict(config_class: type[ConfigT], mapping: Mapping[str, Any]) -> Config
         ValueError: keys that are unknown or missing and values of another type, all of them, one a line.
     """
     values, errors = _checked_values(config_class, mapping)
-    for name, option in options_of(config_class).items():
-        if option.required and name not in values:
-            errors.append(f"{name} is missing; it has no default: set it")
-    if errors:
+    if errors := errors + _missing(options_of(config_class), values):
         raise ValueError("\n".join(errors))
     return _build(config_class, values, absent=None)
+
+
+def _missing(options: Mapping[str, Option], values: Mapping[str, Any]) -> list[str]:
+    absent = [name for name, option in options.items() if option.required and name not in values]
+    return [f"{name} is missing; it has no default: set it" for name in absent]
 
 
 def _nearest(name: str, options: Mapping[str, Option], prefix: str = "") -> str:
@@ -137,7 +134,7 @@ def _programs(options: Mapping[str, Option]) -> list[str]:
 class _Line:
     """What stands on a command line."""
 
-    values: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # field -> texts; the last flag wins
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)  # by field; the last flag wins
     config_file: str | None = None
     dry_run: bool = False
     help: bool = False
@@ -191,17 +188,12 @@ def _flags_and_values(argv: Sequence[str], errors: list[str]) -> list[tuple[str,
 
 def _take(line: _Line, flag: str, name: str, texts: list[str], options: Mapping[str, Option]) -> None:
     option = options[name]
-    if option.is_switch:
-        choices = {str(choice).lower(): str(choice) for choice in (True, False, None)}
-        text = texts[0].lower() if texts else "true"
-        if len(texts) > 1 or text not in choices or (text == "none" and option.annotation is bool):
-            hint = SWITCH_HINTS.get(name, f"write {flag} or --no_{name}")
-            line.errors.append(f"{flag} is a switch and takes no such value; {hint}")
-        line.values[name] = [choices.get(text, "True")]
-    elif len(texts) > option.num_values:
-        line.errors.append(f"{flag} takes {option.num_values} value(s), not {len(texts)}: {' '.join(texts)}")
-    else:
-        line.values[name] = texts
+    try:
+        line.values[name] = True if option.is_switch and not texts else option.value(texts)
+    except ValueError as error:
+        hint = SWITCH_HINTS.get(name, f"write {flag} or --no_{name}")
+        said = f"is a switch and takes no such value; {hint}" if option.is_switch else error
+        line.errors.append(f"{flag} {said}")
 
 
 def _take_alias(line: _Line, flag: str, name: str, texts: list[str], options: Mapping[str, Option]) -> None:
@@ -214,7 +206,8 @@ def _take_alias(line: _Line, flag: str, name: str, texts: list[str], options: Ma
     else:
         for field_name, text in zip(alias.fields, texts, strict=False):  # ignored values have no field
             _take(line, flag, field_name, [alias.replace.get(text, text)], options)
-        line.values.update({field_name: [text] for field_name, text in alias.settings.items()})
+        for field_name, text in alias.settings.items():
+            _take(line, flag, field_name, [text], options)
         if alias.note:
             line.notes.append(f"{flag}: {alias.note}")
 
@@ -236,18 +229,6 @@ def _take_passed(line: _Line, flag: str, name: str, texts: list[str], programs: 
     except ValueError as error:
         line.errors.append(f"{flag} {error}")
     return True
-
-
-def _tyro_arguments(values: Mapping[str, list[str]], options: Mapping[str, Option]) -> list[str]:
-    arguments: list[str] = []
-    for name, texts in values.items():
-        if options[name].annotation is bool:
-            arguments.append(f"--{name}" if texts == ["True"] else f"--no-{name}")
-        elif options[name].num_values == 1 and texts:
-            arguments.append(f"--{name}={texts[0]}")  # one word, so that the value may begin with a dash
-        else:
-            arguments.extend([f"--{name}", *texts])
-    return arguments
 
 
 def _read_yaml(config_class: type[ConfigT], path: str) -> tuple[dict[str, Any], list[str]]:
@@ -279,7 +260,7 @@ def _checked_values(config_class: type[ConfigT], mapping: Mapping[str, Any]) -> 
             errors += found
         elif name in options:
             try:
-                values[name] = _converted(value, options[name].annotation)
+                values[name] = options[name].value([as_text(value)])
             except ValueError as error:
                 errors.append(f"{name}={value!r} {error}")
         else:
@@ -292,26 +273,6 @@ def _meant(name: str, options: Mapping[str, Option]) -> str:
     alias = ALIASES.get(name, Alias())
     ours = [*alias.fields, *(f"{field_name}: {text}" for field_name, text in alias.settings.items())]
     return f"write {', '.join(ours)}" if ours else alias.refused or alias.note or _nearest(name, options)
-
-
-def _converted(value: Any, annotation: Any) -> Any:
-    """`value` as a value of the annotated type; ValueError where it is of another type."""
-    for kind in get_args(annotation) if NoneType in get_args(annotation) else (annotation,):
-        if get_origin(kind) is Literal and value in get_args(kind):
-            return value
-        if get_origin(kind) is tuple and isinstance(value, list | tuple):
-            kinds = get_args(kind)
-            if kinds[-1] is Ellipsis:
-                kinds = kinds[:1] * len(value)
-            if len(value) == len(kinds):
-                return tuple(_converted(part, part_kind) for part, part_kind in zip(value, kinds, strict=True))
-        if kind in (bool, str, NoneType) and isinstance(value, kind):
-            return value
-        if kind in (int, float) and isinstance(value, int | kind) and not isinstance(value, bool):
-            return kind(value)
-        if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
-            return float(value)
-    raise ValueError(f"is not of the type {annotation.__name__ if isinstance(annotation, type) else annotation}")
 
 
 def _build(config_class: type[ConfigT], values: Mapping[str, Any], *, absent: Any) -> ConfigT:

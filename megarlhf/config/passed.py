@@ -5,18 +5,15 @@ with the reason.
 """
 
 import difflib
-import json
-import types
-import typing
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import tyro
-import yaml
 
-from megarlhf.config.installed_fields import InstalledField, Settings, Unwritable, installed_fields, shown
+from megarlhf.config.installed_fields import installed_fields, shown
 from megarlhf.config.refused_options import refusal
+from megarlhf.config.values import alternatives, as_text, value_of
 
 PREFIXES = {"vllm": "vllm_", "megatron": ""}  # program -> what its flags begin with
 
@@ -48,8 +45,7 @@ def program_of(flag: str, offered: Sequence[str]) -> str | None:
 
 def is_switch(flag: str, program: str) -> bool:
     """Whether it may be written --no-flag."""
-    kind = installed_fields(program)[flag.removeprefix(PREFIXES[program])].kind
-    return bool in _alternatives(kind)
+    return bool in alternatives(installed_fields(program)[flag.removeprefix(PREFIXES[program])].kind)
 
 
 def read(program: str, name: str, texts: Sequence[str]) -> Any:
@@ -62,19 +58,7 @@ def read(program: str, name: str, texts: Sequence[str]) -> Any:
     if reason is not None:
         raise ValueError(f"cannot be passed on; {reason}")
     kind = installed_fields(program)[name].kind
-    if not texts and bool in _alternatives(kind):
-        return True
-    for alternative in sorted(_alternatives(kind), key=lambda kind: kind is str):  # text takes whatever is left
-        if not texts:
-            break
-        try:
-            return _converted(list(texts), alternative)
-        except (ValueError, yaml.YAMLError):
-            continue
-    given = repr(" ".join(texts)) if texts else "no value"
-    if all(alternative in (Unwritable, types.NoneType) for alternative in _alternatives(kind)):
-        raise ValueError("takes an object, which no text can give")
-    raise ValueError(f"takes {shown(kind)}, not {given}")
+    return True if not texts and bool in alternatives(kind) else value_of(texts, kind)
 
 
 def checked(program: str, values: Any, ours: Container[str]) -> tuple[dict[str, Any], list[str]]:
@@ -97,7 +81,7 @@ def checked(program: str, values: Any, ours: Container[str]) -> tuple[dict[str, 
             errors.append(f"{name} of {program} is an option of this package: set {PREFIXES[program]}{name} instead")
             continue
         try:
-            taken[name] = read(program, name, [value if isinstance(value, str) else json.dumps(value)])
+            taken[name] = read(program, name, [as_text(value)])
         except ValueError as error:
             errors.append(f"{program}: {name}={value!r} {error}")
     return taken, errors
@@ -120,63 +104,8 @@ def help_text(program: str) -> str:
     blocks = []
     for name, entry in installed_fields(program).items():
         reason = refusal(program, name)
-        lines = [f"not passed on: {reason}"] if reason else _described(entry)
+        default = [f"default: {entry.default}"] if entry.default else []
+        lines = [f"not passed on: {reason}"] if reason else [*entry.doc.splitlines(), *default]
         flag = f"--{PREFIXES[program]}{name}".replace("_", "-")
         blocks.append("\n      ".join([f"  {flag}  {shown(entry.kind)}  ({entry.owner})", *lines]))
     return "\n".join(blocks) or f"{program} is not installed: its options are not known"
-
-
-def _described(entry: InstalledField) -> list[str]:
-    default = [f"default: {entry.default}"] if entry.default else []
-    return [*entry.doc.splitlines(), *default]
-
-
-def _alternatives(kind: Any) -> list[Any]:
-    """The members of a union, nested ones too."""
-    if get_origin(kind) in (typing.Union, types.UnionType):
-        return [part for member in get_args(kind) for part in _alternatives(member)]
-    return [kind]
-
-
-def _converted(texts: list[str], kind: Any) -> Any:
-    origin, parts = get_origin(kind) or kind, get_args(kind)
-    if kind is Any and len(texts) == 1:
-        return yaml.safe_load(texts[0])
-    if origin in (list, set, tuple):
-        return _converted_items(texts, parts[0] if parts else Any)
-    if len(texts) != 1:
-        raise ValueError
-    (text,) = texts
-    if origin is Literal:
-        return next(choice for choice in parts if str(choice) == text) if text in map(str, parts) else _fail()
-    if kind in (bool, types.NoneType):
-        return {"true": True, "false": False, "none": None, "null": None}[_one_of(text.lower(), kind)]
-    if kind in (int, float, str):
-        return kind(text)
-    value = yaml.safe_load(text) if origin in (dict, Settings) else None
-    return value if isinstance(value, dict) else _fail()
-
-
-def _one_of(text: str, kind: type) -> str:
-    return text if text in (("true", "false") if kind is bool else ("none", "null")) else _fail()
-
-
-def _converted_items(texts: list[str], kind: Any) -> list[Any]:
-    if len(texts) == 1 and texts[0].startswith("["):
-        items = yaml.safe_load(texts[0])
-        texts = [item if isinstance(item, str) else json.dumps(item) for item in items]
-    found = []
-    for text in texts:
-        for alternative in sorted(_alternatives(kind), key=lambda kind: kind is str):
-            try:
-                found.append(_converted([text], alternative))
-                break
-            except ValueError:
-                continue
-        else:
-            _fail()
-    return found
-
-
-def _fail() -> typing.NoReturn:
-    raise ValueError
