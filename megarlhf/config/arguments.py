@@ -216,7 +216,8 @@ class PromptDataArguments:
     prompt_data: str
     """Prompts: a .jsonl, .json, .csv or .parquet file, or a directory saved with datasets."""
     eval_data: str | None = None
-    """Prompts of the evaluation, in the same formats. None: no evaluation."""
+    """Prompts of the evaluation, in the same formats: eval/accuracy is the fraction of them whose one greedy response
+    has a reward of at least 1, of those with a result. None: no evaluation."""
     input_key: str = "input"
     """Column with the prompt: text, or a list of chat messages."""
     label_key: str = "label"

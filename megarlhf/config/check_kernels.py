@@ -7,6 +7,7 @@ takes no packed sequences, and every line here is packed). Every function return
 
 from collections.abc import Mapping, Sequence
 
+from megarlhf.config.check_layout import broken
 from megarlhf.config.layouts import LayoutArguments, TransformerImpl
 
 _LOCAL = "set transformer_impl=local"
@@ -34,29 +35,28 @@ def kernel_errors(
         return errors
     for prefix, layout in layouts.items():
         size = layout.context_parallel_size
-        if size > 1 and not bf16:
-            errors.append(
+        errors += broken(
+            {
                 f"bf16=False with {prefix}context_parallel_size={size} (of TransformerEngine's attention only the part "
-                f"without context parallelism computes in fp32): set bf16, or {_LOCAL}"
-            )
-        if size > 1 and layout.cp_comm_type == "all_gather":
-            errors.append(
+                f"without context parallelism computes in fp32): set bf16, or {_LOCAL}": size > 1 and not bf16,
                 f"cp_comm_type=all_gather with {prefix}context_parallel_size={size} (TransformerEngine's takes no "
-                f"packed sequences, and all lines are packed): set cp_comm_type=p2p, or {_LOCAL}"
-            )
-    if share_prompt_prefix:
-        errors.append(
-            "share_prompt_prefix=True with transformer_impl=transformer_engine (its attention has no mask of a shared "
-            f"prompt): leave it out, or {_LOCAL}"
+                f"packed sequences, and all lines are packed): set cp_comm_type=p2p, or {_LOCAL}": (
+                    size > 1 and layout.cp_comm_type == "all_gather"
+                ),
+            }
         )
-    recomputes = any(layout.recompute_granularity == "selective" for layout in layouts.values())
-    if recomputes and bf16 and set(recompute_modules or ("core_attn",)) == {"core_attn"}:
-        errors.append(
+    recomputes = bf16 and any(layout.recompute_granularity == "selective" for layout in layouts.values())
+    return errors + broken(
+        {
+            "share_prompt_prefix=True with transformer_impl=transformer_engine (its attention has no mask of a shared "
+            f"prompt): leave it out, or {_LOCAL}": share_prompt_prefix,
             "recompute_granularity=selective with recompute_modules=core_attn saves nothing (TransformerEngine's fused "
             "and flash attention keep queries, keys, values and their output, which recomputing it keeps too): set "
-            "recompute_granularity=full, or recompute_modules to others, such as mlp or moe"
-        )
-    return errors
+            "recompute_granularity=full, or recompute_modules to others, such as mlp or moe": (
+                recomputes and set(recompute_modules or ("core_attn",)) == {"core_attn"}
+            ),
+        }
+    )
 
 
 def _recompute_errors(
@@ -68,19 +68,15 @@ def _recompute_errors(
     shown = f"recompute_modules={' '.join(modules)}"
     if not any(layout.recompute_granularity == "selective" for layout in layouts.values()):
         return [f"{shown} is ignored without recompute_granularity=selective: set that, or leave it out"]
-    errors = []
-    unknown = sorted(set(modules) - _RECOMPUTED)
-    if unknown or not modules:
-        errors.append(
-            f"{shown} names {' '.join(unknown) or 'nothing'}, not Megatron-Core's: use {', '.join(sorted(_RECOMPUTED))}"
-        )
-    forgotten = sorted(_FORGOTTEN.intersection(modules))
-    if impl == "local" and forgotten:
-        errors.append(
+    unknown, forgotten = sorted(set(modules) - _RECOMPUTED), sorted(_FORGOTTEN.intersection(modules))
+    return broken(
+        {
+            f"{shown} names {' '.join(unknown) or 'nothing'}, not Megatron-Core's: use "
+            f"{', '.join(sorted(_RECOMPUTED))}": unknown or not modules,
             f"{shown} with transformer_impl=local ({' and '.join(forgotten)} need TransformerEngine in Megatron-Core): "
-            "leave them out"
-        )
-    return errors
+            "leave them out": impl == "local" and forgotten,
+        }
+    )
 
 
 def kernel_warnings(impl: TransformerImpl, *, bf16: bool) -> list[str]:

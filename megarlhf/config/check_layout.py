@@ -40,7 +40,16 @@ def broken(rules: Mapping[str, object]) -> list[str]:
 
 def layout_errors(layout: LayoutArguments, models: Mapping[str, Model], prefix: str = "") -> list[str]:
     """A layout that contradicts itself, or does not fit one of the models (option that names it -> config.json)."""
-    errors = _sequence_parallel_errors(layout, prefix) + _virtual_errors(layout, prefix)
+    tp, pp = f"{prefix}tensor_model_parallel_size", f"{prefix}pipeline_model_parallel_size"
+    virtual = layout.virtual_stages
+    errors = broken(
+        {
+            f"{prefix}sequence_parallel=True needs {tp} above 1 (activations are split over those ranks): set {tp}, or "
+            "leave sequence_parallel out": layout.sequence_parallel and layout.tensor_model_parallel_size <= 1,
+            f"{prefix}num_virtual_stages_per_pipeline_rank={virtual} needs {pp} above 1 (stages of several ranks are "
+            f"interleaved): set {pp}, or leave it out": virtual != 1 and layout.pipeline_model_parallel_size <= 1,
+        }
+    )
     for owner, model in models.items():
         errors += _head_errors(layout, owner, model, prefix)
         errors += _stage_errors(layout, owner, model, prefix)
@@ -50,13 +59,22 @@ def layout_errors(layout: LayoutArguments, models: Mapping[str, Model], prefix: 
 
 def shared_errors(layout: LayoutArguments) -> list[str]:
     """What all roles have in common: recomputation and overlap."""
-    errors = _recompute_errors(layout)
-    if layout.overlap_param_gather and not (layout.use_distributed_optimizer and layout.overlap_grad_reduce):
-        errors.append(
-            f"overlap_param_gather=True needs use_distributed_optimizer={layout.use_distributed_optimizer} and "
-            f"overlap_grad_reduce={layout.overlap_grad_reduce} to be on (it hides their communication): set both"
-        )
-    return errors
+    distributed, overlap = layout.use_distributed_optimizer, layout.overlap_grad_reduce
+    granularity, rules = layout.recompute_granularity, dict[str, bool]()
+    for name in ("recompute_method", "recompute_num_layers"):
+        value = getattr(layout, name)
+        rules |= {
+            f"{name}=None with recompute_granularity=full (it says which layers are recomputed): set {name}": (
+                granularity == "full" and value is None
+            ),
+            f"{name}={value} is ignored with recompute_granularity={granularity}: set it to full, or leave {name} "
+            "out": granularity != "full" and value is not None,
+        }
+    rules[
+        f"overlap_param_gather=True needs use_distributed_optimizer={distributed} and overlap_grad_reduce={overlap} to "
+        "be on (it hides their communication): set both"
+    ] = layout.overlap_param_gather and not (distributed and overlap)
+    return broken(rules)
 
 
 def role_errors(config: PPOConfig, models: Mapping[str, Model]) -> list[str]:
@@ -79,25 +97,6 @@ def role_errors(config: PPOConfig, models: Mapping[str, Model]) -> list[str]:
         for option, value in role.own_options(config).items()
     ]
     return list(dict.fromkeys(errors))
-
-
-def _sequence_parallel_errors(layout: LayoutArguments, prefix: str) -> list[str]:
-    if not layout.sequence_parallel or layout.tensor_model_parallel_size > 1:
-        return []
-    return [
-        f"{prefix}sequence_parallel=True needs {prefix}tensor_model_parallel_size above 1 (activations are split over "
-        f"those ranks): set {prefix}tensor_model_parallel_size, or leave sequence_parallel out"
-    ]
-
-
-def _virtual_errors(layout: LayoutArguments, prefix: str) -> list[str]:
-    virtual, pp = layout.virtual_stages, layout.pipeline_model_parallel_size
-    if virtual == 1 or pp > 1:
-        return []
-    return [
-        f"{prefix}num_virtual_stages_per_pipeline_rank={virtual} needs {prefix}pipeline_model_parallel_size above 1 "
-        f"(stages of several ranks are interleaved): set {prefix}pipeline_model_parallel_size, or leave it out"
-    ]
 
 
 def _head_errors(layout: LayoutArguments, owner: str, model: Model, prefix: str) -> list[str]:
@@ -184,18 +183,17 @@ def _expert_errors(layout: LayoutArguments, owner: str, model: Model, prefix: st
     tp = layout.tensor_model_parallel_size
     name = f"{prefix}expert_tensor_parallel_size"
     errors += _divisor_errors(name, etp or tp, {"width of an expert": width}, f"{owner} (matrices are split over it)")
-    if ep == 1 and etp not in (None, tp):
-        errors.append(
+    return errors + broken(
+        {
             f"{name}={etp} differs from {prefix}tensor_model_parallel_size={tp} with "
-            f"{prefix}expert_model_parallel_size=1 (Megatron-Core 0.16 then sums the experts' gradients over the "
-            "wrong ranks): leave it out, or deal the experts to more ranks"
-        )
-    if tp > 1 and not layout.sequence_parallel:
-        errors.append(
+            f"{prefix}expert_model_parallel_size=1 (Megatron-Core 0.16 then sums the experts' gradients over the wrong "
+            "ranks): leave it out, or deal the experts to more ranks": ep == 1 and etp not in (None, tp),
             f"{prefix}tensor_model_parallel_size={tp} needs sequence_parallel with the experts of {owner} "
-            "(Megatron-Core routes each token on one rank): set sequence_parallel"
-        )
-    return errors
+            "(Megatron-Core routes each token on one rank): set sequence_parallel": (
+                tp > 1 and not layout.sequence_parallel
+            ),
+        }
+    )
 
 
 def _divisor_errors(option: str, value: int, sizes: Mapping[str, int | None], owner: str) -> list[str]:
@@ -211,22 +209,6 @@ def _divisor_errors(option: str, value: int, sizes: Mapping[str, int | None], ow
     ]
 
 
-def _recompute_errors(layout: LayoutArguments) -> list[str]:
-    granularity = layout.recompute_granularity
-    details = {"recompute_method": layout.recompute_method, "recompute_num_layers": layout.recompute_num_layers}
-    if granularity == "full":
-        return [
-            f"{name}=None with recompute_granularity=full (it says which layers are recomputed): set {name}"
-            for name, value in details.items()
-            if value is None
-        ]
-    return [
-        f"{name}={value} is ignored with recompute_granularity={granularity}: set it to full, or leave {name} out"
-        for name, value in details.items()
-        if value is not None
-    ]
-
-
 def world_errors(
     name: str, world_size: int, layout: LayoutArguments, global_batch_size: int, prefix: str = ""
 ) -> list[str]:
@@ -236,34 +218,26 @@ def world_errors(
         name: options and values that the number of ranks comes from.
         world_size: ranks that train the model.
     """
-    tp, pp, cp = (
-        layout.tensor_model_parallel_size,
-        layout.pipeline_model_parallel_size,
-        layout.context_parallel_size,
-    )
+    tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
     ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size or tp
     if min(world_size, tp, pp, cp, ep, etp, global_batch_size) < 1:
         return []
-    errors: list[str] = []
-    for sizes, copy in (  # one sentence: where the model does not fit, the experts do not matter
-        ({"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}, "model"),
-        (
-            {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp, "pipeline_model_parallel_size": pp},
-            "experts",
-        ),
-    ):
+    whole = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}
+    split = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp, "pipeline_model_parallel_size": pp}
+    for sizes, copy in ((whole, "model"), (split, "experts")):
         product = math.prod(sizes.values())
-        if world_size % product and not errors:
-            errors.append(
+        if world_size % product:  # where the model does not fit, the experts do not matter
+            return [
                 f"{name} makes {world_size} ranks, no multiple of {' * '.join(prefix + key for key in sizes)} = "
                 f"{product} (ranks of one copy of the {copy}): use {product}, {2 * product}, ... ranks"
-            )
-    if not errors and global_batch_size < world_size // (tp * pp * cp):
-        errors.append(
-            f"global_batch_size={global_batch_size} is below the {world_size // (tp * pp * cp)} data-parallel ranks "
-            f"that {name} makes (each needs a sample): use at least {world_size // (tp * pp * cp)}"
-        )
-    return errors
+            ]
+    replicas = world_size // (tp * pp * cp)
+    if global_batch_size >= replicas:
+        return []
+    return [
+        f"global_batch_size={global_batch_size} is below the {replicas} data-parallel ranks that {name} makes (each "
+        f"needs a sample): use at least {replicas}"
+    ]
 
 
 def cluster_errors(config: PPOConfig) -> list[str]:

@@ -64,7 +64,7 @@ METRICS: dict[str, str] = {
     "time/step_seconds": "The whole step without evaluation and saving (seconds)",
     "perf/tokens_per_second": "RL: response tokens, SFT: all tokens of the step, over its time (tokens/s)",
     "perf/samples_per_second": "Samples trained on in the step over its time (samples/s)",
-    "eval/accuracy": "Greedy responses with a reward of at least 1, of those with a result (fraction)",
+    "eval/accuracy": "Evaluation prompts whose one greedy response earns at least 1, of those with a result (fraction)",
     "eval/no_result_count": "Evaluation responses that the reward gave no result for, left out (samples)",
     "eval/response_length_mean": "Mean length of an evaluation response (tokens)",
     "data/epoch": "Passes over the training data so far (epochs)",

@@ -34,7 +34,12 @@ class Panel:
 
 PANELS = (
     Panel(title="Reward", unit="mean reward", lines={"reward/mean": "reward"}),
-    Panel(title="Evaluation accuracy", unit="prompts correct", lines={"eval/accuracy": "accuracy"}, percent=True),
+    Panel(
+        title="Evaluation: greedy responses with a reward of at least 1",
+        unit="of prompts with a result",
+        lines={"eval/accuracy": "accuracy"},
+        percent=True,
+    ),
     Panel(title="KL to the reference", unit="nats per token", lines={"kl/mean": "KL"}),
     Panel(title="Loss", unit="nats per token", lines={"sft/loss": "training", "sft/eval_loss": "evaluation"}),
     Panel(title="Policy loss", unit="loss", lines={"policy/loss": "policy"}),
