@@ -47,7 +47,7 @@ def _qwen_layers(config: HFConfig) -> list[bool]:
 
 def _dimensions(config: HFConfig) -> dict[str, int]:
     return dense_dimensions(config) | {
-        "experts": config.num_experts,
+        "experts": getattr(config, "num_local_experts", None) or config.num_experts,
         "expert": getattr(config, "moe_intermediate_size", config.intermediate_size),
         "shared": getattr(config, "shared_expert_intermediate_size", 0),
     }

@@ -34,8 +34,8 @@ FIXED: dict[str, set[str]] = {
     "qwen3-moe": ROPE_TYPE,
     "gemma2": ROPE_TYPE,
     "gemma3": {"attn_logit_softcapping"},
-    "deepseek-v2": LATENT | {"num_key_value_heads"},
-    "deepseek-v3": LATENT,
+    "deepseek-v2": LATENT | {"num_key_value_heads", "norm_topk_prob"},
+    "deepseek-v3": LATENT | {"norm_topk_prob", "megatron.moe_router_pre_softmax"},
 }
 FAMILIES = sorted({options["family"] for options in MODELS.values()})
 
