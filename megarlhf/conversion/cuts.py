@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
+from megarlhf.config.layouts import LayoutArguments
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import ArchSpec, WeightMap
 from megarlhf.models.build import Head, ModelOptions, build_model
@@ -99,7 +100,8 @@ def cut_model(
     objects: dict[str, Any] = {}
     names: ModelWeights | None = None
     world_size = tensor * pipeline * expert
-    options = ModelOptions(sequence_parallel=tensor > 1)  # it cuts no weight, and some models cannot be built without
+    # Sequence parallelism cuts no weight, and some models cannot be built without.
+    options = ModelOptions(layout=LayoutArguments(sequence_parallel=tensor > 1))
     for rank in range(world_size):
         with fake_world(sizes, rank=rank, world_size=world_size) as ranks:
             chunks, _ = build_model(arch, without_rope, ranks, options, head=head, seed=0)

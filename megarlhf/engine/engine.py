@@ -92,7 +92,7 @@ class MegatronEngine:
             chunk.to(current_device())
         self.config.finalize_model_grads_func = sum_gradients
         self._routers = RouterStatistics(self.chunks, self.hf.num_hidden_layers) if arch.is_moe(self.hf) else None
-        self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.sequence_parallel else 1
+        self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.layout.sequence_parallel else 1
         distribution = OutputDistribution(
             vocab_size=self.hf.vocab_size,
             chunk_tokens=logprob_chunk_tokens,

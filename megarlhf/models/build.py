@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megarlhf.config.layouts import KernelArguments
+from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import Additions, ArchSpec
 from megarlhf.models.backend import model_backend
@@ -38,14 +38,8 @@ class ModelOptions:
     """What shapes the model besides its architecture."""
 
     bf16: bool = False
-    sequence_parallel: bool = False
-    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
-    decoder_first_pipeline_num_layers: int | None = None
-    decoder_last_pipeline_num_layers: int | None = None
+    layout: LayoutArguments = field(default_factory=LayoutArguments)  # sizes of groups come from the ranks instead
     moe_aux_loss_coeff: float = 0.0
-    recompute_granularity: str | None = None
-    recompute_method: str | None = None
-    recompute_num_layers: int | None = None
     kernels: KernelArguments = field(default_factory=KernelArguments)
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of TransformerConfig, and others to pass over
 
@@ -58,7 +52,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
     Raises:
         ValueError: latent attention under tensor parallelism without sequence parallelism.
     """
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    dtype, layout = torch.bfloat16 if options.bf16 else torch.float32, options.layout
     device = device_kind()
     on_gpu, backend = device == "gpu", model_backend(arch, hf, options.kernels, device=device)
     fields = arch.megatron_fields(hf)
@@ -71,7 +65,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
             "moe_grouped_gemm": backend.uses("moe_grouped_gemm"),
         }
     latent = fields.get("multi_latent_attention", False)
-    if latent and ranks.tp_size > 1 and not options.sequence_parallel:
+    if latent and ranks.tp_size > 1 and not layout.sequence_parallel:
         raise ValueError(
             f"sequence_parallel=False; {arch.hf_class} with tensor_model_parallel_size={ranks.tp_size} needs it, as "
             "Megatron-Core's latent attention else gives wrong gradients for what all heads share: set it to True"
@@ -83,11 +77,11 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         tensor_model_parallel_size=ranks.tp_size,
         pipeline_model_parallel_size=ranks.pp_size,
         virtual_pipeline_model_parallel_size=ranks.vpp_size if ranks.vpp_size > 1 else None,
-        num_layers_in_first_pipeline_stage=options.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=options.decoder_last_pipeline_num_layers,
+        num_layers_in_first_pipeline_stage=layout.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=layout.decoder_last_pipeline_num_layers,
         context_parallel_size=ranks.cp_size,
-        cp_comm_type=options.cp_comm_type,
-        sequence_parallel=options.sequence_parallel,
+        cp_comm_type=layout.cp_comm_type,
+        sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
@@ -108,9 +102,9 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         overlap_p2p_comm=ranks.vpp_size > 1,
         moe_token_dispatcher_type="alltoall",  # demanded by variable_seq_lengths, for dense models too
         deallocate_pipeline_outputs=on_gpu or not FREES_UNSENT_OUTPUTS,
-        recompute_granularity=options.recompute_granularity,
-        recompute_method=options.recompute_method,
-        recompute_num_layers=options.recompute_num_layers,
+        recompute_granularity=layout.recompute_granularity,
+        recompute_method=layout.recompute_method,
+        recompute_num_layers=layout.recompute_num_layers,
         **passed,
     )
 

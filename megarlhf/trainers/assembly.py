@@ -82,17 +82,11 @@ def parallel_sizes(layout: LayoutArguments) -> ParallelSizes:
 
 
 def model_options(layout: LayoutArguments, config: PPOConfig | SFTConfig | ParityConfig) -> ModelOptions:
-    """The model's part of the layout and of the other flags."""
+    """The model's part of the flags."""
     return ModelOptions(
         bf16=config.model.bf16,
-        sequence_parallel=layout.sequence_parallel,
-        cp_comm_type=layout.cp_comm_type,
-        decoder_first_pipeline_num_layers=layout.decoder_first_pipeline_num_layers,
-        decoder_last_pipeline_num_layers=layout.decoder_last_pipeline_num_layers,
+        layout=layout,
         moe_aux_loss_coeff=config.model.moe_aux_loss_coeff,
-        recompute_granularity=layout.recompute_granularity,
-        recompute_method=layout.recompute_method,
-        recompute_num_layers=layout.recompute_num_layers,
         kernels=config.kernels,
         passed=config.passed.megatron,
     )

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from megarlhf.config.layouts import KernelArguments
+from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.data.planning import PackingOptions
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import OptimizerOptions
@@ -27,13 +28,13 @@ class Layout:
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
     sequence_parallel: bool = False
-    cp_comm_type: str = "p2p"
+    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
     distributed_optimizer: bool = False
     overlap: bool = False
     share_prefix: bool = False
     max_tokens: int = 64
     bf16: bool = False
-    recompute: str | None = None
+    recompute: Literal["full", "selective"] | None = None
     moe_aux_loss_coeff: float = 0.0
     compiled: bool = False  # Megatron-Core's small functions, which only GPUs compile
 
@@ -172,15 +173,17 @@ def build(
         model_dir,
         head=head,
         model=ModelOptions(
-            sequence_parallel=layout.sequence_parallel,
             bf16=layout.bf16,
-            cp_comm_type=layout.cp_comm_type,
             moe_aux_loss_coeff=layout.moe_aux_loss_coeff,
-            decoder_first_pipeline_num_layers=layout.first_stage_layers,
-            decoder_last_pipeline_num_layers=layout.last_stage_layers,
-            recompute_granularity=layout.recompute,
-            recompute_method="uniform" if layout.recompute == "full" else None,
-            recompute_num_layers=1 if layout.recompute == "full" else None,
+            layout=LayoutArguments(
+                sequence_parallel=layout.sequence_parallel,
+                cp_comm_type=layout.cp_comm_type,
+                decoder_first_pipeline_num_layers=layout.first_stage_layers,
+                decoder_last_pipeline_num_layers=layout.last_stage_layers,
+                recompute_granularity=layout.recompute,
+                recompute_method="uniform" if layout.recompute == "full" else None,
+                recompute_num_layers=1 if layout.recompute == "full" else None,
+            ),
             kernels=KernelArguments(
                 transformer_impl="local",
                 bias_swiglu_fusion=layout.compiled,

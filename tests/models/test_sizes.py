@@ -177,7 +177,7 @@ def test_a_rank_of_a_70b_world() -> None:
     arch = find_architecture(hf)
     layout = LayoutArguments(tensor_model_parallel_size=8, pipeline_model_parallel_size=4, sequence_parallel=True)
     stages = stage_sizes(arch, hf, layout, head="lm")
-    options = ModelOptions(bf16=True, sequence_parallel=True)
+    options = ModelOptions(bf16=True, layout=layout)
     for stage, rank in ((0, 3), (1, 12), (3, 31)):
         with fake_world(sizes, rank=rank, world_size=32) as ranks:
             (chunk,), _ = build_model(arch, hf, ranks, options, head="lm", seed=0)
