@@ -86,7 +86,6 @@ class _Role(NamedTuple):
     head: str
     layout: LayoutArguments
     world_size: int
-    trains: bool
     has_reference: bool
 
 
@@ -95,8 +94,7 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
     cluster, batch, slots = config.cluster, config.batch, dict[int, dict[str, RoleBytes]]()
     by_role: dict[str, Sequence[RoleBytes]] = {}
     for spec, hf in zip(megatron_roles(config), models, strict=True):
-        sizes = (spec.layout(config), spec.num_workers(config))
-        role = _Role(hf, spec.head, *sizes, spec.trains, spec.keeps_reference(config))
+        role = _Role(hf, spec.head, spec.layout(config), spec.num_workers(config), spec.keeps_reference(config))
         by_role[spec.name] = _training_ranks(role, config.model, batch, tokens=config.micro_batch_tokens)
     by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
     first = 0
@@ -108,7 +106,7 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
 
 
 def _supervised_ranks(config: SFTConfig, hf: HFConfig) -> list[RankBytes]:
-    role = _Role(hf, "lm", config.layout, config.world_size, True, False)
+    role = _Role(hf, "lm", config.layout, config.world_size, False)
     return _training_ranks(role, config.model, config.batch, tokens=config.micro_batch_tokens)
 
 
@@ -135,7 +133,6 @@ def _training_ranks(role: _Role, model: ModelArguments, batch: Batch, *, tokens:
         micro_batches=-(-micro_batches // pp) * pp if layout.virtual_stages > 1 else micro_batches,
         vocabulary=padded_vocab_size(role.hf.vocab_size, tp) if role.head == "lm" else 0,
         logprob_chunk_tokens=batch.logprob_chunk_tokens,
-        trains=role.trains,
         has_reference=role.has_reference,
     )
     stages, widths = stage_sizes(arch, role.hf, layout, head=role.head), layer_widths(arch, role.hf)

@@ -36,7 +36,6 @@ class Work:
     micro_batches: int  # of an optimizer step on one rank, at most
     vocabulary: int  # padded; 0 for a value head
     logprob_chunk_tokens: int  # tokens whose logits exist at a time
-    trains: bool  # else it has neither gradients nor an optimizer
     has_reference: bool
 
     @property
@@ -93,14 +92,12 @@ def rank_bytes(stages: Sequence[Sequence[ChunkSizes]], widths: LayerWidths, work
     parameters = gradients = optimizer = reference = 0
     for chunk in stages[stage]:
         for numbers, replicas in ((chunk.dense, work.replicas), (chunk.experts, work.expert_replicas)):
-            distributed = work.trains and work.distributed_optimizer
-            held = buffer_numbers(numbers, replicas=replicas, distributed_optimizer=distributed)
+            held = buffer_numbers(numbers, replicas=replicas, distributed_optimizer=work.distributed_optimizer)
             parameters += held * work.element
-            if work.trains:
-                gradients += held * 4
-                optimizer += optimizer_bytes(
-                    held, bf16=work.bf16, replicas=replicas, distributed_optimizer=work.distributed_optimizer
-                )
+            gradients += held * 4
+            optimizer += optimizer_bytes(
+                held, bf16=work.bf16, replicas=replicas, distributed_optimizer=work.distributed_optimizer
+            )
             reference += sum(numbers) * work.element if work.has_reference else 0
         parameters += chunk.buffers * 4
     last = stage == len(stages) - 1

@@ -37,7 +37,6 @@ def planned(model_dir: Path, layout: Layout) -> RankBytes:
     arch = find_architecture(hf)
     work = Work(
         bf16=layout.bf16,
-        trains=True,
         tensor=1,
         pipeline=1,
         virtual=1,

@@ -111,7 +111,6 @@ def work(layout: Layout, vocab_size: int) -> Work:
         micro_batches=8,
         vocabulary=padded_vocab_size(vocab_size, layout.tensor),
         logprob_chunk_tokens=2048,
-        trains=True,
         has_reference=True,
     )
 

@@ -35,7 +35,6 @@ WORK = Work(
     micro_batches=64,
     vocabulary=0,
     logprob_chunk_tokens=2048,
-    trains=True,
     has_reference=False,
 )
 # Korthikanti's counts for a GPT with dropout, arXiv:2205.05198: 34 s b h bytes, 10 of them between the matrices.
