@@ -99,13 +99,42 @@ class MegatronToHF:
 def hf_to_megatron(argv: Sequence[str] | None = None, prog: str = "convert_hf_to_megatron.py") -> int:
     """Parse and convert; returns the exit status."""
     config, dry_run = parse(HFToMegatron, sys.argv[1:] if argv is None else argv, prog=prog)
-    return _run(prog, lambda: _to_megatron(config, dry_run=dry_run))
+    source = config.source
+
+    def convert(options: "ConvertOptions") -> None:
+        from megarlhf.conversion.to_megatron import hf_to_megatron as convert
+
+        convert(
+            Path(source.load),
+            Path(config.target.save),
+            tensor=source.target_tensor_parallel_size,
+            pipeline=source.target_pipeline_parallel_size,
+            expert=source.target_expert_parallel_size,
+            head=source.head,
+            options=options,
+        )
+
+    return report_errors(prog, lambda: _run(config.target, convert, dry_run=dry_run))
 
 
 def megatron_to_hf(argv: Sequence[str] | None = None, prog: str = "convert_megatron_to_hf.py") -> int:
     """Parse and convert; returns the exit status."""
     config, dry_run = parse(MegatronToHF, sys.argv[1:] if argv is None else argv, prog=prog)
-    return _run(prog, lambda: _to_hf(config, dry_run=dry_run))
+    source = config.source
+
+    def convert(options: "ConvertOptions") -> None:
+        from megarlhf.conversion.to_hf import megatron_to_hf as convert
+
+        convert(
+            source.load,
+            Path(config.target.save),
+            hf_model=source.hf_model,
+            role=source.role,
+            max_shard_bytes=num_bytes_of(source.max_shard_size),
+            options=options,
+        )
+
+    return report_errors(prog, lambda: _run(config.target, convert, dry_run=dry_run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,51 +162,29 @@ def prepare_process() -> None:
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 4)
 
 
-def _run(prog: str, convert: Callable[[], int]) -> int:
+def _run(target: SharedArguments, convert: Callable[["ConvertOptions"], None], *, dry_run: bool) -> int:
     prepare_process()
-    return report_errors(prog, convert)
-
-
-def _check(target: SharedArguments) -> None:
     errors = directory_errors(target.save) or directory_errors(f"{os.path.normpath(target.save)}.partial")
     if target.num_threads is not None and target.num_threads < 1:
         errors.append(f"num_threads={target.num_threads}; at least 1")
     raise_if(errors)
-
-
-def _to_megatron(config: HFToMegatron, *, dry_run: bool) -> int:
-    _check(config.target)
-    from megarlhf.conversion.to_megatron import hf_to_megatron as convert
-
-    source = config.source
-    with _Bar() as bar:
-        convert(
-            Path(source.load),
-            Path(config.target.save),
-            tensor=source.target_tensor_parallel_size,
-            pipeline=source.target_pipeline_parallel_size,
-            expert=source.target_expert_parallel_size,
-            head=source.head,
-            options=_options(config.target, bar, dry_run=dry_run),
-        )
-    return _done(config.target, dry_run=dry_run)
-
-
-def _to_hf(config: MegatronToHF, *, dry_run: bool) -> int:
-    _check(config.target)
-    max_shard_bytes = num_bytes_of(config.source.max_shard_size)
-    from megarlhf.conversion.to_hf import megatron_to_hf as convert
+    from megarlhf.conversion.steps import DTYPES, ConvertOptions, default_threads
 
     with _Bar() as bar:
         convert(
-            config.source.load,
-            Path(config.target.save),
-            hf_model=config.source.hf_model,
-            role=config.source.role,
-            max_shard_bytes=max_shard_bytes,
-            options=_options(config.target, bar, dry_run=dry_run),
+            ConvertOptions(
+                threads=target.num_threads or default_threads(),
+                dtype=DTYPES[target.dtype] if target.dtype else None,
+                allow_nan=target.allow_nan,
+                verify=target.verify,
+                overwrite=target.overwrite,
+                dry_run=dry_run,
+                progress=bar.count,
+            )
         )
-    return _done(config.target, dry_run=dry_run)
+    checked = ", verified" if target.verify else ""
+    print(f"{target.save}: {'would be made' if dry_run else f'complete{checked}'}")
+    return 0
 
 
 def num_bytes_of(size: str) -> int:
@@ -190,26 +197,6 @@ def num_bytes_of(size: str) -> int:
     if found is None or float(found[1]) == 0:
         raise ValueError(f"max_shard_size={size}; a number with KB, MB, GB or TB, or KiB, MiB, ...")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
-
-
-def _options(target: SharedArguments, bar: "_Bar", *, dry_run: bool) -> "ConvertOptions":
-    from megarlhf.conversion.steps import DTYPES, ConvertOptions, default_threads
-
-    return ConvertOptions(
-        threads=target.num_threads or default_threads(),
-        dtype=DTYPES[target.dtype] if target.dtype else None,
-        allow_nan=target.allow_nan,
-        verify=target.verify,
-        overwrite=target.overwrite,
-        dry_run=dry_run,
-        progress=bar.count,
-    )
-
-
-def _done(target: SharedArguments, *, dry_run: bool) -> int:
-    checked = ", verified" if target.verify else ""
-    print(f"{target.save}: {'would be made' if dry_run else f'complete{checked}'}")
-    return 0
 
 
 class _Bar(Progress):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megarlhf.cli.run import Opened
-from megarlhf.config.arguments import LoggingArguments
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.formats import shared_memory
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import model_shapes
@@ -57,13 +58,7 @@ def check_shared_memory(config: HFConfig, *, bf16: bool, object_store_bytes: int
 
 
 def check_disk_space(
-    logging: LoggingArguments,
-    models: Sequence[Opened],
-    *,
-    bf16: bool,
-    distributed: bool,
-    first_step: int,
-    last_step: int,
+    config: PPOConfig | SFTConfig, models: Sequence[Opened], *, first_step: int, last_step: int
 ) -> None:
     """There must be room for the run's checkpoints and the exported model.
 
@@ -72,8 +67,10 @@ def check_disk_space(
     Raises:
         ValueError: there is not; logs and metrics, which are small, are not counted.
     """
-    save, source = Path(logging.save).absolute(), models[0].weights
+    logging, source = config.logging, models[0].weights
+    save = Path(logging.save).absolute()
     num_parameters = sum(_num_parameters(model.config, model.head) for model in models)
+    distributed = config.layout.use_distributed_optimizer
     root = save / "checkpoints"
     more = num_checkpoints(
         first_step=first_step,
@@ -83,7 +80,7 @@ def check_disk_space(
         present=sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*")),
     )
     needs = {
-        root: more * checkpoint_bytes(num_parameters, bf16=bf16, distributed=distributed),
+        root: more * checkpoint_bytes(num_parameters, bf16=config.model.bf16, distributed=distributed),
         save / "hf": sum((source.directory / name).stat().st_size for name in source.files),
     }
     what = {root: f"{more} checkpoint(s)", save / "hf": "the exported model"}

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -165,10 +165,10 @@ def _remedies(config: Config, models: Sequence[HFConfig]) -> str:
     found = list(itertools.islice(_fitting(config, models), 2))
     if not found:
         pairs = (
-            f"{said} with {second}"
-            for kind in _KINDS
-            for said, changed in list(kind(config))[-1:]
-            for second in itertools.islice(_fitting(changed, models), 1)
+            f"{_said(change)} with {second}"
+            for kind in _changes(config)
+            for change in kind[-1:]
+            for second in itertools.islice(_fitting(_changed(config, change), models), 1)
         )
         found = list(itertools.islice(pairs, 2))
     return f"set {' or '.join(found)}" if found else "no two changes make it fit: use more or larger GPUs"
@@ -176,9 +176,10 @@ def _remedies(config: Config, models: Sequence[HFConfig]) -> str:
 
 def _fitting(config: Config, models: Sequence[HFConfig]) -> Iterator[str]:
     """The first change of each kind that makes it fit, in words."""
-    for kind in _KINDS:
-        peaks = ((said, _peak_if_it_runs(changed, models)) for said, changed in kind(config))
-        yield from itertools.islice((f"{said} (peak {p / GIB:.2f} GiB)" for said, p in peaks if p is not None), 1)
+    for kind in _changes(config):
+        peaks = ((change, _peak_if_it_runs(_changed(config, change), models)) for change in kind)
+        fitting = (f"{_said(change)} (peak {peak / GIB:.2f} GiB)" for change, peak in peaks if peak is not None)
+        yield from itertools.islice(fitting, 1)
 
 
 def _peak_if_it_runs(config: Config, models: Sequence[HFConfig]) -> int | None:
@@ -193,81 +194,48 @@ def _peak_if_it_runs(config: Config, models: Sequence[HFConfig]) -> int | None:
     return None if (check_ppo(config) if isinstance(config, PPOConfig) else check_sft(config)) else plan.peak
 
 
-Changes = Iterator[tuple[str, Any]]
+Change = tuple[str, dict[str, Any]]  # a group of options, and their new values
 
 
-def _with(config: Config, group: str, **values: Any) -> tuple[str, Any]:
-    said = ", ".join(f"{name}={value}" for name, value in values.items())
-    return said, replace(config, **{group: replace(getattr(config, group), **values)})
+def _said(change: Change) -> str:
+    return ", ".join(f"{name}={value}" for name, value in change[1].items())
 
 
-def _utilization(config: Config) -> Changes:
-    """Less of the memory for the engines, in twentieths; then more, for a KV cache that is too small."""
-    if isinstance(config, PPOConfig):
+def _changed(config: Config, change: Change) -> Any:
+    group, values = change
+    return replace(config, **{group: replace(getattr(config, group), **values)})
+
+
+def _changes(config: Config) -> Iterator[list[Change]]:
+    """Ways to take less memory, those that cost the least speed first; of each the smallest change first.
+
+    Sizes that do not divide are found by the checks.
+    """
+    layout, tokens = config.layout, config.micro_batch_tokens
+    if isinstance(
+        config, PPOConfig
+    ):  # less for the engines, in twentieths; then more, for a KV cache that is too small
         now = round(20 * config.rollout.vllm_gpu_memory_utilization, 6)
-        for step in (*range(math.ceil(now) - 1, 0, -1), *range(math.floor(now) + 1, 20)):
-            yield _with(config, "rollout", vllm_gpu_memory_utilization=step / 20)
-
-
-def _distributed_optimizer(config: Config) -> Changes:
-    if not config.layout.use_distributed_optimizer:
-        yield _with(config, "layout", use_distributed_optimizer=True)
-
-
-def _sequence_parallel(config: Config) -> Changes:
-    if not config.layout.sequence_parallel:
-        yield _with(config, "layout", sequence_parallel=True)
-
-
-def _smaller_micro_batches(config: Config) -> Changes:
-    longest, tokens = config.max_row_tokens, config.micro_batch_tokens
-    while (tokens := tokens // 2) > longest:
-        yield _with(config, "batch", max_tokens_per_micro_batch=tokens)
-    yield _with(config, "batch", max_tokens_per_micro_batch=longest)
-
-
-def _recompute(config: Config) -> Changes:
-    if config.layout.recompute_granularity != "full":
-        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        yield _with(config, "layout", **full)
-
-
-def _larger(name: str) -> Callable[[Config], Changes]:
-    """A parallel size times 2, 3, 4, ...; what does not divide is found by the checks."""
-
-    def changes(config: Config) -> Changes:
-        now = getattr(config.layout, name)
-        for factor in range(2, 9):
-            more = {"sequence_parallel": True} if name == "tensor_model_parallel_size" else {}
-            yield _with(config, "layout", **{name: now * factor}, **more)
-
-    return changes
-
-
-def _engine_tensor(config: Config) -> Changes:
+        steps = (*range(math.ceil(now) - 1, 0, -1), *range(math.floor(now) + 1, 20))
+        yield [("rollout", {"vllm_gpu_memory_utilization": step / 20}) for step in steps]
+    for name in ("use_distributed_optimizer", "sequence_parallel"):
+        yield [] if getattr(layout, name) else [("layout", {name: True})]
+    halves = [tokens >> n for n in range(1, tokens.bit_length()) if tokens >> n > config.max_row_tokens]
+    yield [("batch", {"max_tokens_per_micro_batch": number}) for number in (*halves, config.max_row_tokens)]
     if isinstance(config, PPOConfig):
         tensor, engines = config.cluster.vllm_tensor_parallel_size, config.cluster.vllm_num_engines
-        for factor in (2, 4, 8):
-            if engines % factor == 0:
-                sizes = {"vllm_tensor_parallel_size": tensor * factor, "vllm_num_engines": engines // factor}
-                yield _with(config, "cluster", **sizes)
-
-
-def _more_gpus(config: Config) -> Changes:
+        yield [
+            ("cluster", {"vllm_tensor_parallel_size": tensor * factor, "vllm_num_engines": engines // factor})
+            for factor in (2, 4, 8)
+            if engines % factor == 0
+        ]
+    if layout.recompute_granularity != "full":
+        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        yield [("layout", full)]
+    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    yield [("layout", {"tensor_model_parallel_size": tensor * n, "sequence_parallel": True}) for n in range(2, 9)]
+    yield [("layout", {"pipeline_model_parallel_size": pipeline * n}) for n in range(2, 9)]
     if isinstance(config, PPOConfig):
-        yield _with(config, "cluster", actor_num_gpus_per_node=2 * config.cluster.actor_num_gpus_per_node)
+        yield [("cluster", {"actor_num_gpus_per_node": 2 * config.cluster.actor_num_gpus_per_node})]
     else:
-        yield _with(config, "sft_cluster", num_gpus_per_node=2 * config.sft_cluster.num_gpus_per_node)
-
-
-_KINDS: tuple[Callable[[Config], Changes], ...] = (
-    _utilization,
-    _distributed_optimizer,
-    _sequence_parallel,
-    _smaller_micro_batches,
-    _engine_tensor,
-    _recompute,
-    _larger("tensor_model_parallel_size"),
-    _larger("pipeline_model_parallel_size"),
-    _more_gpus,
-)
+        yield [("sft_cluster", {"num_gpus_per_node": 2 * config.sft_cluster.num_gpus_per_node})]

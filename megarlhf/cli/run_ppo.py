@@ -184,14 +184,8 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
     identity |= {"data": data_identity(len(prompts.prompts), prompts.fingerprint)}
     resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
-        check_disk_space(
-            config.logging,
-            [model for model, role in zip(models, roles, strict=True) if role.trains],
-            bf16=config.model.bf16,
-            distributed=config.layout.use_distributed_optimizer,
-            first_step=continued or 0,
-            last_step=config.batch.train_iters,
-        )
+        trained = [model for model, role in zip(models, roles, strict=True) if role.trains]
+        check_disk_space(config, trained, first_step=continued or 0, last_step=config.batch.train_iters)
     return Inputs(
         prompts=prompts,
         eval_prompts=eval_prompts,

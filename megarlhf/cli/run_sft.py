@@ -100,14 +100,7 @@ def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> _Inputs:
     identity |= {"data": data_identity(len(data.rows), data.fingerprint)}
     resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
-        check_disk_space(
-            config.logging,
-            models,
-            bf16=config.model.bf16,
-            distributed=config.layout.use_distributed_optimizer,
-            first_step=continued or 0,
-            last_step=_total_steps(config, data),
-        )
+        check_disk_space(config, models, first_step=continued or 0, last_step=_total_steps(config, data))
     decided = f"{kernel_lines(config.kernels, [models[0].config], device=device)}\n\n{memory.text()}"
     return _Inputs(data, evaluation[0] if evaluation else None, decided, identity, continued)
 

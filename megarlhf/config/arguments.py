@@ -210,7 +210,21 @@ class RolloutArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptDataArguments:
+class RenderingArguments:
+    """How rows become text."""
+
+    apply_chat_template: bool = False
+    """Render prompts and conversations with the tokenizer's chat template."""
+    input_template: str | None = None
+    """Text around each prompt, which takes the place of {}: "User: {}\\nAssistant: "."""
+    tokenizer_chat_template: str | None = None
+    """Chat template that replaces the tokenizer's own: a Jinja file, or its text."""
+    max_samples: int | None = None
+    """Use only the first rows of the data, this many. None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataArguments(RenderingArguments):
     """Prompts to generate from."""
 
     prompt_data: str
@@ -222,14 +236,6 @@ class PromptDataArguments:
     """Column with the prompt: text, or a list of chat messages."""
     label_key: str = "label"
     """Column with the reference answer for the reward, any JSON value; may be absent where the reward needs none."""
-    apply_chat_template: bool = False
-    """Render prompts with the tokenizer's chat template."""
-    input_template: str | None = None
-    """Text around each prompt, which takes the place of {}: "User: {}\\nAssistant: "."""
-    tokenizer_chat_template: str | None = None
-    """Chat template that replaces the tokenizer's own: a Jinja file, or its text."""
-    max_samples: int | None = None
-    """Use only the first rows of the data, this many. None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

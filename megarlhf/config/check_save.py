@@ -12,14 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_DIRECTORIES = (
-    "checkpoints",
-    "hf",
-    "hf.partial",
-    "logs",
-    "tensorboard",
-    "wandb",
-)  # of a run, that may be there already
+_DIRECTORIES = ("checkpoints", "hf", "hf.partial", "logs", "tensorboard", "wandb")  # of a run, if they are there
 _FILES = ("config.yaml", "metrics.jsonl", "report.html", "report.png")
 _LONGEST = 110  # characters of a run's longest file name, which is TensorBoard's with the host's name
 _PROBE_BYTES = 64 * 1024

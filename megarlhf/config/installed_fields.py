@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import inspect
 import typing
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,11 +93,9 @@ def _find(module: str, name: str) -> tuple[str, ast.stmt] | None:
     node = _names(module).get(name)
     if not isinstance(node, ast.ImportFrom):
         return None if node is None else (module, node)
-    origin = node.module or ""
-    if node.level:
-        path = _source(module)
-        outer = node.level - (path is not None and path.name == "__init__.py")
-        origin = ".".join([*module.split(".")[: len(module.split(".")) - outer], *filter(None, [origin])])
+    path = _source(module)
+    package = module if path is not None and path.name == "__init__.py" else module.rpartition(".")[0]
+    origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
     original = next(alias.name for alias in node.names if name in (alias.name, alias.asname))
     return _find(origin, original) if origin.split(".")[0] == module.split(".")[0] else None
 
@@ -149,19 +148,22 @@ def _fields_of(module: str, node: ast.stmt) -> dict[str, InstalledField]:
         place = _find(module, ast.unparse(base))
         if place is not None:
             fields |= _fields_of(*place)
-    for part, following in zip(node.body, [*node.body[1:], None], strict=True):
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and not part.target.id.startswith("_"):
-            doc = _text(following) or _text_of_default(module, part.value)
+    for name, part, text in _declared(node):
+        if not name.startswith("_"):
+            doc = text or _text_of_default(module, part.value)
             default = ast.unparse(part.value) if part.value is not None else ""
-            fields[part.target.id] = InstalledField(node.name, _evaluated(part.annotation, module), default, doc)
+            fields[name] = InstalledField(node.name, _evaluated(part.annotation, module), default, doc)
     return {name: field._replace(owner=node.name) for name, field in fields.items()}
 
 
-def _text(node: ast.stmt | None) -> str:
-    match node:
-        case ast.Expr(value=ast.Constant(value=str() as text)):
-            return inspect.cleandoc(text)
-    return ""
+def _declared(node: ast.ClassDef) -> Iterator[tuple[str, ast.AnnAssign, str]]:
+    """The fields of a class, each with the text below it."""
+    for part, following in zip(node.body, [*node.body[1:], None], strict=True):
+        match part, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str() as text)):
+                yield name, part, inspect.cleandoc(text)
+            case ast.AnnAssign(target=ast.Name(id=name)), _:
+                yield name, part, ""
 
 
 def _text_of_default(module: str, default: ast.expr | None) -> str:
@@ -176,11 +178,7 @@ def _text_of_default(module: str, default: ast.expr | None) -> str:
     place = _find(module, owner)
     if place is None or not isinstance(place[1], ast.ClassDef):
         return ""
-    body = place[1].body
-    for part, following in zip(body, [*body[1:], None], strict=True):
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and part.target.id == name:
-            return _text(following)
-    return ""
+    return next((text for field, _, text in _declared(place[1]) if field == name), "")
 
 
 def shown(kind: Any) -> str:

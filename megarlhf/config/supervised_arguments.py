@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megarlhf.config.arguments import LoggingArguments, ModelArguments, SharedOptimizerArguments
+from megarlhf.config.arguments import LoggingArguments, ModelArguments, RenderingArguments, SharedOptimizerArguments
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.config.passed import MegatronPassedArguments
 
@@ -51,7 +51,7 @@ class SupervisedOptimizerArguments(SharedOptimizerArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTDataArguments:
+class SFTDataArguments(RenderingArguments):
     """Conversations or prompt-response pairs to imitate."""
 
     dataset: str
@@ -62,16 +62,8 @@ class SFTDataArguments:
     """Column with the prompt, or with the whole conversation where output_key is None."""
     output_key: str | None = None
     """Column with the response. None: input_key holds the whole conversation."""
-    apply_chat_template: bool = False
-    """Render conversations with the tokenizer's chat template."""
-    input_template: str | None = None
-    """Text around each prompt, which takes the place of {}: "User: {}\\nAssistant: "."""
-    tokenizer_chat_template: str | None = None
-    """Chat template that replaces the tokenizer's own: a Jinja file, or its text."""
     pretrain_mode: bool = False
     """Train on the prompt's tokens as well."""
-    max_samples: int | None = None
-    """Use only the first rows of the data, this many. None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
