@@ -182,11 +182,8 @@ class _Conversion:
 
     def describe(self, target: Path, chunks: Sequence[Any]) -> None:
         """The files that tell Megatron-Core and Megatron-LM what the directory holds."""
-        places: dict[str, dict[tuple[int, ...], Any]] = {}
-        for key, offset, shape, place in chunks:
-            places.setdefault(key, {})[tuple(offset)] = (shape, place)
         tensors = {weight.key: (weight.tensor_shape, self.dtype(weight)) for weight in self.model.weights}
-        write_metadata(target, tensors, places, write_objects(target, "__objects.distcp", self.model.objects))
+        write_metadata(target, tensors, chunks, write_objects(target, "__objects.distcp", self.model.objects))
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, target / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(target))
 

@@ -166,26 +166,24 @@ def write_objects(directory: Path, name: str, objects: dict[str, Any]) -> dict[s
 def write_metadata(
     directory: Path,
     tensors: Mapping[str, tuple[Sequence[int], torch.dtype]],
-    chunks: Mapping[str, Mapping[tuple[int, ...], tuple[Sequence[int], Place]]],
+    chunks: Iterable[tuple[str, Sequence[int], Sequence[int], Place]],
     objects: Mapping[str, Place],
 ) -> None:
     """Say what lies where.
 
     Args:
         tensors: key -> shape and dtype.
-        chunks: key -> offset of a chunk -> its shape and place.
+        chunks: key, offset, shape and place of each, in any order.
     """
     entries: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
     storage = {MetadataIndex(key): _StorageInfo(*place) for key, place in objects.items()}
     for key, (shape, dtype) in tensors.items():
-        boxes = sorted(chunks[key].items())
-        entries[key] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=dtype),
-            size=torch.Size(shape),
-            chunks=[ChunkStorageMetadata(offsets=torch.Size(o), sizes=torch.Size(s)) for o, (s, _) in boxes],
-        )
-        for number, (offset, (_, place)) in enumerate(boxes):
-            storage[MetadataIndex(key, torch.Size(offset), number)] = _StorageInfo(*place)
+        properties = TensorProperties(dtype=dtype)
+        entries[key] = TensorStorageMetadata(properties=properties, size=torch.Size(shape), chunks=[])
+    for key, offset, shape, place in sorted(chunks, key=lambda chunk: (chunk[0], tuple(chunk[1]))):
+        found = entries[key].chunks
+        storage[MetadataIndex(key, torch.Size(offset), len(found))] = _StorageInfo(*place)
+        found.append(ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape)))
     buffer = io.BytesIO()
     pickle.dump(Metadata(state_dict_metadata=entries, storage_data=storage), buffer)
     (directory / METADATA).write_bytes(buffer.getvalue())
