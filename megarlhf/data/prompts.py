@@ -41,7 +41,7 @@ def load_prompts(
     input_template: str | None,
     prompt_max_len: int,
     max_samples: int | None,
-    vocab_size: int | None = None,
+    vocab_size: int,
     needs_label: bool = False,
 ) -> PromptData:
     """Read, render and tokenize the prompts of a data file.
@@ -55,11 +55,11 @@ def load_prompts(
         input_template: format string with one {} for the prompt; None takes the text as it is.
         prompt_max_len: longest prompt in tokens; longer ones are dropped, never cut, and counted.
         max_samples: read only the first so many rows; None reads all.
-        vocab_size: tokens that the model has embeddings for; None does not compare.
+        vocab_size: tokens that the model has embeddings for.
         needs_label: the reward compares with the label.
     Raises:
-        ValueError: a missing or empty prompt, no label where one is needed, a template that cannot work, every prompt
-            too long, or a token that the model has no embedding for.
+        ValueError: a missing or empty prompt, no label where one is needed, a chat template that cannot work, every
+            prompt too long, or a token that the model has no embedding for.
     """
     renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
     rows = load_rows(path, columns=(input_key, label_key), limit=max_samples)
@@ -91,14 +91,9 @@ def load_prompts(
         if len(ids) <= prompt_max_len
     ]
     if not prompts:
-        shortest = min(len(ids) for ids in encoded)
-        raise ValueError(
-            f"prompt_max_len={prompt_max_len} drops all {len(rows)} prompts of {path}, the shortest of which has "
-            f"{shortest} tokens: raise prompt_max_len"
-        )
-    if vocab_size is not None:
-        places = [prompt.index for prompt in prompts]
-        check_vocabulary(*_flat(prompts), places, tokenizer, rows=rows, vocab_size=vocab_size)
+        raise rows.all_too_long("prompt_max_len", prompt_max_len, shortest=min(map(len, encoded)))
+    places = [prompt.index for prompt in prompts]
+    check_vocabulary(*_flat(prompts), places, tokenizer, rows=rows, vocab_size=vocab_size)
     return PromptData(prompts=prompts, num_dropped=len(rows) - len(prompts))
 
 

@@ -30,11 +30,10 @@ class RowErrors:
 
     def raise_if_any(self) -> None:
         """Raise ValueError with one line for each of the first problems, and the number of the others."""
-        if self._count > _SHOWN_ERRORS:
-            more = self._count - _SHOWN_ERRORS
-            raise ValueError("\n".join([*self._shown, f"{self.path}: {more} more rows cannot be used either"]))
+        more = self._count - len(self._shown)
         if self._shown:
-            raise ValueError("\n".join(self._shown))
+            rest = [f"{self.path}: {more} more rows cannot be used either"] if more else []
+            raise ValueError("\n".join([*self._shown, *rest]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +67,13 @@ class Rows:
                 errors.add(f"{self.place(index)}: {error}")
         errors.raise_if_any()
         return results
+
+    def all_too_long(self, option: str, limit: int, *, shortest: int) -> ValueError:
+        """The error where a limit of tokens leaves no row."""
+        return ValueError(
+            f"{option}={limit} drops all {len(self)} rows of {self.path}, the shortest of which has {shortest} tokens: "
+            f"raise {option}"
+        )
 
     def value(self, index: int, key: str, *, option: str) -> Any:
         """What a row has in a column that it must have.

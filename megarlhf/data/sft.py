@@ -55,7 +55,7 @@ def load_sft_rows(
     max_len: int,
     pretrain_mode: bool,
     max_samples: int | None,
-    vocab_size: int | None = None,
+    vocab_size: int,
 ) -> SFTData:
     """Read, render and tokenize a supervised data file.
 
@@ -74,12 +74,12 @@ def load_sft_rows(
         max_len: longest row in tokens, EOS included; longer ones are dropped, never cut, and counted.
         pretrain_mode: loss on the prompt too.
         max_samples: read only the first so many rows; None reads all.
-        vocab_size: tokens that the model has embeddings for; None does not compare.
+        vocab_size: tokens that the model has embeddings for.
     Returns:
         Rows, each a unit of its own, with no fields.
     Raises:
-        ValueError: a missing or empty value, every row too long, or a token that the
-            model has no embedding for.
+        ValueError: a missing or empty value, a tokenizer without EOS, every row too long, or a token that the model
+            has no embedding for.
     """
     renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
     if tokenizer.eos_token_id is None:
@@ -107,14 +107,10 @@ def load_sft_rows(
     sizes = [len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in encoded]
     kept = [index for index, size in enumerate(sizes) if size <= max_len]
     if not kept:
-        raise ValueError(
-            f"max_len={max_len} drops all {len(rows)} rows of {path}, the shortest of which has {min(sizes)} tokens: "
-            "raise max_len"
-        )
+        raise rows.all_too_long("max_len", max_len, shortest=min(sizes))
     found = training_rows([sum(encoded[index], []) for index in kept], [prompt_lengths[index] for index in kept])
-    if vocab_size is not None:
-        ends = np.cumsum(found.lengths)
-        check_vocabulary(found.input_ids, ends, kept, tokenizer, rows=rows, vocab_size=vocab_size)
+    ends = np.cumsum(found.lengths)
+    check_vocabulary(found.input_ids, ends, kept, tokenizer, rows=rows, vocab_size=vocab_size)
     return SFTData(rows=found, num_dropped=len(rows) - len(kept))
 
 

@@ -129,22 +129,22 @@ def make_renderer(
     """Find out what the chat template takes.
 
     Args:
-        input_template: as config/checks.py takes it, with a place for the input.
+        input_template: format string with one {}, and only without apply_chat_template, as config/checks.py has seen.
     Raises:
         ValueError: a chat template that the tokenizer lacks, or that does not place its input.
     """
-    if apply_chat_template and tokenizer.chat_template is None:
+    if not apply_chat_template:
+        if input_template is not None and "\\n" in input_template:
+            logger.warning(
+                "input_template=%r holds a backslash and an n, not a line break: in bash $'...' makes line breaks",
+                input_template,
+            )
+        return Renderer(tokenizer=tokenizer, apply_chat_template=False, input_template=input_template)
+    if tokenizer.chat_template is None:
         raise ValueError(
             f"apply_chat_template=True, but tokenizer={tokenizer.name_or_path} has no chat template: "
             "set tokenizer_chat_template, or use input_template"
         )
-    if input_template is not None and "\\n" in input_template:
-        logger.warning(
-            "input_template=%r holds a backslash and an n, not a line break: in bash $'...' makes line breaks",
-            input_template,
-        )
-    if not apply_chat_template:
-        return Renderer(tokenizer=tokenizer, apply_chat_template=False, input_template=input_template)
     of_text = _probe(tokenizer, {"role": "user", "content": _PROBE})
     of_parts = _probe(tokenizer, {"role": "user", "content": _as_parts([_PROBE])})
     takes_text = any(_PROBE in text for text in of_text)

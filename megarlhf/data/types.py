@@ -114,16 +114,11 @@ class TrainingRows:
     def with_fields(
         self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats] | None = None
     ) -> "TrainingRows":
-        """The same rows with more fields and scalars, or others of the same names.
-
-        Raises:
-            ValueError: a field without a value for each target, or a scalar without one for each row.
-        """
+        """The same rows with more fields and scalars, or others of the same names."""
         total = int(self.num_targets.sum())
-        for each, given, expected in (("targets", fields, total), ("rows", scalars or {}, len(self))):
+        for given, expected in ((fields, total), (scalars or {}, len(self))):
             for name, values in given.items():
-                if len(values) != expected:
-                    raise ValueError(f"{name} has {len(values)} values for {expected} {each}")
+                assert len(values) == expected, f"{name} has {len(values)} values for {expected}"
         return replace(self, fields={**self.fields, **fields}, scalars={**self.scalars, **(scalars or {})})
 
 
@@ -141,15 +136,10 @@ def training_rows(
         prompt_lengths: of each row.
         unit_ids: of each row; None makes each a unit of its own.
         fields: name -> one array or tensor [num_targets] for each row.
-    Raises:
-        ValueError: a row without a prompt token or without a target, or a field of another length than its targets.
     """
     lengths = np.fromiter(map(len, input_ids), dtype=np.int64, count=len(input_ids))
     prompts = np.asarray(prompt_lengths, dtype=np.int64)
-    wrong = np.flatnonzero((prompts < 1) | (prompts >= lengths))
-    if len(wrong):
-        row = wrong[0]
-        raise ValueError(f"row {row} has {prompts[row]} prompt tokens of {lengths[row]}: it needs one, and a target")
+    assert (prompts >= 1).all() and (prompts < lengths).all(), "a row needs a prompt token and a target"
     rows = TrainingRows(
         input_ids=np.concatenate([np.asarray(ids, dtype=np.int32) for ids in input_ids]),
         lengths=lengths,
@@ -158,9 +148,7 @@ def training_rows(
     )
     joined = {}
     for name, values in (fields or {}).items():
-        for row, (value, expected) in enumerate(zip(values, rows.num_targets, strict=True)):
-            if len(value) != expected:
-                raise ValueError(f"row {row}: field {name} has {len(value)} values for {expected} targets")
+        assert [len(value) for value in values] == rows.num_targets.tolist(), f"{name} has one number for each target"
         joined[name] = np.concatenate([np.asarray(value, dtype=np.float32) for value in values])
     return rows.with_fields(joined)
 

@@ -29,6 +29,7 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Promp
         "input_template": None,
         "prompt_max_len": 100,
         "max_samples": None,
+        "vocab_size": 1000,
     }
     return load_prompts(path, tokenizer, **(settings | changes))
 
@@ -61,7 +62,7 @@ def test_long_prompts_are_dropped_and_counted(write_jsonl: Write, tokenizer: Pre
     assert ([prompt.index for prompt in data.prompts], data.num_dropped) == ([0, 3], 2)
     data = load(path, tokenizer, prompt_max_len=4, max_samples=2)
     assert ([prompt.index for prompt in data.prompts], data.num_dropped) == ([0], 1)
-    with pytest.raises(ValueError, match=r"prompt_max_len=1 drops all 4 prompts .* 2 tokens"):
+    with pytest.raises(ValueError, match=r"prompt_max_len=1 drops all 4 rows .* 2 tokens"):
         load(path, tokenizer, prompt_max_len=1)
 
 

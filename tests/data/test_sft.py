@@ -23,6 +23,7 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> SFTDa
         "max_len": 100,
         "pretrain_mode": False,
         "max_samples": None,
+        "vocab_size": 1000,
     }
     return load_sft_rows(path, tokenizer, **(settings | changes))
 

@@ -53,6 +53,7 @@ def prompts(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> li
         "input_template": None,
         "prompt_max_len": 1000,
         "max_samples": None,
+        "vocab_size": 1000,
     }
     return [prompt.text for prompt in load_prompts(path, tokenizer, **(settings | changes)).prompts]
 
@@ -87,6 +88,7 @@ def test_text_parts_are_read_as_the_template_can(
         max_len=99,
         pretrain_mode=False,
         max_samples=None,
+        vocab_size=1000,
     ).rows
     assert (
         "".join(own.convert_ids_to_tokens(rows.input_ids.tolist())).replace("Ċ", "\n")
@@ -267,6 +269,7 @@ def test_half_a_surrogate_pair_in_an_answer_is_refused(tokenizer: PreTrainedToke
                 max_len=99,
                 pretrain_mode=False,
                 max_samples=None,
+                vocab_size=1000,
             )
 
 
