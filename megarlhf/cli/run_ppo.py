@@ -239,7 +239,6 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
                 plan,
                 reward=reward,
                 stop_token_ids=inputs.stop_tokens,
-                share_prompt_prefix=bool(batch.share_prompt_prefix),
                 identity=inputs.identity,
                 show=sinks.phase,
             ) as cluster,

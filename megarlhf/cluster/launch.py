@@ -27,7 +27,6 @@ from megarlhf.parallel.device import visible_devices_environment
 from megarlhf.planner.object_store import object_store_bytes
 from megarlhf.planner.placement import PlacementPlan, Worker
 from megarlhf.rollout.engine import engine_environment
-from megarlhf.trainers.experience import packing_options
 from megarlhf.trainers.roles import RewardRole, Roles
 
 _WORKERS: dict[str, type] = {"megatron": MegatronWorker, "vllm": RolloutWorker}
@@ -60,7 +59,6 @@ def start(
     *,
     reward: RewardRole,
     stop_token_ids: tuple[int, ...],
-    share_prompt_prefix: bool,
     identity: dict[str, Any],
     show: Callable[[str], None],
 ) -> Iterator[Cluster]:
@@ -79,7 +77,7 @@ def start(
         gpus = _gpus(plan, bundles, config.cluster.start_timeout_seconds)
         for role in roles_of(config):
             workers = plan.of(role.name)
-            specs = [_spec(config, plan, w, stop_token_ids, share_prompt_prefix) for w in workers]
+            specs = [_spec(config, plan, w, stop_token_ids) for w in workers]
             handles = [_launch(config, w, s, bundles, gpus) for w, s in zip(workers, specs, strict=True)]
             limit = config.cluster.phase_timeout_seconds
             groups[role.name] = WorkerGroup(role, handles, specs, timeout_seconds=limit)
@@ -89,13 +87,6 @@ def start(
         colocated = config.cluster.colocate_all_models
         places = start_workers(groups, rendezvous, config.cluster.start_timeout_seconds, colocated=colocated)
         phases = ResourceManager(models, groups["rollout"], show, colocated=colocated)
-        packing = packing_options(config, share_prompt_prefix=share_prompt_prefix)
-
-        def training_group(role: str) -> TrainingGroup:
-            layout = groups[role].role.layout(config)
-            own = packing.for_pipeline(layout.pipeline_model_parallel_size, layout.virtual_stages)
-            return TrainingGroup(groups[role], places[role], packing=own)
-
         checkpoints = CheckpointGroup(
             Path(config.logging.save).absolute() / "checkpoints",
             trained,
@@ -108,8 +99,8 @@ def start(
                 phases=phases,
                 rollout=RolloutGroup(groups["rollout"], n_samples_per_prompt=config.batch.n_samples_per_prompt),
                 reward=reward,
-                actor=training_group("actor"),
-                critic=training_group("critic") if "critic" in groups else None,
+                actor=TrainingGroup(groups["actor"], places["actor"]),
+                critic=TrainingGroup(groups["critic"], places["critic"]) if "critic" in groups else None,
                 sync=weight_sync(
                     groups["actor"],
                     groups["rollout"],
@@ -197,13 +188,7 @@ def _launch(
     )
 
 
-def _spec(
-    config: PPOConfig,
-    plan: PlacementPlan,
-    worker: Worker,
-    stop_token_ids: tuple[int, ...],
-    share_prompt_prefix: bool,
-) -> WorkerSpec:
+def _spec(config: PPOConfig, plan: PlacementPlan, worker: Worker, stop_token_ids: tuple[int, ...]) -> WorkerSpec:
     return WorkerSpec(
         config=config,
         role=worker.role,
@@ -213,7 +198,6 @@ def _spec(
         num_devices=len(worker.devices),
         threads=worker.threads,
         stop_token_ids=stop_token_ids,
-        share_prompt_prefix=share_prompt_prefix,
         log_file=str(Path(config.logging.save).absolute() / "logs" / f"{worker.role.name}-{worker.rank}.log"),
     )
 

@@ -13,7 +13,6 @@ from megarlhf.algos.kl import KLEstimator
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import Place
 from megarlhf.data.partition import DataParallelSplit
-from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
 from megarlhf.formats import run_checkpoints
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
@@ -24,16 +23,17 @@ class TrainingGroup:
 
     Args:
         places: of the processes, in rank order.
-        packing: as the role's engines pack.
     """
 
-    def __init__(self, workers: WorkerGroup, places: Sequence[Place], *, packing: PackingOptions) -> None:
-        self.workers, self._places, self._packing = workers, list(places), packing
+    def __init__(self, workers: WorkerGroup, places: Sequence[Place]) -> None:
+        self.workers, self._places = workers, list(places)
         self._num_replicas = 1 + max(place.dp_rank for place in places)
 
     def begin(self, rollout: Rollout, mini_batches: Sequence[Sequence[int]]) -> None:
         """See TrainingRole."""
-        split = DataParallelSplit(rollout.samples, mini_batches, num_ranks=self._num_replicas, packing=self._packing)
+        split = DataParallelSplit(
+            rollout.samples, mini_batches, num_ranks=self._num_replicas, packing=self._places[0].packing
+        )
         given = [(own, [rollout.tokens[group] for group in own.groups.tolist()]) for own in split.partitions]
         self._split = split
         self._call("begin", [(ray.put(pair),) for pair in given])

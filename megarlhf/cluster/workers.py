@@ -17,6 +17,7 @@ from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import EnginePart, Part, RoleSpec, megatron_roles
 from megarlhf.data.partition import Partition, RankRows
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
 from megarlhf.formats.shared_memory import Block
 from megarlhf.parallel.device import DeviceKind
@@ -29,6 +30,7 @@ class Place:
 
     dp_rank: int
     holds_results: bool  # the one process of a data-parallel replica whose results count
+    packing: PackingOptions  # its engine's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,6 @@ class WorkerSpec:
     num_devices: int  # that the plan gives it
     threads: int
     stop_token_ids: tuple[int, ...]
-    share_prompt_prefix: bool
     log_file: str
 
 
@@ -106,13 +107,14 @@ class MegatronWorker:
             seed=spec.config.model.seed,
             timeout_minutes=layout.distributed_timeout_minutes,
         )
-        self.engine = build_engine(spec.config, spec.role, share_prompt_prefix=spec.share_prompt_prefix)
+        self.engine = build_engine(spec.config, spec.role)
         if spec.role.keeps_reference(spec.config):
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)
         self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
-        return Place(dp_rank=self.engine.ranks.dp_rank, holds_results=self.engine.ranks.holds_results)
+        ranks = self.engine.ranks
+        return Place(dp_rank=ranks.dp_rank, holds_results=ranks.holds_results, packing=self.engine.packing)
 
     def begin(self, given: tuple[Partition, list[Any]]) -> None:
         """Take this rank's rows of a step.

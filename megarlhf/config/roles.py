@@ -4,6 +4,7 @@ A new role is a row of ROLES and the methods of its worker. Options are named he
 layouts.py; of several names the first whose option is given counts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -59,10 +60,7 @@ class RoleSpec:
 
     def num_workers(self, config: PPOConfig) -> int:
         """Processes."""
-        number = 1
-        for names in self.workers:
-            number *= first_given(config.cluster, names)[1]
-        return number
+        return math.prod(first_given(config.cluster, names)[1] for names in self.workers)
 
     def devices_per_worker(self, config: PPOConfig) -> int:
         """Devices of each process."""

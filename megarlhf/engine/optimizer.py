@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,25 +12,18 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megarlhf.config.arguments import SharedOptimizerArguments
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.models.passed_fields import passed_fields
 from megarlhf.parallel.device import current_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
+class OptimizerOptions(SharedOptimizerArguments):
     """AdamW with clipping and a warm-up, then a cosine to a floor."""
 
     learning_rate: float
     total_steps: int  # optimizer steps of the whole run
-    lr_warmup_ratio: float = 0.03
-    min_lr_ratio: float = 0.1
-    lr_decay_style: Literal["cosine", "constant"] = "cosine"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
     overlap_param_gather: bool = False  # gather parameters during the next forward pass; distributed optimizer only

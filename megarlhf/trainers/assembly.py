@@ -1,24 +1,25 @@
 """From the configuration to a role's engine and objective, inside its worker process."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from megarlhf.config.arguments import PPOConfig, SharedOptimizerArguments
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.roles import RoleSpec
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions
 from megarlhf.parallel.groups import ParallelSizes
-from megarlhf.trainers.experience import packing_options
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.value import value_objective
 
 
-def build_engine(config: PPOConfig, role: RoleSpec, *, share_prompt_prefix: bool) -> MegatronEngine:
+def build_engine(config: PPOConfig, role: RoleSpec) -> MegatronEngine:
     """A role's engine in a process whose groups are set up."""
     layout, optimizer = role.layout(config), None
     if role.learning_rate is not None:
@@ -28,7 +29,9 @@ def build_engine(config: PPOConfig, role: RoleSpec, *, share_prompt_prefix: bool
         role.start(config)[1],
         head=role.head,
         model=model_options(layout, config),
-        packing=packing_options(config, share_prompt_prefix=share_prompt_prefix),
+        packing=PackingOptions(
+            max_tokens=config.micro_batch_tokens, share_prefix=bool(config.batch.share_prompt_prefix)
+        ),
         optimizer=optimizer,
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         temperature=config.rollout.temperature,
@@ -101,19 +104,11 @@ def optimizer_options(
     passed: Mapping[str, Any],
 ) -> OptimizerOptions:
     """The optimizer flags, for one role's learning rate and number of optimizer steps."""
-    return OptimizerOptions(
-        learning_rate=learning_rate,
-        total_steps=total_steps,
-        lr_warmup_ratio=optimizer.lr_warmup_ratio,
-        min_lr_ratio=optimizer.min_lr_ratio,
-        lr_decay_style=optimizer.lr_decay_style,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        weight_decay=optimizer.weight_decay,
-        clip_grad=optimizer.clip_grad,
-        use_distributed_optimizer=layout.use_distributed_optimizer,
-        overlap_grad_reduce=layout.overlap_grad_reduce,
-        overlap_param_gather=layout.overlap_param_gather,
-        passed=passed,
-    )
+    own = {"learning_rate": learning_rate, "total_steps": total_steps, "passed": passed}
+    return OptimizerOptions(**(_named_alike(OptimizerOptions, optimizer, layout) | own))
+
+
+def _named_alike(options: type, *groups: Any) -> dict[str, Any]:
+    """Fields of `options` that one of the groups of flags has under the same name."""
+    names = {field.name for field in fields(options)}
+    return {name: value for group in groups for name, value in vars(group).items() if name in names}

@@ -12,7 +12,6 @@ from megarlhf.algos.advantages import compute_advantages
 from megarlhf.algos.losses import Aggregation, token_weights
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
-from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, Rollout, Sample
 from megarlhf.trainers.roles import ActorRole, CriticRole, LogProbDifference, UpdateResult
 from megarlhf.trainers.state import LoopState
@@ -86,11 +85,6 @@ def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig)
             f"min_result_fraction={config.reward.min_result_fraction}); in step {state.step} the reward gave no result "
             f"for {missing} of {len(scored)} samples: see its errors in the log"
         )
-
-
-def packing_options(config: PPOConfig, *, share_prompt_prefix: bool) -> PackingOptions:
-    """The flags of micro-batches."""
-    return PackingOptions(max_tokens=config.micro_batch_tokens, share_prefix=share_prompt_prefix)
 
 
 def make_experience(

@@ -61,20 +61,13 @@ class LoopState:
 
     def to_json(self) -> dict[str, Any]:
         """For run_state.json."""
-        return {
-            "step": self.step,
-            "kl_controller": self.kl_controller.state_dict(),
-            "reward_moments": asdict(self.reward_moments),
-            "consumed_prompts": self.consumed_prompts,
-            "untrained_steps": self.untrained_steps,
-            "untrained_in_a_row": self.untrained_in_a_row,
-        }
+        saved = asdict(self) | {"kl_controller": self.kl_controller.state_dict()}
+        del saved["updating"]
+        return saved
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `to_json`."""
-        self.step = int(state["step"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.reward_moments = RewardMoments(**state["reward_moments"])
-        self.consumed_prompts = int(state["consumed_prompts"])
-        self.untrained_steps = int(state["untrained_steps"])
-        self.untrained_in_a_row = int(state["untrained_in_a_row"])
+        for name in ("step", "consumed_prompts", "untrained_steps", "untrained_in_a_row"):
+            setattr(self, name, int(state[name]))

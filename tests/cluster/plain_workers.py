@@ -161,8 +161,8 @@ class _Handle:
         return SimpleNamespace(remote=remote)
 
 
-def places_of(kinds: Sequence[tuple[int, str]]) -> list[Place]:
-    return [Place(dp_rank=replica, holds_results=kind == "counts") for replica, kind in kinds]
+def places_of(kinds: Sequence[tuple[int, str]], packing: PackingOptions = PACKING) -> list[Place]:
+    return [Place(dp_rank=replica, holds_results=kind == "counts", packing=packing) for replica, kind in kinds]
 
 
 def make_rollout(lengths: Sequence[Sequence[int]], *, without: Sequence[tuple[int, int]] = ()) -> Rollout:

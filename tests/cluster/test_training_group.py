@@ -51,7 +51,7 @@ def begun(
 ) -> tuple[TrainingGroup, PlainWorkers, Rollout]:
     packing = replace(PACKING, share_prefix=share_prefix)
     workers = PlainWorkers(role, KINDS, packing, **options)
-    group = TrainingGroup(workers, places_of(KINDS), packing=packing)
+    group = TrainingGroup(workers, places_of(KINDS, packing))
     rollout = make_rollout(LENGTHS, without=WITHOUT)
     assert len(rollout.samples) == sum(map(len, MINI_BATCHES))
     group.begin(rollout, MINI_BATCHES)
@@ -158,7 +158,7 @@ def test_what_a_pass_has_freed_goes_back_where_another_model_is_on_the_device(
 ) -> None:
     done: list[str] = []
     critic = PlainWorkers("critic", [(0, "counts")], PACKING, **options)
-    group = TrainingGroup(critic, places_of([(0, "counts")]), packing=PACKING)
+    group = TrainingGroup(critic, places_of([(0, "counts")]))
     group.begin(make_rollout([[2, 3]]), [[0, 1]])
     engine = critic.workers[0].engine
     forward, step = engine.forward, engine.step
@@ -227,7 +227,7 @@ def test_a_new_step_forgets_the_last_one(store: list[Ref]) -> None:
 
 def test_a_replica_without_results_is_an_error(store: list[Ref]) -> None:
     kinds = [(0, "counts"), (1, "first stage")]
-    critic = TrainingGroup(PlainWorkers("critic", kinds, PACKING), places_of(kinds), packing=PACKING)
+    critic = TrainingGroup(PlainWorkers("critic", kinds, PACKING), places_of(kinds))
     critic.begin(make_rollout([[2, 3], [4, 1]]), [[0, 1, 2, 3]])
     with pytest.raises(KeyError):
         critic.values()
