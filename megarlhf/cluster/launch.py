@@ -190,13 +190,10 @@ def _launch(
 
 def _spec(config: PPOConfig, plan: PlacementPlan, worker: Worker, stop_token_ids: tuple[int, ...]) -> WorkerSpec:
     return WorkerSpec(
+        **vars(worker),
         config=config,
-        role=worker.role,
-        rank=worker.rank,
         world_size=len(plan.of(worker.role.name)),
         device_kind=plan.device_kind,
-        num_devices=len(worker.devices),
-        threads=worker.threads,
         stop_token_ids=stop_token_ids,
         log_file=str(Path(config.logging.save).absolute() / "logs" / f"{worker.role.name}-{worker.rank}.log"),
     )

@@ -15,12 +15,13 @@ import ray
 
 from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.roles import EnginePart, Part, RoleSpec, megatron_roles
+from megarlhf.config.roles import EnginePart, Part, megatron_roles
 from megarlhf.data.partition import Partition, RankRows
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
 from megarlhf.formats.shared_memory import Block
 from megarlhf.parallel.device import DeviceKind
+from megarlhf.planner.placement import Worker
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
@@ -34,16 +35,12 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerSpec:
-    """Who a worker process is."""
+class WorkerSpec(Worker):
+    """Who a worker process is, and its place in the plan."""
 
     config: PPOConfig
-    role: RoleSpec
-    rank: int
     world_size: int
     device_kind: DeviceKind  # the plan's
-    num_devices: int  # that the plan gives it
-    threads: int
     stop_token_ids: tuple[int, ...]
     log_file: str
 
@@ -75,7 +72,7 @@ def check_own_device(spec: WorkerSpec) -> None:
     """
     from megarlhf.parallel.device import check_device, device_kind, num_local_gpus
 
-    check_device(spec.device_kind, spec.num_devices, kind=device_kind(), num_gpus=num_local_gpus())
+    check_device(spec.device_kind, len(spec.devices), kind=device_kind(), num_gpus=num_local_gpus())
 
 
 class MegatronWorker:

@@ -119,7 +119,8 @@ def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool) -> dic
             name = "update" if len(training) == 1 else f"update {role}"
             columns[name] = _awake(held, "train", colocated=colocated) | _passes(held, role, update=True)
     if len(models) < len(held):
-        columns["sync"] = _awake(held, "sync", colocated=colocated) | _buckets(held)
+        columns["sync"] = _awake(held, "sync", colocated=colocated)
+        columns["sync"] |= {(r, "sync bucket"): e.bucket for r, e in held.items() if isinstance(e, EngineBytes)}
     columns["save"] = _awake(held, "checkpoint", colocated=colocated)
     for column in columns.values() if gpu else ():
         allocated = sum(size for (role, _), size in column.items() if role in models)
@@ -147,10 +148,6 @@ def _passes(held: Mapping[str, RoleBytes], role: str, *, update: bool) -> Column
     if not update:
         sizes = {"reference": taken.reference, "activations": taken.forward}
     return {(role, part): size for part, size in (sizes | {"logits": taken.logits}).items() if size}
-
-
-def _buckets(held: Mapping[str, RoleBytes]) -> Column:
-    return {(role, "sync bucket"): taken.bucket for role, taken in held.items() if isinstance(taken, EngineBytes)}
 
 
 def _amount(number: int, unit: int) -> str:

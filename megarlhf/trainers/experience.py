@@ -46,15 +46,6 @@ class NoSamplesError(RuntimeError):
     """The reward gives too few results to go on."""
 
 
-def needs_old_log_probs(config: PPOConfig) -> bool:
-    """Whether a pass before the updates must compute the policy's log-probs.
-
-    Not where one update uses every sample once and the KL is part of the loss: its own forward pass gives them.
-    """
-    algorithm = config.algorithm
-    return config.batch.updates_per_step > 1 or (algorithm.init_kl_coef > 0 and not algorithm.use_kl_loss)
-
-
 def with_result(samples: Sequence[Sample], *, estimator: str) -> list[Sample]:
     """Samples to train on: those with a reward and, for group estimators, with a second one in their group."""
     scored = [sample for sample in samples if sample.reward is not None]
@@ -107,7 +98,9 @@ def make_experience(
     algorithm, samples = config.algorithm, rollout.samples
     mini_batches = split_mini_batches(samples, config, step=step)
     actor.begin(rollout, mini_batches)
-    difference = actor.log_probs() if needs_old_log_probs(config) else None
+    # Where one update uses every sample once and the KL is part of the loss, its own forward pass gives the log-probs.
+    one_pass = config.batch.updates_per_step == 1 and (algorithm.use_kl_loss or not algorithm.init_kl_coef)
+    difference = None if one_pass else actor.log_probs()
     has_reference = algorithm.init_kl_coef > 0
     if has_reference:
         actor.ref_log_probs()

@@ -43,6 +43,6 @@ def test_the_engine_is_told(
     given: dict[str, Any] = {}
     monkeypatch.setattr(engine, "RolloutEngine", lambda model, **options: given.update(options))
     worker = RolloutWorker.__new__(RolloutWorker)  # without taking over this process's output
-    worker.spec = SimpleNamespace(config=config_of(assets, setting), threads=1, device_kind="cpu", num_devices=1)  # type: ignore[assignment]
+    worker.spec = SimpleNamespace(config=config_of(assets, setting), threads=1, device_kind="cpu", devices=(0,))  # type: ignore[assignment]
     worker.start()
     assert given["skip_special_tokens"] is expected
