@@ -6,13 +6,32 @@ entered again and again.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.config.roles import ENGINE_PARTS, REPLACES_WEIGHTS, EnginePart, Part, Phase
 from megarlhf.metrics.timers import Timers
 
 _Part = TypeVar("_Part", bound=str)
+
+
+def _phase(name: str, devices: Phase | None, *, timed: bool = True) -> Callable[[Any], AbstractContextManager[None]]:
+    """A method that enters a phase.
+
+    Args:
+        name: as it is shown and timed.
+        devices: the column of config/roles.py that says who is awake; None: as before.
+    """
+
+    @contextmanager
+    def enter(manager: "ResourceManager") -> Iterator[None]:
+        manager._show(name)
+        with manager._timers(name) if timed else nullcontext():
+            if devices is not None:
+                manager._give_devices(devices)
+            yield
+
+    return enter
 
 
 class ResourceManager:
@@ -25,6 +44,16 @@ class ResourceManager:
         colocated: the roles share devices, so that only the phase's own may be awake. Disjoint roles never sleep.
     """
 
+    rollout = _phase("rollout", "rollout")
+    reward = _phase("reward", None)
+    train = _phase("train", "train")
+    experience = _phase("experience", "train")
+    sync = _phase("sync", "sync")
+    evaluate = _phase("eval", "rollout")
+    save = _phase("save", "checkpoint")
+    load = _phase("load", "checkpoint", timed=False)
+    export = _phase("export", "export", timed=False)
+
     def __init__(
         self, training: list[WorkerGroup], rollout: WorkerGroup, show: Callable[[str], None], *, colocated: bool
     ) -> None:
@@ -32,42 +61,6 @@ class ResourceManager:
         self._timers = Timers()
         self._awake: dict[str, tuple[Part, ...]] = {group.role.name: () for group in training}
         self._engines_awake: tuple[EnginePart, ...] = ENGINE_PARTS
-
-    def rollout(self) -> AbstractContextManager[None]:
-        """The inference engines have the devices."""
-        return self._phase("rollout", "rollout")
-
-    def reward(self) -> AbstractContextManager[None]:
-        """Nobody needs the devices."""
-        return self._phase("reward", None)
-
-    def train(self) -> AbstractContextManager[None]:
-        """The training roles have the devices; the engines' weights are dropped, so a sync comes next."""
-        return self._phase("train", "train")
-
-    def experience(self) -> AbstractContextManager[None]:
-        """The part of training that comes before the updates."""
-        return self._phase("experience", "train")
-
-    def sync(self) -> AbstractContextManager[None]:
-        """Weights move: the actor's and the engines' are awake, and nothing else."""
-        return self._phase("sync", "sync")
-
-    def evaluate(self) -> AbstractContextManager[None]:
-        """The inference engines have the devices, for held-out prompts."""
-        return self._phase("eval", "rollout")
-
-    def save(self) -> AbstractContextManager[None]:
-        """The training roles' state is saved; the engines keep their weights."""
-        return self._phase("save", "checkpoint")
-
-    def load(self) -> AbstractContextManager[None]:
-        """The training roles' state is loaded."""
-        return self._phase("load", "checkpoint", timed=False)
-
-    def export(self) -> AbstractContextManager[None]:
-        """The actor's weights are written."""
-        return self._phase("export", "export", timed=False)
 
     def rescue(self) -> AbstractContextManager[None]:
         """The run is failing: the engines, which may not answer, are ended, and the training roles are saved."""
@@ -78,14 +71,6 @@ class ResourceManager:
     def seconds(self) -> dict[str, float]:
         """Metrics: of each phase since the last call, time/PHASE_seconds."""
         return self._timers.pop()
-
-    @contextmanager
-    def _phase(self, name: str, devices: Phase | None, *, timed: bool = True) -> Iterator[None]:
-        self._show(name)
-        with self._timers(name) if timed else nullcontext():
-            if devices is not None:
-                self._give_devices(devices)
-            yield
 
     def memory(self) -> dict[str, float]:
         """The most that each part of each training role has held so far on one of its devices, in GiB."""
