@@ -52,13 +52,15 @@ class DeviceTable:
         peak = self.total(self.peak_phase)
         name, unit = ("GiB", GIB) if peak >= GIB else ("MiB", 2**20)
         keys = sorted({key for column in self.phases.values() for key in column}, key=self._place)
-        rows = [(f"{name} on {self.devices}", "", *self.phases)]
+        rows = [("role", "part", *self.phases)]
         for key in keys:
             rows.append((*key, *(_amount(column.get(key, 0), unit) for column in self.phases.values())))
         rows.append(("sum", "", *(_amount(self.total(phase), unit) for phase in self.phases)))
-        widths = [max(len(row[column]) for row in rows[1:]) for column in range(2)]
-        widths += [max(len(row[column]) for row in rows) for column in range(2, len(rows[0]))]
-        lines = [rows[0][0]] + [_aligned(row, widths) for row in [("role", "part", *rows[0][2:]), *rows[1:]]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{name} on {self.devices}"]
+        for row in rows:
+            words = list(map(str.ljust, row[:2], widths[:2]))  # numbers to the right
+            lines.append("  ".join(words + list(map(str.rjust, row[2:], widths[2:]))).rstrip())
         left = "" if memory is None else f", {(memory - peak) / GIB:.2f} GiB of {memory / GIB:.4g} left"
         return "\n".join([*lines, f"peak: {self.peak_phase}, {peak / unit:.2f} {name}{left}"])
 
@@ -152,10 +154,3 @@ def _passes(held: Mapping[str, RoleBytes], role: str, *, update: bool) -> Column
 
 def _amount(number: int, unit: int) -> str:
     return f"{number / unit:.2f}" if number else "-"
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """Words to the left, numbers to the right."""
-    cells = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
-    cells += [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
-    return "  ".join(cells).rstrip()
