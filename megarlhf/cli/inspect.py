@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
+from rich.filesize import decimal
 
 from megarlhf.cli.errors import report_errors
 from megarlhf.config.roles import ROLES
@@ -42,20 +43,12 @@ def inspect(load: tyro.conf.Positional[str], /, *, role: str = "actor") -> int:
     print(title)
     numbers = sum(math.prod(row.shape) for row in rows)
     dtypes = ", ".join(sorted({row.dtype for row in rows}))
-    print(f"{len(rows)} tensors, {numbers:,} numbers, {_bytes(sum(row.num_bytes for row in rows))}, {dtypes}")
+    print(f"{len(rows)} tensors, {numbers:,} numbers, {decimal(sum(row.num_bytes for row in rows))}, {dtypes}")
     width = max((len(row.name) for row in rows), default=0)
     for row in rows:
         shape = "x".join(map(str, row.shape)) or "scalar"
-        print(f"  {row.name:{width}}  {shape:>20}  {row.dtype:8}  {_bytes(row.num_bytes):>9}  {row.where}")
+        print(f"  {row.name:{width}}  {shape:>20}  {row.dtype:8}  {decimal(row.num_bytes):>11}  {row.where}")
     return 0
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.4g} {unit}"
-        number /= 1000
-    return f"{number:.4g} GB"
 
 
 def _architecture(config: Path, source: str) -> str:

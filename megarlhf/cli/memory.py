@@ -141,12 +141,8 @@ def _training_ranks(role: _Role, model: ModelArguments, batch: Batch, *, tokens:
 
 
 def _engine(config: PPOConfig, hf: HFConfig, memory: int | None) -> EngineBytes:
-    arch, tensor, element = (
-        find_architecture(hf),
-        config.cluster.vllm_tensor_parallel_size,
-        2 if config.model.bf16 else 4,
-    )
-    rollout = config.rollout
+    arch, rollout, tensor = find_architecture(hf), config.rollout, config.cluster.vllm_tensor_parallel_size
+    element = 2 if config.model.bf16 else 4
     weights, largest = (number * element for number in engine_sizes(arch, hf, tensor=tensor))
     share = int(rollout.vllm_kv_cache_gib * GIB)
     if memory is not None:
