@@ -23,7 +23,10 @@ _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
     "eval_data": _DATA,
     "dataset": _DATA,
     "eval_dataset": _DATA,
-    "reward_function": (lambda path: path.endswith(".py") and os.path.isfile(path), "is not a Python file (.py)"),
+    "reward_function": (
+        lambda path: path.endswith(".py") and os.path.isfile(path),
+        "is not a Python file: give one that ends in .py",
+    ),
 }
 
 

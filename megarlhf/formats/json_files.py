@@ -1,6 +1,7 @@
 """The small JSON files of a checkpoint."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ def read_json_object(path: Path, source: str) -> dict[str, Any]:
     Args:
         source: option and value that led to the file, for messages.
     Raises:
-        ValueError: it cannot be read, is no JSON, or holds something else than an object.
+        ValueError: it is not there, cannot be read, is no JSON, or holds something else than an object.
     """
+    if not os.path.isfile(path):  # unlike Path.is_file it takes names that the system refuses
+        raise ValueError(f"{source}; it has no {path.name}: give the directory of a Hugging Face checkpoint")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
