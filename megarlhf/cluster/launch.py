@@ -29,7 +29,7 @@ from megarlhf.planner.placement import PlacementPlan, Worker
 from megarlhf.rollout.engine import engine_environment
 from megarlhf.trainers.roles import RewardRole, Roles
 
-_WORKERS: dict[str, type] = {"megatron": MegatronWorker, "vllm": RolloutWorker}
+_WORKERS: dict[str, Any] = {"megatron": MegatronWorker, "vllm": RolloutWorker}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,8 @@ def start(
         bundles = _reserve(plan, config.cluster.start_timeout_seconds)
         gpus = _gpus(plan, bundles, config.cluster.start_timeout_seconds)
         for role in roles_of(config):
-            workers = plan.of(role.name)
-            specs = [_spec(config, plan, w, stop_token_ids) for w in workers]
-            handles = [_launch(config, w, s, bundles, gpus) for w, s in zip(workers, specs, strict=True)]
+            specs = [_spec(config, plan, worker, stop_token_ids) for worker in plan.of(role.name)]
+            handles = [_launch(spec, bundles, gpus) for spec in specs]
             limit = config.cluster.phase_timeout_seconds
             groups[role.name] = WorkerGroup(role, handles, specs, timeout_seconds=limit)
         models = [group for group in groups.values() if group.role.runs == "megatron"]
@@ -165,27 +164,22 @@ def _gpus(plan: PlacementPlan, bundles: Any, timeout_seconds: float) -> dict[tup
     return dict(zip(places, names, strict=True))
 
 
-def _launch(
-    config: PPOConfig, worker: Worker, spec: WorkerSpec, bundles: Any, gpus: Mapping[tuple[int, int], str]
-) -> Any:
-    environment = {"OMP_NUM_THREADS": str(worker.threads), "HF_HUB_OFFLINE": "1"}
+def _launch(spec: WorkerSpec, bundles: Any, gpus: Mapping[tuple[int, int], str]) -> Any:
+    environment = {"OMP_NUM_THREADS": str(spec.threads), "HF_HUB_OFFLINE": "1"}
     if gpus:
-        environment |= visible_devices_environment([gpus[worker.node, device] for device in worker.devices])
-    if worker.role.runs == "vllm":
-        tensor_parallel_size = config.cluster.vllm_tensor_parallel_size
-        environment |= engine_environment(threads=worker.threads, tensor_parallel_size=tensor_parallel_size)
-    return (
-        ray.remote(_WORKERS[worker.role.runs])
-        .options(
-            num_cpus=1,
-            num_gpus=0,  # devices are shared by phases, so the plan assigns them and not Ray
-            runtime_env={"env_vars": environment},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=bundles, placement_group_bundle_index=worker.node
-            ),
-        )
-        .remote(spec)
-    )
+        environment |= visible_devices_environment([gpus[spec.node, device] for device in spec.devices])
+    if spec.role.runs == "vllm":
+        tensor_parallel_size = spec.config.cluster.vllm_tensor_parallel_size
+        environment |= engine_environment(threads=spec.threads, tensor_parallel_size=tensor_parallel_size)
+    worker = ray.remote(_WORKERS[spec.role.runs])
+    return worker.options(
+        num_cpus=1,
+        num_gpus=0,  # devices are shared by phases, so the plan assigns them and not Ray
+        runtime_env={"env_vars": environment},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement_group=bundles, placement_group_bundle_index=spec.node
+        ),
+    ).remote(spec)
 
 
 def _spec(config: PPOConfig, plan: PlacementPlan, worker: Worker, stop_token_ids: tuple[int, ...]) -> WorkerSpec:

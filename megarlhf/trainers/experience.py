@@ -1,5 +1,6 @@
 """From scored samples to what the updates need: log-probs, values, KL, advantages, weights."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,9 +51,7 @@ def with_result(samples: Sequence[Sample], *, estimator: str) -> list[Sample]:
     """Samples to train on: those with a reward and, for group estimators, with a second one in their group."""
     scored = [sample for sample in samples if sample.reward is not None]
     if estimator in GROUP_ESTIMATORS:
-        counts: dict[int, int] = {}
-        for sample in scored:
-            counts[sample.group_id] = counts.get(sample.group_id, 0) + 1
+        counts = Counter(sample.group_id for sample in scored)
         scored = [sample for sample in scored if counts[sample.group_id] > 1]
     return scored
 
