@@ -78,11 +78,7 @@ METRICS: dict[str, str] = {
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:
-    """Refuse a name outside METRICS.
-
-    Raises:
-        ValueError: names the key and the nearest known one.
-    """
+    """Raises ValueError for a name outside METRICS, with the nearest known one."""
     for key in metrics:
         if re.sub("^memory/[a-z]+/", "memory/ROLE/", key) not in METRICS:
             nearest = difflib.get_close_matches(key, METRICS, n=1, cutoff=0.0)[0]

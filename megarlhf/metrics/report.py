@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -20,7 +19,7 @@ from megarlhf.metrics.sinks import METRICS_FILE, read_rows, step_of
 Rows = list[dict[str, float | None]]  # as in metrics.jsonl, in the order of their steps; None: not finite
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Panel:
     """One set of axes: lines over steps, or areas stacked on each other."""
 
@@ -32,48 +31,25 @@ class Panel:
     log_scale: bool = False
 
 
+_LENGTHS = {
+    "rollout/response_length_mean": "mean",
+    "rollout/response_length_max": "longest",
+    "eval/response_length_mean": "evaluation, mean",
+}
+_MISMATCH = {"rollout/logprob_diff_mean": "mean", "rollout/logprob_diff_max": "largest"}
+_ACCURACY = "Evaluation: greedy responses with a reward of at least 1"
+_PHASES = ("rollout", "reward", "experience", "train", "sync", "eval", "save")
 PANELS = (
-    Panel(title="Reward", unit="mean reward", lines={"reward/mean": "reward"}),
-    Panel(
-        title="Evaluation: greedy responses with a reward of at least 1",
-        unit="of prompts with a result",
-        lines={"eval/accuracy": "accuracy"},
-        percent=True,
-    ),
-    Panel(title="KL to the reference", unit="nats per token", lines={"kl/mean": "KL"}),
-    Panel(title="Loss", unit="nats per token", lines={"sft/loss": "training", "sft/eval_loss": "evaluation"}),
-    Panel(title="Policy loss", unit="loss", lines={"policy/loss": "policy"}),
-    Panel(title="Critic loss", unit="squared reward", lines={"critic/loss": "critic"}),
-    Panel(
-        title="Response length",
-        unit="tokens",
-        lines={
-            "rollout/response_length_mean": "mean",
-            "rollout/response_length_max": "longest",
-            "eval/response_length_mean": "evaluation, mean",
-        },
-    ),
-    Panel(
-        title="Log-prob mismatch with vLLM",
-        unit="|difference|, nats",
-        lines={"rollout/logprob_diff_mean": "mean", "rollout/logprob_diff_max": "largest"},
-        log_scale=True,
-    ),
-    Panel(
-        title="Time per step",
-        unit="seconds",
-        lines={
-            "time/rollout_seconds": "rollout",
-            "time/reward_seconds": "reward",
-            "time/experience_seconds": "experience",
-            "time/train_seconds": "train",
-            "time/sync_seconds": "sync",
-            "time/eval_seconds": "eval",
-            "time/save_seconds": "save",
-        },
-        stacked=True,
-    ),
-    Panel(title="Throughput", unit="tokens per second", lines={"perf/tokens_per_second": "tokens/s"}),
+    Panel("Reward", "mean reward", {"reward/mean": "reward"}),
+    Panel(_ACCURACY, "of prompts with a result", {"eval/accuracy": "accuracy"}, percent=True),
+    Panel("KL to the reference", "nats per token", {"kl/mean": "KL"}),
+    Panel("Loss", "nats per token", {"sft/loss": "training", "sft/eval_loss": "evaluation"}),
+    Panel("Policy loss", "loss", {"policy/loss": "policy"}),
+    Panel("Critic loss", "squared reward", {"critic/loss": "critic"}),
+    Panel("Response length", "tokens", _LENGTHS),
+    Panel("Log-prob mismatch with vLLM", "|difference|, nats", _MISMATCH, log_scale=True),
+    Panel("Time per step", "seconds", {f"time/{phase}_seconds": phase for phase in _PHASES}, stacked=True),
+    Panel("Throughput", "tokens per second", {"perf/tokens_per_second": "tokens/s"}),
 )
 
 # Rows of the summary table, with what counts as best; None where more is neither better nor worse.
@@ -142,7 +118,7 @@ def write_report(run_dir: Path, title: str) -> tuple[Path, Path]:
     Reads metrics.jsonl and, where there is one, config.yaml of the run directory.
 
     Returns:
-        The paths of report.html and report.png in `run_dir`.
+        The paths of report.html and report.png.
     Raises:
         ValueError: the run has logged no step.
     """
@@ -151,9 +127,11 @@ def write_report(run_dir: Path, title: str) -> tuple[Path, Path]:
         raise ValueError(f"run_dir={run_dir}; its {METRICS_FILE} holds no step, so there is nothing to report on")
     png, page = run_dir / "report.png", run_dir / "report.html"
     _draw(rows, title, png)
+    span = f"{run_dir.resolve().name}: steps {step_of(rows[0])} to {step_of(rows[-1])}"
+    minutes = sum(value for _, value in _series(rows, "time/step_seconds")) / 60
     text = PAGE.substitute(
         title=html.escape(title),
-        subtitle=html.escape(_subtitle(run_dir, rows)),
+        subtitle=html.escape(f"{span}, {minutes:.1f} minutes in steps" if minutes else span),
         png=base64.b64encode(png.read_bytes()).decode(),
         summary="\n".join(_summary_row(rows, key) for key in SUMMARY if _logged(rows, key)),
         configuration=_configuration(run_dir / "config.yaml"),
@@ -176,9 +154,9 @@ def _draw(rows: Rows, title: str, path: Path) -> None:
     panels = [panel for panel in PANELS if any(_series(rows, key) for key in panel.lines)]
     num_columns = 2 if len(panels) in (2, 4) else min(3, max(1, len(panels)))
     num_rows = -(-len(panels) // num_columns)
+    # Not pyplot, which keeps a process's figures in a global and may look for a window.
     figure = Figure(figsize=(4.6 * num_columns, 2.9 * num_rows + 0.6), dpi=130)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-    FigureCanvasAgg(figure)  # not pyplot, which keeps a process's figures in a global and may look for a window
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(num_rows, num_columns, place + 1)
@@ -231,12 +209,6 @@ def _dress(axes: Axes, panel: Panel, rows: Rows) -> None:
         axes.set_ylim(bottom=0.0)
 
 
-def _subtitle(run_dir: Path, rows: Rows) -> str:
-    seconds = sum(value for _, value in _series(rows, "time/step_seconds"))
-    span = f"{run_dir.resolve().name}: steps {step_of(rows[0])} to {step_of(rows[-1])}"
-    return f"{span}, {seconds / 60:.1f} minutes in steps" if seconds else span
-
-
 def _summary_row(rows: Rows, key: str) -> str:
     logged = _logged(rows, key)
     first, last = ("not finite" if value is None else f"{value:.4g}" for _, value in (logged[0], logged[-1]))
@@ -253,5 +225,5 @@ def _configuration(path: Path) -> str:
     if not path.exists():
         return "<tr><td>The run directory holds no config.yaml.</td></tr>"
     config = yaml.safe_load(path.read_text()) or {}
-    cells = [(html.escape(str(key)), html.escape(str(value))) for key, value in config.items()]
-    return "\n".join(f"<tr><td><code>{key}</code></td><td><code>{value}</code></td></tr>" for key, value in cells)
+    rows = (map(html.escape, (str(key), str(value))) for key, value in config.items())
+    return "\n".join(f"<tr><td><code>{key}</code></td><td><code>{value}</code></td></tr>" for key, value in rows)

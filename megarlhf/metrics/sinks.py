@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
@@ -49,23 +49,20 @@ def read_rows(path: Path) -> list[dict[str, float | None]]:
 
 def step_of(row: Mapping[str, float | None]) -> int:
     """The step of a row of a metrics file."""
-    step = row["step"]
-    assert step is not None
-    return int(step)
+    return int(cast(float, row["step"]))
 
 
 class JsonlSink:
     """One JSON object a step in a file: `step`, then the step's metrics. A logged line is flushed at once.
 
-    JSON has no NaN and no infinity: they become null.
+    JSON has no NaN and no infinity: they become null. Of the rows that are there, those up to `resumed_step` are kept;
+    later ones, and a half-written last line, go.
+
+    Raises:
+        ValueError: a fresh run where another's metrics are.
     """
 
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
-        """Open `path` to append to its rows up to `resumed_step`; later ones, and a half-written last line, go.
-
-        Raises:
-            ValueError: a fresh run where another's metrics are.
-        """
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = read_rows(path)
@@ -104,11 +101,9 @@ class TensorBoardSink:
     """Scalars in a TensorBoard event file. On resume, steps past `resumed_step` of earlier files are hidden."""
 
     def __init__(self, directory: Path, *, resumed_step: int | None = None) -> None:
-        """Open an event file in `directory`."""
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, for those who ask for it
 
-        purge_step = None if resumed_step is None else resumed_step + 1
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+        self._writer = SummaryWriter(str(directory), purge_step=None if resumed_step is None else resumed_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write each finite metric as a scalar, and the file out."""
@@ -133,7 +128,6 @@ class WandbSink:
     """
 
     def __init__(self, directory: Path, *, project: str, run_name: str, config: Mapping[str, Any]) -> None:
-        """Start the run; see the class for what it takes from the environment."""
         if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
             raise ValueError(
                 "use_wandb=True; WANDB_API_KEY is not set, and a run has nobody to ask for it: set WANDB_API_KEY, or "
@@ -164,6 +158,9 @@ class ConsoleSink:
     """Progress on the terminal: step, phase under way, main metrics and time left.
 
     Where the output is not a terminal (a log file, a pipe) it prints one plain line every `log_interval` steps.
+
+    Args:
+        first_step: steps done before this process began, which its time left leaves out.
     """
 
     def __init__(
@@ -175,50 +172,42 @@ class ConsoleSink:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start the display. `first_step`: steps done before this process began, which its time left leaves out."""
-        self._console = console if console is not None else Console()
-        self._total_steps = total_steps
-        self._first_step = first_step
-        self._log_interval = log_interval
-        self._clock = clock
-        self._start = clock()
+        self._total_steps, self._first_step, self._log_interval = total_steps, first_step, log_interval
+        self._clock, self._start = clock, clock()
         self._latest: dict[str, float] = {}
-        self._progress: Progress | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=12),
-                TextColumn("[cyan]{task.fields[phase]:<10}"),
-                # The one column that may break into lines on a narrow terminal.
-                TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=False)),
-            )
-            self._progress = Progress(*columns, console=self._console, refresh_per_second=4)
-            self._task = self._progress.add_task(
-                "steps", total=total_steps, completed=first_step, phase="starting", numbers=""
-            )
-            self._progress.start()
+        console = console or Console()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=12),
+            TextColumn("[cyan]{task.fields[phase]:<10}"),
+            # The one column that may break into lines on a narrow terminal.
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=False)),
+            console=console,
+            refresh_per_second=4,
+            disable=not console.is_terminal or console.is_dumb_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, phase="starting", numbers="")
+        self._progress.start()
 
     def phase(self, name: str) -> None:
         """Show the phase that is under way; plain output has no place for it."""
-        if self._progress is not None:
-            self._progress.update(self._task, phase=name)
+        self._progress.update(self._task, phase=name)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show one finished step; a metric that comes now and then, such as eval/accuracy, is kept between lines."""
         self._latest.update(metrics)
-        if self._progress is not None:
+        if not self._progress.disable:
             self._progress.update(self._task, completed=step, numbers=self._numbers(step))
         elif step % self._log_interval == 0 or step == self._total_steps:
             line = f"step {step}/{self._total_steps}  {self._numbers(step)}"
-            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+            self._progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
             self._latest.clear()
 
     def close(self) -> None:
         """Leave the display as it stands."""
-        if self._progress is not None:
-            self._progress.stop()
+        self._progress.stop()
 
     def _numbers(self, step: int) -> str:
         shown = [text.format(self._latest[key]) for key, text in CONSOLE_METRICS.items() if key in self._latest]
@@ -230,7 +219,17 @@ class ConsoleSink:
 
 
 class Sinks:
-    """Everything a run logs to: always the JSONL file and the console, TensorBoard and W&B where asked for."""
+    """Everything a run logs to: always the JSONL file and the console, TensorBoard and W&B where asked for.
+
+    Args:
+        directory: of the run; holds metrics.jsonl, tensorboard/ and wandb/.
+        log_interval: steps between two lines of plain console output; the other sinks take every step.
+        project, run_name, config: what W&B shows; run_name None is the name of the directory.
+        resumed_step: last step of the checkpoint that the run continues from; rows past it are dropped. None: a fresh
+            run.
+    Raises:
+        ValueError: a fresh run in a directory that holds another's metrics, or W&B online without its key.
+    """
 
     def __init__(
         self,
@@ -246,18 +245,6 @@ class Sinks:
         resumed_step: int | None = None,
         console: Console | None = None,
     ) -> None:
-        """Open the sinks of a run directory.
-
-        Args:
-            directory: holds metrics.jsonl, tensorboard/ and wandb/.
-            total_steps: last step of the run.
-            log_interval: steps between two lines of plain console output; the other sinks take every step.
-            project, run_name, config: what W&B shows; run_name None is the name of the directory.
-            resumed_step: last step of the checkpoint that the run continues from; rows past it are dropped. None: a
-                fresh run.
-        Raises:
-            ValueError: a fresh run in a directory that holds another's metrics, or W&B online without its key.
-        """
         self._warned: set[str] = set()  # metrics that were not finite once
         with ExitStack() as opened:  # closes what is open when a later one fails
             # The file comes first: it checks what the others take as it is.

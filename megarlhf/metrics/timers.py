@@ -15,7 +15,6 @@ class Timers:
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Start with no seconds; `clock` gives the present in seconds."""
         self._clock = clock
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []  # keys of the phases under way, innermost last
