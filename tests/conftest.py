@@ -13,6 +13,15 @@ from tests.shares import pytest_addoption, pytest_collection_modifyitems
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A busy machine fails no property for the time that one example takes; tests/gpu runs without Hypothesis."""
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings
+
+        settings.register_profile("no deadline", deadline=None)
+        settings.load_profile("no deadline")
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Gloo ranks; each starts once, because importing Megatron-Core takes seconds."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,10 +106,10 @@ def sabotaged_case(
         engine = build_for("sft", layout, model_dir)
         kept = engine.optimizer.step
 
-        def step() -> None:
+        def step() -> Any:
             for group in engine.optimizer.param_groups:
                 group["lr"] *= {"no step": 0.0, "wrong way": -1.0, "half": 0.5}[sabotage]
-            kept()
+            return kept()
 
         engine.optimizer.step = step
         return compare(engine, "sft", make_rows(), source)
