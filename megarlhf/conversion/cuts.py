@@ -127,11 +127,7 @@ def cut_model(
 
 
 def _check_layout(arch: ArchSpec, hf: HFConfig, *, tensor: int, pipeline: int, expert: int) -> None:
-    """Compare a layout with a model's heads, layers and experts.
-
-    Raises:
-        ValueError: naming every size that does not fit.
-    """
+    """Raises ValueError naming every size of the layout that the model's heads, layers or experts do not fit."""
     sizes = arch.dimensions(hf)
     layers = {name: sizes[name] for name in ("ffn", "expert", "shared") if sizes.get(name)}
     heads = {name: getattr(hf, name) for name in ("num_attention_heads", "num_key_value_heads")}

@@ -99,6 +99,7 @@ class TensorFiles:
     """Tensors in safetensors files, read and written at their offsets; from any thread."""
 
     def __init__(self, paths: Sequence[Path], *, writable: bool = False) -> None:
+        # each tensor's file, first byte and spec
         self.places = {name: (path, *place) for path in paths for name, place in tensor_places(path).items()}
         flags = os.O_RDWR if writable else os.O_RDONLY
         self._descriptors = {path: os.open(path, flags) for path in paths}
@@ -107,21 +108,13 @@ class TensorFiles:
         """A tensor's dtype."""
         return self.places[name][2].dtype
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape."""
-        return self.places[name][2].shape
-
-    def file_name(self, name: str) -> str:
-        """Name of the file with a tensor."""
-        return self.places[name][0].name
-
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill a contiguous tensor of the same bytes."""
         self._move(name, out, lambda descriptor, rest, start: os.preadv(descriptor, [rest], start))
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
-        out = torch.empty(self.shape(name), dtype=self.dtype(name))
+        out = torch.empty(self.places[name][2].shape, dtype=self.dtype(name))
         self.read_into(name, out)
         return out
 
@@ -151,8 +144,7 @@ class TensorFiles:
 
 def digest(tensor: Tensor, source: str) -> dict[str, Any]:
     """A tensor's entry in the manifest."""
-    sha256 = hashlib.sha256(bytes_of(tensor)).hexdigest()
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    sha256, dtype = hashlib.sha256(bytes_of(tensor)).hexdigest(), str(tensor.dtype).removeprefix("torch.")
     return {"sha256": sha256, "shape": list(tensor.shape), "dtype": dtype, "source": source}
 
 
@@ -176,8 +168,7 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype, *, allow_nan: bool)
 def bundles(weights: Sequence[GlobalWeight], num_bytes: Callable[[GlobalWeight], int]) -> dict[str, list[GlobalWeight]]:
     """Steps of work by name: neighbours of one pipeline stage, together large enough to be worth a note."""
     limit = max(_BUNDLE_BYTES, sum(map(num_bytes, weights)) // 256)
-    found: list[list[GlobalWeight]] = []
-    size = limit
+    found, size = list[list[GlobalWeight]](), limit
     for weight in weights:
         if size >= limit or found[-1][-1].stage != weight.stage:
             found.append([])
@@ -237,11 +228,7 @@ def fingerprint(paths: Sequence[Path]) -> list[Any]:
 
 
 def check_manifest(found: Iterator[tuple[str, Tensor]], manifest: Digests, target: str) -> None:
-    """Digest tensors that were read back.
-
-    Raises:
-        ValueError: naming those that differ from the manifest.
-    """
+    """Digest tensors that were read back; raises ValueError naming those that differ from the manifest."""
     wrong = [name for name, tensor in found if digest(tensor, manifest[name]["source"]) != manifest[name]]
     if wrong:
         raise ValueError(f"{target}; read back, these differ from what was written: {wrong}")

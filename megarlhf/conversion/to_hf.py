@@ -8,7 +8,7 @@ SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_conf
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from megarlhf.conversion.steps import (
 )
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.formats.huggingface import INDEX, HFConfig, read_checkpoint, read_config
-from megarlhf.formats.megatron import HFFiles, MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
+from megarlhf.formats.megatron import MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
 from megarlhf.formats.safetensors_file import TensorFile, TensorSpec, tensor_places
 from megarlhf.formats.staging import StagingDirectory
 from megarlhf.formats.torch_dist import METADATA, TorchDistReader
@@ -49,15 +49,10 @@ from megarlhf.models.shards import Shard, shards_of
 _NUMBERED = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
-def parts(weight: GlobalWeight, param: Tensor, hf: HFConfig) -> list[Shard]:
-    """The whole HF tensors inside a whole Megatron parameter."""
-    return shards_of(weight.weight, param, hf, tp_rank=0, tp_size=1)
-
-
 def hf_tensors(weight: GlobalWeight, reader: TorchDistReader, hf: HFConfig) -> Iterator[tuple[str, Tensor]]:
     """The HF tensors of one Megatron parameter, contiguous, read from a checkpoint."""
     param = reader.read(weight.key, weight.region.offset, weight.region.shape, weight.num_stacked)
-    for shard in parts(weight, param, hf):
+    for shard in shards_of(weight.weight, param, hf, tp_rank=0, tp_size=1):
         yield shard.hf_name, hf_form(shard, param)
 
 
@@ -77,10 +72,10 @@ def reading_bytes(weight: GlobalWeight, reader: TorchDistReader) -> int:
 def megatron_to_hf(
     load: str, save: Path, *, hf_model: str | None, role: str, max_shard_bytes: int, options: ConvertOptions
 ) -> None:
-    """Convert.
+    """Convert; a checkpoint with a value head becomes a sequence classifier with one label.
 
-    A checkpoint with a value head becomes a sequence classifier with one label. Where options.dtype is None, a run's
-    checkpoint gets its pretrain's dtypes, as export_hf writes it, and any other keeps what is stored.
+    Where options.dtype is None, a run's checkpoint gets its pretrain's dtypes, as export_hf writes it, and any other
+    keeps what is stored.
 
     Args:
         load: see find_checkpoint.
@@ -92,7 +87,9 @@ def megatron_to_hf(
     """
     checkpoint = find_checkpoint(load, role)
     files_of = hf_files(checkpoint, hf_model, ROLES[role].checkpoint)
-    template = _chat_template(files_of)
+    template = files_of.chat_template
+    if template is not None:  # a path, a name, or the text itself
+        template = str(load_tokenizer(str(files_of.tokenizer), chat_template=template).chat_template)
     hf = read_config(files_of.directory, option="hf_model")
     arch = find_architecture(hf)
     reader = TorchDistReader(checkpoint.directory, checkpoint.source)
@@ -174,17 +171,9 @@ def _head(reader: TorchDistReader, hf: HFConfig) -> Head:
     return "lm"
 
 
-def _chat_template(files: HFFiles) -> str | None:
-    """The text that replaced a run's chat template."""
-    if files.chat_template is None:
-        return None
-    return str(load_tokenizer(str(files.tokenizer), chat_template=files.chat_template).chat_template)
-
-
 def _run_dtypes(checkpoint: MegatronCheckpoint, role: str, head: Head) -> dict[str, torch.dtype]:
     """The dtypes that the run of a checkpoint exports in, its pretrain's; empty where what is stored is kept."""
-    pretrain = run_pretrain(checkpoint, ROLES[role].checkpoint)
-    if pretrain is None:
+    if (pretrain := run_pretrain(checkpoint, ROLES[role].checkpoint)) is None:
         return {}
     try:
         hf, source = read_checkpoint(pretrain)
@@ -197,10 +186,7 @@ def _run_dtypes(checkpoint: MegatronCheckpoint, role: str, head: Head) -> dict[s
 
 
 def _dtypes(
-    weights: Sequence[GlobalWeight],
-    reader: TorchDistReader,
-    wanted: torch.dtype | None,
-    of_run: Mapping[str, torch.dtype],
+    weights: list[GlobalWeight], reader: TorchDistReader, wanted: torch.dtype | None, of_run: dict[str, torch.dtype]
 ) -> dict[str, torch.dtype]:
     """The dtype of every HF tensor in the target; what Megatron-Core keeps as buffers is not converted."""
     found: dict[str, torch.dtype] = {}

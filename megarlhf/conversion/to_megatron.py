@@ -9,9 +9,7 @@ Any layout loads the result; the target sizes decide into which chunks and files
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial as bind
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +17,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
-from megarlhf.conversion.cuts import CutModel, GlobalWeight, cut_model
+from megarlhf.conversion.cuts import GlobalWeight, cut_model
 from megarlhf.conversion.steps import (
     DTYPES,
     ConvertOptions,
@@ -35,7 +33,7 @@ from megarlhf.conversion.steps import (
     run_steps,
     write_manifest,
 )
-from megarlhf.conversion.to_hf import hf_form, hf_tensors, parts, reading_bytes
+from megarlhf.conversion.to_hf import hf_form, hf_tensors, reading_bytes
 from megarlhf.formats.huggingface import EMBEDDING, HFConfig, has_score_head, read_checkpoint
 from megarlhf.formats.megatron import HF_CONFIG, RELEASE
 from megarlhf.formats.run_checkpoints import LATEST
@@ -47,6 +45,7 @@ from megarlhf.models.companions import copy_companions, tied_config, write_json
 from megarlhf.models.heads import drawn_value_weights
 from megarlhf.models.names import check_names
 from megarlhf.models.registry import find_architecture
+from megarlhf.models.shards import shards_of
 
 _SEED = 42  # of a critic's head that the source lacks, as in the programs' --seed
 
@@ -69,7 +68,7 @@ def hf_to_megatron(
     check_names(arch, hf, source, kind)
     model = cut_model(arch, hf, head=kind, tensor=tensor, pipeline=pipeline, expert=expert)
     paths = [load / name for name in source.files]
-    work = _Conversion(hf=hf, model=model, files=TensorFiles(paths), options=options)
+    work = _Conversion(hf=hf, files=TensorFiles(paths), options=options)
     check_target(load, save, sum(map(work.num_bytes, model.weights)), overwrite=options.overwrite)
     if options.dry_run:
         return
@@ -81,9 +80,17 @@ def hf_to_megatron(
         target = staging.path / RELEASE
         target.mkdir(exist_ok=True)
         memory = Memory(max(work.num_bytes(weight) + work.copied_bytes(weight) for weight in model.weights))
-        write = bind(work.write, target, memory)
+
+        def write(name: str, bundle: list[GlobalWeight]) -> dict[str, Any]:
+            return work.write(target / f"__{name}.distcp", memory, bundle)
+
         run_steps(steps, write, work.num_bytes, phase="convert", staging=staging, options=options)
-        work.describe(target, [chunk for record in staging.done.values() for chunk in record["chunks"]])
+        # what tells Megatron-Core and Megatron-LM what the directory holds
+        chunks = [chunk for record in staging.done.values() for chunk in record["chunks"]]
+        tensors = {weight.key: (weight.tensor_shape, work.dtype(weight)) for weight in model.weights}
+        write_metadata(target, tensors, chunks, write_objects(target, "__objects.distcp", model.objects))
+        torch.save({"checkpoint_version": 3.0, "iteration": 0}, target / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(target))
         manifest = {name: entry for record in staging.done.values() for name, entry in record["digests"].items()}
         write_manifest(target, manifest, **about, left_out=sorted(set(source.names()) - manifest.keys()))
         companions = staging.path / HF_CONFIG
@@ -94,7 +101,12 @@ def hf_to_megatron(
         if options.verify:
             reader = TorchDistReader(target, f"save={save}")
             memory = Memory(max(reading_bytes(weight, reader) for weight in model.weights))
-            check = bind(work.verify, reader, memory, manifest)
+
+            def check(_: str, bundle: list[GlobalWeight]) -> None:
+                for weight in bundle:
+                    with memory.lend(0, besides=reading_bytes(weight, reader)):
+                        check_manifest(hf_tensors(weight, reader, hf), manifest, reader.source)
+
             run_steps(steps, check, work.num_bytes, phase="verify", staging=None, options=options)
 
 
@@ -103,7 +115,6 @@ class _Conversion:
     """What the steps share."""
 
     hf: HFConfig
-    model: CutModel
     files: TensorFiles
     options: ConvertOptions
 
@@ -133,17 +144,15 @@ class _Conversion:
         chunk = max(math.prod(chunk.shape) for chunk in weight.chunks) if len(weight.chunks) > 1 else 0
         return max(hf * weight.num_elements, chunk * dtype.itemsize)
 
-    def write(self, target: Path, memory: Memory, name: str, bundle: list[GlobalWeight]) -> dict[str, Any]:
+    def write(self, path: Path, memory: Memory, bundle: list[GlobalWeight]) -> dict[str, Any]:
         """One file of the target; its chunks' places and its HF tensors' entries in the manifest."""
-        digests: Digests = {}
-        chunks = []
-        file_name = f"__{name}.distcp"
-        with open(target / file_name, "wb") as file:
+        digests, chunks = Digests(), []
+        with open(path, "wb") as file:
             for weight in bundle:
                 with memory.lend(self.num_bytes(weight), besides=self.copied_bytes(weight)) as buffer:
                     places = self._write_chunks(file, weight, buffer, digests)
                     del buffer  # no name may keep memory that was given back
-                chunks += [(weight.key, offset, shape, (file_name, *place)) for offset, shape, place in places]
+                chunks += [(weight.key, offset, shape, (path.name, *place)) for offset, shape, place in places]
             file.flush()
             os.fsync(file.fileno())
         return {"digests": digests, "chunks": chunks}
@@ -165,7 +174,7 @@ class _Conversion:
         """Put together the whole Megatron parameter, and its HF tensors' entries in the manifest."""
         if weight.weight.split is Split.VOCAB:
             param[self.hf.vocab_size :] = 0
-        for shard in parts(weight, param, self.hf):
+        for shard in shards_of(weight.weight, param, self.hf, tp_rank=0, tp_size=1):
             name, source = shard.hf_name, f"drawn with seed {_SEED}"
             if name not in self.files.places:
                 tensor = drawn_value_weights(self.hf.hidden_size, _SEED).to(param.dtype)
@@ -175,22 +184,7 @@ class _Conversion:
                 if in_place:
                     self.files.read_into(name, tensor)
                 tensor = converted(name, tensor, param.dtype, allow_nan=self.options.allow_nan)
-                source = self.files.file_name(name)
+                source = self.files.places[name][0].name
             digests[name] = digest(tensor, source)
             if tensor.data_ptr() != shard.view.data_ptr():
                 shard.store(tensor)
-
-    def describe(self, target: Path, chunks: Sequence[Any]) -> None:
-        """The files that tell Megatron-Core and Megatron-LM what the directory holds."""
-        tensors = {weight.key: (weight.tensor_shape, self.dtype(weight)) for weight in self.model.weights}
-        write_metadata(target, tensors, chunks, write_objects(target, "__objects.distcp", self.model.objects))
-        torch.save({"checkpoint_version": 3.0, "iteration": 0}, target / "common.pt")
-        save_config(CheckpointingConfig("torch_dist", 1), str(target))
-
-    def verify(
-        self, reader: TorchDistReader, memory: Memory, manifest: Digests, _: str, bundle: list[GlobalWeight]
-    ) -> None:
-        """Read a step's weights back and compare them with the manifest."""
-        for weight in bundle:
-            with memory.lend(0, besides=reading_bytes(weight, reader)):
-                check_manifest(hf_tensors(weight, reader, self.hf), manifest, reader.source)
