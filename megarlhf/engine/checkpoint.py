@@ -46,11 +46,10 @@ def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> di
         state["scheduler"] = engine.scheduler.state_dict()
         state[_HAS_MOMENTS] = with_optimizer
     if with_optimizer:
-        if loading:
-            # torch's AdamW has no state before its first step, and Megatron-Core needs tensors to load into
-            for optimizer in single_optimizers(engine.optimizer):
-                if hasattr(optimizer, "_init_optimizer_states_with_dummy_values"):
-                    optimizer._init_optimizer_states_with_dummy_values()
+        # torch's AdamW has no state before its first step, and Megatron-Core needs tensors to load into
+        for single in single_optimizers(engine.optimizer) if loading else ():
+            if hasattr(single, "_init_optimizer_states_with_dummy_values"):
+                single._init_optimizer_states_with_dummy_values()
         state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=sharding)
     return state
 

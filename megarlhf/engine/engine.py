@@ -173,8 +173,7 @@ class MegatronEngine:
 
     def parameter_pools(self) -> list[Tensor]:
         """The tensors that parameters are views of, where the optimizer keeps them together."""
-        buffers = self._ddp_buffers()
-        return [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+        return [buffer.param_data for buffer in self._ddp_buffers() if buffer.param_data is not None]
 
     def finish_param_gather(self) -> None:
         """Bring what the last optimizer step changed to every data-parallel rank; all call it before weights are read.

@@ -31,15 +31,13 @@ class OptimizerOptions(SharedOptimizerArguments):
 
 
 class FiniteOptimizer(ChainedOptimizer):
-    """Megatron-Core's optimizers together, which take no step on a gradient that is not finite.
+    """Megatron-Core's optimizers together, whose step refuses a gradient that is not finite; their own would take it.
 
-    By itself a step looks at no number on its way to the weights.
+    The step calls `get_grad_norm` once, whether it clips or not, and before it changes any number.
     """
 
     def get_grad_norm(self) -> float:
-        """L2 norm of the whole reduced gradient; a step asks for it once, before it clips by it and changes anything.
-
-        Every rank of the world asks, and gets the same number.
+        """L2 norm of the whole reduced gradient; all ranks call it.
 
         Raises:
             NonFiniteError: it is NaN or infinite on some rank; raised on every rank.
@@ -48,7 +46,7 @@ class FiniteOptimizer(ChainedOptimizer):
         # Without the distributed optimizer each data-parallel rank takes the norm of its own copy of the gradient.
         finite = torch.tensor(float(math.isfinite(norm)), device=current_device())
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not finite.item():
+        if not finite.item():  # here it may still be finite: then another rank's is not
             raise NonFiniteError(f"gradient norm {math.nan if math.isfinite(norm) else norm}")
         return norm
 
@@ -59,15 +57,9 @@ def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool)
         optimizer="adam",
         lr=options.learning_rate,
         min_lr=options.learning_rate * options.min_lr_ratio,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_eps=options.adam_eps,
-        clip_grad=options.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=options.use_distributed_optimizer,
-        overlap_param_gather=options.overlap_param_gather,
+        **passed_fields(OptimizerConfig, vars(options)),  # of the same names there: AdamW's, clip_grad, overlap, ...
         **passed_fields(OptimizerConfig, options.passed),
     )
     return FiniteOptimizer(get_megatron_optimizer(config, chunks).chained_optimizers)

@@ -10,10 +10,8 @@ from megarlhf.formats.shared_memory import copies_together
 
 
 class Reference:
-    """The parameters as they are now, copied into one storage.
+    """Copies of the parameters as they are now, in one storage.
 
-    Args:
-        parameters: of every chunk; they may change, move and sleep afterwards.
     Attributes:
         tensors: the copies, by the parameters' names.
         replaced: what the parameters are otherwise, while they point at the copies.

@@ -63,11 +63,7 @@ def run_forward(chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn)
 
 
 def run_forward_backward(
-    chunks: list[Any],
-    batches: list[MicroBatch],
-    outputs: OutputFn,
-    objective: Objective,
-    denominator: float,
+    chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn, objective: Objective, denominator: float
 ) -> list[Any]:
     """Add the gradient of sum(loss) / denominator to the model's buffers and reduce it.
 
