@@ -1,5 +1,6 @@
 """Generation with vLLM: one engine, its environment, and the weights that it holds."""
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megarlhf.config.roles import EnginePart
 from megarlhf.data.types import GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.formats.shared_memory import Block
-from megarlhf.rollout.sampling import request_seed, response_texts
 
 _CPU_BLOCK_TOKENS = 32  # the prefix cache shares whole blocks: vLLM's 128 on a CPU is longer than most prompts
 
@@ -42,6 +42,35 @@ def engine_environment(*, threads: int, tensor_parallel_size: int = 1) -> dict[s
         "MALLOC_MMAP_THRESHOLD_": str(4 << 30),  # which stays with us for the next update
         "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     }
+
+
+def request_seed(run_seed: int, step: int, place: int, sample_id: int) -> int:
+    """Seed of one response, 63 bits: the same in every process, engine and batch, whatever else is generated beside it.
+
+    Args:
+        step: training step, so that a prompt which comes again is answered anew.
+        place: of the prompt in the step's batch, not in the data: a prompt that a batch holds twice is answered twice.
+        sample_id: number of the response among those of its prompt.
+    """
+    key = f"{run_seed}/{step}/{place}/{sample_id}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+def response_texts(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, stopped: bool, skip_special_tokens: bool
+) -> tuple[str, str]:
+    """Text of a response and, where special tokens are in it, the stop token at its end.
+
+    Args:
+        token_ids: of the response, the stop token included.
+        stopped: whether the last token is a stop token.
+    """
+    ids = list(token_ids)
+    text = str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+    if skip_special_tokens or not stopped:
+        return text, ""
+    before = str(tokenizer.decode(ids[:-1], skip_special_tokens=False))
+    return text, text[len(before) :] if text.startswith(before) else ""
 
 
 class RolloutEngine:
@@ -74,8 +103,8 @@ class RolloutEngine:
             seed: of vLLM itself; sampled tokens depend on the seeds of `generate` alone.
             max_model_len: longest prompt and response together, in tokens.
             kv_cache_gib: KV cache on a CPU, in GiB a rank.
-            threads: CPU threads of the whole engine; all cores that the process may use if None.
-            tokenizer_dir: `model_dir` if None.
+            threads: of the whole engine; None for all cores that the process may use.
+            tokenizer_dir: None for `model_dir`.
             skip_special_tokens: leave special tokens out of the text of responses.
             passed: further options of vLLM's EngineArgs (config/refused_options.py has those that may not be here).
         Raises:
@@ -99,13 +128,10 @@ class RolloutEngine:
 
         from megarlhf.rollout import weight_transfer
 
-        self.max_model_len = max_model_len
-        self.weight_version = 0
+        self.max_model_len, self.weight_version = max_model_len, 0
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
         self._skip_special_tokens = skip_special_tokens
-        cpu_only: dict[str, Any] = {}
-        if current_platform.is_cpu():
-            cpu_only = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": _CPU_BLOCK_TOKENS}
+        cpu_only = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": _CPU_BLOCK_TOKENS}
         self._llm = LLM(
             model=str(model_dir),
             hf_overrides={"tie_word_embeddings": bool(config.tie_word_embeddings)},  # as the weights say
@@ -124,7 +150,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature, top-k and top-p
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WeightStatus.__name__}",
-            **(cpu_only | dict(passed or {})),
+            **((cpu_only if current_platform.is_cpu() else {}) | dict(passed or {})),
         )
 
     def generate(

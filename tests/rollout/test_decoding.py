@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megarlhf.rollout.sampling import response_texts
+from megarlhf.rollout.engine import response_texts
 
 
 @pytest.fixture(scope="module")

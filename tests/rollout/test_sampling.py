@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from megarlhf.rollout.sampling import request_seed
+from megarlhf.rollout.engine import request_seed
 
 
 def test_seed_depends_on_every_part_and_on_nothing_else() -> None:
