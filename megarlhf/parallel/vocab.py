@@ -89,6 +89,7 @@ class _Part:
             torch.exp(log_probs, out=block)
             if self.entropy != "unused":
                 notes[3, part] = -log_probs.mul_(block).sum(-1)
+            del log_probs  # before the next part's, so that one is held at a time
         return notes
 
     def merge(self, notes: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -242,8 +243,8 @@ def vocab_parallel_log_probs(
     """Log-probability of each target and entropy of each distribution, of an output layer's logits.
 
     Logits have the weights' dtype, all else is computed in float32 (float64 for float64 weights). Takes the memory of
-    one float32 chunk of logits, [chunk_tokens, v / tp], and an eighth more (three eighths for the gradient of entropy
-    or under a soft cap); with weights of another dtype a chunk in that dtype beside it.
+    one float32 chunk of logits, [chunk_tokens, v / tp], and an eighth more (up to three eighths for the gradient of
+    entropy or under a soft cap); with weights of another dtype a chunk in that dtype beside it.
 
     Args:
         hidden: [n, h], equal on every rank of the group; its gradient here is this rank's part of a sum over the group.

@@ -1,11 +1,14 @@
 """Vocabulary-parallel log-probs and entropy against torch's own log_softmax in float64, values and gradients."""
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megarlhf.parallel import vocab
 from megarlhf.parallel.groups import ParallelSizes, destroy_groups, initialize_groups
@@ -187,3 +190,41 @@ def test_products_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         vocab_parallel_log_probs(hidden, weight, targets, of=PLAIN.of)
     assert sizes == [3, 3, 1]
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def freed(self, storage: int, num_bytes: int) -> None:
+        self.storages.remove(storage)
+        self.now -= num_bytes
+
+
+@pytest.mark.parametrize(("entropy", "soft_cap", "backward"), [("metric", None, 1.125), ("loss", 30.0, 1.25)])
+def test_peak_memory(entropy: EntropyUse, soft_cap: float | None, backward: float) -> None:
+    """Over a chunk of logits an eighth of one, and one more for the gradient of entropy; small tensors aside."""
+    of, chunk = OutputDistribution(vocab_size=20_000, chunk_tokens=32, soft_cap=soft_cap), 4 * 32 * 20_000
+    with Held() as held:
+        hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(20_000, 4)
+        before, held.peak = held.now, 0
+        log_probs, entropies = vocab_parallel_log_probs(hidden, weight, torch.arange(64), of=of, entropy=entropy)
+        forward, held.peak = held.peak - before, 0
+        assert entropies is not None
+        (log_probs + entropies).sum().backward()
+    assert forward / chunk == pytest.approx(1.125, abs=0.01)
+    assert (held.peak - before) / chunk == pytest.approx(backward, abs=0.01)
