@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megarlhf.formats.staging import sync
+from megarlhf.formats.staging import replace_directory, sync
 
 OPTIMIZER_STATE = "optimizer_state"  # entry of an identity: what of the layout decides how optimizer state is kept
 LATEST = "latest_checkpointed_iteration.txt"
@@ -43,18 +43,11 @@ def abandon(root: Path, step: int) -> None:
 
 
 def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Path:
-    """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest of its past beyond `keep`.
-
-    Args:
-        run_state: JSON-serialisable state of the loop.
-    """
+    """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest of its past beyond `keep`."""
     staging, final = staging_directory(root, step), iteration_directory(root, step)
     (staging / "run_state.json").write_text(json.dumps(run_state, indent=1, sort_keys=True))
-    for path in [*staging.rglob("*"), staging]:
-        sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    staging.rename(final)
+    sync(*staging.rglob("*"), staging)
+    replace_directory(staging, final)
     sync(root)
     pointer = root / (LATEST + ".partial")
     pointer.write_text(str(step))
@@ -93,10 +86,8 @@ def check_identity(
 ) -> None:
     """Refuse a checkpoint of another model, or of a run that draws other prompts, or that keeps optimizers otherwise.
 
-    Args:
-        with_optimizer: optimizers are to be loaded too.
     Raises:
-        ValueError: naming every entry that differs.
+        ValueError: naming every entry that differs; that of the optimizers only where they are to be loaded too.
     """
     compared = [key for key in present if with_optimizer or key != OPTIMIZER_STATE]
     differing = [key for key in compared if saved.get(key) != present[key]]

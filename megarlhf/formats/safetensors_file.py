@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import cast
 
@@ -45,18 +46,13 @@ class TensorSpec:
 
 def _offsets(specs: Sequence[TensorSpec]) -> list[int]:
     """Start of each tensor in bytes from the data's start; raises ValueError where a view would be misaligned."""
-    starts, offset, seen = [], 0, set[str]()
-    for spec in specs:
-        if spec.name in seen:
-            raise ValueError(f"tensor name {spec.name!r} occurs twice: names in a tensor file are unique")
-        seen.add(spec.name)
-        if offset % spec.dtype.itemsize:
+    starts = list(accumulate((spec.num_bytes for spec in specs), initial=0))[:-1]
+    for spec, start in zip(specs, starts, strict=True):
+        if start % spec.dtype.itemsize:
             raise ValueError(
-                f"tensor {spec.name!r} would start at byte {offset}, which its {spec.dtype.itemsize}-byte elements do "
+                f"tensor {spec.name!r} would start at byte {start}, which its {spec.dtype.itemsize}-byte elements do "
                 "not divide (the format has no holes): put tensors of wider types first"
             )
-        starts.append(offset)
-        offset += spec.num_bytes
     return starts
 
 
@@ -67,7 +63,7 @@ def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
         if spec.dtype not in _DTYPE_NAMES:
             raise ValueError(f"tensor {spec.name!r} has dtype {spec.dtype}, which safetensors cannot hold")
         offsets = [start, start + spec.num_bytes]
-        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT_BYTES)
     return len(text).to_bytes(8, "little") + text
@@ -127,7 +123,7 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         Raises:
             FileExistsError: something exists at `path`.
             OSError: the file system has not enough space; nothing is left behind.
-            ValueError: a repeated name, a dtype outside safetensors, or an order that misaligns a tensor.
+            ValueError: a dtype outside safetensors, or an order that misaligns a tensor.
         """
         header = _encode_header(specs)
         size = len(header) + sum(spec.num_bytes for spec in specs)

@@ -77,15 +77,7 @@ def checksum(digests: Iterable[bytes]) -> str:
 
 
 def check_shared_memory(num_bytes: int, free_bytes: int, *, object_store_bytes: int = 0) -> None:
-    """Compare what is to be shared with `free_shared_memory` at a time.
-
-    Args:
-        num_bytes: of weights.
-        object_store_bytes: that Ray is still to take there.
-
-    Raises:
-        ValueError: it does not fit.
-    """
+    """Raises ValueError where weights, and an object store that Ray is still to make, do not fit into what was free."""
     if num_bytes + object_store_bytes > 0.99 * free_bytes:
         store = f" and Ray's object store of {object_store_bytes / 2**30:.2f} GiB" if object_store_bytes else ""
         raise ValueError(
@@ -103,9 +95,9 @@ def free_shared_memory() -> int:
 def bytes_to_move(tensors: Sequence[Tensor], pools: Sequence[Tensor]) -> int:
     """Shared memory that `move_to_shared_memory` would take, in bytes."""
     pooled = {pool.untyped_storage().data_ptr() for pool in pools}
-    outside = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in pooled]
-    storages = [pool.untyped_storage() for pool in pools if not _is_shared(pool)]
-    return sum(storage.nbytes() for storage in storages) + _region_bytes([t for t in outside if not _is_shared(t)])
+    moved = sum(pool.untyped_storage().nbytes() for pool in pools if not pool.is_shared())
+    alone = [t for t in tensors if t.untyped_storage().data_ptr() not in pooled and not t.is_shared()]
+    return moved + _region_bytes(alone)
 
 
 def move_to_shared_memory(tensors: Sequence[Tensor], pools: Sequence[Tensor]) -> None:
@@ -119,7 +111,7 @@ def move_to_shared_memory(tensors: Sequence[Tensor], pools: Sequence[Tensor]) ->
     """
     for pool in pools:
         pool.untyped_storage().share_memory_()
-    outside = [tensor for tensor in tensors if not _is_shared(tensor)]
+    outside = [tensor for tensor in tensors if not tensor.is_shared()]
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in outside), "views of a missing pool"
     for tensor, place in zip(outside, copies_together(outside, shared=True), strict=True):
         tensor.data = place
@@ -146,7 +138,7 @@ def copies_in(region: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def describe_block(tensor: Tensor, pieces: Sequence[Piece], *, position: int = 0) -> Block:
     """A contiguous tensor that lies in shared memory, as other processes find it."""
-    assert tensor.is_contiguous() and _is_shared(tensor)
+    assert tensor.is_contiguous() and tensor.is_shared()
     descriptor, _ = tensor.untyped_storage()._share_fd_cpu_()  # the storage's own; it stays open as long as that lives
     return Block(
         path=f"/proc/{os.getpid()}/fd/{descriptor}",
@@ -170,18 +162,14 @@ class SharedTensors:
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = list(blocks)
         regions = {path: _map(path) for path in dict.fromkeys(block.path for block in blocks)}
-        self._memory = [
-            regions[block.path][block.start : block.start + block.num_bytes].view(block.dtype) for block in blocks
-        ]
+        self._memory = [regions[b.path][b.start : b.start + b.num_bytes].view(b.dtype) for b in blocks]
         self._bytes = [bytes_of(memory) for memory in self._memory]
         self._pieces: dict[str, list[tuple[int, Piece]]] = {}  # with the number of their block
         for number, block in sorted(enumerate(blocks), key=lambda entry: entry[1].position):
             for piece in block.pieces:
                 self._pieces.setdefault(piece.name, []).append((number, piece))
         for name, parts in self._pieces.items():
-            alike = {(piece.shape, blocks[number].dtype) for number, piece in parts} == {
-                (self.shape(name), self.dtype(name))
-            }
+            alike = len({(piece.shape, blocks[number].dtype) for number, piece in parts}) == 1
             if not (alike and _cover([piece for _, piece in parts], self.shape(name))):
                 raise ValueError(f"the shared parts of {name!r} do not make up a tensor of shape {self.shape(name)}")
 
@@ -237,17 +225,13 @@ class SharedTensors:
 def _cover(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bool:
     """Whether pieces are a tensor, each number once."""
     lengths = [math.prod(part.stop - part.start for part in piece.index) for piece in pieces]
+    same_sizes = lengths == [math.prod(piece.size) for piece in pieces]
     inside = all(0 <= part.start <= part.stop <= n for p in pieces for part, n in zip(p.index, shape, strict=True))
     apart = all(
         any(a.stop <= b.start or b.stop <= a.start for a, b in zip(one.index, other.index, strict=True))
         for one, other in combinations(pieces, 2)
     )
-    same_sizes = lengths == [math.prod(piece.size) for piece in pieces]
     return inside and apart and same_sizes and sum(lengths) == math.prod(shape)
-
-
-def _is_shared(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().is_shared()
 
 
 def _region_bytes(tensors: Sequence[Tensor]) -> int:

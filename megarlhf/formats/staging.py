@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 _JOURNAL = "progress.jsonl"
 
@@ -35,7 +35,7 @@ def check_staging(target: Path) -> None:
     )
 
 
-class StagingDirectory:
+class StagingDirectory(AbstractContextManager["StagingDirectory"]):
     """The directory `path`, on its way to `target`, which a `with` block fills.
 
     Args:
@@ -56,7 +56,12 @@ class StagingDirectory:
         self._lock = threading.Lock()
         found, self.done = self._read()
         if found != json.loads(json.dumps(identity)):
-            self._clear()
+            for entry in self.path.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != _JOURNAL:
+                    entry.unlink()
+            self._journal.truncate(0)
             self.done = {}
             self._append(identity)
 
@@ -69,14 +74,6 @@ class StagingDirectory:
         lines = [json.loads(line) for line in whole.splitlines()]
         return (lines[0], dict(lines[1:])) if lines else (None, {})
 
-    def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != _JOURNAL:
-                entry.unlink()
-        self._journal.truncate(0)
-
     def _append(self, value: Any) -> None:
         self._journal.write(json.dumps(value) + "\n")
         self._journal.flush()
@@ -88,17 +85,13 @@ class StagingDirectory:
             self.done[step] = record
             self._append([step, record])
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Bring all to the disk and put the directory in its place, for what was there.
 
         After an error what is done is kept, but for a ValueError, which a rerun would meet again.
         """
         if error is None:
-            for path in [*self.path.rglob("*"), self.path]:
-                sync(path)
+            sync(*self.path.rglob("*"), self.path)
             replace_directory(self.path, self.target)
             (self.target / _JOURNAL).unlink()
             sync(self.target.parent)
@@ -107,13 +100,14 @@ class StagingDirectory:
         self._journal.close()
 
 
-def sync(path: Path) -> None:
-    """Write a file or a directory's entries to the disk and wait."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Write files, or directories' entries, to the disk and wait."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_directory(staging: Path, final: Path) -> None:

@@ -4,7 +4,6 @@ A directory of PyTorch's distributed checkpoint: `.metadata`, a pickle that says
 and `*.distcp` files, which hold one `torch.save` after the other. Needs neither ranks nor the whole model in memory.
 """
 
-import io
 import math
 import pickle
 from collections import defaultdict
@@ -15,15 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megarlhf.formats.shared_memory import bytes_of
@@ -63,18 +55,15 @@ class TorchDistReader:
         try:
             with open(directory / METADATA, "rb") as file:
                 metadata = _MetadataUnpickler(file).load()
-            self.tensors: dict[str, TensorStorageMetadata] = {
-                key: entry
-                for key, entry in metadata.state_dict_metadata.items()
-                if isinstance(entry, TensorStorageMetadata)
-            }
-            storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+            entries: dict[str, Any] = metadata.state_dict_metadata
+            self.tensors = {k: entry for k, entry in entries.items() if isinstance(entry, dcp.TensorStorageMetadata)}
+            storage: dict[dcp.MetadataIndex, _StorageInfo] = metadata.storage_data
         except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{source}; {directory / METADATA} cannot be read: {error}") from error
-        self.num_objects = len(metadata.state_dict_metadata) - len(self.tensors)
+        self.num_objects = len(entries) - len(self.tensors)
         self._check_files(storage.values())
         self._places = {(i.fqn, tuple(i.offset)): info for i, info in storage.items() if i.offset is not None}
-        self._by_stack: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        self._by_stack: dict[tuple[str, int], dict[tuple[int, ...], list[dcp.ChunkStorageMetadata]]] = {}
 
     def _check_files(self, entries: Iterable[_StorageInfo]) -> None:
         ends: dict[str, int] = defaultdict(int)
@@ -117,7 +106,7 @@ class TorchDistReader:
             raise ValueError(f"{self.source}; the chunks of {key} hold {filled} of {math.prod(shape)} numbers")
         return whole.view(whole.shape[num_stacked:])
 
-    def _near(self, key: str, stacked: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+    def _near(self, key: str, stacked: tuple[int, ...]) -> list[dcp.ChunkStorageMetadata]:
         """Chunks at a place of the leading axes; tensors of many layers and experts have thousands."""
         index = self._by_stack.get((key, len(stacked)))
         if index is None:
@@ -129,7 +118,7 @@ class TorchDistReader:
             self._by_stack[key, len(stacked)] = index
         return index.get(stacked, [])
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _load(self, key: str, chunk: dcp.ChunkStorageMetadata) -> Tensor:
         place = self._places[key, tuple(chunk.offsets)]
         if place.transform_descriptors:
             raise ValueError(f"{self.source}; {key} is stored as {place.transform_descriptors}, which is not read here")
@@ -169,21 +158,14 @@ def write_metadata(
     chunks: Iterable[tuple[str, Sequence[int], Sequence[int], Place]],
     objects: Mapping[str, Place],
 ) -> None:
-    """Say what lies where.
-
-    Args:
-        tensors: key -> shape and dtype.
-        chunks: key, offset, shape and place of each, in any order.
-    """
-    entries: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
-    storage = {MetadataIndex(key): _StorageInfo(*place) for key, place in objects.items()}
+    """Say what lies where: tensors by shape and dtype; chunks by key, offset, shape and place, in any order."""
+    entries: dict[str, Any] = {key: dcp.BytesStorageMetadata() for key in objects}
+    storage = {dcp.MetadataIndex(key): _StorageInfo(*place) for key, place in objects.items()}
     for key, (shape, dtype) in tensors.items():
-        properties = TensorProperties(dtype=dtype)
-        entries[key] = TensorStorageMetadata(properties=properties, size=torch.Size(shape), chunks=[])
+        entries[key] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=dtype), torch.Size(shape), chunks=[])
     for key, offset, shape, place in sorted(chunks, key=lambda chunk: (chunk[0], tuple(chunk[1]))):
         found = entries[key].chunks
-        storage[MetadataIndex(key, torch.Size(offset), len(found))] = _StorageInfo(*place)
-        found.append(ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape)))
-    buffer = io.BytesIO()
-    pickle.dump(Metadata(state_dict_metadata=entries, storage_data=storage), buffer)
-    (directory / METADATA).write_bytes(buffer.getvalue())
+        storage[dcp.MetadataIndex(key, torch.Size(offset), len(found))] = _StorageInfo(*place)
+        found.append(dcp.ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape)))
+    metadata = dcp.Metadata(state_dict_metadata=entries, storage_data=storage)
+    (directory / METADATA).write_bytes(pickle.dumps(metadata))
