@@ -86,13 +86,12 @@ class Memory:
     def _buffer(self, num_bytes: int, room: int) -> Tensor:
         """The smallest spare buffer that is not much too large, or a new one; the largest go where room lacks."""
         self._spare.sort(key=len)
-        sizes = [len(buffer) for buffer in self._spare]
-        fitting = next((i for i, size in enumerate(sizes) if num_bytes <= size <= min(2 * num_bytes, room)), None)
-        buffer = None if fitting is None else self._spare.pop(fitting)
-        room -= num_bytes if buffer is None else len(buffer)
-        while self._spare and sum(map(len, self._spare)) > room:
+        most = min(2 * num_bytes, room)
+        fitting = next((i for i, spare in enumerate(self._spare) if num_bytes <= len(spare) <= most), None)
+        buffer = torch.empty(num_bytes, dtype=torch.uint8) if fitting is None else self._spare.pop(fitting)
+        while self._spare and sum(map(len, self._spare)) > room - len(buffer):
             self._spare.pop()
-        return torch.empty(num_bytes, dtype=torch.uint8) if buffer is None else buffer
+        return buffer
 
 
 class TensorFiles:
@@ -178,8 +177,8 @@ def bundles(weights: Sequence[GlobalWeight], num_bytes: Callable[[GlobalWeight],
     return {f"{bundle[0].stage}_{number}": bundle for number, bundle in enumerate(found)}
 
 
-def run_steps(
-    steps: dict[str, list[GlobalWeight]],
+def run(
+    bundles: dict[str, list[GlobalWeight]],
     function: Callable[[str, list[GlobalWeight]], Any],
     num_bytes: Callable[[GlobalWeight], int],
     *,
@@ -188,19 +187,19 @@ def run_steps(
     options: ConvertOptions,
 ) -> None:
     """Do the steps in threads, the largest first, and note each in `staging`, whose earlier steps are left out."""
-    sizes = {name: sum(map(num_bytes, bundle)) for name, bundle in steps.items()}
+    sizes = {name: sum(map(num_bytes, bundle)) for name, bundle in bundles.items()}
     total = sum(sizes.values())
     done = staging.done if staging is not None else {}
     options.progress(phase, sum(sizes[name] for name in done), total)
 
-    def run(name: str) -> None:
-        record = function(name, steps[name])
+    def step(name: str) -> None:
+        record = function(name, bundles[name])
         if staging is not None:
             staging.note(name, record)
         options.progress(phase, sizes[name], total)
 
-    order = sorted((name for name in steps if name not in done), key=lambda name: -sizes[name])
-    map_threads(run, order, options.threads)
+    order = sorted((name for name in bundles if name not in done), key=lambda name: -sizes[name])
+    map_threads(step, order, options.threads)
 
 
 def check_target(load: Path, save: Path, num_bytes: int, *, overwrite: bool) -> None:
@@ -236,5 +235,5 @@ def check_manifest(found: Iterator[tuple[str, Tensor]], manifest: Digests, targe
 
 def write_manifest(directory: Path, tensors: Digests, **about: Any) -> None:
     """conversion.json: what was converted from what, and the digest of every HF tensor."""
-    ordered = {name: tensors[name] for name in sorted(tensors)}
-    (directory / MANIFEST).write_text(json.dumps({**about, "tensors": ordered}, indent=1) + "\n")
+    content = {**about, "tensors": dict(sorted(tensors.items()))}
+    (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")

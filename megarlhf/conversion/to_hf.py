@@ -18,21 +18,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from megarlhf.config.roles import ROLES
+from megarlhf.conversion import steps
 from megarlhf.conversion.cuts import CutModel, GlobalWeight, Region, cut_model
-from megarlhf.conversion.steps import (
-    ConvertOptions,
-    Digests,
-    Memory,
-    TensorFiles,
-    bundles,
-    check_manifest,
-    check_target,
-    converted,
-    digest,
-    fingerprint,
-    run_steps,
-    write_manifest,
-)
+from megarlhf.conversion.steps import ConvertOptions, Digests
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.formats.huggingface import INDEX, HFConfig, read_checkpoint, read_config
 from megarlhf.formats.megatron import MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
@@ -105,7 +93,7 @@ def megatron_to_hf(
         is_converted = any(dtypes[name] != reader.dtype(weight.key) for name in weight.weight.hf)
         return reading_bytes(weight, reader) + (num_bytes(weight) if is_converted else 0)
 
-    check_target(checkpoint.directory, save, sum(map(num_bytes, weights)), overwrite=options.overwrite)
+    steps.check_target(checkpoint.directory, save, sum(map(num_bytes, weights)), overwrite=options.overwrite)
     if options.dry_run:
         return
     specs = {name: TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()}
@@ -120,18 +108,19 @@ def megatron_to_hf(
         for file, names in split.filename_to_tensors.items()
     }
     about = {"source": str(checkpoint.directory), "architecture": arch.hf_class, "head": head}
-    steps = bundles(weights, num_bytes)
+    bundles = steps.bundles(weights, num_bytes)
     contents = {name: [repr(spec) for spec in file] for name, file in layout.items()}
-    identity = {**about, "files": fingerprint([reader.directory / METADATA]), "layout": contents, "steps": list(steps)}
+    stored = steps.fingerprint([reader.directory / METADATA])
+    identity = {**about, "files": stored, "layout": contents, "steps": list(bundles)}
     with StagingDirectory(save, identity) as staging:
-        files = TensorFiles([_prepare(staging.path / name, file) for name, file in layout.items()], writable=True)
-        memory = Memory(max(map(needed, weights)))
+        files = steps.TensorFiles([_prepare(staging.path / name, file) for name, file in layout.items()], writable=True)
+        memory = steps.Memory(max(map(needed, weights)))
 
         def write_weight(weight: GlobalWeight) -> Digests:  # by itself: no name may keep memory that was given back
             digests: Digests = {}
             for name, tensor in hf_tensors(weight, reader, hf):
-                result = converted(name, tensor, dtypes[name], allow_nan=options.allow_nan)
-                digests[name] = digest(result, weight.key)
+                result = steps.converted(name, tensor, dtypes[name], allow_nan=options.allow_nan)
+                digests[name] = steps.digest(result, weight.key)
                 files.write(name, result)
             return digests
 
@@ -146,18 +135,19 @@ def megatron_to_hf(
         def verify(_: str, bundle: list[GlobalWeight]) -> None:
             for weight in bundle:
                 with memory.lend(0, besides=num_bytes(weight)):
-                    check_manifest(((name, files.read(name)) for name in weight.weight.hf), manifest, f"save={save}")
+                    found = ((name, files.read(name)) for name in weight.weight.hf)
+                    steps.check_manifest(found, manifest, f"save={save}")
 
-        run_steps(steps, write, num_bytes, phase="convert", staging=staging, options=options)
+        steps.run(bundles, write, num_bytes, phase="convert", staging=staging, options=options)
         manifest = {name: entry for record in staging.done.values() for name, entry in record.items()}
-        write_manifest(staging.path, manifest, **about, iteration=checkpoint.iteration)
+        steps.write_manifest(staging.path, manifest, **about, iteration=checkpoint.iteration)
         config = exported_config(files_of.directory, hf, arch.class_with_head(head), main_dtype(shapes, dtypes))
         write_json(staging.path / "config.json", config)
         write_companions(staging.path, files_of.directory, tokenizer=files_of.tokenizer, chat_template=template)
         if split.is_sharded:
             write_json(staging.path / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
         if options.verify:
-            run_steps(steps, verify, num_bytes, phase="verify", staging=None, options=options)
+            steps.run(bundles, verify, num_bytes, phase="verify", staging=None, options=options)
         files.close()
 
 

@@ -17,22 +17,9 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
+from megarlhf.conversion import steps
 from megarlhf.conversion.cuts import GlobalWeight, cut_model
-from megarlhf.conversion.steps import (
-    DTYPES,
-    ConvertOptions,
-    Digests,
-    Memory,
-    TensorFiles,
-    bundles,
-    check_manifest,
-    check_target,
-    converted,
-    digest,
-    fingerprint,
-    run_steps,
-    write_manifest,
-)
+from megarlhf.conversion.steps import ConvertOptions, Digests
 from megarlhf.conversion.to_hf import hf_form, hf_tensors, reading_bytes
 from megarlhf.formats.huggingface import EMBEDDING, HFConfig, has_score_head, read_checkpoint
 from megarlhf.formats.megatron import HF_CONFIG, RELEASE
@@ -68,23 +55,23 @@ def hf_to_megatron(
     check_names(arch, hf, source, kind)
     model = cut_model(arch, hf, head=kind, tensor=tensor, pipeline=pipeline, expert=expert)
     paths = [load / name for name in source.files]
-    work = _Conversion(hf=hf, files=TensorFiles(paths), options=options)
-    check_target(load, save, sum(map(work.num_bytes, model.weights)), overwrite=options.overwrite)
+    work = _Conversion(hf=hf, files=steps.TensorFiles(paths), options=options)
+    steps.check_target(load, save, sum(map(work.num_bytes, model.weights)), overwrite=options.overwrite)
     if options.dry_run:
         return
     layout = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
     about = {"source": str(load), "architecture": arch.hf_class, "head": kind, "layout": layout}
-    steps = bundles(model.weights, work.num_bytes)
-    identity = {**about, "dtype": str(options.dtype), "files": fingerprint(paths), "steps": list(steps)}
+    bundles = steps.bundles(model.weights, work.num_bytes)
+    identity = {**about, "dtype": str(options.dtype), "files": steps.fingerprint(paths), "steps": list(bundles)}
     with StagingDirectory(save, identity) as staging:
         target = staging.path / RELEASE
         target.mkdir(exist_ok=True)
-        memory = Memory(max(work.num_bytes(weight) + work.copied_bytes(weight) for weight in model.weights))
+        memory = steps.Memory(max(work.num_bytes(weight) + work.copied_bytes(weight) for weight in model.weights))
 
         def write(name: str, bundle: list[GlobalWeight]) -> dict[str, Any]:
             return work.write(target / f"__{name}.distcp", memory, bundle)
 
-        run_steps(steps, write, work.num_bytes, phase="convert", staging=staging, options=options)
+        steps.run(bundles, write, work.num_bytes, phase="convert", staging=staging, options=options)
         # what tells Megatron-Core and Megatron-LM what the directory holds
         chunks = [chunk for record in staging.done.values() for chunk in record["chunks"]]
         tensors = {weight.key: (weight.tensor_shape, work.dtype(weight)) for weight in model.weights}
@@ -92,7 +79,7 @@ def hf_to_megatron(
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, target / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(target))
         manifest = {name: entry for record in staging.done.values() for name, entry in record["digests"].items()}
-        write_manifest(target, manifest, **about, left_out=sorted(set(source.names()) - manifest.keys()))
+        steps.write_manifest(target, manifest, **about, left_out=sorted(set(source.names()) - manifest.keys()))
         companions = staging.path / HF_CONFIG
         companions.mkdir(exist_ok=True)
         write_json(companions / "config.json", tied_config(load, hf))
@@ -100,14 +87,14 @@ def hf_to_megatron(
         (staging.path / LATEST).write_text(RELEASE)
         if options.verify:
             reader = TorchDistReader(target, f"save={save}")
-            memory = Memory(max(reading_bytes(weight, reader) for weight in model.weights))
+            memory = steps.Memory(max(reading_bytes(weight, reader) for weight in model.weights))
 
             def check(_: str, bundle: list[GlobalWeight]) -> None:
                 for weight in bundle:
                     with memory.lend(0, besides=reading_bytes(weight, reader)):
-                        check_manifest(hf_tensors(weight, reader, hf), manifest, reader.source)
+                        steps.check_manifest(hf_tensors(weight, reader, hf), manifest, reader.source)
 
-            run_steps(steps, check, work.num_bytes, phase="verify", staging=None, options=options)
+            steps.run(bundles, check, work.num_bytes, phase="verify", staging=None, options=options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +102,16 @@ class _Conversion:
     """What the steps share."""
 
     hf: HFConfig
-    files: TensorFiles
+    files: steps.TensorFiles
     options: ConvertOptions
 
     def source_dtype(self, weight: GlobalWeight) -> torch.dtype:
         """The dtype of a weight's HF tensors; a drawn one has the embedding's."""
         names = [name for name in weight.weight.hf if name in self.files.places] or [EMBEDDING]
         found = {self.files.dtype(name) for name in names}
-        if len(found) > 1 or not found <= set(DTYPES.values()):
+        if len(found) > 1 or not found <= set(steps.DTYPES.values()):
             kinds = sorted(str(dtype).removeprefix("torch.") for dtype in found)
-            raise ValueError(f"tensors {names} have dtypes {kinds}; one of {', '.join(DTYPES)} for all")
+            raise ValueError(f"tensors {names} have dtypes {kinds}; one of {', '.join(steps.DTYPES)} for all")
         return found.pop()
 
     def dtype(self, weight: GlobalWeight) -> torch.dtype:
@@ -144,7 +131,7 @@ class _Conversion:
         chunk = max(math.prod(chunk.shape) for chunk in weight.chunks) if len(weight.chunks) > 1 else 0
         return max(hf * weight.num_elements, chunk * dtype.itemsize)
 
-    def write(self, path: Path, memory: Memory, bundle: list[GlobalWeight]) -> dict[str, Any]:
+    def write(self, path: Path, memory: steps.Memory, bundle: list[GlobalWeight]) -> dict[str, Any]:
         """One file of the target; its chunks' places and its HF tensors' entries in the manifest."""
         digests, chunks = Digests(), []
         with open(path, "wb") as file:
@@ -183,8 +170,8 @@ class _Conversion:
                 tensor = hf_form(shard, param) if in_place else self.files.read(name)
                 if in_place:
                     self.files.read_into(name, tensor)
-                tensor = converted(name, tensor, param.dtype, allow_nan=self.options.allow_nan)
+                tensor = steps.converted(name, tensor, param.dtype, allow_nan=self.options.allow_nan)
                 source = self.files.places[name][0].name
-            digests[name] = digest(tensor, source)
+            digests[name] = steps.digest(tensor, source)
             if tensor.data_ptr() != shard.view.data_ptr():
                 shard.store(tensor)

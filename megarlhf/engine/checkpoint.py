@@ -22,16 +22,14 @@ from megarlhf.parallel.device import current_device
 assert hasattr(filesystem_async, "_results_queue")
 filesystem_async._results_queue = queue.Queue()
 
-
 _HAS_MOMENTS = "optimizer_has_state"
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")  # of an optimizer's parameter group
 
 
 def _chunks(engine: MegatronEngine) -> dict[str, Any]:
     """Chunks under Megatron-LM's keys; what is on disk is named by layer, whatever the chunks."""
-    if len(engine.chunks) == 1:
-        return {"model": engine.chunks[0]}
-    return {f"model{number}": chunk for number, chunk in enumerate(engine.chunks)}
+    one = len(engine.chunks) == 1
+    return {"model" if one else f"model{number}": chunk for number, chunk in enumerate(engine.chunks)}
 
 
 def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> dict[str, Any]:

@@ -29,14 +29,12 @@ def export_hf(
     if dist.get_rank() == 0:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        specs = engine.weights.tensor_specs(engine.source_dtypes)
-        TensorFile.create(weights_file, specs).close()
+        TensorFile.create(weights_file, engine.weights.tensor_specs(engine.source_dtypes)).close()
     dist.barrier()
-    file = TensorFile(weights_file)
     engine.finish_param_gather()
-    engine.weights.write(file)
-    file.flush()
-    file.close()
+    with TensorFile(weights_file) as file:
+        engine.weights.write(file)
+        file.flush()
     weights_file.chmod(0o644)
     dist.barrier()
     if dist.get_rank() == 0:

@@ -27,8 +27,6 @@ class TokenOutputs:
 
 Metrics = dict[str, tuple[Tensor, Tensor | int]]  # name -> sum over the micro-batch, and how many numbers it is of
 Loss = Callable[[TokenOutputs, MicroBatch], tuple[Tensor, Metrics]]
-
-
 Forward = Callable[[list[MicroBatch]], TargetValues]  # log-probs or values of this rank's targets, on the last stage
 
 

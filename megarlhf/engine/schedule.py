@@ -88,14 +88,13 @@ def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any
     impl = get_model_config(chunks[0]).transformer_impl
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = to_device(next(iterator), device)
+        batch = to_device(next(iterator), current_device())
         params = packed_params(batch, transformer_impl=impl)
         output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=params)
         if forward_only:
             return output, lambda result, non_loss_data: finish(result, batch)
         return output, lambda result: finish(result, batch)
 
-    device = current_device()
     longest = max(int(batch.cu_seqlens[-1]) for batch in batches)
     return get_forward_backward_func()(
         forward_step_func=forward_step,

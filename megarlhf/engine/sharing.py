@@ -4,18 +4,8 @@ import torch
 from torch import Tensor
 
 from megarlhf.engine.engine import MegatronEngine
-from megarlhf.formats.shared_memory import (
-    Block,
-    Piece,
-    bytes_of,
-    bytes_to_move,
-    check_shared_memory,
-    copies_together,
-    describe_block,
-    digest,
-    free_shared_memory,
-    move_to_shared_memory,
-)
+from megarlhf.formats import shared_memory
+from megarlhf.formats.shared_memory import Block, Piece
 from megarlhf.formats.threads import map_threads
 from megarlhf.models.weights import LocalWeight, ModelWeights
 from megarlhf.parallel.device import device_kind
@@ -43,33 +33,31 @@ class SharedWeights:
         data = [local.param for local in self._local]
         self._on_cpu = device_kind() == "cpu"
         pools = engine.parameter_pools() if self._on_cpu else []
-        needed = bytes_to_move(data, pools) if self._on_cpu else sum(tensor.nbytes for tensor in data)
-        asked = all_gather_objects((needed, free_shared_memory()))  # all look before any takes some
-        check_shared_memory(sum(mine for mine, _ in asked), min(free for _, free in asked))
+        needed = shared_memory.bytes_to_move(data, pools) if self._on_cpu else sum(tensor.nbytes for tensor in data)
+        asked = all_gather_objects((needed, shared_memory.free_shared_memory()))  # all look before any takes some
+        shared_memory.check_shared_memory(sum(mine for mine, _ in asked), min(free for _, free in asked))
         if self._on_cpu:
-            move_to_shared_memory(data, pools)
-        self._shared: list[Tensor] = [t.data for t in data] if self._on_cpu else copies_together(data, shared=True)
-        self._bytes = [bytes_of(shared) for shared in self._shared]
+            shared_memory.move_to_shared_memory(data, pools)
+            self._shared: list[Tensor] = [parameter.data for parameter in data]
+        else:
+            self._shared = shared_memory.copies_together(data, shared=True)
+        self._bytes = [shared_memory.bytes_of(shared) for shared in self._shared]
         places = {name: place for place, name in enumerate(engine.weights.hf_names())}
         self.blocks: list[Block] = [
-            describe_block(shared, held, position=places[held[0].name])
+            shared_memory.describe_block(shared, held, position=places[held[0].name])
             for shared, (_, held) in zip(self._shared, pieces, strict=True)
         ]
 
     @torch.no_grad()
     def refresh(self) -> list[bytes]:
-        """Make the blocks hold the weights as they are now; all ranks call it.
-
-        Returns:
-            The blocks' digests.
-        """
+        """Make the blocks hold the weights as they are now, and give back their digests; all ranks call it."""
         self._engine.finish_param_gather()
 
         def renew(number: int) -> bytes:
             data, shared = self._local[number].param.data, self._shared[number]
             if data.data_ptr() != shared.data_ptr():
                 shared.copy_(data)
-            return digest(self._bytes[number])
+            return shared_memory.digest(self._bytes[number])
 
         threads = torch.get_num_threads() if self._on_cpu else 1  # a GPU copies one after the other
         return map_threads(renew, range(len(self._local)), threads)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,8 +130,8 @@ class RolloutEngine:
         from megarlhf.rollout import weight_transfer
 
         self.max_model_len, self.weight_version = max_model_len, 0
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
-        self._skip_special_tokens = skip_special_tokens
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
+        self._texts = partial(response_texts, tokenizer, skip_special_tokens=skip_special_tokens)
         cpu_only = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": _CPU_BLOCK_TOKENS}
         self._llm = LLM(
             model=str(model_dir),
@@ -177,7 +178,6 @@ class RolloutEngine:
             temperature: above 0; ignored when greedy.
             stop_token_ids: a response ends with the first of these tokens; no others stop it.
             run_seed, step: with the group and the sample's number they seed each response.
-            greedy: the likeliest token each time.
             top_p, top_k: of the sampled distribution; 1.0 and -1 leave it whole.
         Returns:
             The samples of each prompt. The log-probs are of the distribution sampled from (for greedy: of the model's
@@ -231,15 +231,7 @@ class RolloutEngine:
         log_probs = [np.array(completion.logprobs.logprobs, dtype=np.float32) for completion in completions]
         if [len(values) for values in log_probs] != lengths.tolist():
             raise RuntimeError("vLLM did not give one log-prob for each generated token")
-        texts = [
-            response_texts(
-                self._tokenizer,
-                completion.token_ids,
-                stopped=completion.finish_reason == "stop",
-                skip_special_tokens=self._skip_special_tokens,
-            )
-            for completion in completions
-        ]
+        texts = [self._texts(c.token_ids, stopped=c.finish_reason == "stop") for c in completions]
         return GeneratedGroup(
             tokens=GroupTokens(
                 prompt_ids=prompt,

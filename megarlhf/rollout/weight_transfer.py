@@ -4,13 +4,11 @@ The ranks say once what lies where (formats/shared_memory.py). For each update e
 version and the checksum, and reads while the ranks wait. Two ways lead into a model, with equal results:
 
 - direct, on a CPU without tensor parallelism: vLLM's CPU build keeps each linear weight as a private packed copy (a
-  oneDNN kernel). The new kernels are packed straight from the trainer's memory, or from a copy in the cache where the
-  trainer cuts or arranges a weight otherwise, while the checksum is computed from the same cached bytes. They are put
-  in place only once the checksum is right. It holds both sets for a moment.
+  oneDNN kernel). New kernels are packed from the trainer's memory while the checksum is computed from the same cached
+  bytes, and put in place only once it is right: both sets exist for a moment.
 - loader, everywhere else: vLLM's own layerwise reload, which shards, converts and processes by itself. It keeps the
-  tensors of a layer until the last has come, so they come in the order of the trainer's table, layer by layer,
-  whichever rank holds them: it never keeps more than the experts of one layer. Rows that pad a vocabulary never come;
-  `expect_no_padding` says so, or the embedding and the head would be kept to the end.
+  tensors of a layer until the last has come, so they come layer by layer, whichever rank holds them: it never keeps
+  more than the experts of one layer. Rows that pad a vocabulary never come, as `expect_no_padding` says.
 
 vLLM 0.32's reload leaves two things wrong on a CPU. The kernel of a tied output head is packed when the model is first
 loaded and never again: `repack_output_heads` does it after every update. Experts' weights are packed at the first load
@@ -71,11 +69,8 @@ class Pack:
         """What vLLM calls as `module.cpu_linear`, made of the tensors as they are now; the module is left alone."""
         weight = self.joined
         if weight is None:
-            weight, row = torch.empty(self.loaded.shape, dtype=self.loaded.dtype), 0
-            for name in self.names:
-                rows = tensors.shape(name)[0]
-                tensors.read(name, weight[row : row + rows])
-                row += rows
+            weight = torch.empty(self.loaded.shape, dtype=self.loaded.dtype)
+            read_rows(tensors, self.names, weight)
         staging: Any = SimpleNamespace(weight=weight)
         self.module.quant_method.process_weights_after_loading(staging)
         return staging.cpu_linear
@@ -83,15 +78,21 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """One tensor, which is copied into (a part of) a parameter."""
+    """A parameter, or its rows without padding, into which the tensors that it fuses are copied."""
 
     destination: Tensor
-    name: str
+    names: list[str]
 
 
 # What reaches a model in this order, and the blocks that each step reads and none before it does; valid as long as the
 # model and the memory exist.
 DirectPlan = list[tuple[Copy | Pack, list[int]]]
+
+
+def read_rows(tensors: SharedTensors, names: Sequence[str], out: Tensor) -> None:
+    """Fill a tensor with those that it fuses, joined along dimension 0."""
+    for name, rows in zip(names, out.split([tensors.shape(name)[0] for name in names]), strict=True):
+        tensors.read(name, rows)
 
 
 def register() -> None:
@@ -144,34 +145,27 @@ def _plan_pack(module: nn.Module, parameter: Tensor, names: list[str], tensors: 
     shapes = [tensors.shape(name) for name in names]
     if (sum(shape[0] for shape in shapes), *shapes[0][1:]) != tuple(loaded.shape):
         return None
-    joined = tensors.joined(names)
-    if joined is not None and joined.dtype != loaded.dtype:
-        joined = None
+    joined = tensors.joined(names) if {tensors.dtype(name) for name in names} == {loaded.dtype} else None
     return Pack(module=module, names=names, loaded=loaded, joined=joined)
 
 
-def _plan_copies(module: nn.Module, parameter: Tensor, names: list[str], tensors: SharedTensors) -> list[Copy] | None:
-    """The tensors' places along dimension 0 of the parameter; None where vLLM's loader would do more than copy."""
+def _plan_copy(module: nn.Module, parameter: Tensor, names: list[str], tensors: SharedTensors) -> Copy | None:
+    """None where vLLM's loader would do more than copy."""
     loader = getattr(parameter, "weight_loader", default_weight_loader)
     if loader is not default_weight_loader and not isinstance(module, LinearBase | VocabParallelEmbedding):
         return None
-    copies, row = [], 0
-    for name in names:
-        shape = tensors.shape(name)
-        destination = parameter.data[row : row + shape[0]]
-        if destination.shape != shape:
-            return None
-        copies.append(Copy(destination=destination, name=name))
-        row += shape[0]
+    shapes = [tensors.shape(name) for name in names]
+    num_rows = sum(shape[0] for shape in shapes)
+    spare = parameter.shape[0] - num_rows
     padded = isinstance(module, VocabParallelEmbedding)  # rows past the vocabulary are zero and stay so
-    return copies if padded or row == parameter.shape[0] else None
+    if spare < 0 or (spare and not padded) or any(shape[1:] != parameter.shape[1:] for shape in shapes):
+        return None
+    return Copy(destination=parameter.data[:num_rows], names=names)
 
 
 def plan_direct_update(model: nn.Module, tensors: SharedTensors) -> DirectPlan | None:
     """A plan that covers every parameter and every tensor exactly, or None where only vLLM's loader can do it."""
-    packs: list[Pack] = []
-    copies: list[Copy] = []
-    unused = set(tensors.names)
+    steps, unused = list[Copy | Pack](), set(tensors.names)
     embeddings = [m for m in model.modules() if type(m) is VocabParallelEmbedding]
     for module_name, module in model.named_modules():
         if isinstance(module, ParallelLMHead) and any(module.weight is other.weight for other in embeddings):
@@ -181,22 +175,17 @@ def plan_direct_update(model: nn.Module, tensors: SharedTensors) -> DirectPlan |
             if not unused.issuperset(names):
                 return None
             unused.difference_update(names)
-            if isinstance(module, LinearBase) and parameter_name == "weight":
-                pack = _plan_pack(module, parameter, names, tensors)
-                if pack is None:
-                    return None
-                packs.append(pack)
-            else:
-                placed = _plan_copies(module, parameter, names, tensors)
-                if placed is None:
-                    return None
-                copies += placed
+            is_packed = isinstance(module, LinearBase) and parameter_name == "weight"
+            step = (_plan_pack if is_packed else _plan_copy)(module, parameter, names, tensors)
+            if step is None:
+                return None
+            steps.append(step)
     if unused:
         return None
     left, plan = set(range(len(tensors.blocks))), DirectPlan()
-    steps: list[Copy | Pack] = [*copies, *packs]  # the largest is among the copies: the embedding
+    steps.sort(key=lambda step: isinstance(step, Pack))  # the largest is among the copies: the embedding
     for step in steps:
-        mine = left.intersection(tensors.blocks_of(step.names if isinstance(step, Pack) else [step.name]))
+        mine = left.intersection(tensors.blocks_of(step.names))
         left -= mine
         plan.append((step, sorted(mine)))
     return plan
@@ -213,8 +202,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.version = 0
-        self.checksum = ""
+        self.version, self.checksum = 0, ""
         self.applied: Literal["", "direct", "loader"] = ""
         self._tensors: SharedTensors | None = None
         self._plan: DirectPlan | None = None
@@ -267,8 +255,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
     def _apply_with_loader(self, tensors: SharedTensors, update_info: SharedMemoryUpdate) -> None:
         """vLLM's layerwise reload."""
-        every = range(len(tensors.blocks))
-        self._verify(map_threads(tensors.digest, every, torch.get_num_threads()), update_info)
+        digests = map_threads(tensors.digest, range(len(tensors.blocks)), torch.get_num_threads())
+        self._verify(digests, update_info)
         self.version = NO_VERSION
         expected = {name for name, _ in self.model.named_parameters()}
         load_weights: Any = self.model.load_weights
@@ -300,7 +288,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             if isinstance(step, Pack):
                 step.module.cpu_linear = kernel
             else:
-                tensors.read(step.name, step.destination)
+                read_rows(tensors, step.names, step.destination)
         repack_output_heads(self.model)
 
 

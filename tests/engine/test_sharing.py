@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarlhf.engine import sharing
 from megarlhf.engine.sharing import SharedWeights
+from megarlhf.formats import shared_memory
 from megarlhf.trainers.parity import parity_objective
 from tests.distributed.cases import make_rows, read_shared
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
@@ -84,7 +84,7 @@ def test_weights_elsewhere_are_copied(ranks: RankPool, tmp_path: Path) -> None:
 def too_large(rank: int, world_size: int, init_method: str, model_dir: Path) -> str:
     """The error where shared memory is almost full."""
     with world(LAYOUTS["DP2"], rank, init_method), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "free_shared_memory", lambda: 3000 + rank)
+        patch.setattr(shared_memory, "free_shared_memory", lambda: 3000 + rank)
         with pytest.raises(ValueError) as caught:
             SharedWeights(build(LAYOUTS["DP2"], model_dir))
         return str(caught.value)

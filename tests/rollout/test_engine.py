@@ -5,6 +5,7 @@ Importing vLLM and loading the engine takes about 10 seconds.
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_stop_token_ends_a_response_and_is_kept(
     for sample in whole + cut:
         assert sample.text == " ".join(f"t{i}" for i in sample.response_ids if i not in (0, 2))
         assert sample.stop_text == "", "it is told where special tokens are in the text alone"
-    monkeypatch.setattr(engine, "_skip_special_tokens", False)
+    monkeypatch.setattr(engine, "_texts", partial(engine._texts, skip_special_tokens=False))
     for sample in generate(engine, stop_token_ids=[stop]):
         assert sample.text == " ".join(f"t{i}" for i in sample.response_ids)
         space = " " if len(sample.response_ids) > 1 else ""
