@@ -59,7 +59,6 @@ class MegatronEngine:
 
     Args:
         pretrain: HF checkpoint directory that gives configuration and weights.
-        head: "lm" or "value".
         optimizer: None for a model that only runs forward.
         logprob_chunk_tokens: tokens whose logits exist at once.
     """

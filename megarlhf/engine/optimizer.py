@@ -33,11 +33,11 @@ class OptimizerOptions(SharedOptimizerArguments):
 class FiniteOptimizer(ChainedOptimizer):
     """Megatron-Core's optimizers together, whose step refuses a gradient that is not finite; their own would take it.
 
-    The step calls `get_grad_norm` once, whether it clips or not, and before it changes any number.
+    The step calls `get_grad_norm` once, whether it clips or not, before it changes a weight.
     """
 
     def get_grad_norm(self) -> float:
-        """L2 norm of the whole reduced gradient; all ranks call it.
+        """L2 norm of the whole reduced gradient, the same on every rank; all of them call it.
 
         Raises:
             NonFiniteError: it is NaN or infinite on some rank; raised on every rank.
@@ -46,7 +46,7 @@ class FiniteOptimizer(ChainedOptimizer):
         # Without the distributed optimizer each data-parallel rank takes the norm of its own copy of the gradient.
         finite = torch.tensor(float(math.isfinite(norm)), device=current_device())
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not finite.item():  # here it may still be finite: then another rank's is not
+        if not finite.item():  # where this rank's own is, another's is not
             raise NonFiniteError(f"gradient norm {math.nan if math.isfinite(norm) else norm}")
         return norm
 

@@ -51,7 +51,6 @@ def request_seed(run_seed: int, step: int, place: int, sample_id: int) -> int:
     Args:
         step: training step, so that a prompt which comes again is answered anew.
         place: of the prompt in the step's batch, not in the data: a prompt that a batch holds twice is answered twice.
-        sample_id: number of the response among those of its prompt.
     """
     key = f"{run_seed}/{step}/{place}/{sample_id}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -8,7 +8,8 @@ version and the checksum, and reads while the ranks wait. Two ways lead into a m
   bytes, and put in place only once it is right: both sets exist for a moment.
 - loader, everywhere else: vLLM's own layerwise reload, which shards, converts and processes by itself. It keeps the
   tensors of a layer until the last has come, so they come layer by layer, whichever rank holds them: it never keeps
-  more than the experts of one layer. Rows that pad a vocabulary never come, as `expect_no_padding` says.
+  more than the experts of one layer. Rows that pad a vocabulary never come; without `expect_no_padding` the embedding
+  and the head would be kept to the end.
 
 vLLM 0.32's reload leaves two things wrong on a CPU. The kernel of a tied output head is packed when the model is first
 loaded and never again: `repack_output_heads` does it after every update. Experts' weights are packed at the first load
