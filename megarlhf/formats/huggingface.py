@@ -4,7 +4,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -17,14 +16,9 @@ INDEX = "model.safetensors.index.json"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SLICE_BYTES = 16 * 2**20  # of a tensor that is compared with another
 _SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings"
+).split()
 
 
 def read_config(directory: str | Path, *, option: str = "pretrain") -> HFConfig:
@@ -64,7 +58,10 @@ class HFWeights:
 
     def __init__(self, directory: str | Path, *, option: str = "pretrain") -> None:
         self.directory, self.source = Path(directory), f"{option}={directory}"
-        weight_map = self._read_index()
+        index = self.directory / INDEX  # weight_map is empty where there is none
+        weight_map = read_json_object(index, self.source).get("weight_map") if index.is_file() else {}
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{self.source}; {INDEX} has no weight_map from tensors to file names: repair it")
         self.files = sorted(set(weight_map.values())) or ["model.safetensors"]
         missing = [name for name in self.files if not (self.directory / name).is_file()]
         if missing:
@@ -83,15 +80,6 @@ class HFWeights:
         unlisted = sorted(self._files.keys() - weight_map.keys()) if weight_map else []
         if unlisted:
             raise ValueError(f"{self.source}; {INDEX} leaves out tensors that its files hold: {shortened(unlisted)}")
-
-    def _read_index(self) -> dict[str, str]:
-        """File of each tensor; empty where there is no index."""
-        if not (self.directory / INDEX).is_file():
-            return {}
-        weight_map = read_json_object(self.directory / INDEX, self.source).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{self.source}; {INDEX} has no weight_map from tensors to file names: repair it")
-        return weight_map
 
     def names(self) -> list[str]:
         """Every tensor's name."""
@@ -116,13 +104,8 @@ class HFWeights:
             return False
         row = max(1, self.read(name, (slice(0, 1),)).nbytes)
         step = max(1, _SLICE_BYTES // row)
-        rows = (slice(start, start + step) for start in range(0, shape[0], step))
-        return all(_same_numbers(self.read(name, (part,)), self.read(other, (part,))) for part in rows)
-
-
-def _same_numbers(first: Tensor, second: Tensor) -> bool:
-    dtype = torch.promote_types(first.dtype, second.dtype)
-    return torch.equal(first.to(dtype), second.to(dtype))
+        rows = [(slice(start, start + step),) for start in range(0, shape[0], step)]
+        return all(bool((self.read(name, part) == self.read(other, part)).all()) for part in rows)
 
 
 def read_checkpoint(directory: str | PathLike[str], *, option: str = "pretrain") -> tuple[HFConfig, HFWeights]:

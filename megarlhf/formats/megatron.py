@@ -27,9 +27,8 @@ class HFFiles:
     """Where a checkpoint's model has its Hugging Face files."""
 
     directory: Path  # with config.json
-    tokenizer: Path | None = None  # directory of the tokenizer where it is said apart
+    tokenizer: Path | None = None  # directory of the tokenizer, of a run alone
     chat_template: str | None = None  # --tokenizer_chat_template of the run
-    of_run: bool = False  # a run's configuration says it
 
 
 def find_checkpoint(load: str, role: str) -> MegatronCheckpoint:
@@ -87,7 +86,7 @@ def hf_files(checkpoint: MegatronCheckpoint, hf_model: str | None, options: Sequ
 def run_pretrain(checkpoint: MegatronCheckpoint, options: Sequence[str]) -> Path | None:
     """What the run of a checkpoint started from, whether it is still there or not; None for other checkpoints."""
     found = _companions(checkpoint, options)
-    return found.directory if found is not None and found.of_run else None
+    return found.directory if found is not None and found.tokenizer is not None else None
 
 
 def _companions(checkpoint: MegatronCheckpoint, options: Sequence[str]) -> HFFiles | None:
@@ -116,5 +115,4 @@ def _run_files(path: Path, options: Sequence[str]) -> HFFiles | None:
         directory=Path(next(model[option] for option in (*options, "pretrain") if model.get(option))),
         tokenizer=Path(model.get("tokenizer") or pretrain),
         chat_template=template if isinstance(template, str) else None,
-        of_run=True,
     )

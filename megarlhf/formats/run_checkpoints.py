@@ -73,12 +73,11 @@ def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:
     text = pointer.read_text(errors="replace").strip()
     if not text.isdecimal():
         raise ValueError(f"load={root.parent}; {pointer} holds {text!r}, not a step: name a saved one")
-    step = int(text)
-    directory = iteration_directory(root, step)
+    directory = iteration_directory(root, int(text))
     state = directory / "run_state.json"
     if not state.is_file():
         raise ValueError(f"load={root.parent}; {directory} is incomplete: run_state.json is missing")
-    return step, directory, json.loads(state.read_text())
+    return int(text), directory, json.loads(state.read_text())
 
 
 def check_identity(

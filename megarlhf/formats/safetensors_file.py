@@ -2,9 +2,8 @@
 
 The ranks of a run write a Hugging Face export together, each its own parts; any safetensors reader opens the file.
 
-Format: 8 bytes little-endian header length, JSON header, data without holes
-(https://github.com/huggingface/safetensors#format). Safetensors sorts tensors by dtype; here they keep the caller's
-order.
+Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length, JSON header, data
+without holes. Safetensors sorts tensors by dtype; here they keep the caller's order.
 """
 
 import json

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megarlhf.metrics.keys import METRICS
-from megarlhf.metrics.sinks import METRICS_FILE, read_rows, step_of
+from megarlhf.metrics.sinks import METRICS_FILE, read_rows
 
-Rows = list[dict[str, float | None]]  # as in metrics.jsonl, in the order of their steps; None: not finite
+Rows = list[dict[str, Any]]  # as in metrics.jsonl, in the order of their steps; None: not finite
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,10 @@ $configuration
 
 
 def write_report(run_dir: Path, title: str) -> tuple[Path, Path]:
-    """Draw the metrics of a run, RL or SFT, and write a page that stands on its own.
+    """Draw the metrics of a run, RL or SFT, and write a page that stands on its own; returns the page and the picture.
 
     Reads metrics.jsonl and, where there is one, config.yaml of the run directory.
 
-    Returns:
-        The paths of report.html and report.png.
     Raises:
         ValueError: the run has logged no step.
     """
@@ -127,7 +125,7 @@ def write_report(run_dir: Path, title: str) -> tuple[Path, Path]:
         raise ValueError(f"run_dir={run_dir}; its {METRICS_FILE} holds no step, so there is nothing to report on")
     png, page = run_dir / "report.png", run_dir / "report.html"
     _draw(rows, title, png)
-    span = f"{run_dir.resolve().name}: steps {step_of(rows[0])} to {step_of(rows[-1])}"
+    span = f"{run_dir.resolve().name}: steps {rows[0]['step']} to {rows[-1]['step']}"
     minutes = sum(value for _, value in _series(rows, "time/step_seconds")) / 60
     text = PAGE.substitute(
         title=html.escape(title),
@@ -142,7 +140,7 @@ def write_report(run_dir: Path, title: str) -> tuple[Path, Path]:
 
 def _logged(rows: Rows, key: str) -> list[tuple[int, float | None]]:
     """(step, value) of the steps that logged `key`."""
-    return [(step_of(row), row[key]) for row in rows if key in row]
+    return [(row["step"], row[key]) for row in rows if key in row]
 
 
 def _series(rows: Rows, key: str) -> list[tuple[int, float]]:
@@ -179,7 +177,7 @@ def _draw_lines(axes: Axes, panel: Panel, rows: Rows) -> None:
 
 
 def _draw_stacked(axes: Axes, panel: Panel, rows: Rows) -> None:
-    steps = [step_of(row) for row in rows]
+    steps = [row["step"] for row in rows]
     tops = [0.0] * len(rows)
     for color, (key, label) in zip(COLORS, panel.lines.items(), strict=False):
         if not _series(rows, key):
@@ -197,7 +195,7 @@ def _dress(axes: Axes, panel: Panel, rows: Rows) -> None:
     axes.set_ylabel(panel.unit, fontsize=8.5, color=FAINT_INK)
     axes.tick_params(which="both", labelsize=8, colors=FAINT_INK, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    first, last = step_of(rows[0]), step_of(rows[-1])
+    first, last = rows[0]["step"], rows[-1]["step"]
     margin = max(0.5, 0.02 * (last - first))
     axes.set_xlim(first - margin, last + margin)  # the same for all panels, so that they can be compared
     axes.grid(axis="y", color=GRID, linewidth=0.8)

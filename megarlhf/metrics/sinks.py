@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
@@ -36,7 +36,7 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
-def read_rows(path: Path) -> list[dict[str, float | None]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file, in order; none where there is no file. None: a value that was not finite.
 
     A last line without its newline, which a killed process leaves behind, is no row.
@@ -45,11 +45,6 @@ def read_rows(path: Path) -> list[dict[str, float | None]]:
         return []
     complete, _, _ = path.read_text().rpartition("\n")
     return [json.loads(line) for line in complete.splitlines()]
-
-
-def step_of(row: Mapping[str, float | None]) -> int:
-    """The step of a row of a metrics file."""
-    return int(cast(float, row["step"]))
 
 
 class JsonlSink:
@@ -68,11 +63,11 @@ class JsonlSink:
         rows = read_rows(path)
         if rows and resumed_step is None:
             raise ValueError(
-                f"save={path.parent}; it holds the metrics of a run up to step {step_of(rows[-1])}, and a fresh run "
+                f"save={path.parent}; it holds the metrics of a run up to step {rows[-1]['step']}, and a fresh run "
                 "would mix with them: set load to that run's directory to continue it, or save to a new directory"
             )
-        kept = [row for row in rows if resumed_step is not None and step_of(row) <= resumed_step]
-        self._last_step = step_of(kept[-1]) if kept else None
+        kept = [row for row in rows if resumed_step is not None and row["step"] <= resumed_step]
+        self._last_step = kept[-1]["step"] if kept else None
         whole = path.with_suffix(".tmp")
         whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(whole, path)  # all or nothing: the file is the record of the run
