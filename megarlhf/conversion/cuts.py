@@ -19,8 +19,7 @@ from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import ArchSpec, WeightMap
 from megarlhf.models.build import Head, ModelOptions, build_model
 from megarlhf.models.weights import ModelWeights
-from megarlhf.parallel.fake_world import fake_world
-from megarlhf.parallel.groups import ParallelSizes
+from megarlhf.parallel.groups import ParallelSizes, fake_world
 
 
 @dataclass(frozen=True, kw_only=True)

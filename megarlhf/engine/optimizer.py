@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megarlhf.config.arguments import SharedOptimizerArguments
 from megarlhf.engine.objective import NonFiniteError
-from megarlhf.models.passed_fields import passed_fields
+from megarlhf.models.build import passed_fields
 from megarlhf.parallel.device import current_device
 
 

@@ -42,12 +42,11 @@ class WeightMap:
 
     def at(self, kind: Literal["layer", "expert"], number: int) -> "WeightMap":
         """The weight of one layer, or of one expert in it."""
-
-        def fill(names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(name.replace(f"{{{kind}}}", str(number)) for name in names)
-
+        megatron, hf = (
+            tuple(n.replace(f"{{{kind}}}", str(number)) for n in names) for names in (self.megatron, self.hf)
+        )
         numbers: dict[str, Any] = {f"{kind}_number": number}
-        return replace(self, megatron=fill(self.megatron), hf=fill(self.hf), **numbers)
+        return replace(self, megatron=megatron, hf=hf, **numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +89,11 @@ class ArchSpec:
     reward_class: str | None = None  # where it is not named after `hf_class`
     engine_head: Literal["any", "embedding", "own"] = "any"  # output layer of vLLM's model of this family
 
-    @property
-    def sequence_classification_class(self) -> str:
-        """The HF class of a reward model of this family."""
-        return self.reward_class or self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
-
     def class_with_head(self, head: str) -> str:
         """The HF class of a model of this family with a head "lm", or "value" as critics and reward models have it."""
-        return self.sequence_classification_class if head == "value" else self.hf_class
+        if head == "lm":
+            return self.hf_class
+        return self.reward_class or self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
 
     def is_moe(self, hf: HFConfig) -> bool:
         """Whether any layer of this configuration has experts."""
@@ -131,14 +127,11 @@ class ArchSpec:
         """
         sizes = self.dimensions(hf)
         num_experts = sizes.get("experts", 0)
-
-        def present(weights: tuple[WeightMap, ...]) -> list[WeightMap]:
-            return [w for w in weights if all(sizes[name] for shape in w.shapes for name in shape)]
-
         yield _EMBEDDING
         for layer, has_experts in enumerate(self.moe_layers(hf)):
-            parts = present(self.layer_weights + (self.moe_weights if has_experts else self.dense_weights))
-            for by_expert, group in groupby((w.at("layer", layer) for w in parts), key=lambda w: w.expert):
+            weights = self.layer_weights + (self.moe_weights if has_experts else self.dense_weights)
+            present = [w for w in weights if all(sizes[name] for shape in w.shapes for name in shape)]
+            for by_expert, group in groupby((w.at("layer", layer) for w in present), key=lambda w: w.expert):
                 own = list(group)
                 yield from (w.at("expert", e) for e in range(num_experts) for w in own) if by_expert else own
         yield _FINAL_NORM

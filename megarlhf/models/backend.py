@@ -7,7 +7,7 @@ asked for and is not there is refused.
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 
@@ -18,11 +18,8 @@ from megarlhf.parallel.device import WEIGHT_GRADIENT_MODULE, DeviceKind
 
 Finder = Callable[[str], Any]  # importlib.util.find_spec: None where there is no such module
 
-_NO_COMPILER = "Megatron-Core's small functions are not compiled on a CPU"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
+class Fusion(NamedTuple):
     """One fused kernel."""
 
     name: str
@@ -78,18 +75,10 @@ def model_backend(arch: ArchSpec, hf: HFConfig, options: KernelArguments, *, dev
 
 
 def decide_backend(
-    options: KernelArguments,
-    *,
-    device: DeviceKind,
-    swiglu: bool,
-    latent: bool,
-    find: Finder = find_spec,
+    options: KernelArguments, *, device: DeviceKind, swiglu: bool, latent: bool, find: Finder = find_spec
 ) -> Backend:
-    """What one model's layers are computed with.
+    """What the layers of a model with or without gated SiLU and latent attention are computed with.
 
-    Args:
-        swiglu: its activation is the gated SiLU.
-        latent: its attention is multi-latent.
     Raises:
         ValueError: TransformerEngine where it cannot run or is not installed.
     """
@@ -101,9 +90,9 @@ def decide_backend(
         missing = [f"needs {text}" for holds, text in needs if not holds]
         if not getattr(options, flag):
             missing = [f"--no-{flag.replace('_', '-')}"]
-        return Fusion(name=name, on=not missing, why=missing[0] if missing else given)
+        return Fusion(name, not missing, missing[0] if missing else given)
 
-    compiled = (gpu, f"a GPU: {_NO_COMPILER}")
+    compiled = (gpu, "a GPU: Megatron-Core's small functions are not compiled on a CPU")
     apex = find(WEIGHT_GRADIENT_MODULE) is not None
     return Backend(
         transformer_impl=impl,
@@ -130,12 +119,10 @@ def decide_backend(
                 (swiglu, "SwiGLU: Megatron-Core has no fused form of this model's activation"),
             ),
             fusion("bias_dropout_fusion", "bias_dropout_fusion", "compiled residual addition", compiled),
-            Fusion(
-                name="moe_grouped_gemm", on=engine, why=f"TransformerEngine {'gives' if engine else 'would give'} it"
-            ),
+            Fusion("moe_grouped_gemm", engine, f"TransformerEngine {'gives' if engine else 'would give'} it"),
             _attention(engine, find),
             _adam(find),
-            Fusion(name="cross_entropy_loss_fusion", on=False, why="it rounds gradients to bfloat16"),
+            Fusion("cross_entropy_loss_fusion", False, "it rounds gradients to bfloat16"),
         ),
     )
 
@@ -143,15 +130,15 @@ def decide_backend(
 def _attention(engine: bool, find: Finder) -> Fusion:
     """TransformerEngine takes flash-attn where it is there, else cuDNN's; PyTorch chooses by itself."""
     if not engine:
-        return Fusion(name="flash_attention", on=False, why="PyTorch's scaled_dot_product_attention, by segments")
+        return Fusion("flash_attention", False, "PyTorch's scaled_dot_product_attention, by segments")
     packages = [name for name in ("flash_attn_3", "flash_attn") if find(name) is not None]
     given = f"{packages[0]} or cuDNN, as TransformerEngine chooses" if packages else "cuDNN's; flash-attn is not there"
-    return Fusion(name="flash_attention", on=True, why=given)
+    return Fusion("flash_attention", True, given)
 
 
 def _adam(find: Finder) -> Fusion:
     """As megatron/core/optimizer/__init__.py imports it: the first of three that is there."""
     for package, name in (("transformer_engine", "TransformerEngine's"), ("apex", "apex's")):
         if find(package) is not None:
-            return Fusion(name="fused_adam", on=True, why=f"{name} FusedAdam")
-    return Fusion(name="fused_adam", on=False, why="PyTorch's AdamW: neither TransformerEngine nor apex is installed")
+            return Fusion("fused_adam", True, f"{name} FusedAdam")
+    return Fusion("fused_adam", False, "PyTorch's AdamW: neither TransformerEngine nor apex is installed")

@@ -1,7 +1,9 @@
 """This rank's part of a Megatron-Core GPTModel, for an HF configuration and a layout."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal
 
 import torch
@@ -20,11 +22,8 @@ from megarlhf.models.families import head_dim, rope_parameters
 from megarlhf.models.heads import LMHead, ValueHead
 from megarlhf.models.layers import FixedBiasRouter, NormedLinear, TwoRopeAttention, add_around
 from megarlhf.models.names import is_tied, padded_vocab_size
-from megarlhf.models.passed_fields import passed_fields
 from megarlhf.parallel.cpu.attention import SegmentAttention
-from megarlhf.parallel.cpu.latent import SegmentLatentAttention
-from megarlhf.parallel.cpu.norm import SegmentNorm
-from megarlhf.parallel.cpu.rotary import use_segment_positions
+from megarlhf.parallel.cpu.layers import SegmentLatentAttention, SegmentNorm, use_segment_positions
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import Ranks
 from megarlhf.parallel.megatron_versions import FREES_UNSENT_OUTPUTS, class_and_submodules
@@ -44,6 +43,15 @@ class ModelOptions:
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of TransformerConfig, and others to pass over
 
 
+def passed_fields(config_class: type[Any], passed: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a user's options that are fields of this class; names of an enumeration's members become the members."""
+    found = {f.name: (passed[f.name], f.default) for f in dataclasses.fields(config_class) if f.name in passed}
+    return {
+        name: type(default)[value] if isinstance(default, Enum) and isinstance(value, str) else value
+        for name, (value, default) in found.items()
+    }
+
+
 def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: ModelOptions) -> TransformerConfig:
     """Megatron-Core's configuration for this architecture and layout.
 
@@ -53,8 +61,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         ValueError: latent attention under tensor parallelism without sequence parallelism.
     """
     dtype, layout = torch.bfloat16 if options.bf16 else torch.float32, options.layout
-    device = device_kind()
-    on_gpu, backend = device == "gpu", model_backend(arch, hf, options.kernels, device=device)
+    on_gpu, backend = device_kind() == "gpu", model_backend(arch, hf, options.kernels, device=device_kind())
     fields = arch.megatron_fields(hf)
     if arch.is_moe(hf):
         fields |= {
@@ -70,7 +77,6 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
             f"sequence_parallel=False; {arch.hf_class} with tensor_model_parallel_size={ranks.tp_size} needs it, as "
             "Megatron-Core's latent attention else gives wrong gradients for what all heads share: set it to True"
         )
-    passed = passed_fields(TransformerConfig, options.passed)
     return (MLATransformerConfig if latent else TransformerConfig)(
         **fields,
         kv_channels=head_dim(hf),
@@ -105,7 +111,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         recompute_granularity=layout.recompute_granularity,
         recompute_method=layout.recompute_method,
         recompute_num_layers=layout.recompute_num_layers,
-        **passed,
+        **passed_fields(TransformerConfig, options.passed),
     )
 
 
@@ -115,12 +121,12 @@ def _block_spec(config: TransformerConfig, additions: Additions, vp_stage: int |
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=not local, normalization="RMSNorm", vp_stage=vp_stage
     )
+    norm = SegmentNorm if local else block.layer_norm
     for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers of one kind share their spec
         if local:
             _use_segments(layer, config, additions)
-        _add_to_layer(layer.submodules, config, additions, norm=SegmentNorm if local else block.layer_norm)
-    if local:
-        block.layer_norm = SegmentNorm
+        _add_to_layer(layer.submodules, config, additions, norm=norm)
+    block.layer_norm = norm
     return block
 
 
@@ -162,14 +168,11 @@ def build_model(
     """
     config = transformer_config(arch, hf, ranks, options)
     stages = range(ranks.vpp_size) if ranks.vpp_size > 1 else (None,)
-    chunks = [_build_chunk(arch, hf, ranks, config, head, stage) for stage in stages]
-    if head == "value" and chunks[-1].post_process:
-        chunks[-1].output_layer.initialize(seed)
-    return chunks, config
+    return [_build_chunk(arch, hf, ranks, config, head, seed, stage) for stage in stages], config
 
 
 def _build_chunk(
-    arch: ArchSpec, hf: HFConfig, ranks: Ranks, config: TransformerConfig, head: Head, vp_stage: int | None
+    arch: ArchSpec, hf: HFConfig, ranks: Ranks, config: TransformerConfig, head: Head, seed: int, vp_stage: int | None
 ) -> GPTModel:
     rope, additions = rope_parameters(hf), arch.additions(hf)
     is_last = ranks.is_last_stage and vp_stage in (None, ranks.vpp_size - 1)
@@ -193,5 +196,5 @@ def _build_chunk(
         use_segment_positions(model)
     add_around(model, additions)
     if is_last:
-        model.output_layer = ValueHead(config) if head == "value" else LMHead(model.output_layer)
+        model.output_layer = ValueHead(config, seed) if head == "value" else LMHead(model.output_layer)
     return model

@@ -25,19 +25,13 @@ _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy_companions(source: Path, target: Path, *, only: tuple[str, ...] = ("*",), but: tuple[str, ...] = ()) -> None:
-    """Copy a checkpoint's files that belong beside its weights.
+    """Copy a checkpoint's files that belong beside its weights; patterns are of names in lower case."""
 
-    Args:
-        only, but: patterns of names in lower case.
-    """
-
-    def goes_along(path: Path) -> bool:
-        name = path.name.lower()
-        wanted = any(fnmatch(name, pattern) for pattern in only)
-        return wanted and not any(fnmatch(name, pattern) for pattern in (*_LEFT_OUT, *but))
+    def has(path: Path, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch(path.name.lower(), pattern) for pattern in patterns)
 
     for path in sorted(source.iterdir()):
-        if path.is_file() and goes_along(path):
+        if path.is_file() and has(path, only) and not has(path, (*_LEFT_OUT, *but)):
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and path.name == _TEMPLATES and "*" in only:
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
@@ -74,17 +68,13 @@ def _align_special_tokens(target: Path) -> None:
         path = target / name
         if path.is_file():
             content = read_json_object(path, f"tokenizer={target}")
-            several = name == "generation_config.json" or isinstance(content.get("eos_token_id"), list)
-            write_json(path, content | {key: _aligned(key, content, value, several) for key, value in tokens.items()})
-
-
-def _aligned(key: str, content: dict[str, Any], token: int, several: bool) -> int | list[int]:
-    present = content.get(key)
-    present = present if isinstance(present, list) else [] if present is None else [present]
-    if key != "eos_token_id" or not several:
-        return token
-    ends = [token, *(other for other in present if other != token)]
-    return ends if len(ends) > 1 else token
+            ends = content.get("eos_token_id")
+            if not isinstance(ends, list):  # a single one of config.json is replaced
+                ends = [ends] if name == "generation_config.json" and ends is not None else []
+            content |= tokens
+            if "eos_token_id" in tokens and (others := [end for end in ends if end != tokens["eos_token_id"]]):
+                content["eos_token_id"] = [tokens["eos_token_id"], *others]
+            write_json(path, content)
 
 
 def _replace_chat_template(target: Path, text: str) -> None:
@@ -116,10 +106,8 @@ def exported_config(source: Path, hf: HFConfig, hf_class: str, dtype: torch.dtyp
     """config.json of an exported model: the source's, but for what the written weights say.
 
     Args:
-        source: directory of the configuration.
-        hf: that configuration, as read_checkpoint gives it.
-        hf_class: class that reads the weights.
-        dtype: of the written weights.
+        source, hf: directory of the configuration, and that as read_checkpoint gives it.
+        hf_class, dtype: class that reads the written weights, and their dtype.
     """
     config = tied_config(source, hf)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]

@@ -65,16 +65,17 @@ def _dimensions(config: HFConfig) -> dict[str, int]:
     }
 
 
-def _moe_layers(config: HFConfig) -> list[bool]:
-    return [layer >= config.first_k_dense_replace for layer in range(config.num_hidden_layers)]
-
-
-def _rope(config: HFConfig) -> dict[str, Any]:
+def _config(config: HFConfig) -> dict[str, Any]:
     rope = rope_parameters(config)
-    base = {"rope_type": "rope", "rotary_base": rope.get("rope_theta", 10000.0)}
+    fields = {
+        "rope_type": "rope",
+        "rotary_base": rope.get("rope_theta", 10000.0),
+        "q_lora_rank": config.q_lora_rank,
+        "moe_router_topk_scaling_factor": config.routed_scaling_factor,
+    }
     if rope.get("rope_type") != "yarn":
-        return base
-    return base | {
+        return fields
+    return fields | {
         "rope_type": "yarn",
         "rotary_scaling_factor": rope["factor"],
         "original_max_position_embeddings": rope["original_max_position_embeddings"],
@@ -85,29 +86,16 @@ def _rope(config: HFConfig) -> dict[str, Any]:
     }
 
 
-def _config(config: HFConfig) -> dict[str, Any]:
-    return _rope(config) | {
-        "q_lora_rank": config.q_lora_rank,
-        "moe_router_topk_scaling_factor": config.routed_scaling_factor,
-    }
-
-
 def _config_v3(config: HFConfig) -> dict[str, Any]:
-    grouped = config.n_group > 1
-    return _config(config) | {
-        "moe_router_num_groups": config.n_group if grouped else None,
-        "moe_router_group_topk": config.topk_group if grouped else None,
-    }
+    groups, chosen = (config.n_group, config.topk_group) if config.n_group > 1 else (None, None)
+    return _config(config) | {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
 
 
 def _check(config: HFConfig) -> list[str]:
-    errors = []
-    if config.hidden_act != "silu":
-        errors.append(f"hidden_act={config.hidden_act}; this table maps silu only")
-    if config.rms_norm_eps != 1e-6:
-        errors.append(
-            f"rms_norm_eps={config.rms_norm_eps}; latents have 1e-6 in their norms, Megatron-Core one for all"
-        )
+    activation, eps = config.hidden_act, config.rms_norm_eps
+    errors = [] if activation == "silu" else [f"hidden_act={activation}; this table maps silu only"]
+    if eps != 1e-6:
+        errors.append(f"rms_norm_eps={eps}; latents have 1e-6 in their norms, Megatron-Core one for all")
     return errors + _check_rope(rope_parameters(config))
 
 
@@ -136,16 +124,16 @@ def _check_rope(rope: dict[str, Any]) -> list[str]:
 
 
 def _check_v2(config: HFConfig) -> list[str]:
-    errors = []
+    errors = _check(config)
     if config.topk_method != "greedy":
         errors.append(f"topk_method={config.topk_method}; Megatron-Core scores a group otherwise than by its maximum")
     if config.norm_topk_prob:
         errors.append("norm_topk_prob=True; Transformers' DeepSeek-V2 does not normalise")
-    return _check(config) + errors
+    return errors
 
 
 def _check_v3(config: HFConfig) -> list[str]:
-    errors = []
+    errors = _check(config)
     per_token, groups = config.num_experts_per_tok, config.topk_group
     if config.n_group > 1 and per_token // groups != 2:
         errors.append(
@@ -157,7 +145,7 @@ def _check_v3(config: HFConfig) -> list[str]:
             f"norm_topk_prob={config.norm_topk_prob} with num_experts_per_tok={per_token}; Megatron-Core normalises "
             "sigmoid scores, always and only of 2 or more experts"
         )
-    return _check(config) + errors
+    return errors
 
 
 DEEPSEEK_V2 = ArchSpec(
@@ -169,19 +157,14 @@ DEEPSEEK_V2 = ArchSpec(
         "qk_pos_emb_head_dim": "qk_rope_head_dim",
         "v_head_dim": "v_head_dim",
     },
-    config_constants=CONSTANTS
-    | {
-        "multi_latent_attention": True,
-        "qk_layernorm": True,
-        "moe_router_dtype": "fp32",
-    },
+    config_constants=CONSTANTS | {"multi_latent_attention": True, "qk_layernorm": True, "moe_router_dtype": "fp32"},
     layer_weights=(INPUT_NORM, *_ATTENTION),
     dense_weights=DENSE,
     moe_weights=(MOE_NORM, router("mlp.gate.weight"), *_EXPERTS),
     check=_check_v2,
     check_weights=_check_weights,
     dimensions=_dimensions,
-    moe_layers=_moe_layers,
+    moe_layers=lambda config: [n >= config.first_k_dense_replace for n in range(config.num_hidden_layers)],
     derived_config=_config,
     engine_head="own",
 )

@@ -35,10 +35,7 @@ _DENSE = (
     *gated(("mlp.{linear}.weight",), "mlp", "ffn", output="linear_fc2.linear"),
     norm("mlp.linear_fc2.norm.weight", "post_feedforward_layernorm.weight"),
 )
-_CONSTANTS = CONSTANTS | {
-    "activation_func": partial(F.gelu, approximate="tanh"),
-    "layernorm_zero_centered_gamma": True,
-}
+_CONSTANTS = CONSTANTS | {"activation_func": partial(F.gelu, approximate="tanh"), "layernorm_zero_centered_gamma": True}
 
 
 def _config(config: HFConfig) -> dict[str, Any]:
@@ -96,8 +93,8 @@ GEMMA2 = ArchSpec(
 
 def _check_gemma3(config: HFConfig) -> list[str]:
     cap = config.attn_logit_softcapping
-    ignored = [f"attn_logit_softcapping={cap}; Transformers' Gemma 3 has no soft cap in attention"] if cap else []
-    return _check(config) + ignored
+    ignored = f"attn_logit_softcapping={cap}; Transformers' Gemma 3 has no soft cap in attention"
+    return _check(config) + ([ignored] if cap else [])
 
 
 GEMMA3 = replace(

@@ -55,18 +55,13 @@ def output_weight(model: Any) -> Tensor:
 class ValueHead(MegatronModule):
     """Linear map from the hidden state to one number, in place of GPTModel's output layer.
 
-    Whole on every tensor-parallel rank. Under sequence parallelism it gathers the sequence first: each rank sees all
-    tokens and computes the same gradient, which then needs no reduction.
+    Whole on every tensor-parallel rank and drawn alike in every layout. Under sequence parallelism it gathers the
+    sequence first: each rank sees all tokens and computes the same gradient, which then needs no reduction.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, seed: int) -> None:
         super().__init__(config=config)
-        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
-
-    def initialize(self, seed: int) -> None:
-        """Draw the weights, equal on every rank and in every layout."""
-        with torch.no_grad():
-            self.weight.copy_(drawn_value_weights(self.weight.shape[1], seed))
+        self.weight = torch.nn.Parameter(drawn_value_weights(config.hidden_size, seed).to(config.params_dtype))
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
         """[s / tp or s, 1, h] hidden states -> ([s, 1, 1] values, no bias), as ColumnParallelLinear returns them."""

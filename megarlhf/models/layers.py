@@ -1,7 +1,6 @@
 """Layers that Megatron-Core lacks, built of its own through the layer spec, and what is added around a GPTModel."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from megarlhf.models.arch import Additions
 
 
 class NormedLinear(MegatronModule):
-    """A linear layer and the RMSNorm of what it gives: the norm after attention or the feed-forward part.
+    """A linear layer and the RMSNorm of what it gives (the norm after attention or the feed-forward part).
 
-    Args:
-        linear, norm: the classes that the backend builds them of.
+    `linear` and `norm` are the backend's classes of them.
     """
 
     def __init__(
@@ -41,7 +39,7 @@ class TwoRopeAttention(SelfAttention):
 
     def __init__(self, *, config: Any, layer_number: int, window_rope_theta: float, **options: Any) -> None:
         super().__init__(config=config, layer_number=layer_number, **options)
-        self.window_rope: RotaryEmbedding | None = None
+        self.window_rope = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window_rope = RotaryEmbedding(
                 config.kv_channels,
@@ -65,11 +63,7 @@ class TwoRopeAttention(SelfAttention):
             length = self.window_rope.get_rotary_seq_len(None, None, hidden_states, self.config, packed_seq_params)
             rotary_pos_emb = self.window_rope(length, packed_seq=True)
         return super().forward(
-            hidden_states,
-            attention_mask,
-            rotary_pos_emb=rotary_pos_emb,
-            packed_seq_params=packed_seq_params,
-            **kwargs,
+            hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs
         )
 
 
@@ -86,9 +80,6 @@ class FixedBiasRouter(TopKRouter):
 def add_around(chunk: Any, additions: Additions) -> None:
     """Scale the embedding of a chunk of the model, where it has one."""
     if additions.embedding_scale != 1.0 and chunk.pre_process:
-        chunk.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
-
-
-def _scale_embedding(scale: float, _: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """The scale is rounded to the model's dtype, as in the training of the published weights."""
-    return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
+        # The scale is rounded to the model's dtype, as in the training of the published weights.
+        scale = torch.tensor(additions.embedding_scale, dtype=torch.float64)
+        chunk.embedding.register_forward_hook(lambda _, inputs, output: output * scale.to(output))

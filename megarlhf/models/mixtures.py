@@ -39,10 +39,8 @@ _SHARED_GATE = layer_weight(
 
 
 def _qwen_layers(config: HFConfig) -> list[bool]:
-    step = config.decoder_sparse_step
-    return [
-        layer not in config.mlp_only_layers and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers)
-    ]
+    dense, step = config.mlp_only_layers, config.decoder_sparse_step
+    return [layer not in dense and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers)]
 
 
 def _dimensions(config: HFConfig) -> dict[str, int]:

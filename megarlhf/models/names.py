@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,6 @@ from megarlhf.formats.huggingface import EMBEDDING, LM_HEAD, HFConfig, HFWeights
 from megarlhf.models.arch import ArchSpec, WeightMap
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SCORE = "score.weight"
 _VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by; fixed, so that checkpoints fit every TP size
 # Buffers that older versions of Transformers and ColossalAI stored; nothing reads them.
 _UNUSED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -52,9 +52,9 @@ def check_names(arch: ArchSpec, hf: HFConfig, source: HFWeights, head: str) -> N
     """
     shapes, present = model_shapes(arch, hf, head), set(source.names())
     drawn = head == "value" and not has_score_head(hf)
-    missing = sorted(shapes.keys() - present - ({_SCORE} if drawn else set()))
-    spare = {LM_HEAD} if head == "value" or is_tied(hf, head) else set()
-    spare |= {_SCORE} if head == "lm" else set()
+    missing = sorted(shapes.keys() - present - ({"score.weight"} if drawn else set()))
+    spare = {"score.weight"} if head == "lm" else {LM_HEAD}
+    spare |= {LM_HEAD} if is_tied(hf, head) else set()
     unknown = sorted(name for name in present - shapes.keys() - spare if not _UNUSED.search(name))
     problems = [f"missing {shortened(missing)}"] if missing else []
     if LM_HEAD in missing:
@@ -86,7 +86,7 @@ def stored_dtypes(arch: ArchSpec, hf: HFConfig, source: HFWeights, head: str) ->
 
 def main_dtype(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     """The dtype of most numbers of a model: what config.json calls the model's."""
-    counts: dict[torch.dtype, int] = {}
+    counts: Counter[torch.dtype] = Counter()
     for name, shape in shapes.items():
-        counts[dtypes[name]] = counts.get(dtypes[name], 0) + math.prod(shape)
-    return max(counts, key=lambda dtype: counts[dtype])
+        counts[dtypes[name]] += math.prod(shape)
+    return counts.most_common(1)[0][0]

@@ -13,10 +13,9 @@ from megarlhf.models.families import LLAMA, MISTRAL, QWEN2, QWEN3
 from megarlhf.models.gemma import GEMMA2, GEMMA3
 from megarlhf.models.mixtures import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
-_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3)
-_MIXTURES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
-ARCHITECTURES = {arch.hf_class: arch for arch in _DENSE + _MIXTURES}
-_REWARD_CLASSES = {arch.sequence_classification_class: arch for arch in ARCHITECTURES.values()}
+_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
+ARCHITECTURES = {arch.hf_class: arch for arch in _ALL}
+_REWARD_CLASSES = {arch.class_with_head("value"): arch for arch in ARCHITECTURES.values()}
 
 
 def find_architecture(config: HFConfig) -> ArchSpec:
@@ -36,7 +35,7 @@ def find_architecture(config: HFConfig) -> ArchSpec:
         errors.append(f"model_type={config.model_type}, of which Transformers makes {taken}: one of the two is wrong")
     if getattr(config, "quantization_config", None) is not None:
         errors.append("quantization_config is set; store the weights as bfloat16 and remove it")
-    _refuse(config, errors or _judged(arch, config, _weight_errors))
+    _refuse(errors, arch, config, _weight_errors)
     return arch
 
 
@@ -46,31 +45,27 @@ def check_computing(arch: ArchSpec, config: HFConfig) -> None:
     Raises:
         ValueError: something that the model computes and Megatron-Core or the table cannot express.
     """
-    _refuse(config, _judged(arch, config, _computing_errors))
+    _refuse([], arch, config, _computing_errors)
 
 
-def _refuse(config: HFConfig, errors: list[str]) -> None:
+def _refuse(
+    errors: list[str], arch: ArchSpec, config: HFConfig, judge: Callable[[ArchSpec, HFConfig], list[str]]
+) -> None:
+    """A table's functions see only the configuration, so an error in them is of its values."""
+    try:
+        errors = errors or judge(arch, config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        errors = [f"it has values that cannot be worked with ({one_line(error)})"]
     if errors:
         architecture = (config.architectures or ["none"])[0]
         raise ValueError(f"config.json: architecture {architecture}: " + "; ".join(errors))
 
 
-def _judged(arch: ArchSpec, config: HFConfig, judge: Callable[[ArchSpec, HFConfig], list[str]]) -> list[str]:
-    """A table's functions see only the configuration, so an error in them is of its values."""
-    try:
-        return judge(arch, config)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return [f"it has values that cannot be worked with ({one_line(error)})"]
-
-
 def _weight_errors(arch: ArchSpec, config: HFConfig) -> list[str]:
-    errors = arch.check_weights(config)
-    sizes = arch.dimensions(config)
+    errors, sizes = arch.check_weights(config), arch.dimensions(config)
     wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 0]
-    if wrong:
-        errors.append(f"it makes sizes of {', '.join(wrong)}")
     arch.moe_layers(config)
-    return errors
+    return errors + ([f"it makes sizes of {', '.join(wrong)}"] if wrong else [])
 
 
 def _computing_errors(arch: ArchSpec, config: HFConfig) -> list[str]:

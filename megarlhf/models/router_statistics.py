@@ -17,13 +17,13 @@ class RouterStatistics:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], num_layers: int) -> None:
         self._num_layers = num_layers
-        self._totals: Tensor | None = None  # [layers, 2 experts + 2]: choices, probabilities, log-probs, tokens
+        self.start()
         for router in (m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)):
             router.register_forward_hook(self._add)  # a router holds the statistics, which hold no router: no cycle
 
     def start(self) -> None:
         """Forget what was counted."""
-        self._totals = None
+        self._totals: Tensor | None = None  # [layers, 2 experts + 2]: choices, probabilities, log-probs, tokens
 
     @torch.no_grad()
     def _add(self, router: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
@@ -49,12 +49,11 @@ class RouterStatistics:
         totals = self._totals if self._totals is not None else torch.zeros(shape, dtype=torch.float64, device=device)
         dist.all_reduce(totals)
         totals = totals[totals[:, -1] > 0]  # dense layers have no router
-        tokens = totals[:, -1:]
-        load = totals[:, :num_experts] * num_experts / (tokens * top_k)  # 1: an expert's even share
-        probs = totals[:, num_experts : 2 * num_experts] / tokens
+        chosen, probs, log_probs, tokens = totals.split([num_experts, num_experts, 1, 1], 1)
+        load, probs = chosen * num_experts / (tokens * top_k), probs / tokens  # load 1: an expert's even share
         return {
             "moe_balance_loss": float((load * probs).sum(-1).mean()),
             "moe_load_max": float(load.max()),
             "moe_load_min": float(load.min()),
-            "moe_router_log_prob": float((totals[:, -2:-1] / tokens).mean()),
+            "moe_router_log_prob": float((log_probs / tokens).mean()),
         }

@@ -35,28 +35,22 @@ def shards_of(weight: WeightMap, param: Tensor, model: HFConfig, *, tp_rank: int
 
     Args:
         param: this rank's parameter data.
-        tp_rank, tp_size: place in the group that cuts this weight (for experts, the expert-tensor-parallel group).
+        tp_rank, tp_size: in the group that cuts this weight (for experts, the expert-tensor-parallel group).
         model: its vocab_size are the embedding's rows; the rest of a VOCAB parameter is padding and in no shard.
     """
     hf = weight.hf
     if weight.split is Split.REPLICATED:
         return [Shard(hf_name=hf[0], index=(slice(None),) * param.dim(), view=param)]
-    if weight.split is Split.COLUMN:
-        return [Shard(hf_name=hf[0], index=_rows(param, param.shape[0], tp_rank), view=param)]
     if weight.split is Split.ROW:
-        columns = param.shape[1]
-        return [Shard(hf_name=hf[0], index=(slice(None), _part(columns, tp_rank)), view=param)]
+        return [Shard(hf_name=hf[0], index=(slice(None), _part(param.shape[1], tp_rank)), view=param)]
     if weight.split is Split.VOCAB:
         first = param.shape[0] * tp_rank
         valid = max(0, min(param.shape[0], model.vocab_size - first))
         return [Shard(hf_name=hf[0], index=(slice(first, first + valid), slice(None)), view=param[:valid])]
-    if weight.split is Split.GATE_UP:
-        half = param.shape[0] // 2
-        return [
-            Shard(hf_name=name, index=_rows(param, half, tp_rank), view=param[i * half : (i + 1) * half])
-            for i, name in enumerate(hf)
-        ]
-    return _qkv_shards(hf, param, model, tp_rank, tp_size)
+    if weight.split is Split.QKV:
+        return _qkv_shards(hf, param, model, tp_rank, tp_size)
+    parts = zip(hf, param.chunk(len(hf)), strict=True)  # COLUMN: one, GATE_UP: two
+    return [Shard(hf_name=name, index=_rows(part, len(part), tp_rank), view=part) for name, part in parts]
 
 
 def _qkv_shards(hf: tuple[str, ...], param: Tensor, model: HFConfig, tp_rank: int, tp_size: int) -> list[Shard]:
@@ -64,10 +58,9 @@ def _qkv_shards(hf: tuple[str, ...], param: Tensor, model: HFConfig, tp_rank: in
     # [groups * (queries + 2) * head_dim, ...] -> [groups, queries + 2, head_dim, ...]: q heads, k, v of each group
     whole = param.view(groups, queries + 2, head_dim(model), *param.shape[1:])
     views = (whole[:, :queries], whole[:, queries], whole[:, queries + 1])
-    rows = (groups * queries * head_dim(model), groups * head_dim(model), groups * head_dim(model))
     return [
-        Shard(hf_name=name, index=_rows(param, count, tp_rank), view=view)
-        for name, count, view in zip(hf, rows, views, strict=True)
+        Shard(hf_name=name, index=_rows(param, view.numel() // param[0].numel(), tp_rank), view=view)
+        for name, view in zip(hf, views, strict=True)
     ]
 
 

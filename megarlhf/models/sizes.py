@@ -22,7 +22,6 @@ def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: 
     by_layer: dict[int | None, list[WeightMap]] = defaultdict(list)
     for weight in model_maps(arch, hf, head):
         by_layer[weight.layer_number].append(weight)
-    has_experts = arch.moe_layers(hf)
     depths = stage_depths(hf.num_hidden_layers, layout)
     stages: list[list[ChunkSizes]] = [[] for _ in range(pp)]
     first_layer = 0
@@ -35,8 +34,7 @@ def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: 
             weights += [w for w in by_layer[None] if (first if w.hf == (EMBEDDING,) else last)]
             if last and not first and is_tied(hf, head):
                 weights += [w for w in by_layer[None] if w.hf == (EMBEDDING,)]  # the output layer's copy
-            num_moe = sum(has_experts[layer] for layer in layers)
-            stages[stage].append(_chunk(arch, hf, layout, weights, (len(layers) - num_moe, num_moe)))
+            stages[stage].append(_chunk(arch, hf, layout, weights, arch.moe_layers(hf)[layers.start : layers.stop]))
     return stages
 
 
@@ -53,9 +51,8 @@ def stage_depths(num_layers: int, layout: LayoutArguments) -> list[int]:
 def layer_widths(arch: ArchSpec, hf: HFConfig) -> LayerWidths:
     """Of an architecture's layers, from its dimensions."""
     sizes, hidden = arch.dimensions(hf), int(hf.hidden_size)
-    whole = 4 * hidden  # two norms, and what they give to the matrices behind them
-    if arch.additions(hf).norms_after:
-        whole += 2 * hidden
+    # two norms, and what they give to the matrices behind them; norms after these
+    whole = (6 if arch.additions(hf).norms_after else 4) * hidden
     if latent := sizes.get("kv_latent", 0):  # queries, keys and values come up from latents, of which norms are taken
         whole += 2 * sizes["q_latent"] + sizes["kv_latent_rope"] + latent
         attention = 2 * sizes["q"] + 2 * sizes["values"]
@@ -100,17 +97,14 @@ def engine_sizes(arch: ArchSpec, hf: HFConfig, *, tensor: int) -> tuple[int, int
 
 
 def _chunk(
-    arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, weights: Sequence[WeightMap], layers: tuple[int, int]
+    arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, weights: Sequence[WeightMap], has_experts: Sequence[bool]
 ) -> ChunkSizes:
-    sizes, tp = arch.dimensions(hf), layout.tensor_model_parallel_size
+    tp = layout.tensor_model_parallel_size
+    sizes = arch.dimensions(hf) | {"vocab": padded_vocab_size(hf.vocab_size, tp)}
     mine = sizes.get("experts", 0) // layout.expert_model_parallel_size
-    sizes = sizes | {"padded": padded_vocab_size(hf.vocab_size, tp)}
 
     def local(weight: WeightMap) -> int:
-        shapes = weight.shapes
-        if weight.split is Split.VOCAB:
-            shapes = tuple(("padded", *shape[1:]) for shape in shapes)
-        whole = sum(math.prod(sizes[name] for name in shape) for shape in shapes)
+        whole = sum(math.prod(sizes[name] for name in shape) for shape in weight.shapes)
         parts = (layout.expert_tensor_parallel_size or tp) if weight.expert else tp
         return whole if weight.split is Split.REPLICATED else whole // parts
 
@@ -118,6 +112,6 @@ def _chunk(
         dense=tuple(local(w) for w in weights if not w.expert and not w.buffer),
         experts=tuple(local(w) for w in weights if w.expert_number is not None and w.expert_number < mine),
         buffers=sum(local(w) for w in weights if w.buffer),
-        dense_layers=layers[0],
-        moe_layers=layers[1],
+        dense_layers=has_experts.count(False),
+        moe_layers=has_experts.count(True),
     )

@@ -1,6 +1,7 @@
 """HF weights into a rank's Megatron parameters, and out again."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,14 +90,13 @@ class ModelWeights:
         Args:
             source: with the tensors that check_names asks for.
         """
+        drawn = {"score.weight"} - set(source.names())
         for local in self.local:
             data = local.param.data
             if local.weight.split is Split.VOCAB:
                 data.zero_()
             for shard in self.shards(local, data):
-                if shard.hf_name == "score.weight" and shard.hf_name not in source.names():
-                    continue
-                if shard.view.numel():
+                if shard.view.numel() and shard.hf_name not in drawn:
                     shard.store(source.read(shard.hf_name, shard.index))
 
     @cached_property
@@ -105,11 +105,7 @@ class ModelWeights:
         return model_shapes(self.arch, self.hf, self.head)
 
     def tensor_specs(self, dtypes: Mapping[str, torch.dtype]) -> list[TensorSpec]:
-        """Layout of a whole HF weight file, wider types first, as the format has them aligned.
-
-        Args:
-            dtypes: of each HF tensor.
-        """
+        """Layout of a whole HF weight file with these dtypes, wider ones first, as the format has them aligned."""
         specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in self.hf_shapes.items()]
         return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
@@ -119,19 +115,20 @@ class ModelWeights:
         Replicas share the work: of n ranks with the same weights each has every n-th.
         """
         ranks = self.ranks
-        dense = [local for local in self.local if local.exported and not local.weight.expert]
-        experts = [local for local in self.local if local.exported and local.weight.expert]
-        mine = dense[ranks.replica_rank :: ranks.replica_size]
-        mine += experts[ranks.expert_replica_rank :: ranks.expert_replica_size]
+        exported = [local for local in self.local if local.exported]
+        mine = [w for w in exported if not w.weight.expert][ranks.replica_rank :: ranks.replica_size]
+        mine += [w for w in exported if w.weight.expert][ranks.expert_replica_rank :: ranks.expert_replica_size]
         return [local for local in mine if local.weight.split is not Split.REPLICATED or ranks.tp_rank == 0]
 
     @torch.no_grad()
     def write(self, file: TensorFile) -> None:
         """Write this rank's share into a weight file that all ranks have open. The caller puts a barrier behind."""
-        for local in self.owned_weights():
-            for shard in self.shards(local, local.param.data):
-                if shard.view.numel():
-                    shard.emit(file.view(shard.hf_name))
+        for shard in self._owned_shards():
+            shard.emit(file.view(shard.hf_name))
+
+    def _owned_shards(self) -> Iterator[Shard]:
+        shards = (shard for local in self.owned_weights() for shard in self.shards(local, local.param.data))
+        return (shard for shard in shards if shard.view.numel())
 
     @torch.no_grad()
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -141,16 +138,11 @@ class ModelWeights:
         rank holds more than one tensor and its parts beside its weights. All ranks iterate, and to the end: a rank
         that stops leaves the others waiting. The caller settles the engine before.
         """
-        own = {
-            shard.hf_name: shard
-            for local in self.owned_weights()
-            for shard in self.shards(local, local.param.data)
-            if shard.view.numel()
-        }
-        parts: dict[str, dict[int, _Part]] = {}
+        own = {shard.hf_name: shard for shard in self._owned_shards()}
+        parts: dict[str, dict[int, _Part]] = defaultdict(dict)
         for rank, held in enumerate(all_gather_objects({name: (s.index, s.view.dtype) for name, s in own.items()})):
             for name, part in held.items():
-                parts.setdefault(name, {})[rank] = part
+                parts[name][rank] = part
         for name, shape in self.hf_shapes.items():
             if self.ranks.world_rank == 0:
                 yield name, _received(shape, parts[name], own.get(name), device=self.local[0].param.device)
@@ -191,11 +183,10 @@ def _mark_parallel(local: LocalWeight) -> None:
     unmarked parameter on one rank alone.
     """
     if local.weight.split is not Split.REPLICATED or local.weight.expert:
-        dimension = 1 if local.weight.split is Split.ROW else 0
         for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
             if hasattr(local.param, name):
                 delattr(local.param, name)
-        set_tensor_model_parallel_attributes(local.param, True, dimension, 1)
+        set_tensor_model_parallel_attributes(local.param, True, int(local.weight.split is Split.ROW), 1)
 
 
 _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc\d\.weight))(\d+)")

@@ -7,6 +7,7 @@ TransformerEngine).
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,8 @@ def context_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     parts = []
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         chunk = (stop - start) // (2 * size)
-        for number in (rank, 2 * size - 1 - rank):
-            bounds = (start + number * chunk, start + (number + 1) * chunk)
-            parts.append(torch.arange(*bounds, device=cu_seqlens.device))
+        firsts = (start + number * chunk for number in (rank, 2 * size - 1 - rank))
+        parts += [torch.arange(first, first + chunk, device=cu_seqlens.device) for first in firsts]
     return torch.cat(parts)
 
 
@@ -30,16 +30,10 @@ def context_part(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     if size == 1:
         return micro_batch
     mine = context_indices(micro_batch.cu_seqlens, rank, size)
-    return replace(
-        micro_batch,
-        tokens=micro_batch.tokens[mine],
-        targets=micro_batch.targets[mine],
-        position_ids=micro_batch.position_ids[mine],
-        target_mask=micro_batch.target_mask[mine],
-        fields={name: packed[mine] for name, packed in micro_batch.fields.items()},
-        row_ids=micro_batch.row_ids[mine],
-        context_size=size,
-    )
+    per_token = ("tokens", "targets", "position_ids", "target_mask", "row_ids")
+    parts: dict[str, Any] = {name: getattr(micro_batch, name)[mine] for name in per_token}
+    fields = {name: packed[mine] for name, packed in micro_batch.fields.items()}
+    return replace(micro_batch, fields=fields, context_size=size, **parts)
 
 
 def join_context(parts: Sequence[Tensor], cu_seqlens: Tensor) -> Tensor:

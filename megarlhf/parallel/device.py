@@ -72,11 +72,8 @@ def visible_devices_environment(names: Sequence[str]) -> dict[str, str]:
 
 
 def check_device(planned: DeviceKind, num_planned: int, *, kind: DeviceKind, num_gpus: int) -> None:
-    """Whether a process sees what the plan gives it.
+    """Compare what the plan gives a process with the `kind` and `num_gpus` that PyTorch sees.
 
-    Args:
-        num_planned: GPUs that the plan gives it.
-        kind, num_gpus: what PyTorch sees.
     Raises:
         RuntimeError: it sees something else.
     """

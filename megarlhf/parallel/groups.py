@@ -1,15 +1,22 @@
-"""Process groups of one role: torch.distributed and Megatron-Core's parallel state, set up once per process."""
+"""Process groups of one role: torch.distributed and Megatron-Core's parallel state, set up once per process.
+
+`fake_world` sets up one of many ranks in this process alone, to ask Megatron-Core what each of them would hold.
+"""
 
 import gc
 import logging
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megarlhf.parallel.cpu import megatron_cpu
 from megarlhf.parallel.device import device_kind
@@ -46,18 +53,16 @@ class ParallelSizes:
         Raises:
             ValueError: the world is not a multiple of tensor x pipeline x context, or of the experts' groups.
         """
+        pipeline, expert_tensor = f"pipeline_model_parallel_size={self.pipeline}", self.expert_tensor or self.tensor
         if world_size % self.model:
             raise ValueError(
                 f"world_size={world_size}; must be a multiple of tensor_model_parallel_size={self.tensor} x "
-                f"pipeline_model_parallel_size={self.pipeline} x context_parallel_size={self.context} = {self.model}"
+                f"{pipeline} x context_parallel_size={self.context} = {self.model}"
             )
-        expert_tensor = self.expert_tensor or self.tensor
-        experts = self.expert * expert_tensor * self.pipeline
-        if world_size % experts:
+        if world_size % (experts := self.expert * expert_tensor * self.pipeline):
             raise ValueError(
                 f"world_size={world_size}; must be a multiple of expert_model_parallel_size={self.expert} x "
-                f"expert_tensor_parallel_size={expert_tensor} x pipeline_model_parallel_size={self.pipeline} = "
-                f"{experts}"
+                f"expert_tensor_parallel_size={expert_tensor} x {pipeline} = {experts}"
             )
         return world_size // self.model
 
@@ -81,7 +86,6 @@ def initialize_groups(
     sizes.data(world_size)
     _collect_left_groups()
     megatron_cpu.verify()
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     on_gpu = device_kind() == "gpu"
@@ -96,6 +100,14 @@ def initialize_groups(
         world_size=world_size,
         timeout=timedelta(minutes=timeout_minutes),
     )
+    _cut_world(sizes, gloo=True, timeout_minutes=timeout_minutes)
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+
+
+def _cut_world(sizes: ParallelSizes, *, gloo: bool, timeout_minutes: float = 30.0) -> None:
+    from megatron.core import parallel_state
+
     parallel_state.initialize_model_parallel(
         sizes.tensor,
         sizes.pipeline,
@@ -103,11 +115,9 @@ def initialize_groups(
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=gloo,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
-    model_parallel_cuda_manual_seed(seed)
-    torch.manual_seed(seed)
 
 
 def all_gather_objects(mine: Value) -> list[Value]:
@@ -212,3 +222,26 @@ def current_ranks() -> Ranks:
         **{f"{name}_rank": group.rank() for name, group in groups.items()},
         **{f"{name}_size": group.size() for name, group in groups.items()},
     )
+
+
+@contextmanager
+def fake_world(sizes: ParallelSizes, *, rank: int, world_size: int) -> Iterator[Ranks]:
+    """This process as one rank; tensors made inside the block have shapes and no numbers.
+
+    Collectives return at once without doing anything.
+
+    Raises:
+        ValueError: the world is not a multiple of the groups' sizes.
+        RuntimeError: this process has joined a real world.
+    """
+    sizes.data(world_size)
+    if dist.is_initialized():
+        raise RuntimeError("a fake world needs a process that has joined no other")
+    megatron_cpu.verify()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        _cut_world(sizes, gloo=False)
+        with FakeTensorMode():
+            yield current_ranks()
+    finally:
+        destroy_groups()

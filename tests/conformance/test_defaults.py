@@ -16,8 +16,7 @@ from megarlhf.formats.huggingface import read_config
 from megarlhf.models.arch import ArchSpec
 from megarlhf.models.build import ModelOptions, build_model
 from megarlhf.models.registry import find_architecture
-from megarlhf.parallel.fake_world import fake_world
-from megarlhf.parallel.groups import ParallelSizes
+from megarlhf.parallel.groups import ParallelSizes, fake_world
 from tests.conformance.test_transformers import MODELS
 from tests.tiny_models import make_model
 

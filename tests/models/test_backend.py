@@ -98,7 +98,7 @@ def fused_case(rank: int, world_size: int, init_method: str, model_dir: Path, so
     """The compiled functions, uncompiled here, against the plain ones that `source` was computed with."""
     compiled = {"bias_activation_fusion", "bias_dropout_fusion"}
     names = ("apply_rope_fusion", "gradient_accumulation_fusion", "moe_grouped_gemm", *sorted(compiled))
-    fusions = tuple(Fusion(name=name, on=name in compiled, why="the test") for name in names)
+    fusions = tuple(Fusion(name, name in compiled, "the test") for name in names)
     with pytest.MonkeyPatch.context() as patch:
         backend = Backend(transformer_impl="local", fusions=fusions)
         patch.setattr(build, "model_backend", lambda *arguments, **options: backend)

@@ -16,8 +16,7 @@ from megarlhf.models.build import ModelOptions, build_model
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import engine_sizes, kv_numbers_per_token, layer_widths, stage_depths, stage_sizes
-from megarlhf.parallel.fake_world import fake_world
-from megarlhf.parallel.groups import ParallelSizes
+from megarlhf.parallel.groups import ParallelSizes, fake_world
 from megarlhf.planner.memory import Work, rank_bytes
 from megarlhf.trainers.parity import parity_objective
 from tests.distributed.cases import make_rows

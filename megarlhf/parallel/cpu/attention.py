@@ -64,23 +64,22 @@ class SegmentAttention(MegatronModule):
             query, key, value = query[:, None], key[:, None], value[:, None]
         tokens, size = query.shape[0], self.context_group.size()
         blocks, masks = packed_seq_params.blocks, packed_seq_params.masks(self.window)
-        if self.travels:
-            heads_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            output = RingAttention.apply(*heads_first, self.scoring, blocks, masks, self.context_group)
-            return output.permute(2, 0, 1, 3).reshape(tokens, 1, -1)
-        if size > 1:
+        if size > 1 and not self.travels:
             key, value = (
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group) for x in (key, value)
             )
-        repeats = query.shape[2] // key.shape[2]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [t, 1, h, d] -> [1, h, t, d]
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        spans = [block.key_spans(tokens, size) for block in blocks]
-        queries = take_spans(q, [[(block.start, block.stop)] for block in blocks])
-        attended = zip(queries, take_spans(k, spans), take_spans(v, spans), masks, strict=True)
-        outputs = [self.scoring.attend(*block) for block in attended]
-        return torch.cat(outputs, 2).permute(2, 0, 1, 3).reshape(tokens, 1, -1)
+        if self.travels:
+            output = RingAttention.apply(q, k, v, self.scoring, blocks, masks, self.context_group)
+        else:
+            repeats = query.shape[2] // key.shape[2]
+            if repeats > 1:
+                k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+            spans = [block.key_spans(tokens, size) for block in blocks]
+            queries = take_spans(q, [[(block.start, block.stop)] for block in blocks])
+            attended = zip(queries, take_spans(k, spans), take_spans(v, spans), masks, strict=True)
+            output = torch.cat([self.scoring.attend(*block) for block in attended], 2)
+        return output.permute(2, 0, 1, 3).reshape(tokens, 1, -1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Nothing to save."""

@@ -96,9 +96,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__["_cpu"] = self.namespace
         super().exec_module(module)
-        mend = _MENDS.get(module.__name__)
-        if mend is not None:
-            mend(module)
+        _MENDS.get(module.__name__, lambda _: None)(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -113,18 +111,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def install() -> bool:
-    """Make `megatron.core` importable on this machine; megarlhf.parallel calls it on import. Again is a no-op.
+def install() -> None:
+    """Make `megatron.core` importable on a machine without CUDA; megarlhf.parallel calls it on import.
 
-    Returns:
-        True where the CPU hook is in place, False where CUDA makes it unnecessary.
     Raises:
         RuntimeError: megatron.core was imported before.
     """
     if device_kind() == "gpu":
-        return False
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return True
+        return
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core was imported before megarlhf.parallel; import megarlhf.parallel first")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron-Core compiles small functions; that buys nothing here
@@ -133,7 +127,6 @@ def install() -> bool:
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     sys.meta_path.insert(0, _Finder())
-    return True
 
 
 def verify() -> None:
@@ -173,11 +166,7 @@ def _mend_what_is_not_installed() -> None:
 
 def _mend_random_state(megatron_random: Any) -> None:
     """Megatron-Core queues RNG changes until CUDA starts, which never happens; apply them to the CPU generator."""
-
-    def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(new_state)
-
-    megatron_random._set_cuda_rng_state = set_state
+    megatron_random._set_cuda_rng_state = lambda new_state, *_, **__: torch.set_rng_state(new_state)
 
 
 def _mend_optimizer(distrib_optimizer: Any) -> None:

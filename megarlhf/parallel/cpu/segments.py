@@ -101,16 +101,8 @@ def attention_blocks(
         if prefix is not None or end - first > 1:
             owner = owners[queries, None]
             mask = ((owner == owners[keys]) & (queries[:, None] >= keys)) | (prefixes[owner] == owners[keys])
-        blocks.append(
-            AttentionBlock(
-                start=start,
-                stop=stop,
-                prefix=prefix,
-                mask=mask,
-                query_positions=position_ids[queries],
-                key_positions=position_ids[keys],
-            )
-        )
+        positions = {"query_positions": position_ids[queries], "key_positions": position_ids[keys]}
+        blocks.append(AttentionBlock(start=start, stop=stop, prefix=prefix, mask=mask, **positions))
     return tuple(blocks)
 
 
@@ -127,16 +119,10 @@ def context_blocks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[AttentionB
         owner = _owners(inside)
         places = [context_indices(inside, r, size) for r in range(size)]
         queries, keys = places[rank], torch.cat(places)
-        blocks.append(
-            AttentionBlock(
-                start=bounds[first] // size,
-                stop=bounds[last] // size,
-                prefix=None,
-                mask=(owner[queries][:, None] == owner[keys]) & (queries[:, None] >= keys),
-                query_positions=queries,
-                key_positions=keys,
-            )
-        )
+        start, stop = bounds[first] // size, bounds[last] // size
+        mask = (owner[queries][:, None] == owner[keys]) & (queries[:, None] >= keys)
+        positions = {"query_positions": queries, "key_positions": keys}
+        blocks.append(AttentionBlock(start=start, stop=stop, prefix=None, mask=mask, **positions))
     return tuple(blocks)
 
 
