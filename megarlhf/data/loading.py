@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 
-from megarlhf.data.arrow_columns import rows_of_table
-from megarlhf.data.rows import Row, RowErrors, Rows
+from megarlhf.data.rows import Row, Rows, raise_row_errors
+from megarlhf.formats.json_files import one_line
 
 
 def load_rows(path: str, *, columns: Sequence[str] | None = None, limit: int | None = None) -> Rows:
@@ -59,13 +60,13 @@ def _read_directory(path: Path, columns: Sequence[str] | None, limit: int | None
         raise ValueError(f"data path={path} holds several splits; one is read at a time: use one of {choices}")
     names = [name for name in loaded.column_names if columns is None or name in columns]
     table = loaded.with_format("arrow", columns=names)[: len(loaded) if limit is None else limit]
-    return rows_of_table(str(path), table, columns=loaded.column_names)
+    return _rows_of_table(str(path), table, loaded.column_names)
 
 
 def _read_jsonl(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:
     rows: list[Row] = []
     lines: list[int] = []
-    errors = RowErrors(str(path))
+    errors: list[str] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -77,8 +78,8 @@ def _read_jsonl(path: Path, columns: Sequence[str] | None, limit: int | None) ->
             try:
                 rows.append(_as_row(_parse(text)))
             except ValueError as error:
-                errors.add(f"data path={path}, line {number} {error}")
-    errors.raise_if_any()
+                errors.append(f"data path={path}, line {number} {error}")
+    raise_row_errors(str(path), errors)
     return Rows(path=str(path), rows=rows, lines=lines)
 
 
@@ -90,13 +91,13 @@ def _read_json(path: Path, columns: Sequence[str] | None, limit: int | None) -> 
     if not isinstance(values, list):
         raise ValueError(f"data path={path} holds a {type(values).__name__}, not a list of objects")
     rows: list[Row] = []
-    errors = RowErrors(str(path))
+    errors: list[str] = []
     for index, value in enumerate(values[:limit]):
         try:
             rows.append(_as_row(value))
         except ValueError as error:
-            errors.add(f"data path={path}, entry {index} {error}")
-    errors.raise_if_any()
+            errors.append(f"data path={path}, entry {index} {error}")
+    raise_row_errors(str(path), errors)
     return Rows(path=str(path), rows=rows)
 
 
@@ -120,7 +121,7 @@ def _read_csv(path: Path, columns: Sequence[str] | None, limit: int | None) -> R
     csv.field_size_limit(sys.maxsize)  # a guard against a missing quote that long documents exceed
     rows: list[Row] = []
     lines: list[int] = []
-    errors = RowErrors(str(path))
+    errors: list[str] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -133,14 +134,14 @@ def _read_csv(path: Path, columns: Sequence[str] | None, limit: int | None) -> R
                 rows.append(dict(row))
                 if None in row or None in row.values():
                     place = f"data path={path}, line {reader.line_num}"
-                    errors.add(f"{place}: the header has {len(names)} columns, not this line")
+                    errors.append(f"{place}: the header has {len(names)} columns, not this line")
         except csv.Error as error:
             raise ValueError(f"data path={path}, line {reader.line_num} is not CSV: {error}") from error
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"data path={path} is not UTF-8 text ({error.reason}, after line {reader.line_num}): save it as UTF-8"
             ) from error
-    errors.raise_if_any()
+    raise_row_errors(str(path), errors)
     return Rows(path=str(path), rows=rows, columns=tuple(names), lines=lines)
 
 
@@ -151,7 +152,55 @@ def _read_parquet(path: Path, columns: Sequence[str] | None, limit: int | None) 
         table = file.read(columns=names).slice(0, limit)
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"data path={path} is not a Parquet file: {error}") from error
-    return rows_of_table(str(path), table, columns=file.schema_arrow.names)
+    return _rows_of_table(str(path), table, file.schema_arrow.names)
+
+
+def _rows_of_table(path: str, table: pyarrow.Table, columns: Sequence[str]) -> Rows:
+    """Rows of an Arrow table, which may hold some of the file's columns only.
+
+    Fields of structs without a value are left out, at any depth: Arrow gives every struct all fields that any has, as
+    chats and labels of JSON have not. So a null that was written into a struct is lost. Columns of `pyarrow.json_` (the
+    Json feature of datasets) are decoded and keep theirs.
+    """
+    values = [_column(path, table, name) for name in table.column_names]
+    rows: list[Row] = [dict(zip(table.column_names, row, strict=True)) for row in zip(*values, strict=True)]
+    return Rows(path=path, rows=rows or [{} for _ in range(table.num_rows)], columns=tuple(columns))
+
+
+def _column(path: str, table: pyarrow.Table, name: str) -> list[Any]:
+    if table.column_names.count(name) > 1:
+        raise ValueError(f"data path={path} has several columns named {name!r}: rename or remove all but one")
+    column = table.column(name)
+    try:
+        return [_plain(value, column.type) for value in column.to_pylist(maps_as_pydicts="strict")]
+    # Text that is not UTF-8, dates past the year 9999, maps with a key twice: many kinds of error, none with a row.
+    except Exception as error:
+        errors = []
+        for index, scalar in enumerate(column):
+            try:
+                _plain(scalar.as_py(maps_as_pydicts="strict"), column.type)
+            except Exception as wrong:
+                errors.append(f"row {index} of {path}: column {name!r} cannot be read ({one_line(wrong)})")
+        raise_row_errors(path, errors)
+        raise ValueError(f"data path={path}: column {name!r} cannot be read ({one_line(error)})") from error
+
+
+def _plain(value: Any, kind: pyarrow.DataType) -> Any:
+    """A value of an Arrow type without the nulls of absent fields, and with its JSON decoded."""
+    if value is None:
+        return None
+    if isinstance(kind, pyarrow.JsonType):
+        return json.loads(value)
+    if pyarrow.types.is_struct(kind):
+        fields = {field.name: _plain(value[field.name], field.type) for field in kind}
+        return {name: field for name, field in fields.items() if field is not None}
+    if pyarrow.types.is_map(kind):
+        return {key: _plain(item, kind.item_type) for key, item in value.items()}
+    # Lists of text and numbers are plain already; value_type is what kinds of list have in common.
+    if isinstance(value, list) and pyarrow.types.is_nested(kind):
+        if pyarrow.types.is_nested(kind.value_type) or isinstance(kind.value_type, pyarrow.JsonType):
+            return [_plain(item, kind.value_type) for item in value]
+    return value
 
 
 _READERS: dict[str, Callable[[Path, Sequence[str] | None, int | None], Rows]] = {

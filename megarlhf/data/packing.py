@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megarlhf.data.planning import members_of
-from megarlhf.data.types import Ints, MicroBatch, TargetPlaces, TargetValues, TrainingRows, spans, starts_of
+from megarlhf.data.types import Floats, Ints, MicroBatch, TargetPlaces, TargetValues, TrainingRows, spans, starts_of
 
 
 def pack_rows(
@@ -36,7 +36,6 @@ def pack_rows(
     well, at its end, to a multiple of the number of its chunks.
 
     Args:
-        rows: all rows of the plan.
         indices: the rows to pack, in any order; those of one unit are brought together.
         share_prefix: lay out the rows of a unit behind one copy of their prompt, where it has two tokens.
         pad_to_multiple: what sequence parallelism divides a rank's part of the packed sequence by.
@@ -63,10 +62,9 @@ def pack_rows(
     positions = (begins + lengths)[owners >= 0] - counts
     starts = starts_of(rows.num_targets)[own_rows]
     places = TargetPlaces(rows=own_rows, positions=positions, starts=starts, lengths=counts)
-    row_ids, target_mask = np.full(total, -1, dtype=np.int64), np.zeros(total, dtype=np.bool_)
-    for row, position, size in zip(own_rows.tolist(), positions.tolist(), counts.tolist(), strict=True):
-        row_ids[position : position + size] = row
-        target_mask[position : position + size] = True
+    row_ids = np.full(total, -1, dtype=np.int64)
+    copy_runs(np.repeat(own_rows, counts), starts_of(counts), counts, row_ids, positions)
+    target_mask = row_ids >= 0
     if rows.loss_mask is not None:
         copy_runs(rows.loss_mask, starts, counts, target_mask, positions)
     return MicroBatch(
@@ -83,30 +81,23 @@ def pack_rows(
 
 
 def fill_fields(batch: MicroBatch, rows: TrainingRows) -> MicroBatch:
-    """A packed sequence with the fields and scalars of its rows as [t] or [t, k] tensors; 0 outside the targets.
-
-    Args:
-        batch: the whole packed sequence, as `pack_rows` made it of `rows`.
-    """
-    places, fields = batch.places, {}
-    for name, values in rows.fields.items():
-        packed = np.zeros((len(batch.tokens), *values.shape[1:]), dtype=np.float32)
-        copy_runs(values, places.starts, places.lengths, packed, places.positions)
-        fields[name] = torch.from_numpy(packed)
+    """What `pack_rows` made of `rows`, with their fields and scalars as [t] or [t, k] tensors; 0 outside targets."""
+    places = batch.places
+    fields = {name: _spread(batch, values, places.starts) for name, values in rows.fields.items()}
     for name, values in rows.scalars.items():
-        packed = np.zeros(len(batch.tokens), dtype=np.float32)
-        for row, position, size in zip(places.rows, places.positions.tolist(), places.lengths.tolist(), strict=True):
-            packed[position : position + size] = values[row]
-        fields[name] = torch.from_numpy(packed)
+        fields[name] = _spread(batch, np.repeat(values[places.rows], places.lengths), starts_of(places.lengths))
     return replace(batch, fields=fields)
 
 
-def gather_targets(batch: MicroBatch, values: Tensor) -> TargetValues:
-    """Values of the rows' targets, such as log-probs, out of values of the whole packed sequence.
+def _spread(batch: MicroBatch, values: Floats, starts: Ints) -> Tensor:
+    """Values of targets, those of each row from one of `starts` on, at their positions; 0 elsewhere."""
+    packed = np.zeros((len(batch.tokens), *values.shape[1:]), dtype=np.float32)
+    copy_runs(values, starts, batch.places.lengths, packed, batch.places.positions)
+    return torch.from_numpy(packed)
 
-    Args:
-        values: [t] on the CPU.
-    """
+
+def gather_targets(batch: MicroBatch, values: Tensor) -> TargetValues:
+    """Values of the rows' targets, such as log-probs, out of values [t] of the whole packed sequence, on the CPU."""
     places = batch.places
     assert values.shape == batch.tokens.shape, f"values {list(values.shape)} of a sequence of {len(batch.tokens)}"
     found = np.empty(int(places.lengths.sum()), dtype=np.float32)
@@ -125,10 +116,9 @@ def add_values(batches: Sequence[MicroBatch], name: str, values: TargetValues) -
         return list(batches)
     filled, left = [], values.values
     for batch in batches:
-        places, packed = batch.places, np.zeros(len(batch.tokens), dtype=np.float32)
-        copy_runs(left, starts_of(places.lengths), places.lengths, packed, places.positions)
-        left = left[int(places.lengths.sum()) :]
-        filled.append(replace(batch, fields=batch.fields | {name: torch.from_numpy(packed)}))
+        field = _spread(batch, left, starts_of(batch.places.lengths))
+        left = left[int(batch.places.lengths.sum()) :]
+        filled.append(replace(batch, fields=batch.fields | {name: field}))
     return filled
 
 

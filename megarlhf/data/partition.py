@@ -31,7 +31,6 @@ class DataParallelSplit:
     Args:
         samples: of the step, in an order that all its per-target arrays follow.
         mini_batches: indices of the samples of each optimizer step; together all of them, once.
-        num_ranks: data-parallel size.
     """
 
     def __init__(
@@ -61,11 +60,8 @@ class DataParallelSplit:
         for rows, plan in zip(self.rows, plans, strict=True):
             groups, places = np.unique(group_ids[rows], return_inverse=True)
             own = [[np.searchsorted(rows, indices).tolist() for indices in micro_batches] for micro_batches in plan]
-            self.partitions.append(
-                Partition(
-                    groups=groups, group_of_row=places, sample_ids=sample_ids[rows], unit_ids=unit_ids[rows], plan=own
-                )
-            )
+            ids = {"sample_ids": sample_ids[rows], "unit_ids": unit_ids[rows]}
+            self.partitions.append(Partition(groups=groups, group_of_row=places, plan=own, **ids))
 
     def scatter(self, values: Floats, *, per_row: bool = False) -> list[Floats]:
         """Each rank's part of one number for every target of every sample, or `per_row` for every sample."""
@@ -88,24 +84,19 @@ class DataParallelSplit:
 
 
 def rows_of(partition: Partition, tokens: Sequence[GroupTokens]) -> TrainingRows:
-    """A rank's rows, with the field `rollout_log_probs`.
-
-    Args:
-        tokens: of the partition's groups, in their order.
-    """
+    """A rank's rows, with the field `rollout_log_probs`, from the tokens of the partition's groups in their order."""
     starts = [starts_of(group.lengths) for group in tokens]
-    ids, log_probs, prompt_lengths, num_targets = [], [], [], []
+    ids, log_probs, prompt_lengths = [], [], []
     for number, sample in zip(partition.group_of_row.tolist(), partition.sample_ids.tolist(), strict=True):
         group, first = tokens[number], int(starts[number][sample])
         own = slice(first, first + int(group.lengths[sample]))
         ids += [group.prompt_ids, group.response_ids[own]]
         log_probs.append(group.rollout_log_probs[own])
         prompt_lengths.append(len(group.prompt_ids))
-        num_targets.append(own.stop - first)
     prompts = np.array(prompt_lengths, dtype=np.int64)
     return TrainingRows(
         input_ids=np.concatenate([np.empty(0, dtype=np.int32), *ids]),
-        lengths=prompts + np.array(num_targets, dtype=np.int64),
+        lengths=prompts + np.array([len(part) for part in log_probs], dtype=np.int64),
         prompt_lengths=prompts,
         unit_ids=partition.unit_ids,
         fields={"rollout_log_probs": np.concatenate([np.empty(0, dtype=np.float32), *log_probs])},

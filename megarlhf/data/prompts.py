@@ -112,17 +112,8 @@ class PromptSampler:
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int, *, first_step: int = 0, consumed: int = 0) -> None:
-        """Draw from here on.
-
-        Args:
-            num_rows: of the data.
-            first_step: steps done before.
-            consumed: rows that they drew.
-        Raises:
-            ValueError: there are no rows or the batch is empty.
-        """
-        if num_rows < 1 or batch_size < 1:
-            raise ValueError(f"a batch of {batch_size} out of {num_rows} rows; both are at least 1")
+        """Draw from the first `num_rows` rows after `first_step` steps, which drew `consumed` of them."""
+        assert num_rows >= 1 and batch_size >= 1, f"a batch of {batch_size} out of {num_rows} rows"
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
@@ -132,7 +123,8 @@ class PromptSampler:
         """Places in the list of rows, `batch_size` of them, for a step counted from 0."""
         start, stop = self.consumed(step), self.consumed(step + 1)
         first, last = start // self.num_rows, (stop - 1) // self.num_rows
-        line = [index for epoch in range(first, last + 1) for index in self._permutation(epoch)]
+        orders = [torch.Generator().manual_seed(self.seed + epoch) for epoch in range(first, last + 1)]
+        line = [index for order in orders for index in torch.randperm(self.num_rows, generator=order).tolist()]
         offset = first * self.num_rows
         return line[start - offset : stop - offset]
 
@@ -143,8 +135,3 @@ class PromptSampler:
     def epoch(self, step: int) -> float:
         """Passes over the data made before a step."""
         return self.consumed(step) / self.num_rows
-
-    def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order: list[int] = torch.randperm(self.num_rows, generator=generator).tolist()
-        return order

@@ -1,7 +1,7 @@
 """Rows of a data file: where each lies, what is wrong with them, and their values as plain JSON."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
@@ -14,26 +14,12 @@ T = TypeVar("T")
 _SHOWN_ERRORS = 5
 
 
-class RowErrors:
-    """What is wrong with rows of one file: the first few in words, the others as a number."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._shown: list[str] = []
-        self._count = 0
-
-    def add(self, sentence: str) -> None:
-        """Note what is wrong with a row, which the sentence names."""
-        self._count += 1
-        if self._count <= _SHOWN_ERRORS:
-            self._shown.append(sentence)
-
-    def raise_if_any(self) -> None:
-        """Raise ValueError with one line for each of the first problems, and the number of the others."""
-        more = self._count - len(self._shown)
-        if self._shown:
-            rest = [f"{self.path}: {more} more rows cannot be used either"] if more else []
-            raise ValueError("\n".join([*self._shown, *rest]))
+def raise_row_errors(path: str, errors: Sequence[str]) -> None:
+    """Raise ValueError where rows of a file have errors: the first few as given, the others as a number."""
+    more = len(errors) - _SHOWN_ERRORS
+    rest = [f"{path}: {more} more rows cannot be used either"] if more > 0 else []
+    if errors:
+        raise ValueError("\n".join([*errors[:_SHOWN_ERRORS], *rest]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +45,13 @@ class Rows:
         Raises:
             ValueError: the function raised one; those of all rows come together, with the rows' places.
         """
-        results, errors = [], RowErrors(self.path)
+        results, errors = [], list[str]()
         for index in range(len(self.rows)):
             try:
                 results.append(function(index))
             except (ValueError, RecursionError) as error:
-                errors.add(f"{self.place(index)}: {error}")
-        errors.raise_if_any()
+                errors.append(f"{self.place(index)}: {error}")
+        raise_row_errors(self.path, errors)
         return results
 
     def all_too_long(self, option: str, limit: int, *, shortest: int) -> ValueError:
@@ -76,13 +62,7 @@ class Rows:
         )
 
     def value(self, index: int, key: str, *, option: str) -> Any:
-        """What a row has in a column that it must have.
-
-        Args:
-            option: name of the setting that holds `key`, for the message.
-        Raises:
-            ValueError: the row lacks the column or has no value there.
-        """
+        """What a row has in a column that it must have, else ValueError; `option` is the setting that holds `key`."""
         row = self.rows[index]
         if key not in row:
             keys = ", ".join(map(repr, self.columns or row))

@@ -57,24 +57,19 @@ def load_sft_rows(
     max_samples: int | None,
     vocab_size: int,
 ) -> SFTData:
-    """Read, render and tokenize a supervised data file.
+    """Read, render and tokenize a supervised data file; arguments as for `load_prompts`, and:
 
     Every row ends with one EOS. `prompt_length` is the number of prompt tokens, so the targets are the answer's
     tokens and the EOS; with `pretrain_mode` it is 1 and everything after the first token is a target. The prompt's
     tokens are those that generation starts from.
 
     Args:
-        path: as for `load_rows`.
         input_key: column of the prompt; without `output_key`, of a whole chat.
         output_key: column of the answer: a string, or with `apply_chat_template` also a list of messages. None:
             `input_key` holds a list of messages that ends with the assistant's, and the loss is on that last turn
             only, not on earlier assistant turns; or, with `pretrain_mode` and no chat template, a plain text.
-        apply_chat_template: render with the tokenizer's template.
-        input_template: format string with one {} for the prompt; None takes the text as it is.
         max_len: longest row in tokens, EOS included; longer ones are dropped, never cut, and counted.
         pretrain_mode: loss on the prompt too.
-        max_samples: read only the first so many rows; None reads all.
-        vocab_size: tokens that the model has embeddings for.
     Returns:
         Rows, each a unit of its own, with no fields.
     Raises:
@@ -92,7 +87,11 @@ def load_sft_rows(
         response = None if output_key is None else rows.value(index, output_key, option="output_key")
         if apply_chat_template:
             return _render_chat(renderer, prompt, response)
-        return renderer.prompt(prompt), _plain_response(response, output_key)
+        text = renderer.prompt(prompt)
+        if not isinstance(response, str | None):
+            raise ValueError(f"output_key={output_key} holds a {type(response).__name__}, not a string")
+        check_text(response or "")
+        return text, response or ""
 
     encoded = _encode_pairs(tokenizer, rows.collect(render), apply_chat_template=apply_chat_template, rows=rows)
 
@@ -112,15 +111,6 @@ def load_sft_rows(
     ends = np.cumsum(found.lengths)
     check_vocabulary(found.input_ids, ends, kept, tokenizer, rows=rows, vocab_size=vocab_size)
     return SFTData(rows=found, num_dropped=len(rows) - len(kept))
-
-
-def _plain_response(response: object, output_key: str | None) -> str:
-    if response is None:
-        return ""
-    if not isinstance(response, str):
-        raise ValueError(f"output_key={output_key} holds a {type(response).__name__}, not a string")
-    check_text(response)
-    return response
 
 
 def _render_chat(renderer: Renderer, prompt: object, response: object | None) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -117,8 +117,7 @@ class Renderer:
 
     def _places_role(self, role: str) -> bool:
         if role not in self._placed_roles:
-            content = self._content(_PROBE)
-            texts = _probe(self.tokenizer, {"role": role, "content": content})
+            texts = _probe(self.tokenizer, {"role": role, "content": self._content(_PROBE)})
             self._placed_roles[role] = not texts or any(_PROBE in text for text in texts)
         return self._placed_roles[role]
 
@@ -133,13 +132,14 @@ def make_renderer(
     Raises:
         ValueError: a chat template that the tokenizer lacks, or that does not place its input.
     """
+    plain = Renderer(tokenizer=tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
     if not apply_chat_template:
         if input_template is not None and "\\n" in input_template:
             logger.warning(
                 "input_template=%r holds a backslash and an n, not a line break: in bash $'...' makes line breaks",
                 input_template,
             )
-        return Renderer(tokenizer=tokenizer, apply_chat_template=False, input_template=input_template)
+        return plain
     if tokenizer.chat_template is None:
         raise ValueError(
             f"apply_chat_template=True, but tokenizer={tokenizer.name_or_path} has no chat template: "
@@ -155,13 +155,7 @@ def make_renderer(
             f"tokenizer_chat_template, or the chat template of tokenizer={tokenizer.name_or_path} where that is unset, "
             f"does not place a message's content (it makes {of_text[0]!r:.100} of any): every prompt would be the same"
         )
-    return Renderer(
-        tokenizer=tokenizer,
-        apply_chat_template=True,
-        input_template=None,
-        takes_text=takes_text or not takes_parts,
-        takes_parts=takes_parts,
-    )
+    return replace(plain, takes_text=takes_text or not takes_parts, takes_parts=takes_parts)
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:
@@ -181,10 +175,8 @@ def _probe(tokenizer: PreTrainedTokenizerBase, message: Message) -> list[str]:
         ValueError: the template is not valid Jinja.
     """
     parts = isinstance(message["content"], list)
-    others: list[Message] = [
-        {"role": role, "content": _as_parts(["a"]) if parts else "a"} for role in ("user", "assistant", "system")
-    ]
-    user, assistant, system = others
+    content = _as_parts(["a"]) if parts else "a"
+    user, assistant, system = [{"role": role, "content": content} for role in ("user", "assistant", "system")]
     calls = [{"type": "function", "id": "a" * 9, "function": {"name": "a", "arguments": {}}}]
     answer = message | {"name": "a", "tool_call_id": "a" * 9}  # of a tool that was called, in the role tool
     chats = [[message], [message, user], [system, message], [user, message], [user, assistant, message]]

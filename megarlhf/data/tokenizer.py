@@ -123,11 +123,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_dir: str, config: Pret
 
 
 def template_source(tokenizer_dir: str, chat_template: str | None) -> str:
-    """Which file a chat template comes from, for the user.
-
-    Args:
-        chat_template: as for `load_tokenizer`.
-    """
+    """Which file a chat template comes from, for the user; `chat_template` as for `load_tokenizer`."""
     if chat_template is not None:
         return "tokenizer_chat_template=" + (chat_template if "\n" not in chat_template else "(its text)")
     own = Path(tokenizer_dir) / "chat_template.jinja"  # Transformers reads it first

@@ -132,8 +132,6 @@ def training_rows(
     """Rows from one sequence each.
 
     Args:
-        input_ids: tokens of each row.
-        prompt_lengths: of each row.
         unit_ids: of each row; None makes each a unit of its own.
         fields: name -> one array or tensor [num_targets] for each row.
     """

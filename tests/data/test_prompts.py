@@ -191,5 +191,5 @@ def test_order_depends_on_seed_and_epoch() -> None:
     first = PromptSampler(50, 50, 0)
     assert first.batch(0) != first.batch(1)
     assert first.batch(0) != PromptSampler(50, 50, 7).batch(0)
-    with pytest.raises(ValueError, match="a batch of 0 out of 5 rows"):
+    with pytest.raises(AssertionError, match="a batch of 0 out of 5 rows"):
         PromptSampler(5, 0, 0)
