@@ -32,8 +32,7 @@ from megarlhf.data.types import Prompt
 from megarlhf.formats.huggingface import HFConfig, read_config
 from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
-from megarlhf.planner.object_store import object_store_bytes
-from megarlhf.planner.placement import Machine, plan_placement
+from megarlhf.planner.placement import Machine, object_store_bytes, plan_placement
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.trainers import rl
 from megarlhf.trainers.state import LoopState

@@ -18,14 +18,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.nodes import devices_of
 from megarlhf.cluster.resource_manager import ResourceManager
-from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
-from megarlhf.cluster.weight_sync import weight_sync
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync, TrainingGroup
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import PARTS, roles_of
 from megarlhf.parallel.device import visible_devices_environment
-from megarlhf.planner.object_store import object_store_bytes
-from megarlhf.planner.placement import PlacementPlan, Worker
+from megarlhf.planner.placement import PlacementPlan, Worker, object_store_bytes
 from megarlhf.rollout.engine import engine_environment
 from megarlhf.trainers.roles import RewardRole, Roles
 
@@ -100,7 +98,7 @@ def start(
                 reward=reward,
                 actor=TrainingGroup(groups["actor"], places["actor"]),
                 critic=TrainingGroup(groups["critic"], places["critic"]) if "critic" in groups else None,
-                sync=weight_sync(
+                sync=SharedMemorySync(
                     groups["actor"],
                     groups["rollout"],
                     nodes={worker.node for role in ("actor", "rollout") for worker in plan.of(role)},

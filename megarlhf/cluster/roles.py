@@ -1,6 +1,6 @@
 """The loop's roles over groups of worker processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -11,10 +11,11 @@ import ray
 
 from megarlhf.algos.kl import KLEstimator
 from megarlhf.cluster.group import WorkerGroup
-from megarlhf.cluster.workers import Place
 from megarlhf.data.partition import DataParallelSplit
+from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
 from megarlhf.formats import run_checkpoints
+from megarlhf.formats.shared_memory import checksum
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
@@ -22,18 +23,17 @@ class TrainingGroup:
     """The actor (with its reference) or the critic, as ActorRole and CriticRole ask.
 
     Args:
-        places: of the processes, in rank order.
+        places: (data-parallel replica, packing) of the processes, in rank order.
     """
 
-    def __init__(self, workers: WorkerGroup, places: Sequence[Place]) -> None:
-        self.workers, self._places = workers, list(places)
-        self._num_replicas = 1 + max(place.dp_rank for place in places)
+    def __init__(self, workers: WorkerGroup, places: Sequence[tuple[int, PackingOptions]]) -> None:
+        self.workers, self._packing = workers, places[0][1]
+        self._replicas = [replica for replica, _ in places]
+        self._num_replicas = 1 + max(self._replicas)
 
     def begin(self, rollout: Rollout, mini_batches: Sequence[Sequence[int]]) -> None:
         """See TrainingRole."""
-        split = DataParallelSplit(
-            rollout.samples, mini_batches, num_ranks=self._num_replicas, packing=self._places[0].packing
-        )
+        split = DataParallelSplit(rollout.samples, mini_batches, num_ranks=self._num_replicas, packing=self._packing)
         given = [(own, [rollout.tokens[group] for group in own.groups.tolist()]) for own in split.partitions]
         self._split = split
         self._call("begin", [(ray.put(pair),) for pair in given])
@@ -73,13 +73,13 @@ class TrainingGroup:
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         """Call a method on every process with the arguments of its data-parallel replica."""
-        pairs = zip(self.workers.handles, self._places, strict=True)
-        refs = [getattr(handle, method).remote(*arguments[place.dp_rank]) for handle, place in pairs]
+        pairs = zip(self.workers.handles, self._replicas, strict=True)
+        refs = [getattr(handle, method).remote(*arguments[replica]) for handle, replica in pairs]
         self.workers.wait_for(refs, method)
 
     def _gather(self, results: Sequence[Floats | None]) -> Floats:
-        pairs = zip(self._places, results, strict=True)
-        by_replica = {place.dp_rank: found for place, found in pairs if found is not None}
+        pairs = zip(self._replicas, results, strict=True)
+        by_replica = {replica: found for replica, found in pairs if found is not None}
         return self._split.gather([by_replica[replica] for replica in range(self._num_replicas)])
 
 
@@ -122,6 +122,44 @@ class RolloutGroup:
             for sample_id, text in enumerate(group.texts)
         ]
         return Rollout(samples=samples, tokens=tuple(found[group_id][1] for group_id in range(len(prompts))))
+
+
+class SharedMemorySync:
+    """The actor's weights, read by the engines where its ranks hold them: in shared memory, from the first sync on.
+
+    Args:
+        nodes: of all the actor's ranks and the engines.
+    Raises:
+        ValueError: more than one node, between which there is no transport.
+    """
+
+    def __init__(self, actor: WorkerGroup, rollout: WorkerGroup, *, nodes: Set[int]) -> None:
+        if len(nodes) > 1:
+            raise ValueError(
+                f"the actor's ranks and the engines are on nodes {sorted(nodes)} (new weights reach vLLM through the "
+                "memory of one host): set actor_num_nodes=1"
+            )
+        self.actor, self.rollout = actor, rollout
+        self._num_bytes = 0
+
+    def push(self, version: int) -> dict[str, float]:
+        """See WeightSyncRole.
+
+        Raises:
+            RuntimeError: an engine reports another version or checksum than was sent.
+        """
+        if not self._num_bytes:
+            blocks = [block for part in self.actor.call("share_weights") for block in part]
+            self.rollout.call("connect_weights", blocks)
+            self._num_bytes = sum(block.num_bytes for block in blocks)
+        sent = checksum(digest for part in self.actor.call("refresh_shared_weights") for digest in part)
+        for engine, reply in enumerate(self.rollout.call("update_weights", version, sent)):
+            if (reply["version"], reply["checksum"]) != (version, sent):
+                raise RuntimeError(
+                    f"rollout engine {engine} holds weights version {reply['version']} with checksum "
+                    f"{reply['checksum']}; version {version} with {sent} was sent"
+                )
+        return {"sync/version": float(version), "sync/bytes": float(self._num_bytes)}
 
 
 class CheckpointGroup:

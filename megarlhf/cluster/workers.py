@@ -26,15 +26,6 @@ from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a training process stands among its role's."""
-
-    dp_rank: int
-    holds_results: bool  # the one process of a data-parallel replica whose results count
-    packing: PackingOptions  # its engine's
-
-
-@dataclass(frozen=True, kw_only=True)
 class WorkerSpec(Worker):
     """Who a worker process is, and its place in the plan."""
 
@@ -87,8 +78,8 @@ class MegatronWorker:
         torch.set_num_threads(spec.threads)
         self.spec = spec
 
-    def start(self, init_method: str) -> Place:
-        """Join the role's groups and load the model."""
+    def start(self, init_method: str) -> tuple[int, PackingOptions]:
+        """Join the role's groups and load the model; returns the rank's data-parallel replica and its packing."""
         note("start")
         from megarlhf.parallel.device import freeze_garbage_collector
         from megarlhf.parallel.groups import initialize_groups
@@ -110,8 +101,7 @@ class MegatronWorker:
         self.objective = build_objective(spec.config, spec.role)
         self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
-        ranks = self.engine.ranks
-        return Place(dp_rank=ranks.dp_rank, holds_results=ranks.holds_results, packing=self.engine.packing)
+        return self.engine.ranks.dp_rank, self.engine.packing
 
     def begin(self, given: tuple[Partition, list[Any]]) -> None:
         """Take this rank's rows of a step.
@@ -170,13 +160,8 @@ class MegatronWorker:
             difference = LogProbDifference.between(
                 done.outputs.values, fields["rollout_log_probs"][done.outputs.indices]
             )
-        return UpdateResult(
-            loss=done.loss,
-            metrics=done.metrics,
-            grad_norm=done.grad_norm,
-            learning_rate=done.learning_rate,
-            difference=difference,
-        )
+        numbers = {name: value for name, value in vars(done).items() if name != "outputs"}
+        return UpdateResult(**numbers, difference=difference)
 
     @contextmanager
     def _giving_back(self) -> Iterator[None]:

@@ -16,6 +16,11 @@ from megarlhf.config.roles import RoleSpec, roles_of
 from megarlhf.parallel.device import DeviceKind
 
 _WORK = ("rollout", "train")  # phases that compute
+# int32 ids and log-probs from the engines; log-probs, KL and values on their way to the driver, advantages and returns
+# back: all float32
+_BYTES_PER_RESPONSE_TOKEN = 24
+_SPARE = 1.25  # of the whole: objects are aligned, and those of the step before go late
+_LEAST = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,14 @@ def plan_placement(config: PPOConfig, machine: Machine) -> PlacementPlan:
         workers += placed
         notes += note
     return PlacementPlan(workers=tuple(workers), device_kind=machine.kind, notes=tuple(notes))
+
+
+def object_store_bytes(config: PPOConfig) -> int:
+    """Bytes of one node's store, through which a step's tokens go, where all are as long as they may be."""
+    prompts = config.batch.rollout_batch_size
+    responses = prompts * config.batch.n_samples_per_prompt * config.rollout.generate_max_len
+    tokens = _BYTES_PER_RESPONSE_TOKEN * responses + 4 * prompts * config.rollout.prompt_max_len
+    return max(_LEAST, int(_SPARE * tokens))
 
 
 def _place(config: PPOConfig, group: Sequence[RoleSpec], machine: Machine) -> tuple[list[Worker], list[str]]:

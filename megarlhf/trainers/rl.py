@@ -1,16 +1,15 @@
 """The RL loop: PPO, REINFORCE(++), RLOO and GRPO alike, one line a phase."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.prompts import PromptData, PromptSampler
-from megarlhf.data.types import Prompt, Rollout
+from megarlhf.data.types import Prompt, Rollout, Sample
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import summary
-from megarlhf.trainers.evaluation import evaluate
 from megarlhf.trainers.experience import (
     Updates,
     check_rewards,
@@ -19,9 +18,10 @@ from megarlhf.trainers.experience import (
     update_order,
     with_result,
 )
-from megarlhf.trainers.last_good import saved_on_failure
 from megarlhf.trainers.roles import Roles
-from megarlhf.trainers.state import LoopState, RewardMoments
+from megarlhf.trainers.state import LoopState, RewardMoments, saved_on_failure
+
+CORRECT_REWARD = 1.0  # a greedy response counts as correct from this reward on
 
 
 def train(
@@ -144,3 +144,22 @@ def train_step(
     if updates.actor and updates.actor[0].difference is not None:
         metrics |= summary.check_log_prob_difference(updates.actor[0].difference, config)
     return metrics | {"reward/untrained_steps": float(state.untrained_steps)}
+
+
+def evaluate(roles: Roles, prompts: Sequence[Prompt] | None) -> dict[str, float]:
+    """Greedy accuracy on held-out prompts: the fraction whose response earns CORRECT_REWARD or more.
+
+    Responses without a result are left out and counted; nothing is reported without prompts.
+    """
+    if not prompts:
+        return {}
+    with roles.phases.evaluate():
+        scored: list[Sample] = roles.reward.score(roles.rollout.generate_greedy(prompts))
+    rewards = [sample.reward for sample in scored if sample.reward is not None]
+    metrics = {
+        "eval/response_length_mean": sum(sample.response_length for sample in scored) / len(scored),
+        "eval/no_result_count": float(len(scored) - len(rewards)),
+    }
+    if rewards:
+        metrics["eval/accuracy"] = sum(reward >= CORRECT_REWARD for reward in rewards) / len(rewards)
+    return metrics

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from megarlhf.cluster.group import WorkerGroup
-from megarlhf.cluster.workers import MegatronWorker, Place
+from megarlhf.cluster.workers import MegatronWorker
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.roles import ROLES
@@ -161,8 +161,8 @@ class _Handle:
         return SimpleNamespace(remote=remote)
 
 
-def places_of(kinds: Sequence[tuple[int, str]], packing: PackingOptions = PACKING) -> list[Place]:
-    return [Place(dp_rank=replica, holds_results=kind == "counts", packing=packing) for replica, kind in kinds]
+def places_of(kinds: Sequence[tuple[int, str]], packing: PackingOptions = PACKING) -> list[tuple[int, PackingOptions]]:
+    return [(replica, packing) for replica, _ in kinds]
 
 
 def make_rollout(lengths: Sequence[Sequence[int]], *, without: Sequence[tuple[int, int]] = ()) -> Rollout:

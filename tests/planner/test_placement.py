@@ -1,13 +1,16 @@
 """Placement plans against hand-made ones."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
-from megarlhf.planner.placement import Machine, PlacementPlan, plan_placement
+from megarlhf.planner.placement import Machine, PlacementPlan, object_store_bytes, plan_placement
+from tests.trainers.plain_roles import make_config
 
 
 def plan(
@@ -156,3 +159,11 @@ def test_table() -> None:
         "rollout          0        0     0-3    4        rollout"
     )
     assert re.search(r"^role +rank +node +GPUs", plan(devices="gpu").table())
+
+
+def test_the_store_holds_a_step_of_the_longest_responses() -> None:
+    config = make_config(Path("unused"), batch={"rollout_batch_size": 2048, "n_samples_per_prompt": 16})
+    assert object_store_bytes(config) == 128 << 20  # 8 tokens a response
+    rollout = replace(config.rollout, generate_max_len=8192, prompt_max_len=1000)
+    expected = 1.25 * (24 * 2048 * 16 * 8192 + 4 * 2048 * 1000)
+    assert object_store_bytes(replace(config, rollout=rollout)) == int(expected) > 8e9

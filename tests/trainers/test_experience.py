@@ -17,7 +17,6 @@ from megarlhf.config.roles import ROLES
 from megarlhf.data.types import Rollout, Sample
 from megarlhf.trainers import summary
 from megarlhf.trainers.assembly import optimizer_steps
-from megarlhf.trainers.evaluation import evaluate
 from megarlhf.trainers.experience import (
     Experience,
     Updates,
@@ -27,6 +26,7 @@ from megarlhf.trainers.experience import (
     update_order,
     with_result,
 )
+from megarlhf.trainers.rl import evaluate
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts, tokens_of
 
