@@ -31,11 +31,7 @@ _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
 
 
 def place_errors(options: Mapping[str, Any]) -> list[str]:
-    """Options that name a file or directory which is not there.
-
-    Args:
-        options: values of all options by name.
-    """
+    """Options, values by name, that name a file or directory which is not there."""
     return [
         f"{key}={options[key]} {said}"
         for key, (is_there, said) in _PLACES.items()
@@ -44,11 +40,9 @@ def place_errors(options: Mapping[str, Any]) -> list[str]:
 
 
 def read_model(key: str, path: str) -> tuple[dict[str, Any], list[str]]:
-    """A checkpoint's config.json, empty where it cannot be read, and what is wrong with it.
+    """config.json of the checkpoint that option `key` names, empty where it cannot be read, and what is wrong with it.
 
-    Args:
-        key: option that names the checkpoint.
-        path: its directory; one that is not there is of place_errors.
+    A directory that is not there is of place_errors.
     """
     try:
         return (read_json_object(Path(path) / "config.json", f"{key}={path}") if os.path.isdir(path) else {}), []

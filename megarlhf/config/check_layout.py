@@ -78,11 +78,7 @@ def shared_errors(layout: LayoutArguments) -> list[str]:
 
 
 def role_errors(config: PPOConfig, models: Mapping[str, Model]) -> list[str]:
-    """The layout of every role against its model, and options of roles that the run has not.
-
-    Args:
-        models: option that names a checkpoint -> its config.json.
-    """
+    """The layout of every role against its model (option -> config.json), and options of roles that the run has not."""
     errors: list[str] = []
     for role in megatron_roles(config):
         layout, (owner, _) = role.layout(config), role.start(config)
@@ -158,36 +154,34 @@ def _uneven_stage_errors(layout: LayoutArguments, layers: int, owner: str, prefi
 
 
 def _recompute_depth_errors(layout: LayoutArguments, depth: int, owner: str) -> list[str]:
-    if (layout.recompute_num_layers or 0) <= depth:
-        return []
-    return [
-        f"recompute_num_layers={layout.recompute_num_layers} is above the {depth} layers of a stage's chunk ({owner}): "
-        f"use at most {depth}"
-    ]
+    number = layout.recompute_num_layers or 0
+    said = (
+        f"recompute_num_layers={number} is above the {depth} layers of a stage's chunk ({owner}): use at most {depth}"
+    )
+    return [said] if number > depth else []
 
 
 def _expert_errors(layout: LayoutArguments, owner: str, model: Model, prefix: str) -> list[str]:
     """Experts over expert-parallel ranks, their matrices over expert-tensor-parallel ranks."""
     experts, ep, etp = num_experts(model), layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    tp, name = layout.tensor_model_parallel_size, f"{prefix}expert_tensor_parallel_size"
     given = {"expert_model_parallel_size": ep if ep > 1 else None, "expert_tensor_parallel_size": etp}
     if experts is None:
         return [
-            f"{prefix}{name}={value} has nothing to split: {owner} has no experts: leave it out"
-            for name, value in given.items()
+            f"{prefix}{option}={value} has nothing to split: {owner} has no experts: leave it out"
+            for option, value in given.items()
             if value is not None and model
         ]
-    errors = _divisor_errors(
-        f"{prefix}expert_model_parallel_size", ep, {"experts": experts}, f"{owner} (each rank has as many)"
-    )
+    dealt = f"{prefix}expert_model_parallel_size"
+    errors = _divisor_errors(dealt, ep, {"experts": experts}, f"{owner} (each rank has as many)")
     width = size(model, "moe_intermediate_size") or size(model, "intermediate_size")
-    tp = layout.tensor_model_parallel_size
-    name = f"{prefix}expert_tensor_parallel_size"
     errors += _divisor_errors(name, etp or tp, {"width of an expert": width}, f"{owner} (matrices are split over it)")
     return errors + broken(
         {
-            f"{name}={etp} differs from {prefix}tensor_model_parallel_size={tp} with "
-            f"{prefix}expert_model_parallel_size=1 (Megatron-Core 0.16 then sums the experts' gradients over the wrong "
-            "ranks): leave it out, or deal the experts to more ranks": ep == 1 and etp not in (None, tp),
+            f"{name}={etp} differs from {prefix}tensor_model_parallel_size={tp} with {dealt}=1 (Megatron-Core 0.16 "
+            "then sums the experts' gradients over the wrong ranks): leave it out, or deal the experts to more ranks": (
+                ep == 1 and etp not in (None, tp)
+            ),
             f"{prefix}tensor_model_parallel_size={tp} needs sequence_parallel with the experts of {owner} "
             "(Megatron-Core routes each token on one rank): set sequence_parallel": (
                 tp > 1 and not layout.sequence_parallel
@@ -212,12 +206,7 @@ def _divisor_errors(option: str, value: int, sizes: Mapping[str, int | None], ow
 def world_errors(
     name: str, world_size: int, layout: LayoutArguments, global_batch_size: int, prefix: str = ""
 ) -> list[str]:
-    """One model's ranks against its layout and the batch.
-
-    Args:
-        name: options and values that the number of ranks comes from.
-        world_size: ranks that train the model.
-    """
+    """One model's ranks against its layout and the batch; `name` has the options and values that make their number."""
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
     ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size or tp
     if min(world_size, tp, pp, cp, ep, etp, global_batch_size) < 1:

@@ -100,9 +100,8 @@ def batch_errors(batch: BatchArguments, context_parallel_size: int) -> list[str]
 
 def shared_prefix_errors(context_parallel_size: int) -> list[str]:
     """A prompt that its samples share lies on every rank whole."""
-    if context_parallel_size == 1:
-        return []
-    return [f"share_prompt_prefix=True does not work with context_parallel_size={context_parallel_size}: use 1"]
+    said = f"share_prompt_prefix=True does not work with context_parallel_size={context_parallel_size}: use 1"
+    return [said] if context_parallel_size != 1 else []
 
 
 def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freezing_actor_steps: int) -> list[str]:
@@ -151,30 +150,25 @@ def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freez
 def correction_errors(config: PPOConfig) -> list[str]:
     """Bounds of the weights of what vLLM sampled."""
     algorithm, band = config.algorithm, config.algorithm.tis_mask_range
-    errors: list[str] = []
-    given = [f"tis_cap={algorithm.tis_cap}"] if algorithm.tis_cap != AlgorithmArguments.tis_cap else []
-    given += [f"tis_mask_range={band[0]} {band[1]}"] if band is not None else []
-    if not config.uses_tis:
-        why = f"use_tis={algorithm.use_tis} and bf16={config.model.bf16}"
-        errors += [f"{option} is ignored with {why}: set use_tis, or leave it out" for option in given]
-    elif len(given) == 2:
-        errors.append(f"{given[0]} is ignored with {given[1]}: leave one of them out")
-    if band is not None and not 0 <= band[0] < 1 < band[1]:
-        errors.append(
-            f"tis_mask_range={band[0]} {band[1]} must be a bound from 0 to below 1 and one above 1 (where trainer and "
-            "vLLM agree the weight is 1): use 0.5 5"
-        )
-    return errors
+    low, high = band or (0.5, 5.0)
+    cap, mask = f"tis_cap={algorithm.tis_cap}", f"tis_mask_range={low} {high}"
+    given = {cap: algorithm.tis_cap != AlgorithmArguments.tis_cap, mask: band is not None}
+    why = f"use_tis={algorithm.use_tis} and bf16={config.model.bf16}"
+    return broken(
+        {
+            f"{option} is ignored with {why}: set use_tis, or leave it out": is_given and not config.uses_tis
+            for option, is_given in given.items()
+        }
+        | {
+            f"{cap} is ignored with {mask}: leave one of them out": config.uses_tis and all(given.values()),
+            f"{mask} must be a bound from 0 to below 1 and one above 1 (where trainer and vLLM agree the weight is 1): "
+            "use 0.5 5": not 0 <= low < 1 < high,
+        }
+    )
 
 
 def length_errors(name: str, length: int, max_tokens: int | None, models: Models) -> list[str]:
-    """The longest sequence against the models' positions and the micro-batch.
-
-    Args:
-        name: options that make the length.
-        length: tokens of the longest sequence.
-        max_tokens: max_tokens_per_micro_batch.
-    """
+    """The longest sequence, whose tokens the options `name` make, against the models' positions and the micro-batch."""
     errors = []
     for owner, model in models.items():
         limit = size(model, "max_position_embeddings")

@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
 import tyro
 import yaml
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+_USAGE = """\
+  --config FILE.yaml  read options from a file, by flat names or by group; flags win over it
+  --dry-run           make every check of a run, print the configuration and the plan, and stop
+
+Names may be written with - or _. OpenRLHF 0.5's flags are understood, or refused with the reason.
+Options of Megatron-Core, and of vLLM as --vllm_NAME, are passed on to them: --help megatron, --help vllm."""
 
 
 class Option(NamedTuple):
@@ -74,13 +80,15 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> tuple[
         tyro.cli(
             config_class,
             prog=prog,
-            description=_description(config_class),
+            description=f"{config_class.__doc__}\n\n{_USAGE}",
             args=["--help"],
             default=_build(config_class, values, absent=tyro.MISSING),
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
     if errors := line.errors + errors or _missing(options, values):
-        _fail(prog, errors)
+        for error in errors:
+            print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2)
     for note in line.notes:
         print(f"{prog}: note: {note}", file=sys.stderr)
     return _build(config_class, values, absent=None), line.dry_run
@@ -204,10 +212,9 @@ def _take_alias(line: _Line, flag: str, name: str, texts: list[str], options: Ma
     elif len(texts) != num_values:
         line.errors.append(f"{flag} takes {num_values} value(s), not {len(texts)}")
     else:
-        for field_name, text in zip(alias.fields, texts, strict=False):  # ignored values have no field
+        given = dict(zip(alias.fields, texts, strict=False))  # ignored values have no field
+        for field_name, text in (given | alias.settings).items():
             _take(line, flag, field_name, [alias.replace.get(text, text)], options)
-        for field_name, text in alias.settings.items():
-            _take(line, flag, field_name, [text], options)
         if alias.note:
             line.notes.append(f"{flag}: {alias.note}")
 
@@ -216,11 +223,8 @@ def _take_passed(line: _Line, flag: str, name: str, texts: list[str], programs: 
     """Take an option of another program; False where none has it."""
     program = passed.program_of(name, programs)
     if program is None and name.startswith("no_"):
-        name = name.removeprefix("no_")
-        program = passed.program_of(name, programs)
-        texts = [*texts, "False"]
-        if program is not None and not passed.is_switch(name, program):
-            return False
+        name, texts = name.removeprefix("no_"), [*texts, "False"]
+        program = passed.program_of(name, programs, only_switches=True)
     if program is None:
         return False
     field_name = name.removeprefix(passed.PREFIXES[program])
@@ -284,19 +288,3 @@ def _build(config_class: type[ConfigT], values: Mapping[str, Any], *, absent: An
             group[name] = values.get(name, absent)
     classes = get_type_hints(config_class)
     return config_class(**{group: classes[group](**given) for group, given in arguments.items()})
-
-
-def _description(config_class: type[ConfigT]) -> str:
-    return (
-        f"{config_class.__doc__}\n\n"
-        "  --config FILE.yaml  read options from a file, by flat names or by group; flags win over it\n"
-        "  --dry-run           make every check of a run, print the configuration and the plan, and stop\n\n"
-        "Names may be written with - or _. OpenRLHF 0.5's flags are understood, or refused with the reason.\n"
-        "Options of Megatron-Core, and of vLLM as --vllm_NAME, are passed on to them: --help megatron, --help vllm."
-    )
-
-
-def _fail(prog: str, errors: Sequence[str]) -> NoReturn:
-    for error in errors:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-    raise SystemExit(2)

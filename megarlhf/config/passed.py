@@ -34,18 +34,14 @@ class PassedArguments(MegatronPassedArguments):
     """Fields of vLLM's EngineArgs; --vllm_NAME on the command line."""
 
 
-def program_of(flag: str, offered: Sequence[str]) -> str | None:
+def program_of(flag: str, offered: Sequence[str], *, only_switches: bool = False) -> str | None:
     """Whose option `flag` is, without dashes at its start and with _; None where no program that is offered has it."""
     for program in offered:
         prefix = PREFIXES[program]
-        if flag.startswith(prefix) and flag.removeprefix(prefix) in installed_fields(program):
+        option = installed_fields(program).get(flag.removeprefix(prefix)) if flag.startswith(prefix) else None
+        if option is not None and (bool in alternatives(option.kind) or not only_switches):
             return program
     return None
-
-
-def is_switch(flag: str, program: str) -> bool:
-    """Whether it may be written --no-flag."""
-    return bool in alternatives(installed_fields(program)[flag.removeprefix(PREFIXES[program])].kind)
 
 
 def read(program: str, name: str, texts: Sequence[str]) -> Any:
@@ -54,8 +50,7 @@ def read(program: str, name: str, texts: Sequence[str]) -> Any:
     Raises:
         ValueError: it is refused, with the reason, or the texts are of another type.
     """
-    reason = refusal(program, name)
-    if reason is not None:
+    if (reason := refusal(program, name)) is not None:
         raise ValueError(f"cannot be passed on; {reason}")
     kind = installed_fields(program)[name].kind
     return True if not texts and bool in alternatives(kind) else value_of(texts, kind)
@@ -76,14 +71,13 @@ def checked(program: str, values: Any, ours: Container[str]) -> tuple[dict[str, 
         if name not in installed_fields(program):
             near = difflib.get_close_matches(name, installed_fields(program), n=1)
             errors.append(f"unknown key {name} of {program}" + (f"; did you mean {near[0]}?" if near else ""))
-            continue
-        if PREFIXES[program] + name in ours:
-            errors.append(f"{name} of {program} is an option of this package: set {PREFIXES[program]}{name} instead")
-            continue
-        try:
-            taken[name] = read(program, name, [as_text(value)])
-        except ValueError as error:
-            errors.append(f"{program}: {name}={value!r} {error}")
+        elif (option := PREFIXES[program] + name) in ours:
+            errors.append(f"{name} of {program} is an option of this package: set {option} instead")
+        else:
+            try:
+                taken[name] = read(program, name, [as_text(value)])
+            except ValueError as error:
+                errors.append(f"{program}: {name}={value!r} {error}")
     return taken, errors
 
 
