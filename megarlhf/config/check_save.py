@@ -20,20 +20,16 @@ _PROBE_BYTES = 64 * 1024
 
 def save_errors(path: str, load: str | None) -> list[str]:
     """A run directory that cannot be written, or that holds another run than the one to continue."""
-    if errors := directory_errors(path):
+    errors = directory_errors(path)
+    if errors or not any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "checkpoints")):
         return errors
-    if not any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "checkpoints")):
-        return []
     if load is None:
         return [
             f"save={path} holds a run already (a fresh one would mix with it): set load to {path} to continue it, or "
             "save to another directory"
         ]
-    if not _is_same(path, load):
-        return [
-            f"save={path} holds another run than load={load} (they would mix): save to {load} or to another directory"
-        ]
-    return []
+    said = f"save={path} holds another run than load={load} (they would mix): save to {load} or to another directory"
+    return [] if _is_same(path, load) else [said]
 
 
 def directory_errors(path: str) -> list[str]:

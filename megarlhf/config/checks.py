@@ -48,22 +48,16 @@ def raise_if(errors: Sequence[str]) -> None:
 
 def check_ppo(config: PPOConfig) -> list[str]:
     """Every mistake found in a reinforcement-learning configuration, none where it may start."""
-    batch = config.batch
+    batch, name = config.batch, "prompt_max_len + generate_max_len"
     models, errors = _models(config)
-    errors += shared_errors(config.layout)
-    errors += role_errors(config, models)
-    errors += cluster_errors(config)
+    errors += shared_errors(config.layout) + role_errors(config, models) + cluster_errors(config)
     errors += engine_errors(config.cluster.vllm_tensor_parallel_size, models["pretrain"])
     errors += batch_errors(batch, max(role.layout(config).context_parallel_size for role in megatron_roles(config)))
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
     errors += correction_errors(config)
-    name = "prompt_max_len + generate_max_len"
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
-    errors += sampling_errors(config.rollout)
-    errors += _template_errors(config.data)
-    errors += _reward_errors(config.reward)
-    errors += _logging_errors(config.logging, evaluation="eval_data", path=config.data.eval_data)
-    return errors
+    errors += sampling_errors(config.rollout) + _template_errors(config.data) + _reward_errors(config.reward)
+    return errors + _logging_errors(config.logging, evaluation="eval_data", path=config.data.eval_data)
 
 
 def check_sft(config: SFTConfig) -> list[str]:
@@ -125,6 +119,10 @@ def _models(config: PPOConfig | SFTConfig | ParityConfig) -> tuple[Models, list[
 def _template_errors(data: PromptDataArguments | SFTDataArguments) -> list[str]:
     """What can be said of templates without the tokenizer."""
     template, chat = data.input_template, data.apply_chat_template
+    try:
+        is_placed = template is None or "probe" in template.format("probe")
+    except (KeyError, IndexError, ValueError, AttributeError):
+        is_placed = False
     errors = broken(
         {
             "tokenizer_chat_template is ignored without apply_chat_template: set that, or leave it out": (
@@ -133,14 +131,9 @@ def _template_errors(data: PromptDataArguments | SFTDataArguments) -> list[str]:
             f"input_template={template!r} with apply_chat_template=True (one renders a prompt): leave one out": (
                 template is not None and chat
             ),
+            f"input_template={template!r} must hold one {{}} for the prompt, and other braces doubled": not is_placed,
         }
     )
-    try:
-        is_placed = template is None or "probe" in template.format("probe")
-    except (KeyError, IndexError, ValueError, AttributeError):
-        is_placed = False
-    if not is_placed:
-        errors.append(f"input_template={template!r} must hold one {{}} for the prompt, and other braces doubled")
     return errors + file_for_text_errors("input_template", template)
 
 

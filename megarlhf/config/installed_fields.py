@@ -51,8 +51,7 @@ def installed_fields(program: str) -> dict[str, InstalledField]:
     """
     fields: dict[str, InstalledField] = {}
     for module, name in DATACLASSES[program]:
-        place = _find(module, name)
-        if place is not None:
+        if (place := _find(module, name)) is not None:
             fields |= {name: f for name, f in _fields_of(*place).items() if name not in fields}
     return fields
 
@@ -110,8 +109,7 @@ class _Namespace(dict[str, Any]):
         self.module = module
 
     def __missing__(self, name: str) -> Any:
-        place = _find(self.module, name)
-        match place:
+        match _find(self.module, name):
             case (module, ast.Assign(value=value) | ast.AnnAssign(value=ast.expr() as value)):
                 return _evaluated(value, module)
             case (_, ast.ClassDef(bases=[ast.Name(id="IntEnum")])):
@@ -145,8 +143,7 @@ def _fields_of(module: str, node: ast.stmt) -> dict[str, InstalledField]:
     assert isinstance(node, ast.ClassDef)
     fields: dict[str, InstalledField] = {}
     for base in node.bases:
-        place = _find(module, ast.unparse(base))
-        if place is not None:
+        if (place := _find(module, ast.unparse(base))) is not None:
             fields |= _fields_of(*place)
     for name, part, text in _declared(node):
         if not name.startswith("_"):
@@ -169,16 +166,14 @@ def _declared(node: ast.ClassDef) -> Iterator[tuple[str, ast.AnnAssign, str]]:
 def _text_of_default(module: str, default: ast.expr | None) -> str:
     """vLLM's engine arguments take defaults and texts from its classes of settings: `ModelConfig.seed`."""
     match default:
-        case ast.Attribute(value=ast.Name(id=owner), attr=name):
-            pass
-        case ast.Call(args=[ast.Name(id=owner), ast.Constant(value=str() as name)]):
-            pass
-        case _:
-            return ""
-    place = _find(module, owner)
-    if place is None or not isinstance(place[1], ast.ClassDef):
-        return ""
-    return next((text for field, _, text in _declared(place[1]) if field == name), "")
+        case (
+            ast.Attribute(value=ast.Name(id=owner), attr=name)
+            | ast.Call(args=[ast.Name(id=owner), ast.Constant(value=str() as name)])
+        ):
+            _, place = _find(module, owner) or ("", None)
+            declared = _declared(place) if isinstance(place, ast.ClassDef) else ()
+            return next((text for field, _, text in declared if field == name), "")
+    return ""
 
 
 def shown(kind: Any) -> str:
