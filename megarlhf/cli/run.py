@@ -1,22 +1,29 @@
-"""What the programs share: signals, the models' files, the run directory."""
+"""What the programs share: signals, the models' files and what computes their layers, the run directory."""
 
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 from megarlhf.cli.errors import all_or_errors
-from megarlhf.config.arguments import LoggingArguments
-from megarlhf.config.layouts import LayoutArguments, TransformerImpl
+from megarlhf.config.arguments import LoggingArguments, ModelArguments, PPOConfig, PromptDataArguments
+from megarlhf.config.check_kernels import kernel_errors, kernel_warnings
+from megarlhf.config.checks import raise_if
+from megarlhf.config.layouts import KernelArguments, LayoutArguments, TransformerImpl
+from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig, SFTDataArguments
+from megarlhf.data.token_ids import token_text
+from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
 from megarlhf.formats import run_checkpoints
 from megarlhf.formats.huggingface import HFConfig, HFWeights, has_score_head, read_checkpoint, read_config
 from megarlhf.metrics.sinks import Sinks
+from megarlhf.models.backend import model_backend, resolve_transformer_impl
 from megarlhf.models.names import check_names, stored_dtypes
 from megarlhf.models.registry import check_computing, check_engine_head, check_transformer_engine, find_architecture
+from megarlhf.parallel.device import DeviceKind
 
 
 class StopSignal:
@@ -86,6 +93,62 @@ def check_weights(
     return all_or_errors([partial(opened, *model) for model in models])
 
 
+def resolve_kernels(
+    config: PPOConfig | SFTConfig | ParityConfig,
+    layouts: Mapping[str, LayoutArguments],
+    *,
+    share_prompt_prefix: bool,
+    device: DeviceKind,
+) -> TransformerImpl:
+    """What computes the layers on these devices; what is legal and slow is said on stderr.
+
+    Args:
+        layouts: by the prefix of their options.
+    Raises:
+        ConfigError: it is not installed, or cannot compute as asked.
+    """
+    bf16, impl = config.model.bf16, resolve_transformer_impl(config.kernels.transformer_impl, device=device)
+    modules = config.passed.megatron.get("recompute_modules")
+    raise_if(
+        kernel_errors(impl, layouts, bf16=bf16, share_prompt_prefix=share_prompt_prefix, recompute_modules=modules)
+    )
+    for warning in kernel_warnings(impl, bf16=bf16):
+        print(f"warning: {warning}", file=sys.stderr)
+    return impl
+
+
+def kernel_lines(kernels: KernelArguments, models: Sequence[HFConfig], *, device: DeviceKind) -> str:
+    """What each model is computed with, in lines for the start log; models that agree share theirs."""
+    backends = (model_backend(find_architecture(model), model, kernels, device=device) for model in models)
+    return "\n".join(dict.fromkeys("\n".join(backend.lines()) for backend in backends))
+
+
+def resolved_files(model: ModelArguments, data: PromptDataArguments | SFTDataArguments) -> str:
+    """For `--dry-run`: tokenizer, chat template, tokens that end a response, and dtypes, with the files they come from.
+
+    A supervised run has no stop tokens: what it puts after each row is the tokenizer's EOS.
+
+    Raises:
+        ValueError: files that cannot be read.
+    """
+    directory = model.tokenizer or model.pretrain
+    tokenizer = load_tokenizer(directory, chat_template=data.tokenizer_chat_template)
+    config = read_config(model.pretrain)
+    rendered, none = data.apply_chat_template, "none (apply_chat_template=False)"
+    lines = [
+        f"tokenizer: {directory} ({len(tokenizer)} tokens; vocab_size={config.vocab_size})",
+        f"chat template: {template_source(directory, data.tokenizer_chat_template) if rendered else none}",
+    ]
+    if isinstance(data, PromptDataArguments):
+        stops = stop_tokens(tokenizer, model.pretrain, config)
+        lines += [f"stop token: {stop.token_id} {stop.text} ({', '.join(stop.sources)})" for stop in stops]
+    elif (token := tokenizer.eos_token_id) is not None:
+        lines.append(f"end of every row: {token} {token_text(tokenizer, token)} (the tokenizer's EOS)")
+    dtype = "bfloat16" if model.bf16 else "float32"
+    lines.append(f"dtype: {dtype} (bf16={model.bf16}); config.json of pretrain says {config.dtype or 'nothing'}")
+    return "\n".join(lines)
+
+
 def open_run_directory(save: str, config_yaml: str) -> Path:
     """Make the run directory and write this start's resolved configuration into it.
 
@@ -152,8 +215,7 @@ def data_identity(num_rows: int, fingerprint: str) -> str:
 def model_identity(pretrain: str, *layouts: LayoutArguments) -> dict[str, Any]:
     """What a checkpoint and a configuration must agree on: the model's shape, and how optimizer state is kept.
 
-    Args:
-        layouts: of each model that is trained.
+    The layouts are those of all models that are trained.
     """
     config = read_config(pretrain)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.local_ranks import RENDEZVOUS, run_local_ranks
-from megarlhf.cli.run import check_weights
+from megarlhf.cli.run import check_weights, kernel_lines, resolve_kernels
 from megarlhf.config.arguments import OptimizerArguments
 from megarlhf.config.command_line import to_yaml
 from megarlhf.config.layouts import LayoutArguments

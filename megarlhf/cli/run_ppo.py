@@ -1,25 +1,26 @@
 """The run of train_ppo.py, whose configuration is checked already: plan, load, start the cluster, train, export."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megarlhf.cli.disk import check_disk_space, check_shared_memory
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
-from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.memory import MemoryPlan, fitting_memory
-from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     Opened,
     StopSignal,
     check_weights,
     data_identity,
+    kernel_lines,
     model_identity,
     open_run_directory,
     open_sinks,
+    resolve_kernels,
+    resolved_files,
     resumed_step,
 )
 from megarlhf.config.arguments import PPOConfig, PromptDataArguments
@@ -55,29 +56,27 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
         and transformer_impl == "local"
     )
     if batch.share_prompt_prefix is None:
-        batch = dataclasses.replace(batch, share_prompt_prefix=share)
+        batch = replace(batch, share_prompt_prefix=share)
     if reward.reward_num_workers is None:
         workers = 1 if reward.reward_rule is None else min(MAX_RULE_WORKERS, num_cores())
-        reward = dataclasses.replace(reward, reward_num_workers=workers)
-    algorithm = dataclasses.replace(config.algorithm, use_tis=config.uses_tis)
-    return dataclasses.replace(config, algorithm=algorithm, batch=batch, reward=reward)
+        reward = replace(reward, reward_num_workers=workers)
+    algorithm = replace(config.algorithm, use_tis=config.uses_tis)
+    return replace(config, algorithm=algorithm, batch=batch, reward=reward)
 
 
 def resolve_special_tokens(config: PPOConfig, labels: Sequence[Any]) -> PPOConfig:
     """Decide, where that was left open, whether rewards read special tokens: where a label holds one."""
     if config.reward.reward_skip_special_tokens is not None:
         return config
-    found = special_token_in(
-        labels, load_tokenizer(config.model.tokenizer or config.model.pretrain, chat_template=None)
-    )
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.pretrain, chat_template=None)
+    found = special_token_in(labels, tokenizer)
     if found is not None:
         print(
             f"labels hold special tokens, such as {found}: rewards read those of the responses too "
             "(--reward_skip_special_tokens leaves them out)",
             file=sys.stderr,
         )
-    reward = dataclasses.replace(config.reward, reward_skip_special_tokens=found is None)
-    return dataclasses.replace(config, reward=reward)
+    return replace(config, reward=replace(config.reward, reward_skip_special_tokens=found is None))
 
 
 def find_machine(config: PPOConfig) -> Machine:
@@ -148,8 +147,7 @@ def _check_models(
     return models, memory
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What a run reads before anything starts."""
 
     prompts: PromptData
@@ -185,15 +183,8 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
     with machine_checks(dry_run=dry_run):
         trained = [model for model, role in zip(models, roles, strict=True) if role.trains]
         check_disk_space(config, trained, first_step=continued or 0, last_step=config.batch.train_iters)
-    return Inputs(
-        prompts=prompts,
-        eval_prompts=eval_prompts,
-        stop_tokens=stop_tokens,
-        models=[model.config for model in models],
-        identity=identity,
-        continued=continued,
-        memory=memory,
-    )
+    configs = [model.config for model in models]
+    return Inputs(prompts, eval_prompts, stop_tokens, configs, identity, continued, memory)
 
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:
@@ -216,30 +207,24 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
     kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
     decided = "\n".join([plan.table(), *layout_lines(config), f"{kernels}\n", inputs.memory.text()])
-    prompts, eval_prompts = inputs.prompts, inputs.eval_prompts
+    prompts, eval_prompts, stops = inputs.prompts, inputs.eval_prompts, inputs.stop_tokens
     config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
     if dry_run:
         reward.close()
         print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n\n" + decided)
         return 0
-    batch = config.batch
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
-    directory = open_run_directory(config.logging.save, to_yaml(config))
+    directory, total = open_run_directory(config.logging.save, to_yaml(config)), config.batch.train_iters
     stop = StopSignal()
     print(decided)
-    sinks = open_sinks(config.logging, to_dict(config), total_steps=batch.train_iters, resumed_step=inputs.continued)
+    sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=inputs.continued)
     try:
         sinks.phase("start")
         with (
             running(),
             launch.start(
-                config,
-                plan,
-                reward=reward,
-                stop_token_ids=inputs.stop_tokens,
-                identity=inputs.identity,
-                show=sinks.phase,
+                config, plan, reward=reward, stop_token_ids=stops, identity=inputs.identity, show=sinks.phase
             ) as cluster,
         ):
             stop.listen()  # starting Ray takes SIGTERM

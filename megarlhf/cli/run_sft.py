@@ -10,22 +10,23 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
-from megarlhf.cli.kernels import kernel_lines, resolve_kernels
 from megarlhf.cli.local_ranks import INPUTS, RENDEZVOUS, prepared_once, run_local_ranks
 from megarlhf.cli.memory import MemoryPlan, fitting_memory
-from megarlhf.cli.resolved import resolved_files
 from megarlhf.cli.run import (
     Opened,
     StopSignal,
     check_weights,
     data_identity,
+    kernel_lines,
     model_identity,
     open_run_directory,
     open_sinks,
+    resolve_kernels,
+    resolved_files,
     resumed_step,
 )
 from megarlhf.config.command_line import to_dict, to_yaml
@@ -40,10 +41,11 @@ from megarlhf.parallel.device import device_kind, num_cores
 def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Train as one rank, or start the local ranks with the same arguments; returns the exit status."""
     world = config.sft_cluster.num_gpus_per_node
+    threads = max(1, num_cores() // world)
     if dry_run:
-        inputs = _load_inputs(config, dry_run=True)
+        _, told = _load_inputs(config, dry_run=True)
         print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n")
-        print(f"{world} local rank(s), {_threads(world)} CPU thread(s) each\n{inputs.decided}")
+        print(f"{world} local rank(s), {threads} CPU thread(s) each\n{told['decided']}")
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
         rendezvous = os.environ.get(RENDEZVOUS, "env://")
@@ -56,30 +58,15 @@ def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
         if world == 1:
             return _run_rank(config, directory, 0, 1, f"file://{directory / 'ranks'}")
         return run_local_ranks(
-            "megarlhf.cli.train_sft",
-            arguments,
-            world_size=world,
-            threads=_threads(world),
-            environment={INPUTS: name},
+            "megarlhf.cli.train_sft", arguments, world_size=world, threads=threads, environment={INPUTS: name}
         )
 
 
-def _threads(world: int) -> int:
-    return max(1, num_cores() // world)
+def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> tuple[list[SFTData], dict[str, Any]]:
+    """Training data and, if there is any, evaluation data; and what else a rank is told before it starts.
 
-
-class _Inputs(NamedTuple):
-    """What a rank reads before it starts."""
-
-    data: SFTData
-    evaluation: SFTData | None
-    decided: str  # what computes the layers, and bytes by phase, for the start log
-    identity: dict[str, Any]  # what a checkpoint must agree with
-    continued: int | None  # step of the checkpoint to continue from
-
-
-def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> _Inputs:
-    """Read and check all of it.
+    That is, decided: what computes the layers, and bytes by phase, for the start log; identity: what a checkpoint must
+    agree with; continued: step of the checkpoint to continue from, or None.
 
     Raises:
         ConfigError: what is wrong with each of them.
@@ -102,7 +89,7 @@ def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> _Inputs:
     with machine_checks(dry_run=dry_run):
         check_disk_space(config, models, first_step=continued or 0, last_step=_total_steps(config, data))
     decided = f"{kernel_lines(config.kernels, [models[0].config], device=device)}\n\n{memory.text()}"
-    return _Inputs(data, evaluation[0] if evaluation else None, decided, identity, continued)
+    return [data, *evaluation], {"decided": decided, "identity": identity, "continued": continued}
 
 
 def _prepare(config: SFTConfig, directory: Path) -> None:
@@ -112,15 +99,13 @@ def _prepare(config: SFTConfig, directory: Path) -> None:
         ConfigError: what is wrong with it.
         OSError: no room for it.
     """
-    data, evaluation, decided, identity, continued = _load_inputs(config)
+    loaded, told = _load_inputs(config)
     try:
-        data.save(directory / "training")
-        if evaluation is not None:
-            evaluation.save(directory / "evaluation")
+        for data, name in zip(loaded, ("training", "evaluation"), strict=False):
+            data.save(directory / name)
     except OSError as error:
         error.add_note(f"tokenized data is written to {directory}, once on each machine: set TMPDIR to where it fits")
         raise
-    told = {"decided": decided, "identity": identity, "continued": continued}
     (directory / "inputs.json").write_text(json.dumps(told))
 
 
@@ -148,8 +133,7 @@ def _load(config: SFTConfig, path: str) -> SFTData:
 
 def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_method: str) -> int:
     told = json.loads((inputs / "inputs.json").read_text())
-    decided, identity, continued = told["decided"], told["identity"], told["continued"]
-    data = SFTData.open(inputs / "training")
+    identity, data = told["identity"], SFTData.open(inputs / "training")
     evaluation = SFTData.open(inputs / "evaluation") if config.data.eval_dataset else None
     layout, total = config.layout, _total_steps(config, data)
 
@@ -182,14 +166,13 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         seed=config.model.seed,
     )
-    directory, progress = Path(config.logging.save), supervised.Progress()
+    directory, progress, sinks = Path(config.logging.save), supervised.Progress(), None
     if config.logging.load is not None:
         progress = supervised.load(engine, config.logging, identity=identity)
-    sinks = None
     if rank == 0:
-        print(decided)
+        print(told["decided"])
         open_run_directory(config.logging.save, to_yaml(config))
-        sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=continued)
+        sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=told["continued"])
     try:
         with running():
             supervised.train(
