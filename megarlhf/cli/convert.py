@@ -141,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`hf-to-megatron` or `megatron-to-hf` with its flags; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     directions = {"hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf}
-    if not arguments or arguments[0].replace("_", "-") not in directions:
-        known = bool(arguments) and arguments[0] in ("-h", "--help")
+    direction = arguments[0].replace("_", "-") if arguments else ""
+    if direction not in directions:
+        known = direction in ("-h", "--help")
         usage = f"usage: megarlhf convert {'|'.join(directions)} [flags]; --help lists the flags"
         print(usage, file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
-    direction = arguments[0].replace("_", "-")
     return directions[direction](arguments[1:], f"megarlhf convert {direction}")
 
 

@@ -79,13 +79,10 @@ def check_disk_space(
         keep=logging.max_ckpt_num,
         present=sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*")),
     )
-    needs = {
-        root: more * checkpoint_bytes(num_parameters, bf16=config.model.bf16, distributed=distributed),
-        save / "hf": sum((source.directory / name).stat().st_size for name in source.files),
-    }
-    what = {root: f"{more} checkpoint(s)", save / "hf": "the exported model"}
-    problems = space_problems(needs, what)
-    if problems:
+    size = checkpoint_bytes(num_parameters, bf16=config.model.bf16, distributed=distributed)
+    exported = sum((source.directory / name).stat().st_size for name in source.files)
+    needs = {root: (more * size, f"{more} checkpoint(s)"), save / "hf": (exported, "the exported model")}
+    if problems := space_problems(needs):
         raise ValueError(f"save={logging.save}; {'; '.join(problems)}")
 
 
@@ -93,21 +90,16 @@ def _num_parameters(config: HFConfig, head: str) -> int:
     return sum(map(math.prod, model_shapes(find_architecture(config), config, head).values()))
 
 
-def space_problems(needs: Mapping[Path, int], what: Mapping[Path, str]) -> list[str]:
-    """A sentence for each disk that lacks room.
-
-    Args:
-        needs: bytes that come to each place, which need not exist yet.
-        what: what they are.
-    """
+def space_problems(needs: Mapping[Path, tuple[int, str]]) -> list[str]:
+    """A sentence for each disk that lacks room for the bytes that come to places, which need not exist yet."""
     disks: dict[int, list[Path]] = {}
     for place in needs:
         disks.setdefault(os.stat(_existing(place)).st_dev, []).append(place)
     problems = []
     for places in disks.values():
-        needed, free = sum(needs[place] for place in places), shutil.disk_usage(_existing(places[0])).free
+        needed, free = sum(needs[place][0] for place in places), shutil.disk_usage(_existing(places[0])).free
         if needed > free:
-            parts = " and ".join(f"{needs[place] / _GIB:.3g} GiB for {what[place]}" for place in places)
+            parts = " and ".join(f"{needs[place][0] / _GIB:.3g} GiB for {needs[place][1]}" for place in places)
             problems.append(
                 f"the disk of {_existing(places[0])} has {free / _GIB:.3g} GiB free where the run needs "
                 f"{needed / _GIB:.3g} GiB ({parts}): free space, lower max_ckpt_num, or save to another disk"

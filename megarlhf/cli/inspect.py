@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -88,10 +88,10 @@ def _megatron(load: str, role: str) -> tuple[str, list[_Row]]:
     rows = []
     for key, entry in sorted(reader.tensors.items()):
         dtype = entry.properties.dtype
-        where = _cut(tuple(chunk.sizes) for chunk in entry.chunks)
-        rows.append(
-            _Row(key, entry.size, str(dtype).removeprefix("torch."), math.prod(entry.size) * dtype.itemsize, where)
-        )
+        cut = Counter(tuple(chunk.sizes) for chunk in entry.chunks)
+        where = ", ".join(f"{count} x [{'x'.join(map(str, shape))}]" for shape, count in cut.items())
+        num_bytes = math.prod(entry.size) * dtype.itemsize
+        rows.append(_Row(key, entry.size, str(dtype).removeprefix("torch."), num_bytes, where))
     title = f"{checkpoint.directory}: Megatron-Core checkpoint (torch_dist), {architecture}, iteration "
     layout = _layout(checkpoint.directory, reader)
     return f"{title}{checkpoint.iteration}, {reader.num_objects} objects besides tensors\nlayout: {layout}", rows
@@ -110,12 +110,6 @@ def _layout(directory: Path, reader: "TorchDistReader") -> str:
         return "not noted"
     parts = len({chunk.offsets[0] for chunk in embedding.chunks})
     return f"not noted; the embedding's rows lie in {parts} parts, as for tensor parallel size {parts}"
-
-
-def _cut(shapes: Iterable[tuple[int, ...]]) -> str:
-    """Chunks of a tensor, those of one shape together."""
-    counts = Counter(shapes)
-    return ", ".join(f"{count} x [{'x'.join(map(str, shape))}]" for shape, count in counts.items())
 
 
 if __name__ == "__main__":

@@ -101,16 +101,14 @@ def _die_with_parent() -> None:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended well, or the first has not."""
-    while any(rank.poll() is None for rank in ranks):
-        failed = next((rank for rank in ranks if rank.poll()), None)
-        if failed is not None:
-            deadline = time.monotonic() + _GRACE_SECONDS
-            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-            return failed.returncode
+    """Until all have ended well, or the first has not; then the others have a moment, and are killed."""
+    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         time.sleep(0.1)
-    return next((rank.returncode for rank in ranks if rank.returncode), 0)
+    status = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    return status

@@ -2,15 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from megarlhf import __version__
 
-_COMMANDS = {
-    "convert": "checkpoints between Hugging Face and Megatron-Core: hf-to-megatron, megatron-to-hf",
-    "inspect": "what a checkpoint holds",
-    "ppo": "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO",
-    "sft": "supervised fine-tuning",
-    "parity": "compare a layout with one process",
+_COMMANDS = {  # name -> module of this folder, and what it does
+    "convert": ("convert", "checkpoints between Hugging Face and Megatron-Core: hf-to-megatron, megatron-to-hf"),
+    "inspect": ("inspect", "what a checkpoint holds"),
+    "ppo": ("train_ppo", "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO"),
+    "sft": ("train_sft", "supervised fine-tuning"),
+    "parity": ("parity", "compare a layout with one process"),
 }
 
 
@@ -21,25 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(__version__)
         return 0
-    if command == "ppo":
-        from megarlhf.cli.train_ppo import main as run
-    elif command == "sft":
-        from megarlhf.cli.train_sft import main as run
-    elif command == "parity":
-        from megarlhf.cli.parity import main as run
-    elif command == "convert":
-        from megarlhf.cli.convert import main as run
-    elif command == "inspect":
-        from megarlhf.cli.inspect import main as run
-    else:
-        lines = "\n".join(f"  {name:7} {text}" for name, text in _COMMANDS.items())
-        known = command in ("-h", "--help")
-        usage = f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags."
-        print(usage, file=sys.stdout if known else sys.stderr)
-        if not known:
-            print(f"megarlhf: error: no command {command!r}", file=sys.stderr)
-        return 0 if known else 2
-    return run(arguments[1:])
+    if command in _COMMANDS:
+        return int(import_module(f"megarlhf.cli.{_COMMANDS[command][0]}").main(arguments[1:]))
+    lines = "\n".join(f"  {name:7} {text}" for name, (_, text) in _COMMANDS.items())
+    known = command in ("-h", "--help")
+    usage = f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags."
+    print(usage, file=sys.stdout if known else sys.stderr)
+    if not known:
+        print(f"megarlhf: error: no command {command!r}", file=sys.stderr)
+    return 0 if known else 2
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from megarlhf.config.arguments import BatchArguments, ModelArguments, PPOConfig
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import cluster_errors, world_errors
 from megarlhf.config.checks import check_ppo, check_sft
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.roles import megatron_roles
-from megarlhf.config.supervised_arguments import SFTConfig, SupervisedBatchArguments
+from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
@@ -21,7 +21,6 @@ from megarlhf.planner.memory import RankBytes, Work, rank_bytes
 from megarlhf.planner.memory_table import GIB, DeviceTable, EngineBytes, RoleBytes, device_tables, misfits
 
 Config = PPOConfig | SFTConfig
-Batch = BatchArguments | SupervisedBatchArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
     memory = device_memory_bytes() if cluster.gpu_memory_gib is None else int(cluster.gpu_memory_gib * GIB)
     if isinstance(config, SFTConfig):
         (model,) = models
-        ranks = _supervised_ranks(config, model)
+        ranks = _training_ranks(config, model, "lm", config.layout, config.world_size, has_reference=False)
         slots: dict[int, dict[str, RoleBytes]] = {rank: {"actor": taken} for rank, taken in enumerate(ranks)}
         tables, engine = device_tables(slots, colocated=False, gpu=memory is not None), None
     else:
@@ -79,23 +78,13 @@ def fitting_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
     raise ValueError(f"gpu_memory_gib={plan.memory / GIB:.4g}; {said}: {_remedies(config, models)}\n{plan.text()}")
 
 
-class _Role(NamedTuple):
-    """A role that is a model of Megatron's."""
-
-    hf: HFConfig
-    head: str
-    layout: LayoutArguments
-    world_size: int
-    has_reference: bool
-
-
 def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -> dict[int, dict[str, RoleBytes]]:
     """What lies on each device, numbered over all nodes: colocated roles start at the first, others follow."""
-    cluster, batch, slots = config.cluster, config.batch, dict[int, dict[str, RoleBytes]]()
+    cluster, slots = config.cluster, dict[int, dict[str, RoleBytes]]()
     by_role: dict[str, Sequence[RoleBytes]] = {}
     for spec, hf in zip(megatron_roles(config), models, strict=True):
-        role = _Role(hf, spec.head, spec.layout(config), spec.num_workers(config), spec.keeps_reference(config))
-        by_role[spec.name] = _training_ranks(role, config.model, batch, tokens=config.micro_batch_tokens)
+        layout, world_size, reference = spec.layout(config), spec.num_workers(config), spec.keeps_reference(config)
+        by_role[spec.name] = _training_ranks(config, hf, spec.head, layout, world_size, has_reference=reference)
     by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
     first = 0
     for name, ranks in by_role.items():
@@ -105,39 +94,36 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
     return slots
 
 
-def _supervised_ranks(config: SFTConfig, hf: HFConfig) -> list[RankBytes]:
-    role = _Role(hf, "lm", config.layout, config.world_size, False)
-    return _training_ranks(role, config.model, config.batch, tokens=config.micro_batch_tokens)
-
-
-def _training_ranks(role: _Role, model: ModelArguments, batch: Batch, *, tokens: int) -> list[RankBytes]:
-    """Each rank of a role; Megatron numbers pipeline stages last."""
-    arch, layout = find_architecture(role.hf), role.layout
+def _training_ranks(
+    config: Config, hf: HFConfig, head: str, layout: LayoutArguments, world_size: int, *, has_reference: bool
+) -> list[RankBytes]:
+    """Each rank of one model; Megatron numbers pipeline stages last."""
+    arch = find_architecture(hf)
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
-    etp, data = layout.expert_tensor_parallel_size or tp, role.world_size // (tp * pp * cp)
-    micro_batches = -(-batch.global_batch_size // data)
+    etp, data = layout.expert_tensor_parallel_size or tp, world_size // (tp * pp * cp)
+    micro_batches = -(-config.batch.global_batch_size // data)
     work = Work(
-        bf16=model.bf16,
+        bf16=config.model.bf16,
         tensor=tp,
         pipeline=pp,
         virtual=layout.virtual_stages,
         expert_tensor=etp,
         sequence_parallel=layout.sequence_parallel,
         replicas=data * cp,
-        expert_replicas=role.world_size // (layout.expert_model_parallel_size * etp * pp),
+        expert_replicas=world_size // (layout.expert_model_parallel_size * etp * pp),
         distributed_optimizer=layout.use_distributed_optimizer,
         recompute=layout.recompute_granularity,
         recompute_method=layout.recompute_method,
         recompute_num_layers=layout.recompute_num_layers,
-        tokens=-(-tokens // cp),
+        tokens=-(-config.micro_batch_tokens // cp),
         micro_batches=-(-micro_batches // pp) * pp if layout.virtual_stages > 1 else micro_batches,
-        vocabulary=padded_vocab_size(role.hf.vocab_size, tp) if role.head == "lm" else 0,
-        logprob_chunk_tokens=batch.logprob_chunk_tokens,
-        has_reference=role.has_reference,
+        vocabulary=padded_vocab_size(hf.vocab_size, tp) if head == "lm" else 0,
+        logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
+        has_reference=has_reference,
     )
-    stages, widths = stage_sizes(arch, role.hf, layout, head=role.head), layer_widths(arch, role.hf)
+    stages, widths = stage_sizes(arch, hf, layout, head=head), layer_widths(arch, hf)
     by_stage = [rank_bytes(stages, widths, work, stage=stage) for stage in range(pp)]
-    return [by_stage[rank // (role.world_size // pp)] for rank in range(role.world_size)]
+    return [by_stage[rank // (world_size // pp)] for rank in range(world_size)]
 
 
 def _engine(config: PPOConfig, hf: HFConfig, memory: int | None) -> EngineBytes:
@@ -208,9 +194,7 @@ def _changes(config: Config) -> Iterator[list[Change]]:
     Sizes that do not divide are found by the checks.
     """
     layout, tokens = config.layout, config.micro_batch_tokens
-    if isinstance(
-        config, PPOConfig
-    ):  # less for the engines, in twentieths; then more, for a KV cache that is too small
+    if isinstance(config, PPOConfig):  # less for the engines, in twentieths; then more, for too small a KV cache
         now = round(20 * config.rollout.vllm_gpu_memory_utilization, 6)
         steps = (*range(math.ceil(now) - 1, 0, -1), *range(math.floor(now) + 1, 20))
         yield [("rollout", {"vllm_gpu_memory_utilization": step / 20}) for step in steps]

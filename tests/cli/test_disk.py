@@ -43,8 +43,11 @@ def test_checkpoints_at_a_time(interval: int | None, keep: int) -> None:
 
 
 def test_each_disk_is_asked_for_what_comes_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs = {tmp_path / "new" / "checkpoints": 3 * 2**30, tmp_path / "new" / "hf": 2**29, Path("/dev/shm/x/hf"): 2**31}
-    what = dict(zip(needs, ("3 checkpoint(s)", "the exported model", "another model"), strict=True))
+    needs = {
+        tmp_path / "new" / "checkpoints": (3 * 2**30, "3 checkpoint(s)"),
+        tmp_path / "new" / "hf": (2**29, "the exported model"),
+        Path("/dev/shm/x/hf"): (2**31, "another model"),
+    }
     total = shutil.disk_usage("/")
 
     def free(*, disk: float, memory: float) -> None:
@@ -52,11 +55,11 @@ def test_each_disk_is_asked_for_what_comes_to_it(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(shutil, "disk_usage", lambda path: there[Path(path) == Path("/dev/shm")])
 
     free(disk=3.5, memory=2.0)
-    assert space_problems(needs, what) == []
+    assert space_problems(needs) == []
     free(disk=3.25, memory=2.0)
-    (problem,) = space_problems(needs, what)
+    (problem,) = space_problems(needs)
     assert f"the disk of {tmp_path} has 3.25 GiB free where the run needs 3.5 GiB" in problem
     assert "(3 GiB for 3 checkpoint(s) and 0.5 GiB for the exported model)" in problem
     free(disk=3.5, memory=1.5)
-    (problem,) = space_problems(needs, what)
+    (problem,) = space_problems(needs)
     assert "the disk of /dev/shm has 1.5 GiB free where the run needs 2 GiB (2 GiB for another model)" in problem
