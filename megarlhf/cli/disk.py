@@ -72,13 +72,9 @@ def check_disk_space(
     num_parameters = sum(_num_parameters(model.config, model.head) for model in models)
     distributed = config.layout.use_distributed_optimizer
     root = save / "checkpoints"
-    more = num_checkpoints(
-        first_step=first_step,
-        last_step=last_step,
-        interval=logging.save_interval,
-        keep=logging.max_ckpt_num,
-        present=sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*")),
-    )
+    present = sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*"))
+    interval, keep = logging.save_interval, logging.max_ckpt_num
+    more = num_checkpoints(first_step=first_step, last_step=last_step, interval=interval, keep=keep, present=present)
     size = checkpoint_bytes(num_parameters, bf16=config.model.bf16, distributed=distributed)
     exported = sum((source.directory / name).stat().st_size for name in source.files)
     needs = {root: (more * size, f"{more} checkpoint(s)"), save / "hf": (exported, "the exported model")}

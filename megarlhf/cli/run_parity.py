@@ -56,15 +56,12 @@ def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
         return 0
     with TemporaryDirectory(prefix="megarlhf-parity-") as directory:
         os.environ[_DIRECTORY] = directory
-        phases = {"reference": 1, "bf16": 1, "layout": config.world_size}
-        if not config.model.bf16:
-            del phases["bf16"]
+        phases = {"reference": 1} | ({"bf16": 1} if config.model.bf16 else {}) | {"layout": config.world_size}
         for os.environ[_PHASE], world_size in phases.items():
             threads = max(1, num_cores() // world_size)
-            status = run_local_ranks(
+            if status := run_local_ranks(
                 "megarlhf.cli.parity", arguments, world_size=world_size, threads=threads, environment={}
-            )
-            if status:
+            ):
                 return status
     return 0
 
@@ -75,6 +72,8 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
     phase = os.environ[_PHASE]
     layout = config.layout if phase == "layout" else LayoutArguments(use_distributed_optimizer=False)
     model = replace(config.model, bf16=config.model.bf16 and phase != "reference")
+    share = options.share_prompt_prefix and phase == "layout"
+    constant = OptimizerArguments(lr_warmup_ratio=0.0, lr_decay_style="constant", adam_eps=_ADAM_EPS)
     passed = True
     for name in options.objectives:
         initialize_groups(
@@ -90,17 +89,8 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
             config.model.pretrain,
             head="value" if name == "critic" else "lm",
             model=model_options(layout, replace(config, model=model)),
-            packing=PackingOptions(
-                max_tokens=options.max_tokens_per_micro_batch,
-                share_prefix=options.share_prompt_prefix and phase == "layout",
-            ),
-            optimizer=optimizer_options(
-                OptimizerArguments(lr_warmup_ratio=0.0, lr_decay_style="constant", adam_eps=_ADAM_EPS),
-                layout,
-                _LEARNING_RATE,
-                10,
-                passed=config.passed.megatron,
-            ),
+            packing=PackingOptions(max_tokens=options.max_tokens_per_micro_batch, share_prefix=share),
+            optimizer=optimizer_options(constant, layout, _LEARNING_RATE, 10, passed=config.passed.megatron),
             logprob_chunk_tokens=options.max_tokens_per_micro_batch,
             temperature=0.7,
             seed=config.model.seed,

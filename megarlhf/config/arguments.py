@@ -77,8 +77,7 @@ class BatchArguments:
     micro_batch_size: int = 4
     """Samples of full length in one forward and backward pass of a rank. Samples are packed without padding."""
     max_tokens_per_micro_batch: int | None = None
-    """Tokens in one forward and backward pass of a rank.
-    None: micro_batch_size * (prompt_max_len + generate_max_len)."""
+    """Tokens in a rank's forward and backward pass. None: micro_batch_size * (prompt_max_len + generate_max_len)."""
     logprob_chunk_tokens: int = 1024
     """Tokens whose logits a rank holds at once, in fp32: fewer take less memory, and each chunk but a micro-batch's
     last is computed twice in training."""

@@ -15,14 +15,9 @@ from megarlhf.formats.json_files import read_json_object
 _CHECKPOINT = (os.path.isdir, "is not a local directory (nothing is downloaded): give that of a downloaded checkpoint")
 _DATA = (os.path.exists, "does not exist: give a .jsonl, .json, .csv or .parquet file or a directory of datasets")
 _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
-    "pretrain": _CHECKPOINT,
-    "critic_pretrain": _CHECKPOINT,
-    "tokenizer": _CHECKPOINT,
+    **dict.fromkeys(("pretrain", "critic_pretrain", "tokenizer"), _CHECKPOINT),
     "load": (os.path.isdir, "is not a directory: give the run directory (save) of an earlier run"),
-    "prompt_data": _DATA,
-    "eval_data": _DATA,
-    "dataset": _DATA,
-    "eval_dataset": _DATA,
+    **dict.fromkeys(("prompt_data", "eval_data", "dataset", "eval_dataset"), _DATA),
     "reward_function": (
         lambda path: path.endswith(".py") and os.path.isfile(path),
         "is not a Python file: give one that ends in .py",

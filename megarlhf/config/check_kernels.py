@@ -81,9 +81,8 @@ def _recompute_errors(
 
 def kernel_warnings(impl: TransformerImpl, *, bf16: bool) -> list[str]:
     """What is legal and slow."""
-    if impl == "local" or bf16:
-        return []
-    return [
+    said = (
         "bf16=False: TransformerEngine's fused and flash attention have no fp32, so its unfused one computes, which "
         "holds all scores of a line: set bf16, or transformer_impl=local"
-    ]
+    )
+    return [] if impl == "local" or bf16 else [said]

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 _DIRECTORIES = ("checkpoints", "hf", "hf.partial", "logs", "tensorboard", "wandb")  # of a run, if they are there
@@ -76,11 +77,7 @@ def _try(directory: Path) -> None:
 @contextmanager
 def _made(directory: Path) -> Iterator[None]:
     """The directory is there inside the block, made with its parents if need be; those that it makes go again."""
-    missing = []
-    place = directory
-    while not os.path.lexists(place):
-        missing.append(place)
-        place = place.parent
+    missing = list(takewhile(lambda place: not os.path.lexists(place), (directory, *directory.parents)))
     made: list[Path] = []
     try:
         for place in reversed(missing):

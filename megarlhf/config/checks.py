@@ -11,14 +11,7 @@ from typing import Any
 
 from megarlhf.config.arguments import LoggingArguments, PPOConfig, PromptDataArguments, RewardArguments
 from megarlhf.config.check_files import file_for_text_errors, place_errors, read_model, token_errors
-from megarlhf.config.check_layout import (
-    broken,
-    cluster_errors,
-    layout_errors,
-    role_errors,
-    shared_errors,
-    world_errors,
-)
+from megarlhf.config.check_layout import broken, cluster_errors, layout_errors, role_errors, shared_errors, world_errors
 from megarlhf.config.check_numbers import (
     Models,
     algorithm_errors,
