@@ -143,7 +143,7 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
     from megarlhf.parallel.groups import destroy_groups, initialize_groups
     from megarlhf.trainers import supervised
     from megarlhf.trainers.assembly import chat_template, model_options, optimizer_options, parallel_sizes
-    from megarlhf.trainers.objectives import sft_objective
+    from megarlhf.trainers.sft import sft_objective
 
     stop, template = StopSignal(), chat_template(config)
     initialize_groups(

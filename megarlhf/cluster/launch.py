@@ -18,7 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.nodes import devices_of
 from megarlhf.cluster.resource_manager import ResourceManager
-from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync, TrainingGroup
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
+from megarlhf.cluster.weight_sync import weight_sync
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import PARTS, roles_of
@@ -98,7 +99,7 @@ def start(
                 reward=reward,
                 actor=TrainingGroup(groups["actor"], places["actor"]),
                 critic=TrainingGroup(groups["critic"], places["critic"]) if "critic" in groups else None,
-                sync=SharedMemorySync(
+                sync=weight_sync(
                     groups["actor"],
                     groups["rollout"],
                     nodes={worker.node for role in ("actor", "rollout") for worker in plan.of(role)},

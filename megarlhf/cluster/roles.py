@@ -1,6 +1,6 @@
 """The loop's roles over groups of worker processes."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -15,7 +15,6 @@ from megarlhf.data.partition import DataParallelSplit
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
 from megarlhf.formats import run_checkpoints
-from megarlhf.formats.shared_memory import checksum
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 
@@ -122,44 +121,6 @@ class RolloutGroup:
             for sample_id, text in enumerate(group.texts)
         ]
         return Rollout(samples=samples, tokens=tuple(found[group_id][1] for group_id in range(len(prompts))))
-
-
-class SharedMemorySync:
-    """The actor's weights, read by the engines where its ranks hold them: in shared memory, from the first sync on.
-
-    Args:
-        nodes: of all the actor's ranks and the engines.
-    Raises:
-        ValueError: more than one node, between which there is no transport.
-    """
-
-    def __init__(self, actor: WorkerGroup, rollout: WorkerGroup, *, nodes: Set[int]) -> None:
-        if len(nodes) > 1:
-            raise ValueError(
-                f"the actor's ranks and the engines are on nodes {sorted(nodes)} (new weights reach vLLM through the "
-                "memory of one host): set actor_num_nodes=1"
-            )
-        self.actor, self.rollout = actor, rollout
-        self._num_bytes = 0
-
-    def push(self, version: int) -> dict[str, float]:
-        """See WeightSyncRole.
-
-        Raises:
-            RuntimeError: an engine reports another version or checksum than was sent.
-        """
-        if not self._num_bytes:
-            blocks = [block for part in self.actor.call("share_weights") for block in part]
-            self.rollout.call("connect_weights", blocks)
-            self._num_bytes = sum(block.num_bytes for block in blocks)
-        sent = checksum(digest for part in self.actor.call("refresh_shared_weights") for digest in part)
-        for engine, reply in enumerate(self.rollout.call("update_weights", version, sent)):
-            if (reply["version"], reply["checksum"]) != (version, sent):
-                raise RuntimeError(
-                    f"rollout engine {engine} holds weights version {reply['version']} with checksum "
-                    f"{reply['checksum']}; version {version} with {sent} was sent"
-                )
-        return {"sync/version": float(version), "sync/bytes": float(self._num_bytes)}
 
 
 class CheckpointGroup:

@@ -1,1 +1,1 @@
-"""The loops and the objectives."""
+"""The loops and, one short file each, the objectives."""

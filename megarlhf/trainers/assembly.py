@@ -15,7 +15,8 @@ from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions
 from megarlhf.parallel.groups import ParallelSizes
-from megarlhf.trainers.objectives import PolicyLossOptions, policy_objective, value_objective
+from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
+from megarlhf.trainers.value import value_objective
 
 
 def build_engine(config: PPOConfig, role: RoleSpec) -> MegatronEngine:

@@ -26,7 +26,9 @@ from megarlhf.engine.optimizer import main_weight
 from megarlhf.engine.schedule import sum_gradients
 from megarlhf.formats.safetensors_file import TensorFile
 from megarlhf.parallel.device import current_device
-from megarlhf.trainers.objectives import PolicyLossOptions, policy_objective, sft_objective, value_objective
+from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
+from megarlhf.trainers.sft import sft_objective
+from megarlhf.trainers.value import value_objective
 
 ObjectiveName = Literal["sft", "actor", "critic"]
 OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, SharedMemorySync
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup
+from megarlhf.cluster.weight_sync import SharedMemorySync
 from megarlhf.data.types import GeneratedGroup, Prompt, Sample
 from megarlhf.formats.shared_memory import checksum
 from tests.cluster.recorded_groups import RecordedGroup, makes_directory
@@ -31,13 +32,7 @@ def syncing(log: Log, answer: Callable[[int, tuple[Any, ...]], dict[str, Any]]) 
         refresh_shared_weights=lambda rank, args: [f"{rank}{b}".encode() for b in range(2)],
     )
     rollout = RecordedGroup("rollout", log, ranks=3, update_weights=answer)
-    return SharedMemorySync(actor, rollout, nodes={3})
-
-
-def test_weights_do_not_go_between_nodes() -> None:
-    groups = RecordedGroup("actor", []), RecordedGroup("rollout", [])
-    with pytest.raises(ValueError, match=r"on nodes \[0, 2\] .* one host\): set actor_num_nodes=1"):
-        SharedMemorySync(*groups, nodes={2, 0})
+    return SharedMemorySync(actor, rollout)
 
 
 def test_weights_are_shared_and_connected_once_and_refreshed_before_each_update() -> None:

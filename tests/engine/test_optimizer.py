@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megarlhf.data.packing import join_values
 from megarlhf.engine.engine import MegatronEngine, StepResult
 from megarlhf.engine.optimizer import OptimizerOptions, build_scheduler, main_weight
-from megarlhf.trainers.objectives import sft_objective
+from megarlhf.trainers.sft import sft_objective
 from tests.distributed.cases import Parts, assemble, make_rows, parts, sequences
 from tests.distributed.layouts import Layout, build, world
 from tests.distributed.pool import RankPool

@@ -16,7 +16,7 @@ from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import MegatronEngine, NonFiniteError
 from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions
-from megarlhf.trainers.objectives import sft_objective
+from megarlhf.trainers.sft import sft_objective
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import Layout, build, world
 from tests.distributed.pool import RankPool

@@ -16,7 +16,9 @@ from megarlhf.algos.kl import KLEstimator
 from megarlhf.algos.losses import policy_loss
 from megarlhf.data.types import MicroBatch, TargetPlaces
 from megarlhf.engine.objective import Objective, TokenOutputs
-from megarlhf.trainers.objectives import PolicyLossOptions, policy_objective, sft_objective, value_objective
+from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
+from megarlhf.trainers.sft import sft_objective
+from megarlhf.trainers.value import value_objective
 
 Token = dict[str, float]  # outputs and fields of one position
 Scalar = Callable[[Token], tuple[float, dict[str, float], str]]  # -> loss, metrics, the branch that the token takes

@@ -20,7 +20,7 @@ from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.models.build import ModelOptions
 from megarlhf.trainers import supervised
-from megarlhf.trainers.objectives import sft_objective
+from megarlhf.trainers.sft import sft_objective
 from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import VOCAB_SIZE, make_model

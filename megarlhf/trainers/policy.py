@@ -1,4 +1,4 @@
-"""The objectives of supervised training, the actor and the critic."""
+"""The actor's objective: the clipped surrogate, entropy and KL per token."""
 
 from dataclasses import dataclass
 
@@ -6,19 +6,9 @@ from torch import Tensor
 
 from megarlhf.algos.importance import engine_ratio, masked, truncated
 from megarlhf.algos.kl import KLEstimator, kl_estimate
-from megarlhf.algos.losses import policy_loss, value_loss
+from megarlhf.algos.losses import policy_loss
 from megarlhf.data.types import MicroBatch
 from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
-
-
-def sft_objective() -> Objective:
-    """-log p of each target, summed; the engine divides by the number of targets in the global batch."""
-
-    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        assert outputs.log_probs is not None
-        return -outputs.log_probs[batch.target_mask].sum(), {}
-
-    return Objective(loss=loss, metric_names=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,22 +91,3 @@ def _correction(old: Tensor, rollout: Tensor, options: PolicyLossOptions) -> tup
         assert options.tis_cap is not None
         weights, outside = truncated(ratio, cap=options.tis_cap)
     return weights, {"tis_mean": ratio, "tis_clip_frac": outside.float()}
-
-
-def value_objective(*, value_clip: float) -> Objective:
-    """0.5 * max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2) per token, weighted and summed.
-
-    Fields of the micro-batch: `old_values`, `returns`, `weights`.
-    """
-
-    def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        mask, fields = batch.target_mask, batch.fields
-        assert outputs.values is not None
-        values, weights = outputs.values[mask], fields["weights"][mask]
-        per_token, clipped = value_loss(
-            values, fields["old_values"][mask], fields["returns"][mask], value_clip=value_clip
-        )
-        metrics = {"clip_frac": clipped.float(), "value_mean": values.detach()}
-        return (per_token * weights).sum(), {name: (value.sum(), len(value)) for name, value in metrics.items()}
-
-    return Objective(loss=loss, metric_names=("clip_frac", "value_mean"))
