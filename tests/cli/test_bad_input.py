@@ -78,7 +78,7 @@ def test_unknown_flag_names_the_nearest(flags: Flags, capsys: pytest.CaptureFixt
         ({"--advantage_estimator": "rloo", "--n_samples_per_prompt": "1"}, ("n_samples_per_prompt=1", "rloo")),
         ({"--pipeline-model-parallel-size": "3"}, ("pipeline_model_parallel_size=3",)),
         ({"--global-batch-size": "5"}, ("global_batch_size=5",)),
-        ({"--prompt_max_len": "1"}, ("prompt_max_len=1", "all 24 prompts", "all 4 prompts", "4 tokens")),
+        ({"--prompt_max_len": "1"}, ("prompt_max_len=1", "all 24 rows", "all 4 rows", "4 tokens")),
         ({"--load": "/nowhere"}, ("load=/nowhere",)),
         ({"--save": "/dev/null/run"}, ("save=/dev/null/run",)),
     ],
