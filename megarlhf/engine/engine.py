@@ -26,9 +26,10 @@ from megarlhf.config.roles import Part
 from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack_rows
 from megarlhf.data.planning import PackingOptions, plan_micro_batches
 from megarlhf.data.types import MicroBatch, TargetValues, TrainingRows
-from megarlhf.engine.memory import DeviceMemory, Reference
+from megarlhf.engine.memory import DeviceMemory
 from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler, optimizer_tensors
+from megarlhf.engine.reference import Reference
 from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
 from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.build import Head, ModelOptions, build_model

@@ -10,15 +10,12 @@ On a CPU the device is ordinary memory and the host another piece of it. A stora
 (engine/sharing.py, CPU only) cannot shrink: it stays, and is counted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.nn import Parameter
 
 from megarlhf.config.roles import PARTS, Part
-from megarlhf.formats.shared_memory import copies_together
 from megarlhf.parallel.device import current_device, host_bytes
 
 
@@ -106,32 +103,6 @@ class DeviceMemory:
             assert changed, "there is no copy from a sleep before"
             copy = host_bytes(storage.nbytes())
         return copy.copy_(_bytes_of(storage)) if changed else copy
-
-
-class Reference:
-    """The reference model: copies of one model's parameters as they are now, in one storage.
-
-    Attributes:
-        tensors: the copies, by the parameters' names.
-        replaced: what the parameters are otherwise, while they point at the copies.
-    """
-
-    def __init__(self, parameters: Mapping[str, Parameter]) -> None:
-        self.replaced: dict[str, Tensor] = {}
-        copies = copies_together([p.data for p in parameters.values()])
-        self.tensors: dict[str, Tensor] = dict(zip(parameters, copies, strict=True))
-
-    @contextmanager
-    def in_place_of(self, parameters: Mapping[str, Parameter]) -> Iterator[None]:
-        """Inside the block the parameters point at these weights; nothing is copied."""
-        self.replaced = {name: p.data for name, p in parameters.items()}
-        try:
-            for name, p in parameters.items():
-                p.data = self.tensors[name]
-            yield
-        finally:
-            for name, p in parameters.items():
-                p.data = self.replaced.pop(name)
 
 
 def _bytes_of(storage: UntypedStorage) -> Tensor:
