@@ -412,7 +412,7 @@ def test_numbered_layers_are_read_as_well(ranks: RankPool, tmp_path: Path) -> No
 KILLED = """
 import os, signal, sys
 from tests.conversion import test_convert as t
-t.conversion._BUNDLE_BYTES = 1
+t.conversion_steps._BUNDLE_BYTES = 1
 calls = []
 def progress(phase, num_bytes, total):
     calls.append(num_bytes)
