@@ -8,10 +8,11 @@ SAVE/config.json, tokenizer, chat template, ...    from the checkpoint's hf_conf
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -23,7 +24,7 @@ from megarlhf.conversion.cuts import CutModel, GlobalWeight, Region, cut_model
 from megarlhf.conversion.steps import ConvertOptions, Digests
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.formats.huggingface import INDEX, HFConfig, read_checkpoint, read_config
-from megarlhf.formats.megatron import MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
+from megarlhf.formats.megatron import HFFiles, MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
 from megarlhf.formats.safetensors_file import TensorFile, TensorSpec, tensor_places
 from megarlhf.formats.staging import StagingDirectory
 from megarlhf.formats.torch_dist import METADATA, TorchDistReader
@@ -75,9 +76,7 @@ def megatron_to_hf(
     """
     checkpoint = find_checkpoint(load, role)
     files_of = hf_files(checkpoint, hf_model, ROLES[role].checkpoint)
-    template = files_of.chat_template
-    if template is not None:  # a path, a name, or the text itself
-        template = str(load_tokenizer(str(files_of.tokenizer), chat_template=template).chat_template)
+    template = _chat_template(files_of)
     hf = read_config(files_of.directory, option="hf_model")
     arch = find_architecture(hf)
     reader = TorchDistReader(checkpoint.directory, checkpoint.source)
@@ -96,17 +95,7 @@ def megatron_to_hf(
     steps.check_target(checkpoint.directory, save, sum(map(num_bytes, weights)), overwrite=options.overwrite)
     if options.dry_run:
         return
-    specs = {name: TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()}
-    split = split_state_dict_into_shards_factory(
-        specs,
-        get_storage_size=lambda spec: spec.num_bytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_bytes,
-    )
-    layout = {  # wider types first, as the format has them aligned
-        file: sorted((specs[name] for name in names), key=lambda spec: -spec.dtype.itemsize)
-        for file, names in split.filename_to_tensors.items()
-    }
+    layout, index = _files({n: TensorSpec(n, shape, dtypes[n]) for n, shape in shapes.items()}, max_shard_bytes)
     about = {"source": str(checkpoint.directory), "architecture": arch.hf_class, "head": head}
     bundles = steps.bundles(weights, num_bytes)
     contents = {name: [repr(spec) for spec in file] for name, file in layout.items()}
@@ -144,11 +133,33 @@ def megatron_to_hf(
         config = exported_config(files_of.directory, hf, arch.class_with_head(head), main_dtype(shapes, dtypes))
         write_json(staging.path / "config.json", config)
         write_companions(staging.path, files_of.directory, tokenizer=files_of.tokenizer, chat_template=template)
-        if split.is_sharded:
-            write_json(staging.path / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        if len(layout) > 1:
+            write_json(staging.path / INDEX, index)
         if options.verify:
             steps.run(bundles, verify, num_bytes, phase="verify", staging=None, options=options)
         files.close()
+
+
+def _chat_template(files: HFFiles) -> str | None:
+    """Text of the template that a run was given, as a path, a name, or the text itself."""
+    if files.chat_template is None:
+        return None
+    return str(load_tokenizer(str(files.tokenizer), chat_template=files.chat_template).chat_template)
+
+
+def _files(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[dict[str, list[TensorSpec]], dict[str, Any]]:
+    """Tensors of each weight file, and the index over the files."""
+    split = split_state_dict_into_shards_factory(
+        dict(specs),
+        get_storage_size=lambda spec: spec.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    layout = {  # wider types first, as the format has them aligned
+        file: sorted((specs[name] for name in names), key=lambda spec: -spec.dtype.itemsize)
+        for file, names in split.filename_to_tensors.items()
+    }
+    return layout, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
 
 
 def _head(reader: TorchDistReader, hf: HFConfig) -> Head:

@@ -13,7 +13,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from megarlhf.data.rows import Row, Rows, raise_row_errors
+from megarlhf.data.rows import Row, RowErrors, Rows
 from megarlhf.formats.json_files import one_line
 
 
@@ -66,7 +66,7 @@ def _read_directory(path: Path, columns: Sequence[str] | None, limit: int | None
 def _read_jsonl(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:
     rows: list[Row] = []
     lines: list[int] = []
-    errors: list[str] = []
+    errors = RowErrors(str(path))
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -78,8 +78,8 @@ def _read_jsonl(path: Path, columns: Sequence[str] | None, limit: int | None) ->
             try:
                 rows.append(_as_row(_parse(text)))
             except ValueError as error:
-                errors.append(f"data path={path}, line {number} {error}")
-    raise_row_errors(str(path), errors)
+                errors.add(f"data path={path}, line {number} {error}")
+    errors.raise_if_any()
     return Rows(path=str(path), rows=rows, lines=lines)
 
 
@@ -91,13 +91,13 @@ def _read_json(path: Path, columns: Sequence[str] | None, limit: int | None) -> 
     if not isinstance(values, list):
         raise ValueError(f"data path={path} holds a {type(values).__name__}, not a list of objects")
     rows: list[Row] = []
-    errors: list[str] = []
+    errors = RowErrors(str(path))
     for index, value in enumerate(values[:limit]):
         try:
             rows.append(_as_row(value))
         except ValueError as error:
-            errors.append(f"data path={path}, entry {index} {error}")
-    raise_row_errors(str(path), errors)
+            errors.add(f"data path={path}, entry {index} {error}")
+    errors.raise_if_any()
     return Rows(path=str(path), rows=rows)
 
 
@@ -121,7 +121,7 @@ def _read_csv(path: Path, columns: Sequence[str] | None, limit: int | None) -> R
     csv.field_size_limit(sys.maxsize)  # a guard against a missing quote that long documents exceed
     rows: list[Row] = []
     lines: list[int] = []
-    errors: list[str] = []
+    errors = RowErrors(str(path))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -134,14 +134,14 @@ def _read_csv(path: Path, columns: Sequence[str] | None, limit: int | None) -> R
                 rows.append(dict(row))
                 if None in row or None in row.values():
                     place = f"data path={path}, line {reader.line_num}"
-                    errors.append(f"{place}: the header has {len(names)} columns, not this line")
+                    errors.add(f"{place}: the header has {len(names)} columns, not this line")
         except csv.Error as error:
             raise ValueError(f"data path={path}, line {reader.line_num} is not CSV: {error}") from error
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"data path={path} is not UTF-8 text ({error.reason}, after line {reader.line_num}): save it as UTF-8"
             ) from error
-    raise_row_errors(str(path), errors)
+    errors.raise_if_any()
     return Rows(path=str(path), rows=rows, columns=tuple(names), lines=lines)
 
 
@@ -175,13 +175,13 @@ def _column(path: str, table: pyarrow.Table, name: str) -> list[Any]:
         return [_plain(value, column.type) for value in column.to_pylist(maps_as_pydicts="strict")]
     # Text that is not UTF-8, dates past the year 9999, maps with a key twice: many kinds of error, none with a row.
     except Exception as error:
-        errors = []
+        errors = RowErrors(path)
         for index, scalar in enumerate(column):
             try:
                 _plain(scalar.as_py(maps_as_pydicts="strict"), column.type)
             except Exception as wrong:
-                errors.append(f"row {index} of {path}: column {name!r} cannot be read ({one_line(wrong)})")
-        raise_row_errors(path, errors)
+                errors.add(f"row {index} of {path}: column {name!r} cannot be read ({one_line(wrong)})")
+        errors.raise_if_any()
         raise ValueError(f"data path={path}: column {name!r} cannot be read ({one_line(error)})") from error
 
 

@@ -1,7 +1,7 @@
 """Rows of a data file: where each lies, what is wrong with them, and their values as plain JSON."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
@@ -14,12 +14,26 @@ T = TypeVar("T")
 _SHOWN_ERRORS = 5
 
 
-def raise_row_errors(path: str, errors: Sequence[str]) -> None:
-    """Raise ValueError where rows of a file have errors: the first few as given, the others as a number."""
-    more = len(errors) - _SHOWN_ERRORS
-    rest = [f"{path}: {more} more rows cannot be used either"] if more > 0 else []
-    if errors:
-        raise ValueError("\n".join([*errors[:_SHOWN_ERRORS], *rest]))
+class RowErrors:
+    """What is wrong with rows of one file: the first few in words, the others as a number."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._shown: list[str] = []
+        self._more = 0
+
+    def add(self, sentence: str) -> None:
+        """Note what is wrong with a row, which the sentence names."""
+        if len(self._shown) < _SHOWN_ERRORS:
+            self._shown.append(sentence)
+        else:
+            self._more += 1
+
+    def raise_if_any(self) -> None:
+        """Raise ValueError with one line for each of the first problems, and the number of the others."""
+        rest = [f"{self._path}: {self._more} more rows cannot be used either"] if self._more else []
+        if self._shown:
+            raise ValueError("\n".join(self._shown + rest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +59,13 @@ class Rows:
         Raises:
             ValueError: the function raised one; those of all rows come together, with the rows' places.
         """
-        results, errors = [], list[str]()
+        results, errors = [], RowErrors(self.path)
         for index in range(len(self.rows)):
             try:
                 results.append(function(index))
             except (ValueError, RecursionError) as error:
-                errors.append(f"{self.place(index)}: {error}")
-        raise_row_errors(self.path, errors)
+                errors.add(f"{self.place(index)}: {error}")
+        errors.raise_if_any()
         return results
 
     def all_too_long(self, option: str, limit: int, *, shortest: int) -> ValueError:

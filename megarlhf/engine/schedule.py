@@ -50,10 +50,10 @@ def token_outputs(
         group=parallel_state.get_tensor_model_parallel_group(),
     )
 
-    def on_line(values: Tensor) -> Tensor:
+    def on_sequence(values: Tensor) -> Tensor:
         return values.new_zeros(len(batch.targets)).index_copy(0, places, values)
 
-    return TokenOutputs(log_probs=on_line(log_probs), entropy=None if entropies is None else on_line(entropies))
+    return TokenOutputs(log_probs=on_sequence(log_probs), entropy=None if entropies is None else on_sequence(entropies))
 
 
 def run_forward(chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn) -> list[Any]:

@@ -16,11 +16,12 @@ from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import layer_widths, stage_sizes
 from megarlhf.parallel.device import device_kind
-from megarlhf.planner.memory import RankBytes, Work, rank_bytes
+from megarlhf.planner.memory import RankBytes, rank_bytes
 from tests.distributed.layouts import SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.engine.test_memory import DISTRIBUTED, VARIANTS, alone, give_back, trained
 from tests.gpu.devices import on_cpu_and_gpu, on_gpu
+from tests.plans import WORK
 from tests.tiny_models import make_model
 
 ONE_PROCESS = [name for name, (_, layout) in VARIANTS.items() if layout.world_size == 1]
@@ -35,19 +36,10 @@ def planned(model_dir: Path, layout: Layout) -> RankBytes:
     """What `--dry-run` counts for one process."""
     hf, _ = read_checkpoint(model_dir)
     arch = find_architecture(hf)
-    work = Work(
+    work = replace(
+        WORK,
         bf16=layout.bf16,
-        tensor=1,
-        pipeline=1,
-        virtual=1,
-        expert_tensor=1,
-        sequence_parallel=False,
-        replicas=1,
-        expert_replicas=1,
         distributed_optimizer=layout.distributed_optimizer,
-        recompute=None,
-        recompute_method=None,
-        recompute_num_layers=None,
         tokens=layout.max_tokens,
         micro_batches=1,
         vocabulary=padded_vocab_size(hf.vocab_size, 1),

@@ -16,27 +16,9 @@ from megarlhf.planner.memory import (
     optimizer_bytes,
     rank_bytes,
 )
+from tests.plans import WORK
 
 GIB = 2**30
-WORK = Work(
-    bf16=True,
-    tensor=1,
-    pipeline=1,
-    virtual=1,
-    expert_tensor=1,
-    sequence_parallel=False,
-    replicas=1,
-    expert_replicas=1,
-    distributed_optimizer=False,
-    recompute=None,
-    recompute_method=None,
-    recompute_num_layers=None,
-    tokens=1000,
-    micro_batches=64,
-    vocabulary=0,
-    logprob_chunk_tokens=2048,
-    has_reference=False,
-)
 # Korthikanti's counts for a GPT with dropout, arXiv:2205.05198: 34 s b h bytes, 10 of them between the matrices.
 GPT = LayerWidths(hidden=1, whole=5, attention=4, dense=8, shared=0, experts_per_token=0, expert=0)
 LLAMA_70B = LayerWidths(
