@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megarlhf.cli.run import Opened
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.supervised_arguments import SFTConfig
+from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats import shared_memory
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import model_shapes
@@ -58,7 +58,7 @@ def check_shared_memory(config: HFConfig, *, bf16: bool, object_store_bytes: int
 
 
 def check_disk_space(
-    config: PPOConfig | SFTConfig, models: Sequence[Opened], *, first_step: int, last_step: int
+    config: PPOConfig | SupervisedConfig, models: Sequence[Opened], *, first_step: int, last_step: int
 ) -> None:
     """There must be room for the run's checkpoints and the exported model.
 

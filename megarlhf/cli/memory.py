@@ -8,10 +8,10 @@ from typing import Any
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import cluster_errors, world_errors
-from megarlhf.config.checks import check_ppo, check_sft
+from megarlhf.config.checks import check_ppo, check_supervised
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.roles import megatron_roles
-from megarlhf.config.supervised_arguments import SFTConfig
+from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
@@ -20,7 +20,7 @@ from megarlhf.parallel.device import device_memory_bytes
 from megarlhf.planner.memory import RankBytes, Work, rank_bytes
 from megarlhf.planner.memory_table import GIB, DeviceTable, EngineBytes, RoleBytes, device_tables, misfits
 
-Config = PPOConfig | SFTConfig
+Config = PPOConfig | SupervisedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,12 @@ def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
     Args:
         models: the configuration of each model of Megatron's, as read_checkpoint gives it, the policy's first.
     """
-    cluster = config.cluster if isinstance(config, PPOConfig) else config.sft_cluster
+    cluster = config.cluster if isinstance(config, PPOConfig) else config.ranks
     memory = device_memory_bytes() if cluster.gpu_memory_gib is None else int(cluster.gpu_memory_gib * GIB)
-    if isinstance(config, SFTConfig):
+    if isinstance(config, SupervisedConfig):
         (model,) = models
-        ranks = _training_ranks(config, model, "lm", config.layout, config.world_size, has_reference=False)
+        reference = config.keeps_reference
+        ranks = _training_ranks(config, model, config.head, config.layout, config.world_size, has_reference=reference)
         slots: dict[int, dict[str, RoleBytes]] = {rank: {"actor": taken} for rank, taken in enumerate(ranks)}
         tables, engine = device_tables(slots, colocated=False, gpu=memory is not None), None
     else:
@@ -173,7 +174,7 @@ def _peak_if_it_runs(config: Config, models: Sequence[HFConfig]) -> int | None:
     plan = plan_memory(config, models) if possible else None
     if plan is None or plan.misfits:
         return None
-    return None if (check_ppo(config) if isinstance(config, PPOConfig) else check_sft(config)) else plan.peak
+    return None if (check_ppo(config) if isinstance(config, PPOConfig) else check_supervised(config)) else plan.peak
 
 
 Change = tuple[str, dict[str, Any]]  # a group of options, and their new values
@@ -218,4 +219,4 @@ def _changes(config: Config) -> Iterator[list[Change]]:
     if isinstance(config, PPOConfig):
         yield [("cluster", {"actor_num_gpus_per_node": 2 * config.cluster.actor_num_gpus_per_node})]
     else:
-        yield [("sft_cluster", {"num_gpus_per_node": 2 * config.sft_cluster.num_gpus_per_node})]
+        yield [("ranks", {"num_gpus_per_node": 2 * config.ranks.num_gpus_per_node})]

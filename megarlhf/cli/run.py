@@ -14,7 +14,7 @@ from megarlhf.config.arguments import LoggingArguments, ModelArguments, PPOConfi
 from megarlhf.config.check_kernels import kernel_errors, kernel_warnings
 from megarlhf.config.checks import raise_if
 from megarlhf.config.layouts import KernelArguments, LayoutArguments, TransformerImpl
-from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig, SFTDataArguments
+from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig, SupervisedDataArguments
 from megarlhf.data.token_ids import token_text
 from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
 from megarlhf.formats import run_checkpoints
@@ -94,7 +94,7 @@ def check_weights(
 
 
 def resolve_kernels(
-    config: PPOConfig | SFTConfig | ParityConfig,
+    config: PPOConfig | SupervisedConfig | ParityConfig,
     layouts: Mapping[str, LayoutArguments],
     *,
     share_prompt_prefix: bool,
@@ -123,7 +123,7 @@ def kernel_lines(kernels: KernelArguments, models: Sequence[HFConfig], *, device
     return "\n".join(dict.fromkeys("\n".join(backend.lines()) for backend in backends))
 
 
-def resolved_files(model: ModelArguments, data: PromptDataArguments | SFTDataArguments) -> str:
+def resolved_files(model: ModelArguments, data: PromptDataArguments | SupervisedDataArguments) -> str:
     """For `--dry-run`: tokenizer, chat template, tokens that end a response, and dtypes, with the files they come from.
 
     A supervised run has no stop tokens: what it puts after each row is the tokenizer's EOS.

@@ -18,6 +18,7 @@ from megarlhf.parallel.device import device_kind, num_cores
 from megarlhf.parallel.groups import destroy_groups, initialize_groups
 from megarlhf.trainers import parity
 from megarlhf.trainers.assembly import model_options, optimizer_options, parallel_sizes
+from megarlhf.trainers.parity_cases import parity_case, parity_rows
 
 _DIRECTORY = "MEGARLHF_PARITY"  # environment variable: where the results of the runs lie
 _PHASE = "MEGARLHF_PARITY_PHASE"  # environment variable: "reference", "bf16" (one process) or "layout"
@@ -87,7 +88,7 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
         )
         engine = MegatronEngine(
             config.model.pretrain,
-            head="value" if name == "critic" else "lm",
+            head=parity_case(name).head,
             model=model_options(layout, replace(config, model=model)),
             packing=PackingOptions(max_tokens=options.max_tokens_per_micro_batch, share_prefix=share),
             optimizer=optimizer_options(constant, layout, _LEARNING_RATE, 10, passed=config.passed.megatron),
@@ -95,7 +96,7 @@ def _run_rank(config: ParityConfig, directory: Path) -> int:
             temperature=0.7,
             seed=config.model.seed,
         )
-        rows = parity.parity_rows(
+        rows = parity_rows(
             engine.hf.vocab_size, groups=options.num_groups, longest=options.longest, seed=config.model.seed
         )
         if phase == "reference":

@@ -26,7 +26,7 @@ from megarlhf.config.check_numbers import (
 from megarlhf.config.check_save import save_errors
 from megarlhf.config.command_line import to_dict
 from megarlhf.config.roles import megatron_roles
-from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig, SFTDataArguments
+from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig, SupervisedConfig, SupervisedDataArguments
 
 
 class ConfigError(ValueError):
@@ -53,24 +53,33 @@ def check_ppo(config: PPOConfig) -> list[str]:
     return errors + _logging_errors(config.logging, evaluation="eval_data", path=config.data.eval_data)
 
 
-def check_sft(config: SFTConfig) -> list[str]:
+def check_supervised(config: SupervisedConfig) -> list[str]:
     """Every mistake found in a supervised configuration, none where it may start."""
-    batch, data, given = config.batch, config.data, config.sft_cluster.num_gpus_per_node
+    batch, data, given = config.batch, config.data, config.ranks.num_gpus_per_node
     models, errors = _models(config)
     name = "num_gpus_per_node" if given == config.world_size else "torchrun's WORLD_SIZE"
     errors += shared_errors(config.layout) + layout_errors(config.layout, models)
     errors += world_errors(f"{name}={config.world_size}", config.world_size, config.layout, batch.global_batch_size)
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
     errors += _template_errors(data)
-    if data.output_key is None and not data.apply_chat_template and not data.pretrain_mode:
-        errors.append(
-            f"output_key=None means that input_key={data.input_key} holds whole conversations: set output_key, "
-            "apply_chat_template, or pretrain_mode for plain text"
-        )
+    if isinstance(config, SFTConfig):
+        errors += _sft_errors(config)
     # One rank tries the run directory: another would find its traces there.
     tries_save = os.environ.get("RANK", "0") == "0"
     errors += _logging_errors(config.logging, evaluation="eval_dataset", path=data.eval_dataset, tries_save=tries_save)
     return errors
+
+
+def _sft_errors(config: SFTConfig) -> list[str]:
+    data = config.data
+    return broken(
+        {
+            f"output_key=None means that input_key={data.input_key} holds whole conversations: set output_key, "
+            "apply_chat_template, or pretrain_mode for plain text": (
+                data.output_key is None and not data.apply_chat_template and not data.pretrain_mode
+            )
+        }
+    )
 
 
 def check_parity(config: ParityConfig) -> list[str]:
@@ -91,7 +100,7 @@ def check_parity(config: ParityConfig) -> list[str]:
     )
 
 
-def _models(config: PPOConfig | SFTConfig | ParityConfig) -> tuple[Models, list[str]]:
+def _models(config: PPOConfig | SupervisedConfig | ParityConfig) -> tuple[Models, list[str]]:
     """config.json of each model by the option that names it, and what is wrong with these, paths and single numbers."""
     model, options = config.model, to_dict(config)
     errors = place_errors(options) + limit_errors(options)
@@ -109,7 +118,7 @@ def _models(config: PPOConfig | SFTConfig | ParityConfig) -> tuple[Models, list[
     return models, errors
 
 
-def _template_errors(data: PromptDataArguments | SFTDataArguments) -> list[str]:
+def _template_errors(data: PromptDataArguments | SupervisedDataArguments) -> list[str]:
     """What can be said of templates without the tokenizer."""
     template, chat = data.input_template, data.apply_chat_template
     try:

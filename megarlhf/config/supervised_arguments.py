@@ -11,7 +11,7 @@ from megarlhf.config.passed import MegatronPassedArguments
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedClusterArguments:
+class RankArguments:
     """Where supervised training runs."""
 
     num_gpus_per_node: int = 1
@@ -51,13 +51,19 @@ class SupervisedOptimizerArguments(SharedOptimizerArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTDataArguments(RenderingArguments):
-    """Conversations or prompt-response pairs to imitate."""
+class SupervisedDataArguments(RenderingArguments):
+    """What to train on."""
 
     dataset: str
     """Training data: a .jsonl, .json, .csv or .parquet file, or a directory saved with datasets."""
     eval_dataset: str | None = None
     """Evaluation data, in the same formats. None: no evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTDataArguments(SupervisedDataArguments):
+    """Conversations or prompt-response pairs to imitate."""
+
     input_key: str = "input"
     """Column with the prompt, or with the whole conversation where output_key is None."""
     output_key: str | None = None
@@ -111,24 +117,44 @@ class ParityConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """Supervised fine-tuning."""
+class SupervisedConfig:
+    """What all supervised programs have; each adds its data and its loss."""
 
     model: ModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     kernels: KernelArguments = field(default_factory=KernelArguments)
-    sft_cluster: SupervisedClusterArguments = field(default_factory=SupervisedClusterArguments)
+    ranks: RankArguments = field(default_factory=RankArguments)
     batch: SupervisedBatchArguments = field(default_factory=SupervisedBatchArguments)
     optimizer: SupervisedOptimizerArguments = field(default_factory=SupervisedOptimizerArguments)
-    data: SFTDataArguments
+    data: SupervisedDataArguments
     logging: LoggingArguments
     passed: MegatronPassedArguments = field(default_factory=MegatronPassedArguments)
+
+    @property
+    def program(self) -> str:
+        """Name of the command, and of its metrics before the slash."""
+        raise NotImplementedError
+
+    @property
+    def head(self) -> Literal["lm", "value"]:
+        """What the trained model computes: vocabulary logits, or one value a token."""
+        return "lm"
+
+    @property
+    def share_prompt_prefix(self) -> bool:
+        """Whether rows of one unit share their prompt's computation."""
+        return False
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the start's weights stay beside those that are trained."""
+        return False
 
     @property
     def world_size(self) -> int:
         """Ranks that train: torchrun's, or those that are started here."""
         started = os.environ.get("WORLD_SIZE", "")
-        return int(started) if started.isdecimal() else self.sft_cluster.num_gpus_per_node
+        return int(started) if started.isdecimal() else self.ranks.num_gpus_per_node
 
     @property
     def max_row_tokens(self) -> int:
@@ -139,3 +165,15 @@ class SFTConfig:
     def micro_batch_tokens(self) -> int:
         """Most tokens in one forward and backward pass of a rank."""
         return self.batch.max_tokens_per_micro_batch or self.batch.micro_batch_size * self.max_row_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning."""
+
+    data: SFTDataArguments
+
+    @property
+    def program(self) -> str:
+        """Name of the command, and of its metrics before the slash."""
+        return "sft"

@@ -97,10 +97,10 @@ def _spread(batch: MicroBatch, values: Floats, starts: Ints) -> Tensor:
 
 
 def gather_targets(batch: MicroBatch, values: Tensor) -> TargetValues:
-    """Values of the rows' targets, such as log-probs, out of values [t] of the whole packed sequence, on the CPU."""
+    """Values of the rows' targets, such as log-probs, out of values [t] or [t, k] of the whole packed sequence."""
     places = batch.places
-    assert values.shape == batch.tokens.shape, f"values {list(values.shape)} of a sequence of {len(batch.tokens)}"
-    found = np.empty(int(places.lengths.sum()), dtype=np.float32)
+    assert len(values) == len(batch.tokens), f"values {list(values.shape)} of a sequence of {len(batch.tokens)}"
+    found = np.empty((int(places.lengths.sum()), *values.shape[1:]), dtype=np.float32)
     copy_runs(values.float().numpy(), places.positions, places.lengths, found, starts_of(places.lengths))
     return TargetValues(starts=places.starts, lengths=places.lengths, values=found)
 
@@ -124,11 +124,11 @@ def add_values(batches: Sequence[MicroBatch], name: str, values: TargetValues) -
 
 def join_values(parts: Sequence[TargetValues]) -> TargetValues:
     """Values of several micro-batches of the same rows."""
-    none, empty = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+    none = np.empty(0, dtype=np.int64)
     return TargetValues(
         starts=np.concatenate([none, *(part.starts for part in parts)]),
         lengths=np.concatenate([none, *(part.lengths for part in parts)]),
-        values=np.concatenate([empty, *(part.values for part in parts)]),
+        values=np.concatenate([part.values for part in parts]) if parts else np.empty(0, dtype=np.float32),
     )
 
 

@@ -1,47 +1,14 @@
 """Rows for supervised fine-tuning: prompt and answer in tokens, with the loss on the answer."""
 
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Self
-
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.loading import load_rows
 from megarlhf.data.rows import Rows, check_text
+from megarlhf.data.supervised import SupervisedData, too_long
 from megarlhf.data.templates import Renderer, encode, encode_prompts, make_renderer
-from megarlhf.data.token_ids import check_vocabulary, fingerprint
-from megarlhf.data.types import TrainingRows, training_rows
-
-_ARRAYS = ("input_ids", "lengths", "prompt_lengths", "unit_ids")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTData:
-    """Rows that fit, and how many did not."""
-
-    rows: TrainingRows
-    num_dropped: int  # rows longer than max_len
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hex fingerprint of all rows' tokens and prompt lengths in their order; equal on every machine."""
-        return fingerprint(self.rows.input_ids, np.cumsum(self.rows.lengths), self.rows.prompt_lengths.tolist())
-
-    def save(self, directory: Path) -> None:
-        """Write the rows as .npy files into a directory, which is made, for `open`."""
-        assert self.rows.loss_mask is None and not self.rows.fields and not self.rows.scalars
-        directory.mkdir()
-        for name in _ARRAYS:
-            np.save(directory / f"{name}.npy", getattr(self.rows, name))
-        np.save(directory / "num_dropped.npy", self.num_dropped)
-
-    @classmethod
-    def open(cls, directory: Path) -> Self:
-        """What `save` has written; the arrays are the files themselves, read-only, once for all processes."""
-        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
-        return cls(rows=TrainingRows(**arrays), num_dropped=int(np.load(directory / "num_dropped.npy")))
+from megarlhf.data.token_ids import check_vocabulary
+from megarlhf.data.types import training_rows
 
 
 def load_sft_rows(
@@ -56,7 +23,7 @@ def load_sft_rows(
     pretrain_mode: bool,
     max_samples: int | None,
     vocab_size: int,
-) -> SFTData:
+) -> SupervisedData:
     """Read, render and tokenize a supervised data file; arguments as for `load_prompts`, and:
 
     Every row ends with one EOS. `prompt_length` is the number of prompt tokens, so the targets are the answer's
@@ -110,7 +77,7 @@ def load_sft_rows(
     found = training_rows([sum(encoded[index], []) for index in kept], [prompt_lengths[index] for index in kept])
     ends = np.cumsum(found.lengths)
     check_vocabulary(found.input_ids, ends, kept, tokenizer, rows=rows, vocab_size=vocab_size)
-    return SFTData(rows=found, num_dropped=len(rows) - len(kept))
+    return SupervisedData(rows=found, dropped={too_long(max_len): len(rows) - len(kept)})
 
 
 def _render_chat(renderer: Renderer, prompt: object, response: object | None) -> tuple[str, str]:

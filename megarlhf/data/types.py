@@ -96,6 +96,27 @@ class TrainingRows:
         """[n] targets of each row."""
         return self.lengths - self.prompt_lengths
 
+    @property
+    def num_loss_targets(self) -> Ints:
+        """[n] targets of each row that the loss looks at."""
+        if self.loss_mask is None:
+            return self.num_targets
+        before = np.append(0, np.cumsum(self.loss_mask))
+        starts = starts_of(self.num_targets)
+        counts: Ints = before[starts + self.num_targets] - before[starts]
+        return counts
+
+    @property
+    def num_units(self) -> int:
+        """Units, which are numbered 0, 1, ... in the order of their rows where a data set has been loaded."""
+        return int(self.unit_ids[-1]) + 1 if len(self) else 0
+
+    def of_units(self, units: Sequence[int] | Ints) -> Ints:
+        """Indices of the rows of these units, unit by unit; the rows of a unit follow each other."""
+        chosen = np.asarray(units, dtype=np.int64)
+        first = np.searchsorted(self.unit_ids, chosen, side="left")
+        return spans(first, np.searchsorted(self.unit_ids, chosen, side="right") - first)
+
     def take(self, indices: Sequence[int] | Ints) -> "TrainingRows":
         """The rows of these indices, in their order."""
         chosen = np.asarray(indices, dtype=np.int64)
@@ -178,7 +199,7 @@ class TargetValues:
 
     starts: Ints  # [r] index of each row's first target among the targets of all rows
     lengths: Ints  # [r]
-    values: Floats  # [sum of lengths]
+    values: Floats  # [sum of lengths] or [sum of lengths, k]
 
     @property
     def indices(self) -> Ints:

@@ -25,12 +25,19 @@ from torch import Tensor
 from megarlhf.config.roles import Part
 from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack_rows
 from megarlhf.data.planning import PackingOptions, plan_micro_batches
-from megarlhf.data.types import MicroBatch, TargetValues, TrainingRows
+from megarlhf.data.types import Ints, MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.memory import DeviceMemory
-from megarlhf.engine.objective import NonFiniteError, Objective, TokenOutputs
+from megarlhf.engine.objective import NonFiniteError, Objective, Outputs, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler, optimizer_tensors
 from megarlhf.engine.reference import Reference
-from megarlhf.engine.schedule import run_forward, run_forward_backward, sum_gradients, token_outputs
+from megarlhf.engine.schedule import (
+    run_evaluation,
+    run_forward,
+    run_forward_backward,
+    sum_gradients,
+    target_log_probs,
+    token_outputs,
+)
 from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.build import Head, ModelOptions, build_model
 from megarlhf.models.names import check_names, stored_dtypes
@@ -143,7 +150,7 @@ class MegatronEngine:
             min_length=min_length,
         )
 
-    def micro_batches(self, rows: TrainingRows, indices: Sequence[int] | None = None) -> list[MicroBatch]:
+    def micro_batches(self, rows: TrainingRows, indices: Sequence[int] | Ints | None = None) -> list[MicroBatch]:
         """This rank's part of rows that every rank has, as packed sequences; as many micro-batches as on any rank.
 
         Args:
@@ -187,12 +194,36 @@ class MegatronEngine:
         """`forward` on rows that every rank has, at the rollout's temperature; their fields are not looked at."""
         return self.forward(self.micro_batches(rows))
 
-    def forward(self, batches: list[MicroBatch]) -> TargetValues:
-        """Log-probs of this rank's targets, or the value head's values before them; empty before the last stage."""
+    def forward(self, batches: list[MicroBatch], *, compute: Outputs = target_log_probs) -> TargetValues:
+        """Log-probs of this rank's targets, or the value head's values before them; empty before the last stage.
+
+        Args:
+            compute: makes something else of a language model than log-probs, such as `hidden_outputs`: one of
+                TokenOutputs, whose numbers come back.
+        """
+        self._evaluates()
+        return self._results(batches, run_forward(self.model, self._own_parts(batches), self._outputs, compute))
+
+    def evaluate(self, batches: list[MicroBatch], objective: Objective) -> tuple[float, dict[str, tuple[float, float]]]:
+        """The objective without gradients over all ranks' rows: its sum, and each metric's sum and count."""
+        self._evaluates()
+        return self._summed(run_evaluation(self.model, self._own_parts(batches), self._outputs, objective), objective)
+
+    def _evaluates(self) -> None:
         self.memory.require("parameters")
         for chunk in self.chunks:
             chunk.eval()
-        return self._results(batches, run_forward(self.model, self._own_parts(batches), self._outputs))
+
+    def _summed(self, stored: list[Tensor], objective: Objective) -> tuple[float, dict[str, tuple[float, float]]]:
+        """Loss and metrics of all ranks, from the sums of this rank's micro-batches."""
+        names = objective.metric_names
+        sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=current_device())
+        if self.ranks.computes_results:
+            for micro_sums in stored:
+                sums += micro_sums
+        dist.all_reduce(sums)
+        total, *values = sums.tolist()
+        return total, dict(zip(names, zip(values[: len(names)], values[len(names) :], strict=True), strict=True))
 
     def _own_parts(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         return [context_part(batch, self.ranks.cp_rank, self.ranks.cp_size) for batch in batches]
@@ -202,8 +233,8 @@ class MegatronEngine:
             return join_values([])
         found = []
         for batch, computed in zip(batches, outputs, strict=True):
-            part = computed.values if self.head == "value" else computed.log_probs
-            assert part is not None
+            kinds = (computed.values, computed.log_probs, computed.hidden, computed.candidates, computed.divergence)
+            part = next(part for part in kinds if part is not None)
             found.append(gather_targets(batch, self._whole_sequence(batch, part.detach()).cpu()))
         return join_values(found)
 
@@ -249,8 +280,6 @@ class MegatronEngine:
         Raises:
             NonFiniteError: the loss is not finite, on every rank.
         """
-        if objective.prepare is not None:
-            batches = objective.prepare(self.forward, batches)
         parts = self._own_parts(batches)
         self.memory.wake("gradients")
         for chunk, wrapped in zip(self.chunks, self.model, strict=True):
@@ -262,16 +291,8 @@ class MegatronEngine:
         unit = self._balance_loss_unit(parts)
         self.config.grad_scale_func = None if unit is None else lambda gradient: gradient / unit
         stored = run_forward_backward(self.model, parts, self._outputs, objective, denominator / (unit or 1.0))
-        names = objective.metric_names
-        sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=current_device())
-        if self.ranks.computes_results:
-            for _, micro_sums in stored:
-                sums += micro_sums
-        dist.all_reduce(sums)
-        total, *values = sums.tolist()
-        loss = total / denominator
-        pairs = zip(names, values[: len(names)], values[len(names) :], strict=True)
-        reported = {name: value / count for name, value, count in pairs if count}
+        total, pairs = self._summed([sums for _, sums in stored], objective)
+        loss, reported = total / denominator, {name: value / count for name, (value, count) in pairs.items() if count}
         if not math.isfinite(loss):
             raise NonFiniteError(f"loss={loss}, {reported}; the step was not taken")
         outputs = self._results(batches, [computed for computed, _ in stored])

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
-from megarlhf.data.types import MicroBatch, TargetValues
-from megarlhf.parallel.vocab import EntropyUse
+from megarlhf.data.types import MicroBatch
+from megarlhf.parallel.vocab import EntropyUse, OutputDistribution
 
 
 class NonFiniteError(FloatingPointError):
@@ -15,19 +16,44 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenOutputs:
-    """What the last pipeline stage computes for each packed position; None where the head has no such output.
+    """What the last pipeline stage computes for each packed position; None where it is not asked for.
 
-    Log-probs and entropy are 0 where there is no target.
+    Numbers are 0 where the loss looks at no target, but for values.
     """
 
     log_probs: Tensor | None = None  # [t] float32, log p(target)
-    entropy: Tensor | None = None  # [t] float32, nats; None where the objective has no use for it
+    entropy: Tensor | None = None  # [t] float32, nats
     values: Tensor | None = None  # [t] float32
+    hidden: Tensor | None = None  # [t, h] what the output layer takes
+    candidates: Tensor | None = None  # [t, k] float32, log p of tokens that the objective names
+    divergence: Tensor | None = None  # [t] float32, nats, from another model's distribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputLayer:
+    """A language model's last step, for outputs that an objective computes by itself.
+
+    Attributes:
+        hidden: [n, h] in the weights' dtype, of the positions whose target the loss looks at.
+        weight: [padded_vocab / tp, h] this rank's rows.
+        places: [n] positions of `hidden` in the packed sequence.
+        group: tensor-parallel group.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    places: Tensor
+    distribution: OutputDistribution
+    group: dist.ProcessGroup
+
+    def on_sequence(self, values: Tensor, length: int) -> Tensor:
+        """[t] or [t, k]: values of the n positions, 0 elsewhere."""
+        return values.new_zeros(length, *values.shape[1:]).index_copy(0, self.places, values)
 
 
 Metrics = dict[str, tuple[Tensor, Tensor | int]]  # name -> sum over the micro-batch, and how many numbers it is of
 Loss = Callable[[TokenOutputs, MicroBatch], tuple[Tensor, Metrics]]
-Forward = Callable[[list[MicroBatch]], TargetValues]  # log-probs or values of this rank's targets, on the last stage
+Outputs = Callable[[OutputLayer, MicroBatch], TokenOutputs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +63,9 @@ class Objective:
     `loss` returns a sum over the micro-batch, and a sum and a count for each of `metric_names`. The engine divides the
     loss by the global denominator, and each metric's sum over all micro-batches by its count over all of them, so the
     gradient and the metrics are the same for every split into ranks and micro-batches.
-
-    `prepare` runs before the first forward pass with gradients, with a function that runs the model without: it gives
-    the packed sequences back with the fields that the loss asks for, such as what other weights make of the same
-    tokens.
     """
 
     loss: Loss
     metric_names: tuple[str, ...]
-    prepare: Callable[[Forward, list[MicroBatch]], list[MicroBatch]] | None = None
     entropy: EntropyUse = "unused"  # what `loss` does with the entropy of the policy
+    outputs: Outputs | None = None  # what a language model's last stage computes; None: log-probs and entropy

@@ -6,6 +6,7 @@ reduction adds, and Megatron-Core's own divisions (by micro-batches, by tokens) 
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megarlhf.data.types import MicroBatch
-from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.engine.objective import Objective, OutputLayer, Outputs, TokenOutputs
 from megarlhf.models.heads import output_weight
 from megarlhf.parallel.device import current_device
 from megarlhf.parallel.packed_params import packed_params
 from megarlhf.parallel.vocab import EntropyUse, OutputDistribution, vocab_parallel_log_probs
 
-OutputFn = Callable[[Tensor, MicroBatch, EntropyUse], TokenOutputs]
+OutputFn = Callable[[Tensor, MicroBatch, Outputs], TokenOutputs]
 
 
 def sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
@@ -31,35 +32,88 @@ def sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: 
 
 
 def token_outputs(
-    output: Tensor, batch: MicroBatch, entropy: EntropyUse, *, model: Any, head: str, distribution: OutputDistribution
+    output: Tensor,
+    batch: MicroBatch,
+    compute: Outputs,
+    *,
+    model: Any,
+    head: str,
+    distribution: OutputDistribution,
 ) -> TokenOutputs:
     """Last stage's output, [1, t, h] hidden states or [1, t, 1] values, as per-token numbers.
 
     Args:
+        compute: a language model's outputs, from its last layer's.
         model: the last chunk of layers, as GPTModel; hidden states are of its LMHead.
     """
     if head == "value":
         return TokenOutputs(values=output.float().reshape(-1))
     weight, (places,) = output_weight(model), batch.target_mask.nonzero(as_tuple=True)
-    log_probs, entropies = vocab_parallel_log_probs(
-        output[0].index_select(0, places).to(weight.dtype),
-        weight,
-        batch.targets[places],
-        of=distribution,
-        entropy=entropy,
+    layer = OutputLayer(
+        hidden=output[0].index_select(0, places).to(weight.dtype),
+        weight=weight,
+        places=places,
+        distribution=distribution,
         group=parallel_state.get_tensor_model_parallel_group(),
     )
-
-    def on_sequence(values: Tensor) -> Tensor:
-        return values.new_zeros(len(batch.targets)).index_copy(0, places, values)
-
-    return TokenOutputs(log_probs=on_sequence(log_probs), entropy=None if entropies is None else on_sequence(entropies))
+    return compute(layer, batch)
 
 
-def run_forward(chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn) -> list[Any]:
+def target_log_probs(layer: OutputLayer, batch: MicroBatch, *, entropy: EntropyUse = "unused") -> TokenOutputs:
+    """Log-probs of the targets, and the entropy of their distributions where it is used."""
+    log_probs, entropies = vocab_parallel_log_probs(
+        layer.hidden,
+        layer.weight,
+        batch.targets[layer.places],
+        of=layer.distribution,
+        entropy=entropy,
+        group=layer.group,
+    )
+    length = len(batch.targets)
+    return TokenOutputs(
+        log_probs=layer.on_sequence(log_probs, length),
+        entropy=None if entropies is None else layer.on_sequence(entropies, length),
+    )
+
+
+def hidden_outputs(layer: OutputLayer, batch: MicroBatch) -> TokenOutputs:
+    """What the output layer takes, and nothing of what it makes."""
+    return TokenOutputs(hidden=layer.on_sequence(layer.hidden, len(batch.targets)))
+
+
+def run_forward(
+    chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn, compute: Outputs = target_log_probs
+) -> list[Any]:
     """Forward only; the last stage returns the TokenOutputs of each micro-batch, other stages an empty list."""
     with torch.no_grad():
-        return _run(chunks, batches, lambda output, batch: outputs(output, batch, "unused"), forward_only=True)
+        return _run(chunks, batches, lambda output, batch: outputs(output, batch, compute), forward_only=True)
+
+
+def run_evaluation(
+    chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn, objective: Objective
+) -> list[Tensor]:
+    """The objective's sums without gradients: on the last stage [loss, *metrics, *counts] of each micro-batch."""
+
+    compute = objective_outputs(objective)
+
+    def sums(output: Tensor, batch: MicroBatch) -> Tensor:
+        return objective_sums(objective, outputs(output, batch, compute), batch)[1]
+
+    with torch.no_grad():
+        return _run(chunks, batches, sums, forward_only=True)
+
+
+def objective_outputs(objective: Objective) -> Outputs:
+    """What the objective's loss looks at."""
+    return objective.outputs or partial(target_log_probs, entropy=objective.entropy)
+
+
+def objective_sums(objective: Objective, computed: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """The loss, and [loss, *sums of metrics, *counts of metrics] float64 without a gradient."""
+    total, metrics = objective.loss(computed, batch)
+    pairs = [metrics[name] for name in objective.metric_names]
+    reported = [total, *(value for value, _ in pairs), *(count for _, count in pairs)]
+    return total, torch.stack([torch.as_tensor(v, device=total.device).detach().double() for v in reported])
 
 
 def run_forward_backward(
@@ -72,12 +126,11 @@ def run_forward_backward(
         empty list.
     """
 
+    compute = objective_outputs(objective)
+
     def loss(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Any]:
-        computed = outputs(output, batch, objective.entropy)
-        total, metrics = objective.loss(computed, batch)
-        pairs = [metrics[name] for name in objective.metric_names]
-        reported = [total, *(value for value, _ in pairs), *(count for _, count in pairs)]
-        sums = torch.stack([torch.as_tensor(v, device=total.device).detach().double() for v in reported])
+        computed = outputs(output, batch, compute)
+        total, sums = objective_sums(objective, computed, batch)
         return total / denominator, torch.zeros((), dtype=torch.int, device=total.device), (computed, sums)
 
     return _run(chunks, batches, loss, forward_only=False)

@@ -14,6 +14,25 @@ _ROUTERS = {
     "moe_router_log_prob": "Log-prob that the routers give to the experts they choose, mean over tokens (nats)",
 }
 
+
+def _supervised(name: str, loss: str, **others: str) -> dict[str, str]:
+    """Metrics of a supervised trainer: its loss and its others, which evaluation has too, and those of every one.
+
+    Args:
+        others: name -> meaning and unit.
+    """
+    own = {"loss": loss} | others
+    common = {
+        "grad_norm": "Norm of the gradient before clipping (no unit)",
+        "learning_rate": "Learning rate of the last optimizer step (no unit)",
+        **_ROUTERS,
+    }
+    of_evaluation = {
+        f"eval_{key}": f"Of the evaluation data: {meaning[0].lower()}{meaning[1:]}" for key, meaning in own.items()
+    }
+    return {f"{name}/{key}": meaning for key, meaning in (own | common | of_evaluation).items()}
+
+
 METRICS: dict[str, str] = {
     "reward/mean": "Mean outcome reward of the step's samples, before the KL penalty (reward units)",
     "reward/std": "Standard deviation of that reward over the samples (reward units)",
@@ -62,18 +81,14 @@ METRICS: dict[str, str] = {
     "time/eval_seconds": "Evaluation (seconds)",
     "time/save_seconds": "Writing the checkpoint since the row before (seconds)",
     "time/step_seconds": "The whole step without evaluation and saving (seconds)",
-    "perf/tokens_per_second": "RL: response tokens, SFT: all tokens of the step, over its time (tokens/s)",
+    "perf/tokens_per_second": "RL: response tokens, else: all tokens of the step, over its time (tokens/s)",
     "perf/samples_per_second": "Samples trained on in the step over its time (samples/s)",
     "eval/accuracy": "Evaluation prompts whose one greedy response earns at least 1, of those with a result (fraction)",
     "eval/no_result_count": "Evaluation responses that the reward gave no result for, left out (samples)",
     "eval/response_length_mean": "Mean length of an evaluation response (tokens)",
     "data/epoch": "Passes over the training data so far (epochs)",
     "data/prompts_dropped": "Prompts left out so far for being longer than the limit (prompts)",
-    "sft/loss": "Cross-entropy of the target tokens (nats per token)",
-    "sft/grad_norm": "Norm of the gradient before clipping (no unit)",
-    "sft/learning_rate": "Learning rate of the last optimizer step (no unit)",
-    **{f"sft/{name}": meaning for name, meaning in _ROUTERS.items()},
-    "sft/eval_loss": "Cross-entropy of the target tokens of the evaluation data (nats per token)",
+    **_supervised("sft", "Cross-entropy of the target tokens (nats per token)"),
 }
 
 

@@ -40,7 +40,7 @@ def join_context(parts: Sequence[Tensor], cu_seqlens: Tensor) -> Tensor:
     """The whole packed sequence from every context rank's part, in rank order: the inverse of `context_part`."""
     if len(parts) == 1:
         return parts[0]
-    packed = parts[0].new_empty(int(cu_seqlens[-1]))
+    packed = parts[0].new_empty(int(cu_seqlens[-1]), *parts[0].shape[1:])
     for rank, part in enumerate(parts):
         packed[context_indices(cu_seqlens, rank, len(parts))] = part
     return packed

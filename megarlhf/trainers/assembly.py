@@ -7,7 +7,7 @@ from typing import Any
 from megarlhf.config.arguments import PPOConfig, SharedOptimizerArguments
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.roles import RoleSpec
-from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
+from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.engine import MegatronEngine
@@ -64,7 +64,7 @@ def build_objective(config: PPOConfig, role: RoleSpec) -> Objective:
     )
 
 
-def chat_template(config: PPOConfig | SFTConfig) -> str | None:
+def chat_template(config: PPOConfig | SupervisedConfig) -> str | None:
     """The text that replaces the tokenizer's chat template; None where its own is used."""
     given = config.data.tokenizer_chat_template
     if given is None:
@@ -84,7 +84,7 @@ def parallel_sizes(layout: LayoutArguments) -> ParallelSizes:
     )
 
 
-def model_options(layout: LayoutArguments, config: PPOConfig | SFTConfig | ParityConfig) -> ModelOptions:
+def model_options(layout: LayoutArguments, config: PPOConfig | SupervisedConfig | ParityConfig) -> ModelOptions:
     """The model's part of the flags."""
     return ModelOptions(
         bf16=config.model.bf16,

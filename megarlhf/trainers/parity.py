@@ -9,29 +9,22 @@ move: the model's own are rounded to more than a step.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megarlhf.data.planning import prompt_units
-from megarlhf.data.types import TrainingRows, training_rows
+from megarlhf.data.types import TrainingRows
 from megarlhf.engine.engine import MegatronEngine
-from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import main_weight
 from megarlhf.engine.schedule import sum_gradients
 from megarlhf.formats.safetensors_file import TensorFile
 from megarlhf.parallel.device import current_device
-from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
-from megarlhf.trainers.sft import sft_objective
-from megarlhf.trainers.value import value_objective
+from megarlhf.trainers.parity_cases import ObjectiveName, anchored, fitting, parity_case
 
-ObjectiveName = Literal["sft", "actor", "critic"]
-OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")
 QUANTITIES = (
     *("forward", "training", "loss", "metrics", "gradients", "by tensor", "grad norm"),
     *("step", "movement", "after"),
@@ -39,78 +32,6 @@ QUANTITIES = (
 
 Part = tuple[str, tuple[slice, ...], Tensor]  # HF name, this rank's part of it, float32 numbers
 Record = Callable[[str, Iterator[Part]], None]  # "gradients" or "step" (how far weights move), and the parts
-
-
-def parity_rows(
-    vocab_size: int, *, groups: int = 3, samples: int = 3, longest: int = 12, seed: int = 5
-) -> TrainingRows:
-    """Groups of samples with equal prompts, ragged responses and every field that a loss may ask for.
-
-    `old_log_probs` and `ref_log_probs` are distances from the model's own, to be added by `anchored`.
-
-    Args:
-        longest: no response has more tokens than this, nor a prompt much more.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int, count: int) -> list[int]:
-        return torch.randint(low, high, (count,), generator=generator).tolist()
-
-    ids: list[list[int]] = []
-    prompts, units = list[int](), list[int]()
-    fields: dict[str, list[Tensor]] = {}
-    for group in range(groups):
-        prompt = draw(3, vocab_size, 3 + 2 * group * max(1, longest // 12))
-        for length in draw(2, longest, samples):
-            for name in ("advantages", "old_log_probs", "ref_log_probs", "old_values", "returns"):
-                fields.setdefault(name, []).append(torch.randn(length, generator=generator))
-            fields.setdefault("weights", []).append(torch.full((length,), 1.0 / length))
-            ids.append([*prompt, *draw(3, vocab_size, length)])
-            prompts.append(len(prompt))
-            units.append(group)
-    return training_rows(ids, prompts, unit_ids=units, fields=fields)
-
-
-def anchored(rows: TrainingRows, log_probs: Tensor) -> TrainingRows:
-    """Rows with old and reference log-probs near the model's own, where ratios are moderate and some are clipped.
-
-    Args:
-        log_probs: [targets] of the model.
-    """
-    names = ("old_log_probs", "ref_log_probs")
-    return rows.with_fields({name: rows.fields[name] + log_probs.numpy() for name in names})
-
-
-def fitting(engine: MegatronEngine, rows: TrainingRows) -> TrainingRows:
-    """Rows whose units fit into the engine's micro-batches.
-
-    Groups that share a prompt's computation are cut where they must be; where nothing is shared each row is alone.
-    """
-    sizes = rows.lengths, rows.prompt_lengths, rows.unit_ids
-    return replace(rows, unit_ids=prompt_units(*sizes, num_ranks=engine.ranks.dp_size, packing=engine.packing))
-
-
-def parity_objective(name: ObjectiveName) -> Objective:
-    """A role's loss with every term switched on."""
-    if name == "sft":
-        return sft_objective()
-    if name == "critic":
-        return value_objective(value_clip=0.2)
-    return policy_objective(
-        PolicyLossOptions(
-            clip_eps_low=0.2,
-            clip_eps_high=0.3,
-            dual_clip=3.0,
-            entropy_coef=0.01,
-            kl_loss_coef=0.05,
-            kl_estimator="k3",
-        )
-    )
-
-
-def parity_denominator(name: ObjectiveName, rows: TrainingRows) -> float:
-    """What the trainers divide this loss by: targets for supervised training, else the rows' own weights add to one."""
-    return float(rows.num_targets.sum() if name == "sft" else len(rows))
 
 
 @contextmanager
@@ -151,7 +72,8 @@ def _parts(engine: MegatronEngine, tensor_of: Callable[[Any], Tensor], *, buffer
 
 def _train(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, record: Record) -> dict[str, Any]:
     """What is compared after the forward pass; gradients and weights go through `record` while they exist."""
-    denominator, objective = parity_denominator(name, rows), parity_objective(name)
+    case = parity_case(name)
+    denominator, objective = case.denominator(rows), case.objective
     with whole_gradients(engine):
         batches = engine.micro_batches(rows)
         loss, metrics, outputs = engine.accumulate_gradients(batches, objective, denominator=denominator)
@@ -174,7 +96,7 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: TrainingR
 
     directory.mkdir()
     specs = engine.weights.tensor_specs(dict.fromkeys(engine.weights.hf_shapes, torch.float32))
-    rows = fitting(engine, rows)
+    rows = fitting(engine, rows, parity_case(name))
     forward = engine.forward(engine.micro_batches(rows))
     flat = torch.empty(int(rows.num_targets.sum()))
     flat[forward.indices] = torch.from_numpy(forward.values)
@@ -233,7 +155,7 @@ def compare(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, dir
     result that is not a number counts as infinitely far off. Router metrics are left out: they count padding.
     """
     differences = _Differences(directory)
-    tokens, rows = load_file(directory / "tokens.safetensors"), fitting(engine, rows)
+    tokens, rows = load_file(directory / "tokens.safetensors"), fitting(engine, rows, parity_case(name))
     forward = engine.forward(engine.micro_batches(rows))
     rows = anchored(rows, tokens["forward"])
     found = _train(engine, name, rows, differences.record) | {"forward": forward}

@@ -1,9 +1,15 @@
-"""The supervised objective: cross-entropy of the target tokens."""
+"""Supervised fine-tuning: cross-entropy of the target tokens."""
 
 from torch import Tensor
 
 from megarlhf.data.types import MicroBatch
 from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
+from megarlhf.trainers.supervised import SupervisedTask
+
+
+def sft_task() -> SupervisedTask:
+    """Its objective, over the targets of any rows."""
+    return SupervisedTask(name="sft", objective=sft_objective())
 
 
 def sft_objective() -> Objective:

@@ -1,19 +1,19 @@
-"""The supervised loop: one process per rank, every rank runs it; the objective is a parameter."""
+"""The supervised loop: one process per rank, every rank runs it; what is trained on which rows is a parameter."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megarlhf.config.arguments import LoggingArguments
-from megarlhf.config.supervised_arguments import SFTConfig
+from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.data.prompts import PromptSampler
-from megarlhf.data.types import TrainingRows
+from megarlhf.data.supervised import SupervisedData
+from megarlhf.data.types import Ints, MicroBatch
 from megarlhf.engine import checkpoint
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
@@ -22,21 +22,48 @@ from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import current_device
 
+Prepare = Callable[[SupervisedData, Ints, list[MicroBatch]], list[MicroBatch]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedTask:
+    """What a supervised run trains; one a trainer.
+
+    Attributes:
+        name: of its metrics, before the slash.
+        mean_over: what the loss is a mean of: the targets that it looks at, or units of rows, such as pairs.
+        prepare: gives this rank's packed sequences of these rows back with what the loss asks for beside them, such as
+            log-probs of a reference; every rank calls it.
+        metrics: of the means that an objective reports, what is logged in their place.
+    """
+
+    name: str
+    objective: Objective
+    mean_over: Literal["targets", "units"] = "targets"
+    prepare: Prepare = lambda data, rows, batches: batches
+    metrics: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
+
+    def denominator(self, data: SupervisedData, rows: Ints) -> float:
+        """What the loss of these rows is divided by."""
+        if self.mean_over == "targets":
+            return float(data.rows.num_loss_targets[rows].sum())
+        return float(len(set(data.rows.unit_ids[rows].tolist())))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """Where a run continues."""
 
     step: int = 0  # last finished step
-    consumed: int = 0  # rows drawn so far
+    consumed: int = 0  # units of rows drawn so far
 
 
 def train(
-    config: SFTConfig,
+    config: SupervisedConfig,
     engine: MegatronEngine,
-    objective: Objective,
-    rows: TrainingRows,
-    eval_rows: TrainingRows | None,
+    task: SupervisedTask,
+    data: SupervisedData,
+    evaluation: SupervisedData | None,
     sinks: Sinks | None,
     should_stop: Callable[[], bool],
     *,
@@ -44,7 +71,7 @@ def train(
     total_steps: int,
     identity: dict[str, Any],
 ) -> None:
-    """Optimizer steps progress.step + 1 .. total_steps over shuffled epochs of `rows`.
+    """Optimizer steps progress.step + 1 .. total_steps over shuffled epochs of the data's units.
 
     Args:
         sinks: on rank 0; None elsewhere.
@@ -56,7 +83,7 @@ def train(
     """
     timers, logging = Timers(), config.logging
     sampler = PromptSampler(
-        len(rows),
+        data.rows.num_units,
         config.batch.global_batch_size,
         config.model.seed,
         first_step=progress.step,
@@ -75,32 +102,34 @@ def train(
         started = time.perf_counter()
         if sinks is not None:
             sinks.phase("train")
-        batch = sampler.batch(step - 1)
+        units = sampler.batch(step - 1)
+        rows = data.rows.of_units(units)
         try:
             with timers("train"):
-                denominator = float(rows.num_targets[batch].sum())
-                result = engine.step(engine.micro_batches(rows, batch), objective, denominator=denominator)
+                batches = task.prepare(data, rows, engine.micro_batches(data.rows, rows))
+                result = engine.step(batches, task.objective, denominator=task.denominator(data, rows))
         except NonFiniteError:  # on every rank, and the weights are still those of the step before
             save(step - 1)
             raise
         seconds = time.perf_counter() - started
         metrics = {
-            "sft/loss": result.loss,
-            "sft/grad_norm": result.grad_norm,
-            "sft/learning_rate": result.learning_rate,
+            f"{task.name}/loss": result.loss,
+            f"{task.name}/grad_norm": result.grad_norm,
+            f"{task.name}/learning_rate": result.learning_rate,
             "data/epoch": sampler.epoch(step),
-            **{f"sft/{name}": value for name, value in result.metrics.items()},
+            **{f"{task.name}/{name}": value for name, value in task.metrics(result.metrics).items()},
             "time/step_seconds": seconds,
-            "perf/tokens_per_second": float(rows.lengths[batch].sum()) / seconds,
-            "perf/samples_per_second": len(batch) / seconds,
+            "perf/tokens_per_second": float(data.rows.lengths[rows].sum()) / seconds,
+            "perf/samples_per_second": len(units) / seconds,
         }
         if step == progress.step + 1:
-            metrics |= memory(engine)
+            metrics |= memory(engine, task.name)
         stopping = _agree(should_stop())
         last = step == total_steps or stopping
-        if eval_rows is not None and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
+        if evaluation is not None and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
             with timers("eval"):
-                metrics["sft/eval_loss"] = mean_loss(engine, eval_rows)
+                found = evaluate(engine, task, evaluation, config.batch.global_batch_size)
+                metrics |= {f"{task.name}/eval_{name}": value for name, value in found.items()}
         problem = _log(sinks, step, metrics | timers.pop())
         failed = _agree(problem is not None)
         if last or failed or (logging.save_interval and step % logging.save_interval == 0):
@@ -121,21 +150,28 @@ def _log(sinks: Sinks | None, step: int, metrics: dict[str, float]) -> Exception
     return None
 
 
-def mean_loss(engine: MegatronEngine, rows: TrainingRows) -> float:
-    """Cross-entropy per target over `rows`, in nats; the same on every rank."""
-    found = engine.log_probs(rows).values
-    total = -found.sum(dtype=np.float64) if engine.ranks.holds_results else 0.0
-    summed = torch.tensor(total, dtype=torch.float64, device=current_device())
-    dist.all_reduce(summed)
-    return float(summed) / int(rows.num_targets.sum())
+def evaluate(engine: MegatronEngine, task: SupervisedTask, data: SupervisedData, batch_size: int) -> dict[str, float]:
+    """Loss and metrics of the whole data, so many units at a time; the same on every rank."""
+    loss, denominator = 0.0, 0.0
+    sums: dict[str, tuple[float, float]] = {}
+    for first in range(0, data.rows.num_units, batch_size):
+        rows = data.rows.of_units(range(first, min(first + batch_size, data.rows.num_units)))
+        batches = task.prepare(data, rows, engine.micro_batches(data.rows, rows))
+        total, found = engine.evaluate(batches, task.objective)
+        loss, denominator = loss + total, denominator + task.denominator(data, rows)
+        for name, (value, count) in found.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + value, before[1] + count)
+    means = {name: value / count for name, (value, count) in sums.items() if count}
+    return {"loss": loss / denominator} | task.metrics(means)
 
 
-def memory(engine: MegatronEngine) -> dict[str, float]:
+def memory(engine: MegatronEngine, name: str) -> dict[str, float]:
     """The most that each part of the model has held so far on one device, in GiB; all ranks call it."""
     held = engine.memory.largest_bytes()
     most = torch.tensor(list(held.values()), dtype=torch.float64, device=current_device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return {f"memory/sft/{part}_gib": size / 2**30 for part, size in zip(held, most.tolist(), strict=True)}
+    return {f"memory/{name}/{part}_gib": size / 2**30 for part, size in zip(held, most.tolist(), strict=True)}
 
 
 def save_checkpoint(

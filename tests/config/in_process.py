@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.engine import checkpoint, engine, export, optimizer, sharing
+from megarlhf.engine import checkpoint, engine, export, optimizer, schedule, sharing
 from megarlhf.engine.objective import TokenOutputs
 from megarlhf.models.build import transformer_config
 from megarlhf.parallel import groups
@@ -105,7 +105,7 @@ def token_outputs(chunks: Sequence[Any], batch: Any, options: dict[str, Any]) ->
     return TokenOutputs(log_probs=log_probs, entropy=0.5 + 0.01 * targets)
 
 
-def run_forward(chunks: Any, batches: Sequence[Any], outputs: Any) -> list[TokenOutputs]:
+def run_forward(chunks: Any, batches: Sequence[Any], outputs: Any, compute: Any) -> list[TokenOutputs]:
     """In the place of Megatron-Core's forward pass."""
     return [token_outputs(chunks, batch, outputs.keywords) for batch in batches]
 
@@ -117,11 +117,13 @@ def run_forward_backward(
     results = []
     for batch in batches:
         computed = token_outputs(chunks, batch, outputs.keywords)
-        total, metrics = objective.loss(computed, batch)
-        pairs = [metrics[name] for name in objective.metric_names]
-        reported = [total, *(value for value, _ in pairs), *(count for _, count in pairs)]
-        results.append((computed, torch.stack([torch.as_tensor(value).detach().double() for value in reported])))
+        results.append((computed, schedule.objective_sums(objective, computed, batch)[1]))
     return results
+
+
+def run_evaluation(chunks: Any, batches: Sequence[Any], outputs: Any, objective: Any) -> list[torch.Tensor]:
+    """The same without gradients."""
+    return [sums for _, sums in run_forward_backward(chunks, batches, outputs, objective, 1.0)]
 
 
 def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
@@ -164,6 +166,7 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (engine, "RouterStatistics", FakeRouters),
         (engine, "run_forward", run_forward),
         (engine, "run_forward_backward", run_forward_backward),
+        (engine, "run_evaluation", run_evaluation),
         (engine, "release_memory", lambda: None),
         (optimizer, "get_megatron_optimizer", FakeOptimizer),
         (optimizer, "FiniteOptimizer", lambda chained: chained[0]),

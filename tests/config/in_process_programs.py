@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from examples.demo.make_assets import make_tokenizer
-from megarlhf.cli import parity, run_parity, run_ppo, run_sft, train_ppo, train_sft
+from megarlhf.cli import parity, run_parity, run_ppo, run_supervised, supervised, train_ppo
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.passed import PREFIXES
@@ -115,13 +115,13 @@ class Programs:
                     patch.setenv("RANK", str(number))
                     if number == options["world_size"] - 1:  # the others would do the same
                         trace.process = ("actor", number)
-                        train_sft._run(config, [], dry_run=False)
+                        supervised.checked_run(config, [], dry_run=False)
                 return 0
 
-            patch.setattr(run_sft, "run_local_ranks", ranks)
-            patch.setattr(run_sft, "write_report", lambda directory, title: ("page", "picture"))
+            patch.setattr(run_supervised, "run_local_ranks", ranks)
+            patch.setattr(run_supervised, "write_report", lambda directory, title: ("page", "picture"))
             trace.process = ("actor", 0)
-            train_sft._run(config, [], dry_run=False)
+            supervised.checked_run(config, [], dry_run=False)
 
         return self._finished(self._run(run), config.logging.save)
 
@@ -150,7 +150,7 @@ class Programs:
 
             scales = {"loss": 1.0, "grad norm": 1.0, "gradients": 1.0, "moved": 1.0}
             patch.setattr(run_parity, "run_local_ranks", ranks)
-            patch.setattr(comparison, "parity_rows", rows)
+            patch.setattr(run_parity, "parity_rows", rows)
             patch.setattr(comparison, "write_reference", lambda *arguments: None)
             patch.setattr(comparison, "compare", compare)
             patch.setattr(comparison, "scales", lambda directory: scales)

@@ -9,7 +9,7 @@ import pytest
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import world_errors
-from megarlhf.config.checks import ConfigError, check_parity, check_ppo, check_sft, raise_if
+from megarlhf.config.checks import ConfigError, check_parity, check_ppo, check_supervised, raise_if
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.roles import ROLES
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
@@ -61,7 +61,7 @@ def check(tmp_path: Path) -> Check:
 
 
 @pytest.fixture
-def check_supervised(tmp_path: Path) -> Check:
+def check_sft(tmp_path: Path) -> Check:
     """Mistakes of a sound SFT configuration with the given changes."""
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"input": "1 + 1", "output": "2"}\n')
@@ -72,7 +72,7 @@ def check_supervised(tmp_path: Path) -> Check:
         "output_key": "output",
         "max_len": 64,
     }
-    return lambda **changes: check_sft(from_dict(SFTConfig, base | changes))
+    return lambda **changes: check_supervised(from_dict(SFTConfig, base | changes))
 
 
 def only(errors: list[str]) -> str:
@@ -464,15 +464,15 @@ def test_wandb_from_the_environment(check: Check, monkeypatch: pytest.MonkeyPatc
         ({"critic_pretrain": "."}, "critic_pretrain=. is ignored"),
     ],
 )
-def test_one_supervised_mistake(check_supervised: Check, changes: dict[str, Any], said: str) -> None:
-    assert said in only(check_supervised(**changes))
+def test_one_supervised_mistake(check_sft: Check, changes: dict[str, Any], said: str) -> None:
+    assert said in only(check_sft(**changes))
 
 
-def test_a_sound_supervised_configuration_has_no_mistake(check_supervised: Check) -> None:
-    assert check_supervised() == []
+def test_a_sound_supervised_configuration_has_no_mistake(check_sft: Check) -> None:
+    assert check_sft() == []
 
 
-def test_the_launchers_world_size_wins(check_supervised: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launchers_world_size_wins(check_sft: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert check_supervised(tensor_model_parallel_size=2, num_gpus_per_node=1) == []
-    assert "WORLD_SIZE=4 makes 4 ranks" in check_supervised(pipeline_model_parallel_size=3)[0]
+    assert check_sft(tensor_model_parallel_size=2, num_gpus_per_node=1) == []
+    assert "WORLD_SIZE=4 makes 4 ranks" in check_sft(pipeline_model_parallel_size=3)[0]

@@ -25,7 +25,9 @@ from megarlhf.conversion.to_hf import megatron_to_hf
 from megarlhf.conversion.to_megatron import hf_to_megatron
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.export import export_hf
-from megarlhf.trainers.parity import parity_objective
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from megarlhf.data.sft import SFTData, load_sft_rows
+from megarlhf.data.sft import load_sft_rows
+from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import TrainingRows
 
 Write = Callable[[list[Any]], str]
 
 
-def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> SFTData:
+def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> SupervisedData:
     settings: dict[str, Any] = {
         "input_key": "input",
         "output_key": "output",
@@ -88,7 +89,7 @@ def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTra
     path = write_jsonl([{"input": "a", "output": "b" * length} for length in (1, 3, 2)])
     data = load(path, tokenizer, max_len=5)  # BOS, a, answer, EOS: 4, 6, 5 tokens
     kept = [(["<s>", "a"], ["b", "</s>"]), (["<s>", "a"], ["b", "b", "</s>"])]
-    assert (split(tokenizer, data.rows), data.num_dropped) == (kept, 1)
+    assert (split(tokenizer, data.rows), sum(data.dropped.values())) == (kept, 1)
     assert len(load(path, tokenizer, max_samples=1).rows) == 1
     with pytest.raises(ValueError, match="max_len=3 drops all 3 rows .* 4 tokens"):
         load(path, tokenizer, max_len=3)

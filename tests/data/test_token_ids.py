@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.prompts import PromptData
-from megarlhf.data.sft import SFTData
+from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import Prompt, training_rows
 from tests.data.test_prompts import load as load_prompt_file
 from tests.data.test_sft import load as load_sft_file
@@ -26,8 +26,8 @@ def prompt_data(*rows: tuple[tuple[int, ...], Any]) -> PromptData:
     return PromptData(prompts=prompts, num_dropped=0)
 
 
-def sft_data(*rows: tuple[tuple[int, ...], int]) -> SFTData:
-    return SFTData(rows=training_rows([ids for ids, _ in rows], [length for _, length in rows]), num_dropped=0)
+def sft_data(*rows: tuple[tuple[int, ...], int]) -> SupervisedData:
+    return SupervisedData(rows=training_rows([ids for ids, _ in rows], [length for _, length in rows]))
 
 
 def test_digest_is_of_lengths_tokens_and_labels() -> None:

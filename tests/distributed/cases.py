@@ -16,15 +16,16 @@ from megarlhf.engine.sharing import SharedWeights
 from megarlhf.formats.shared_memory import SharedTensors, checksum
 from megarlhf.parallel.groups import all_gather_objects
 from megarlhf.trainers.parity import (
-    ObjectiveName,
     compare,
-    fitting,
     hf_parts,
-    parity_denominator,
-    parity_objective,
-    parity_rows,
     scales,
     write_reference,
+)
+from megarlhf.trainers.parity_cases import (
+    ObjectiveName,
+    fitting,
+    parity_case,
+    parity_rows,
 )
 from tests.distributed.layouts import SINGLE, Layout, build, world
 from tests.tiny_models import VOCAB_SIZE
@@ -51,9 +52,9 @@ def by_row(rows: TrainingRows, found: TargetValues) -> dict[int, Tensor]:
     return {row: values[[places[i] for i in span]] for row, span in spans.items() if span[0] in places}
 
 
-def build_for(objective: str, layout: Layout, model_dir: Path) -> MegatronEngine:
+def build_for(objective: ObjectiveName, layout: Layout, model_dir: Path) -> MegatronEngine:
     """An engine with the objective's head, at a temperature that is not 1."""
-    return build(layout, model_dir, head="value" if objective == "critic" else "lm", temperature=0.7)
+    return build(layout, model_dir, head=parity_case(objective).head, temperature=0.7)
 
 
 def reference_case(
@@ -90,7 +91,7 @@ def differences_to(source: Path, layout: Layout, model_dir: Path, objective: Obj
     """Largest differences of an engine's results to those in `source`, and of its reference model after the step."""
     engine, rows = build_for(objective, layout, model_dir), make_rows()
     engine.keep_reference()
-    differences, rows = compare(engine, objective, rows, source), fitting(engine, rows)
+    differences, rows = compare(engine, objective, rows, source), fitting(engine, rows, parity_case(objective))
     with engine.reference_weights():
         found = engine.forward(engine.micro_batches(rows))
     expected = load_file(source / "tokens.safetensors")
@@ -134,13 +135,12 @@ def conformance_case(
 ) -> Result:
     """Forward and gradients of one process, to compare with Transformers'."""
     with world(SINGLE, rank, init_method):
-        head = "value" if objective == "critic" else "lm"
-        engine = build(layout, model_dir, head=head, temperature=temperature)
-        rows = fitting(engine, make_rows())
+        case = parity_case(objective)
+        engine = build(layout, model_dir, head=case.head, temperature=temperature)
+        rows = fitting(engine, make_rows(), case)
         found = engine.forward(engine.micro_batches(rows))
         result, batches = Result(forward=by_row(rows, found)), engine.micro_batches(rows)
-        denominator = parity_denominator(objective, rows)
-        engine.accumulate_gradients(batches, parity_objective(objective), denominator=denominator)
+        engine.accumulate_gradients(batches, case.objective, denominator=case.denominator(rows))
         result.gradients = parts(engine, gradients=True)
         return result
 

@@ -11,7 +11,9 @@ from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.sharing import SharedWeights
 from megarlhf.parallel import groups
 from megarlhf.parallel.device import freeze_garbage_collector
-from megarlhf.trainers.parity import parity_objective
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, Layout, build, world
 from tests.distributed.pool import RankPool

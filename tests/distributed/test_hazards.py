@@ -11,7 +11,13 @@ import torch
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.parallel.megatron_versions import FREES_UNSENT_OUTPUTS
-from megarlhf.trainers.parity import compare, parity_objective, write_reference
+from megarlhf.trainers.parity import (
+    compare,
+    write_reference,
+)
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import build_for, make_rows, parts
 from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, world
 from tests.distributed.pool import RankPool

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.trainers.parity import OBJECTIVES, ObjectiveName
+from megarlhf.trainers.parity_cases import (
+    OBJECTIVES,
+    ObjectiveName,
+)
 from tests.distributed.cases import compare_case, reference_case, sabotaged_case
 from tests.distributed.layouts import (
     LARGE_LAYOUTS,

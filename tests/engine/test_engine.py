@@ -13,7 +13,12 @@ from megarlhf.data.planning import PackingOptions, plan_micro_batches
 from megarlhf.data.types import TrainingRows, training_rows
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import NonFiniteError
-from megarlhf.trainers.parity import parity_objective, whole_gradients
+from megarlhf.trainers.parity import (
+    whole_gradients,
+)
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import assemble, make_rows, parts, sequences
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool

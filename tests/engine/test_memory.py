@@ -19,7 +19,9 @@ from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.schedule import run_forward
 from megarlhf.engine.sharing import SharedWeights
 from megarlhf.parallel.device import device_kind, release_memory
-from megarlhf.trainers.parity import parity_objective
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
@@ -165,9 +167,7 @@ def ledgers(rank: int, world_size: int, init_method: str, model_dir: Path, layou
         found["built"] = engine.memory.num_bytes()
         engine.keep_reference()
         clip = engine.optimizer.get_grad_norm
-        patch.setattr(
-            engine.optimizer, "get_grad_norm", lambda: found.update(step=engine.memory.num_bytes()) or clip()
-        )
+        patch.setattr(engine.optimizer, "get_grad_norm", lambda: found.update(step=engine.memory.num_bytes()) or clip())
         patch.setattr(
             engine_module,
             "run_forward",

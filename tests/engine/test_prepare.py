@@ -1,4 +1,4 @@
-"""An objective that looks at the model before its loss: the forward passes are of the same tokens, in every layout."""
+"""What a forward pass computes can be a field of the loss: of the same tokens, in every layout."""
 
 from pathlib import Path
 
@@ -7,16 +7,14 @@ from torch import Tensor
 
 from megarlhf.data.packing import add_values
 from megarlhf.data.types import MicroBatch
-from megarlhf.engine.objective import Forward, Metrics, Objective, TokenOutputs
-from megarlhf.trainers.parity import fitting
+from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
+from megarlhf.trainers.parity_cases import (
+    fitting,
+)
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
-
-
-def prepare(forward: Forward, batches: list[MicroBatch]) -> list[MicroBatch]:
-    return add_values(batches, "before", forward(batches))
 
 
 def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -30,10 +28,12 @@ def case(rank: int, world_size: int, init_method: str, layout: Layout, model_dir
     """Loss of a step and both metrics."""
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
-        objective = Objective(loss=loss, metric_names=("before", "apart"), prepare=prepare)
+        objective = Objective(loss=loss, metric_names=("before", "apart"))
         rows = fitting(engine, make_rows())
         for _ in range(2):  # the second with other weights
-            result = engine.train_step(rows, objective, denominator=30.0)
+            batches = engine.micro_batches(rows)
+            batches = add_values(batches, "before", engine.forward(batches))
+            result = engine.step(batches, objective, denominator=30.0)
         return result.loss, result.metrics["before"], result.metrics["apart"]
 
 

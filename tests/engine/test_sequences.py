@@ -13,7 +13,12 @@ from transformers import AutoModelForCausalLM
 from megarlhf.data.types import MicroBatch, TrainingRows
 from megarlhf.engine.objective import Metrics, Objective, TokenOutputs
 from megarlhf.engine.sequences import sequence_sums
-from megarlhf.trainers.parity import fitting, whole_gradients
+from megarlhf.trainers.parity import (
+    whole_gradients,
+)
+from megarlhf.trainers.parity_cases import (
+    fitting,
+)
 from tests.distributed.cases import Parts, assemble, make_rows, parts, sequences
 from tests.distributed.layouts import LARGE_LAYOUTS, LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from megarlhf.engine.sharing import SharedWeights
 from megarlhf.formats import shared_memory
-from megarlhf.trainers.parity import parity_objective
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import make_rows, read_shared
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool

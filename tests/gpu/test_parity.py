@@ -15,7 +15,15 @@ from torch import Tensor
 
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.parallel.device import current_device
-from megarlhf.trainers.parity import ObjectiveName, fitting, hf_parts, main_parts, parity_objective
+from megarlhf.trainers.parity import (
+    hf_parts,
+    main_parts,
+)
+from megarlhf.trainers.parity_cases import (
+    ObjectiveName,
+    fitting,
+    parity_objective,
+)
 from tests.distributed.cases import Parts, assemble, by_row, compare_case, make_rows, reference_case
 from tests.distributed.layouts import SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megarlhf.engine.export import export_hf
-from megarlhf.trainers.parity import parity_objective
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LATENT_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool

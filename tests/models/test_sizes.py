@@ -18,7 +18,9 @@ from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import engine_sizes, kv_numbers_per_token, layer_widths, stage_depths, stage_sizes
 from megarlhf.parallel.groups import ParallelSizes, fake_world
 from megarlhf.planner.memory import Work, rank_bytes
-from megarlhf.trainers.parity import parity_objective
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LARGE_LAYOUTS, LARGE_MOE_LAYOUTS, LAYOUTS, MOE_LAYOUTS, Layout, build, world
 from tests.distributed.pool import RankPool

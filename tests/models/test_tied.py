@@ -13,7 +13,9 @@ from megarlhf.formats import huggingface
 from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.names import check_names
 from megarlhf.models.registry import check_engine_head, find_architecture
-from megarlhf.trainers.parity import parity_objective
+from megarlhf.trainers.parity_cases import (
+    parity_objective,
+)
 from tests.distributed.cases import by_row, make_rows, sequences
 from tests.distributed.layouts import LAYOUTS, Layout, build, world
 from tests.distributed.pool import RankPool

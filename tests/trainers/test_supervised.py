@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megarlhf.config.arguments import LoggingArguments, ModelArguments
 from megarlhf.config.supervised_arguments import SFTConfig, SFTDataArguments, SupervisedBatchArguments
 from megarlhf.data.planning import PackingOptions
+from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import MicroBatch, TrainingRows, training_rows
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
@@ -20,7 +22,7 @@ from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.models.build import ModelOptions
 from megarlhf.trainers import supervised
-from megarlhf.trainers.sft import sft_objective
+from megarlhf.trainers.sft import sft_task
 from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import VOCAB_SIZE, make_model
@@ -90,7 +92,7 @@ def run(rank: int, world_size: int, init_method: str, layout: Layout, model_dir:
             return progress.step + len(drawn)
 
         def micro_batches(rows: TrainingRows, indices: list[int]) -> list[MicroBatch]:
-            drawn.append(indices)
+            drawn.append(np.asarray(indices).tolist())
             return pack(rows, indices)
 
         def step(batches: list[MicroBatch], objective: Objective, *, denominator: float) -> Any:
@@ -110,8 +112,8 @@ def run(rank: int, world_size: int, init_method: str, layout: Layout, model_dir:
             supervised.train(
                 config,
                 engine,
-                sft_objective(),
-                make_rows(),
+                sft_task(),
+                SupervisedData(rows=make_rows()),
                 None,
                 sinks,
                 lambda: step_of() == start.stop_after,

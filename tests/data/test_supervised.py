@@ -5,20 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megarlhf.data.sft import SFTData
+from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import training_rows
 
 
 def test_what_is_opened_is_what_was_saved_and_cannot_be_changed(tmp_path: Path) -> None:
     rows = training_rows([[5, 6, 7], [8, 9], [1, 2, 3, 4]], [1, 1, 3])
-    data = SFTData(rows=rows, num_dropped=7)
+    data = SupervisedData(rows=rows, dropped={"too long": 7})
     data.save(tmp_path / "rows")
-    opened = SFTData.open(tmp_path / "rows")
+    opened = SupervisedData.open(tmp_path / "rows")
     assert opened.rows.input_ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4] and opened.rows.input_ids.dtype == np.int32
     assert opened.rows.lengths.tolist() == [3, 2, 4] and opened.rows.lengths.dtype == np.int64
     assert opened.rows.prompt_lengths.tolist() == [1, 1, 3]
     assert opened.rows.unit_ids.tolist() == [0, 1, 2]
-    assert (opened.num_dropped, opened.fingerprint) == (7, data.fingerprint)
+    assert (opened.dropped, opened.fingerprint) == ({"too long": 7}, data.fingerprint)
     taken = opened.rows.take([2, 0])
     assert (taken.input_ids.tolist(), taken.prompt_lengths.tolist()) == ([1, 2, 3, 4, 5, 6, 7], [3, 1])
     with pytest.raises(ValueError, match="read-only"):
@@ -26,8 +26,8 @@ def test_what_is_opened_is_what_was_saved_and_cannot_be_changed(tmp_path: Path) 
 
 
 def test_opened_rows_outlive_their_directory(tmp_path: Path) -> None:
-    SFTData(rows=training_rows([[5, 6]], [1]), num_dropped=0).save(tmp_path / "rows")
-    opened = SFTData.open(tmp_path / "rows")
-    for file in (tmp_path / "rows").iterdir():
+    SupervisedData(rows=training_rows([[5, 6]], [1])).save(tmp_path / "rows")
+    opened = SupervisedData.open(tmp_path / "rows")
+    for file in (tmp_path / "rows" / "rows").iterdir():
         file.unlink()
     assert opened.rows.take([0]).input_ids.tolist() == [5, 6]

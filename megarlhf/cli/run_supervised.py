@@ -1,4 +1,4 @@
-"""The run of train_sft.py, whose configuration is checked already: load, then train as one rank or start the ranks.
+"""The run of a supervised program, whose configuration is checked already: load, then train as one rank or start them.
 
 Data is read and tokenized once on a machine, into files that all its ranks map.
 """
@@ -29,18 +29,17 @@ from megarlhf.cli.run import (
     resolved_files,
     resumed_step,
 )
+from megarlhf.cli.supervised_data import load_data
 from megarlhf.config.command_line import to_dict, to_yaml
-from megarlhf.config.supervised_arguments import SFTConfig
-from megarlhf.data.sft import SFTData, load_sft_rows
-from megarlhf.data.tokenizer import load_tokenizer
-from megarlhf.formats.huggingface import read_config
+from megarlhf.config.supervised_arguments import SupervisedConfig
+from megarlhf.data.supervised import SupervisedData, dropped_line
 from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores
 
 
-def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
+def run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Train as one rank, or start the local ranks with the same arguments; returns the exit status."""
-    world = config.sft_cluster.num_gpus_per_node
+    world = config.ranks.num_gpus_per_node
     threads = max(1, num_cores() // world)
     if dry_run:
         _, told = _load_inputs(config, dry_run=True)
@@ -58,11 +57,15 @@ def run(config: SFTConfig, arguments: list[str], *, dry_run: bool) -> int:
         if world == 1:
             return _run_rank(config, directory, 0, 1, f"file://{directory / 'ranks'}")
         return run_local_ranks(
-            "megarlhf.cli.train_sft", arguments, world_size=world, threads=threads, environment={INPUTS: name}
+            f"megarlhf.cli.train_{config.program}",
+            arguments,
+            world_size=world,
+            threads=threads,
+            environment={INPUTS: name},
         )
 
 
-def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> tuple[list[SFTData], dict[str, Any]]:
+def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[list[SupervisedData], dict[str, Any]]:
     """Training data and, if there is any, evaluation data; and what else a rank is told before it starts.
 
     That is, decided: what computes the layers, and bytes by phase, for the start log; identity: what a checkpoint must
@@ -72,13 +75,13 @@ def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> tuple[list[SFTD
         ConfigError: what is wrong with each of them.
     """
     device = device_kind()
-    impl = resolve_kernels(config, {"": config.layout}, share_prompt_prefix=False, device=device)
+    impl = resolve_kernels(config, {"": config.layout}, share_prompt_prefix=config.share_prompt_prefix, device=device)
     identity = model_identity(config.model.pretrain, config.layout) | {"seed": config.model.seed}
     paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
-    steps: list[Callable[[], Any]] = [partial(_load, config, path) for path in paths]
+    steps: list[Callable[[], Any]] = [partial(load_data, config, path) for path in paths]
 
     def check_model() -> tuple[list[Opened], MemoryPlan]:
-        models = check_weights([("pretrain", config.model.pretrain, config.layout, "lm")], transformer_impl=impl)
+        models = check_weights([("pretrain", config.model.pretrain, config.layout, config.head)], transformer_impl=impl)
         return models, fitting_memory(config, [models[0].config])
 
     continued, (models, memory), data, *evaluation = all_or_errors(
@@ -92,7 +95,7 @@ def _load_inputs(config: SFTConfig, *, dry_run: bool = False) -> tuple[list[SFTD
     return [data, *evaluation], {"decided": decided, "identity": identity, "continued": continued}
 
 
-def _prepare(config: SFTConfig, directory: Path) -> None:
+def _prepare(config: SupervisedConfig, directory: Path) -> None:
     """Load what a run reads, check it, and write it where the ranks find it.
 
     Raises:
@@ -109,32 +112,15 @@ def _prepare(config: SFTConfig, directory: Path) -> None:
     (directory / "inputs.json").write_text(json.dumps(told))
 
 
-def _total_steps(config: SFTConfig, data: SFTData) -> int:
+def _total_steps(config: SupervisedConfig, data: SupervisedData) -> int:
     batch = config.batch
-    return batch.train_iters or max(1, math.floor(len(data.rows) * batch.max_epochs / batch.global_batch_size))
+    return batch.train_iters or max(1, math.floor(data.rows.num_units * batch.max_epochs / batch.global_batch_size))
 
 
-def _load(config: SFTConfig, path: str) -> SFTData:
-    data, model = config.data, config.model
-    tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
-    return load_sft_rows(
-        path,
-        tokenizer,
-        input_key=data.input_key,
-        output_key=data.output_key,
-        apply_chat_template=data.apply_chat_template,
-        input_template=data.input_template,
-        max_len=config.batch.max_len,
-        pretrain_mode=data.pretrain_mode,
-        max_samples=data.max_samples,
-        vocab_size=read_config(model.pretrain).vocab_size,
-    )
-
-
-def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_method: str) -> int:
+def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int, init_method: str) -> int:
     told = json.loads((inputs / "inputs.json").read_text())
-    identity, data = told["identity"], SFTData.open(inputs / "training")
-    evaluation = SFTData.open(inputs / "evaluation") if config.data.eval_dataset else None
+    identity, data = told["identity"], SupervisedData.open(inputs / "training")
+    evaluation = SupervisedData.open(inputs / "evaluation") if config.data.eval_dataset else None
     layout, total = config.layout, _total_steps(config, data)
 
     from megarlhf.data.planning import PackingOptions
@@ -143,7 +129,7 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
     from megarlhf.parallel.groups import destroy_groups, initialize_groups
     from megarlhf.trainers import supervised
     from megarlhf.trainers.assembly import chat_template, model_options, optimizer_options, parallel_sizes
-    from megarlhf.trainers.sft import sft_objective
+    from megarlhf.trainers.tasks import build_task
 
     stop, template = StopSignal(), chat_template(config)
     initialize_groups(
@@ -157,15 +143,16 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
     )
     engine = MegatronEngine(
         config.model.pretrain,
-        head="lm",
+        head=config.head,
         model=model_options(layout, config),
-        packing=PackingOptions(max_tokens=config.micro_batch_tokens, share_prefix=False),
+        packing=PackingOptions(max_tokens=config.micro_batch_tokens, share_prefix=config.share_prompt_prefix),
         optimizer=optimizer_options(
             config.optimizer, layout, config.optimizer.learning_rate, total, passed=config.passed.megatron
         ),
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         seed=config.model.seed,
     )
+    task = build_task(config, engine)
     directory, progress, sinks = Path(config.logging.save), supervised.Progress(), None
     if config.logging.load is not None:
         progress = supervised.load(engine, config.logging, identity=identity)
@@ -178,9 +165,9 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
             supervised.train(
                 config,
                 engine,
-                sft_objective(),
-                data.rows,
-                evaluation.rows if evaluation is not None else None,
+                task,
+                data,
+                evaluation,
                 sinks,
                 stop,
                 progress=progress,
@@ -194,6 +181,6 @@ def _run_rank(config: SFTConfig, inputs: Path, rank: int, world_size: int, init_
         destroy_groups()
     if rank == 0:
         with running():
-            page, picture = write_report(directory, f"megarlhf sft: {directory.name}")
-        print(f"{data.num_dropped} rows dropped\nmodel: {directory / 'hf'}\nreport: {page} and {picture}")
+            page, picture = write_report(directory, f"megarlhf {config.program}: {directory.name}")
+        print(f"{dropped_line(data)}\nmodel: {directory / 'hf'}\nreport: {page} and {picture}")
     return 0
