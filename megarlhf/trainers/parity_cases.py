@@ -17,7 +17,8 @@ from megarlhf.trainers.sft import sft_objective
 from megarlhf.trainers.value import value_objective
 
 ObjectiveName = Literal["sft", "actor", "critic"]
-OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")
+OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")  # sums over tokens, tested in every layout
+OF_SEQUENCES: tuple[ObjectiveName, ...] = ()  # and those that compare sequences or models, in layouts that matter
 
 
 @dataclass(frozen=True, kw_only=True)

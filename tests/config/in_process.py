@@ -185,19 +185,28 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         trace.given[f"forward {trace.process[0]}"].append((num_rows, len(batches)))
         return forward_whole(self, batches)
 
+    packed: list[Any] = []  # the rows that were packed last
+
     def step(self: Any, batches: Any, objective: Any, *, denominator: float) -> Any:
+        trace.given[f"rows {trace.process[0]}"] += packed[-1:]
         trace.given[f"denominator {trace.process[0]}"].append(denominator)
         return step_whole(self, batches, objective, denominator=denominator)
 
     def share(self: Any, rows: Any, indices: Any = None) -> Any:
-        if indices is not None:  # a supervised optimizer step's
-            trace.given[f"rows {trace.process[0]}"].append(rows.take(indices))
+        if indices is not None:  # of a supervised run
+            packed.append(rows.take(indices))
         return share_whole(self, rows, indices)
 
+    def evaluate(self: Any, batches: Any, objective: Any) -> Any:
+        trace.given[f"evaluated {trace.process[0]}"].append(len(packed[-1]))
+        return evaluate_whole(self, batches, objective)
+
     cls = engine.MegatronEngine
-    forward_whole, step_whole, share_whole = cls.forward, cls.step, cls.micro_batches
-    for name, method in (("__init__", remember), ("forward", forward), ("step", step), ("micro_batches", share)):
-        patch.setattr(cls, name, method)
+    forward_whole, step_whole, share_whole, evaluate_whole = cls.forward, cls.step, cls.micro_batches, cls.evaluate
+    patch.setattr(cls, "__init__", remember)
+    for method in (forward, step, evaluate):
+        patch.setattr(cls, method.__name__, method)
+    patch.setattr(cls, "micro_batches", share)
     patch_files(patch, trace)
 
 

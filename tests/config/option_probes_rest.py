@@ -82,7 +82,7 @@ BATCH = {
 }
 DATA = {
     "dataset": Probe(value="{}/other_rows.jsonl", seen=lambda t: {x[0] for x in decoded(t)}, expected={"o"}),
-    "eval_dataset": Probe(value="{}/other_eval.jsonl", seen=lambda t: t.given["forward actor"][0][0], expected=3),
+    "eval_dataset": Probe(value="{}/other_eval.jsonl", seen=lambda t: t.given["evaluated actor"][0], expected=3),
     "input_key": Probe(value="question", seen=lambda t: {x[:3] for x in decoded(t)}, expected={"ask"}),
     "output_key": Probe(value="answer", seen=lambda t: {x[4:5] for x in decoded(t)}, expected={" "}),
     "apply_chat_template": Probe(

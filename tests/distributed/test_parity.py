@@ -7,6 +7,7 @@ import pytest
 
 from megarlhf.trainers.parity_cases import (
     OBJECTIVES,
+    OF_SEQUENCES,
     ObjectiveName,
 )
 from tests.distributed.cases import compare_case, reference_case, sabotaged_case
@@ -24,6 +25,19 @@ from tests.tiny_models import make_model
 
 TOKEN_TOLERANCE, LOSS_TOLERANCE, GRADIENT_TOLERANCE, STEP_TOLERANCE = 1e-5, 1e-6, 1e-6, 1e-4
 ROLES: tuple[ObjectiveName, ...] = ("actor", "critic")
+SEQUENCE_LAYOUTS = (
+    *(
+        "TP2-SP",
+        "PP2-VPP2",
+        "CP2-p2p",
+        "DP2-distopt",
+        "TP2-PP2",
+        "unpacked",
+        "large-micro-batch",
+        "share-prefix-TP2-SP",
+    ),
+    *("share-prefix-PP2",),
+)
 Differences = dict[str, float]  # by quantity
 Scales = dict[str, float]
 
@@ -50,7 +64,8 @@ class Models:
 
     def reference(self, kind: str, objective: ObjectiveName, *, bf16: bool = False) -> tuple[Path, Scales]:
         """Where one process's results lie, and how large they are."""
-        targets: dict[ObjectiveName, Path] = {each: self._root / f"{kind}-{each}-{bf16}" for each in OBJECTIVES}
+        every = (*OBJECTIVES, *OF_SEQUENCES)
+        targets: dict[ObjectiveName, Path] = {each: self._root / f"{kind}-{each}-{bf16}" for each in every}
         if (kind, bf16) not in self._scales:
             arguments = (Layout(bf16=bf16), self.directory(kind), targets)
             self._scales[kind, bf16] = self._ranks.run(1, reference_case, *arguments)[0]
@@ -118,6 +133,18 @@ def _check(
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_layout_equals_one_process(models: Models, kind: str, name: str, objective: ObjectiveName) -> None:
     _check(models, kind, name, LAYOUTS[name], objective)
+
+
+@pytest.mark.parametrize("objective", OF_SEQUENCES)
+@pytest.mark.parametrize("name", SEQUENCE_LAYOUTS)
+def test_layout_equals_one_process_for_sequences(models: Models, name: str, objective: ObjectiveName) -> None:
+    """Tokens of a sequence lie on several ranks, or its pair in the same packed sequence."""
+    _check(models, "untied", name, LAYOUTS[name], objective, OF_SEQUENCES)
+
+
+@pytest.mark.parametrize("objective", OF_SEQUENCES)
+def test_layout_of_experts_equals_one_process_for_sequences(models: Models, objective: ObjectiveName) -> None:
+    _check(models, "mixtral", "EP2", MOE_LAYOUTS["EP2"], objective, OF_SEQUENCES)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
