@@ -1,211 +1,234 @@
-"""Rows of a data file, as they are written there: no type inference, no cache directory, nothing downloaded."""
+"""Rows of data sets: files, directories of them, splits, several data sets mixed. Nothing is downloaded."""
 
-import codecs
-import csv
-import itertools
+import hashlib
 import json
-import sys
+import logging
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
+import numpy as np
 
-from megarlhf.data.rows import Row, RowErrors, Rows
-from megarlhf.formats.json_files import one_line
+from megarlhf.data.readers import FILE_KINDS, read_file, read_saved
+from megarlhf.data.rows import Rows
+from megarlhf.formats.data_names import SUFFIXES, DataName, data_names
+
+logger = logging.getLogger(__name__)
+
+# What Hugging Face's own directories call their splits, as words of a file's or folder's name.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # train_sft-00000-of-00003.parquet
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def load_rows(path: str, *, columns: Sequence[str] | None = None, limit: int | None = None) -> Rows:
-    """Rows of a data file or directory, in their order there.
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Which rows of which data sets.
 
-    JSON, CSV and Parquet are read directly and not through `datasets.load_dataset`, which guesses one type per column
-    (a CSV label "007" becomes 7) and writes a cache that several ranks then share. CSV values stay strings.
+    Attributes:
+        names: a file, a directory, `type@directory`, or a comma list of these.
+        probs: of each data set, by which rows are drawn from them in turn until one of them has no more, as
+            `datasets.interleave_datasets` does it; None takes all rows, one data set behind the other.
+        split: of each data set; one without splits is its own "train". None: the only one that there is.
+        held_out: this part of each data set is for evaluation, by content: rows that are equal stay together.
+        is_held_out: take that part, and not the rest.
+        seed: of what is drawn and held out.
+    """
+
+    names: str
+    probs: tuple[float, ...] | None = None
+    split: str | None = None
+    held_out: float = 0.0
+    is_held_out: bool = False
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.names
+
+
+def load_rows(source: str | DataSource, *, columns: Sequence[str] | None = None, limit: int | None = None) -> Rows:
+    """Rows of a file, a directory or several of them, in their order there.
 
     Args:
-        path: a .jsonl (one object a line), .json (a list of objects), .csv (with a header) or .parquet file, or a
-            directory written by `datasets.Dataset.save_to_disk`. The case of the suffix does not matter.
+        source: .jsonl (one object a line), .json (a list of objects), .csv (with a header), .parquet or .arrow files;
+            directories of such files, all of one kind or chosen by `type@directory`; directories written by
+            `save_to_disk` of a `datasets.Dataset` or `DatasetDict`. The case of a suffix does not matter.
         columns: those that are needed; others need not be read. None reads all.
-        limit: read only the first so many rows; None reads all.
+        limit: read only the first so many rows of each data set, and no more of their mixture; None reads all.
     Returns:
         One mapping per row. Blank lines of .jsonl and .csv files are not rows.
     Raises:
-        ValueError: a kind of file that is not read, a broken file (with its line), or no rows.
+        ValueError: a kind of file that is not read, a broken file (with its line), a split that is not there, or no
+            rows.
     """
-    source = Path(path)
-    suffix = source.suffix.lower()
-    if source.is_dir():
-        rows = _read_directory(source, columns, limit)
-    elif suffix not in _READERS:
-        raise ValueError(f"data path={path}; a file ends in {', '.join(_READERS)}, not {source.suffix!r}: convert it")
-    else:
+    whole = DataSource(names=source) if isinstance(source, str) else source
+    parts: list[Rows] = []
+    errors: list[str] = []
+    for name in data_names(whole.names):
         try:
-            rows = _READERS[suffix](source, columns, limit)
-        except OSError as error:
-            raise ValueError(f"data path={path} cannot be read ({error}): give a readable file") from error
+            rows = _load_split(name, whole.split, columns, limit)
+            parts.append(_divided(rows, whole, columns) if whole.held_out else rows)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    if whole.probs is None:
+        return _first(_one_behind_the_other(whole.names, parts), limit)
+    return _first(_mixed(whole.names, parts, whole.probs, whole.seed), limit)
+
+
+def _first(rows: Rows, limit: int | None) -> Rows:
+    return rows if limit is None or len(rows) <= limit else rows.take(np.arange(limit))
+
+
+def _one_behind_the_other(path: str, parts: Sequence[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [len(part) for part in parts]
+    indices = np.concatenate([np.arange(size) for size in sizes])
+    return Rows.joined(path, parts, np.repeat(np.arange(len(parts)), sizes), indices)
+
+
+def _mixed(path: str, parts: Sequence[Rows], probs: Sequence[float], seed: int) -> Rows:
+    """Rows drawn from the data sets by their probabilities, each in its order, until the first has no more."""
+    sizes = [len(part) for part in parts]
+    ends = np.cumsum(sizes)
+    starts = ends - np.asarray(sizes)
+    numbers = [datasets.Dataset.from_dict({"row": range(start, end)}) for start, end in zip(starts, ends, strict=True)]
+    drawn = datasets.interleave_datasets(
+        numbers, probabilities=list(probs), seed=seed, stopping_strategy="first_exhausted"
+    )
+    order = np.asarray(drawn.with_format("numpy")["row"][:], dtype=np.int64)
+    part_ids = np.searchsorted(ends, order, side="right")
+    counts = np.bincount(part_ids, minlength=len(parts)).tolist()
+    told = [f"{count} of {len(part)} rows of {part.path}" for count, part in zip(counts, parts, strict=True)]
+    logger.warning("one data set has no more rows: %s are used", ", ".join(told))
+    return Rows.joined(path, parts, part_ids, order - starts[part_ids])
+
+
+def _divided(rows: Rows, source: DataSource, columns: Sequence[str] | None) -> Rows:
+    """The part of a data set that is held out, or the rest of it; equal rows are on one side."""
+    contents = [
+        hashlib.blake2b(
+            json.dumps({key: row.get(key) for key in columns or row}, sort_keys=True, default=str).encode(),
+            digest_size=16,
+        ).digest()
+        for row in rows.rows
+    ]
+    distinct = list(dict.fromkeys(contents))
+    number = max(1, round(source.held_out * len(distinct)))
+    if number >= len(distinct):
+        raise ValueError(
+            f"data path={rows.path} has {len(distinct)} different rows, of which {number} are held out "
+            f"(eval_split={source.held_out:g}) and none is left to train on: use more data, or eval_dataset"
+        )
+    chosen = {distinct[index] for index in np.random.default_rng(source.seed).permutation(len(distinct))[:number]}
+    return rows.take(np.flatnonzero([(content in chosen) == source.is_held_out for content in contents]))
+
+
+def _load_split(name: DataName, split: str | None, columns: Sequence[str] | None, limit: int | None) -> Rows:
+    """Rows of one data set; `split` as for DataSource."""
+    readers = _splits(name)
+    wanted = _SPLITS.get(split or "", split)
+    if wanted is None and len(readers) == 1:
+        (wanted,) = readers
+    if wanted not in readers:
+        asked = "one is read at a time" if split is None else f"not {split}"
+        raise ValueError(
+            f"data path={name.path} holds the splits {', '.join(readers)}; {asked}: name one of them in train_split, "
+            "eval_split or prompt_split, or give the path of its files alone; eval_split=0.03 takes that part of the "
+            "training data out"
+        )
+    rows = readers[wanted](columns, limit)
     if len(rows) == 0:
-        raise ValueError(f"data path={path} has no rows: nothing to train or evaluate on")
+        raise ValueError(f"data path={name.path} has no rows: nothing to train or evaluate on")
     return rows
 
 
-def _read_directory(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:
+_Reader = Callable[[Sequence[str] | None, int | None], Rows]
+
+
+def _splits(name: DataName) -> dict[str, _Reader]:
+    """What reads each split of a data set; one that says nothing of splits is all `train`."""
+    path = Path(name.path)
+    if not path.is_dir():
+        return {"train": partial(read_file, path)}
+    if name.kind is None and (path / "dataset_dict.json").exists():
+        return {split: partial(read_saved, path / split) for split in _saved_splits(path)}
+    if name.kind is None and ((path / "state.json").exists() or (path / "dataset_info.json").exists()):
+        return {"train": partial(read_saved, path)}
+    files = _files_by_split(path, name.kind)
+    return {split: partial(_read_files, name.path, paths) for split, paths in files.items()}
+
+
+def _saved_splits(path: Path) -> list[str]:
     try:
-        loaded = datasets.load_from_disk(str(path))
-    # Whatever json, datasets and pyarrow raise for files that are missing or broken.
-    except Exception as error:
+        found = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        return [str(split) for split in found]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"data path={path} is not a directory that datasets' save_to_disk wrote: {error}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        choices = ", ".join(str(path / split) for split in loaded)
-        raise ValueError(f"data path={path} holds several splits; one is read at a time: use one of {choices}")
-    names = [name for name in loaded.column_names if columns is None or name in columns]
-    table = loaded.with_format("arrow", columns=names)[: len(loaded) if limit is None else limit]
-    return _rows_of_table(str(path), table, loaded.column_names)
 
 
-def _read_jsonl(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:
-    rows: list[Row] = []
-    lines: list[int] = []
-    errors = RowErrors(str(path))
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not text.strip():
-                continue
-            if limit is not None and len(lines) == limit:
-                break
-            lines.append(number)
-            try:
-                rows.append(_as_row(_parse(text)))
-            except ValueError as error:
-                errors.add(f"data path={path}, line {number} {error}")
-    errors.raise_if_any()
-    return Rows(path=str(path), rows=rows, lines=lines)
+def _read_files(name: str, paths: Sequence[Path], columns: Sequence[str] | None, limit: int | None) -> Rows:
+    parts: list[Rows] = []
+    for path in paths:
+        left = None if limit is None else limit - sum(map(len, parts))
+        if left == 0:
+            break
+        parts.append(read_file(path, columns, left))
+    return _one_behind_the_other(name, parts)
 
 
-def _read_json(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:
-    try:
-        values = _parse(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-    except ValueError as error:
-        raise ValueError(f"data path={path} {error}; one object a line is a .jsonl file") from error
-    if not isinstance(values, list):
-        raise ValueError(f"data path={path} holds a {type(values).__name__}, not a list of objects")
-    rows: list[Row] = []
-    errors = RowErrors(str(path))
-    for index, value in enumerate(values[:limit]):
-        try:
-            rows.append(_as_row(value))
-        except ValueError as error:
-            errors.add(f"data path={path}, entry {index} {error}")
-    errors.raise_if_any()
-    return Rows(path=str(path), rows=rows)
+def _files_by_split(directory: Path, kind: str | None) -> dict[str, list[Path]]:
+    """Files of a directory, at any depth, by the split that they are of, in the order of their names."""
+    suffixes = FILE_KINDS if kind is None else SUFFIXES[kind]
+    paths = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.suffix.lower() in suffixes
+        and path.name not in _METADATA
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    ]
+    kinds = sorted({path.suffix.lower() for path in paths})
+    if not paths:
+        raise ValueError(
+            f"data path={directory} holds no {', '.join(suffixes)} files and is not a directory that datasets' "
+            "save_to_disk wrote: give one with data"
+        )
+    if kind is None and len(kinds) > 1:
+        raise ValueError(
+            f"data path={directory} holds {' and '.join(kinds)} files, perhaps of the same rows: choose a kind, as "
+            f"{next(key for key, names in SUFFIXES.items() if kinds[0] in names)}@{directory}"
+        )
+    splits = {path: _split_of(path.relative_to(directory)) for path in paths}
+    if not any(splits.values()):
+        return {"train": paths}
+    unnamed = [str(path) for path, split in splits.items() if split is None]
+    if unnamed:
+        raise ValueError(
+            f"data path={directory}; the name of {unnamed[0]} says no split (train, validation, test), as those of "
+            f"{len(paths) - len(unnamed)} other files do: rename it, or give the files by their own path"
+        )
+    found: dict[str, list[Path]] = {}
+    for path, split in splits.items():
+        found.setdefault(str(split), []).append(path)
+    return found
 
 
-def _parse(text: bytes) -> object:
-    """A JSON value, or ValueError with a predicate that goes on from its place."""
-    try:
-        return json.loads(text.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:  # also numbers of more than 4,300 digits, and thousands of brackets
-        raise ValueError(f"is not JSON: {error}") from error
-
-
-def _as_row(value: object) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"is a {type(value).__name__}, not an object with named fields")
-    return value
-
-
-def _read_csv(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:
-    csv.field_size_limit(sys.maxsize)  # a guard against a missing quote that long documents exceed
-    rows: list[Row] = []
-    lines: list[int] = []
-    errors = RowErrors(str(path))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            names = reader.fieldnames or ()
-            for name in names if columns is None else columns:
-                if names.count(name) > 1:
-                    raise ValueError(f"data path={path} has several columns named {name!r}: rename all but one")
-            for row in itertools.islice(reader, limit):
-                lines.append(reader.line_num)
-                rows.append(dict(row))
-                if None in row or None in row.values():
-                    place = f"data path={path}, line {reader.line_num}"
-                    errors.add(f"{place}: the header has {len(names)} columns, not this line")
-        except csv.Error as error:
-            raise ValueError(f"data path={path}, line {reader.line_num} is not CSV: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"data path={path} is not UTF-8 text ({error.reason}, after line {reader.line_num}): save it as UTF-8"
-            ) from error
-    errors.raise_if_any()
-    return Rows(path=str(path), rows=rows, columns=tuple(names), lines=lines)
-
-
-def _read_parquet(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = [name for name in file.schema_arrow.names if columns is None or name in columns]
-        table = file.read(columns=names).slice(0, limit)
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"data path={path} is not a Parquet file: {error}") from error
-    return _rows_of_table(str(path), table, file.schema_arrow.names)
-
-
-def _rows_of_table(path: str, table: pyarrow.Table, columns: Sequence[str]) -> Rows:
-    """Rows of an Arrow table, which may hold some of the file's columns only.
-
-    Fields of structs without a value are left out, at any depth: Arrow gives every struct all fields that any has, as
-    chats and labels of JSON have not. So a null that was written into a struct is lost. Columns of `pyarrow.json_` (the
-    Json feature of datasets) are decoded and keep theirs.
-    """
-    values = [_column(path, table, name) for name in table.column_names]
-    rows: list[Row] = [dict(zip(table.column_names, row, strict=True)) for row in zip(*values, strict=True)]
-    return Rows(path=path, rows=rows or [{} for _ in range(table.num_rows)], columns=tuple(columns))
-
-
-def _column(path: str, table: pyarrow.Table, name: str) -> list[Any]:
-    if table.column_names.count(name) > 1:
-        raise ValueError(f"data path={path} has several columns named {name!r}: rename or remove all but one")
-    column = table.column(name)
-    try:
-        return [_plain(value, column.type) for value in column.to_pylist(maps_as_pydicts="strict")]
-    # Text that is not UTF-8, dates past the year 9999, maps with a key twice: many kinds of error, none with a row.
-    except Exception as error:
-        errors = RowErrors(path)
-        for index, scalar in enumerate(column):
-            try:
-                _plain(scalar.as_py(maps_as_pydicts="strict"), column.type)
-            except Exception as wrong:
-                errors.add(f"row {index} of {path}: column {name!r} cannot be read ({one_line(wrong)})")
-        errors.raise_if_any()
-        raise ValueError(f"data path={path}: column {name!r} cannot be read ({one_line(error)})") from error
-
-
-def _plain(value: Any, kind: pyarrow.DataType) -> Any:
-    """A value of an Arrow type without the nulls of absent fields, and with its JSON decoded."""
-    if value is None:
-        return None
-    if isinstance(kind, pyarrow.JsonType):
-        return json.loads(value)
-    if pyarrow.types.is_struct(kind):
-        fields = {field.name: _plain(value[field.name], field.type) for field in kind}
-        return {name: field for name, field in fields.items() if field is not None}
-    if pyarrow.types.is_map(kind):
-        return {key: _plain(item, kind.item_type) for key, item in value.items()}
-    # Lists of text and numbers are plain already; value_type is what kinds of list have in common.
-    if isinstance(value, list) and pyarrow.types.is_nested(kind):
-        if pyarrow.types.is_nested(kind.value_type) or isinstance(kind.value_type, pyarrow.JsonType):
-            return [_plain(item, kind.value_type) for item in value]
-    return value
-
-
-_READERS: dict[str, Callable[[Path, Sequence[str] | None, int | None], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name, or that of a folder above it, speaks of."""
+    if shard := _SHARD.fullmatch(path.stem):
+        return _SPLITS.get(shard[1], shard[1])
+    for name in (path.stem, *reversed(path.parts[:-1])):
+        for word in re.split("[^a-z]+", name.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None

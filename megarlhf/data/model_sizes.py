@@ -12,6 +12,7 @@ class ChunkSizes:
     buffers: int  # numbers that are not trained, float32
     dense_layers: int
     moe_layers: int
+    frozen: int = 0  # numbers in weights that adapters stand beside; `dense` and `experts` are then the adapters'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,9 +110,9 @@ def add_values(batches: Sequence[MicroBatch], name: str, values: TargetValues) -
 
     Args:
         values: of all of these sequences' targets, one after another, as `join_values` of their
-            `gather_targets`; empty where a rank has none, which leaves the sequences as they are.
+            `gather_targets`; empty where a rank does not compute them, which leaves the sequences as they are.
     """
-    if not len(values.values):
+    if not len(values.values) and any(len(batch.places.rows) for batch in batches):
         return list(batches)
     filled, left = [], values.values
     for batch in batches:

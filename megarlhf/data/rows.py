@@ -1,12 +1,16 @@
 """Rows of a data file: where each lies, what is wrong with them, and their values as plain JSON."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
 from typing import Any, TypeVar
 from uuid import UUID
+
+import numpy as np
+
+from megarlhf.data.types import Ints
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -38,20 +42,47 @@ class RowErrors:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of one data file in their order."""
+    """Rows of one data file in their order, or rows that were taken from several."""
 
     path: str
     rows: list[Row]
     columns: tuple[str, ...] | None = None  # names in the header or schema; None where each row has names of its own
     lines: list[int] | None = None  # line of each row, counted from 1; None where the kind of file has none
+    parts: tuple["Rows", ...] = ()  # what the rows were taken from; none where they are a file's
+    origins: Ints | None = None  # [n, 2] part, and index there, of each row
+
+    @classmethod
+    def joined(cls, path: str, parts: Sequence["Rows"], part_ids: Ints, indices: Ints) -> "Rows":
+        """Rows of several files: row i is the one of `indices[i]` in `parts[part_ids[i]]`."""
+        origins = np.stack([part_ids, indices], axis=1).astype(np.int64)
+        rows = [parts[part].rows[index] for part, index in origins.tolist()]
+        return cls(path=path, rows=rows, parts=tuple(parts), origins=origins)
+
+    def take(self, indices: Ints) -> "Rows":
+        """The rows of these indices, in their order."""
+        return Rows.joined(self.path, [self], np.zeros_like(indices), indices)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def place(self, index: int) -> str:
         """Where a row is, for a message."""
+        if self.origins is not None:
+            part, origin = self._origin(index)
+            return part.place(origin)
         line = "" if self.lines is None else f" (line {self.lines[index]})"
         return f"row {index}{line} of {self.path}"
+
+    def _origin(self, index: int) -> tuple["Rows", int]:
+        assert self.origins is not None
+        part, origin = self.origins[index]
+        return self.parts[part], int(origin)
+
+    def _columns(self, index: int) -> tuple[str, ...] | None:
+        if self.origins is None:
+            return self.columns
+        part, origin = self._origin(index)
+        return part._columns(origin)
 
     def collect(self, function: Callable[[int], T]) -> list[T]:
         """`function` of each row's index.
@@ -79,7 +110,7 @@ class Rows:
         """What a row has in a column that it must have, else ValueError; `option` is the setting that holds `key`."""
         row = self.rows[index]
         if key not in row:
-            keys = ", ".join(map(repr, self.columns or row))
+            keys = ", ".join(map(repr, self._columns(index) or row)) or "none, for the row is empty"
             raise ValueError(f"{option}={key} is not there; the keys are {keys}: set {option}")
         if row[key] is None:
             raise ValueError(f"{option}={key} has no value: remove the row")

@@ -2,21 +2,55 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megarlhf.data.token_ids import fingerprint
-from megarlhf.data.types import TrainingRows
+from megarlhf.data.types import Ints, TrainingRows, starts_of
 
 _ARRAYS = ("input_ids", "lengths", "prompt_lengths", "unit_ids")
 # What another model computes of the same rows; a checkpoint does not ask for the same.
-_COMPUTED = ("field.ref_log_probs", "field.teacher_ids", "field.teacher_log_probs")
+_COMPUTED = ("field.ref_log_probs", "field.teacher_top_k")
+
+
+class Units(Protocol):
+    """Units of rows that the supervised loop draws from: all in memory, or read step by step."""
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether an epoch draws its units in an order of its own; else they come as they are, and count on."""
+        ...
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Cause -> rows that were left out for it."""
+        ...
+
+    @property
+    def num_units(self) -> int:
+        """Units of an epoch."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex fingerprint of what is drawn; equal on every machine."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def of_units(self, units: Sequence[int] | Ints) -> tuple["SupervisedData", Ints]:
+        """Data that holds the rows of these units, and the indices of their rows in it, unit by unit."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write it into a directory, which is made, for other processes to open."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +66,20 @@ class SupervisedData:
     rows: TrainingRows
     dropped: Mapping[str, int] = field(default_factory=dict)
     unmatched: TrainingRows | None = None
+
+    shuffles = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_units(self) -> int:
+        """Units of an epoch."""
+        return self.rows.num_units
+
+    def of_units(self, units: Sequence[int] | Ints) -> tuple["SupervisedData", Ints]:
+        """Where the rows of units are: all of this data is there, and indices of theirs."""
+        return self, self.rows.of_units(units)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,12 +112,40 @@ class SupervisedData:
         )
 
 
+def rows_in_both(training: TrainingRows, evaluation: TrainingRows) -> int:
+    """Rows of the evaluation that are trained on too, token for token: what they show is memory."""
+    trained = set(_row_bytes(training))
+    return sum(row in trained for row in _row_bytes(evaluation))
+
+
+def _row_bytes(rows: TrainingRows) -> Iterator[bytes]:
+    for start, length in zip(starts_of(rows.lengths).tolist(), rows.lengths.tolist(), strict=True):
+        ids = rows.input_ids[start : start + length].astype("<i4")
+        yield hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def data_lines(data: SupervisedData, evaluation: SupervisedData | None) -> str:
+    """What a run trains and evaluates on, in lines for its start log."""
+    named = {"training": data} | ({} if evaluation is None else {"evaluation": evaluation})
+    lines = [
+        f"{name}: {len(each.rows)} rows, {int(each.rows.lengths.sum())} tokens, "
+        f"{int(each.rows.num_loss_targets.sum())} of them with a loss; {dropped_line(each)}"
+        for name, each in named.items()
+    ]
+    if evaluation is not None and (both := rows_in_both(data.rows, evaluation.rows)):
+        lines.append(
+            f"warning: {both} of {len(evaluation.rows)} evaluation rows are trained on too (the evaluation flatters): "
+            "remove them from either, or let eval_split=0.03 hold rows out"
+        )
+    return "\n".join(lines)
+
+
 def too_long(max_len: int) -> str:
     """The cause of rows that are dropped for their length."""
     return f"longer than max_len={max_len}"
 
 
-def dropped_line(data: SupervisedData) -> str:
+def dropped_line(data: Units) -> str:
     """What was left out, in a line for the console."""
     causes = [f"{number} {cause}" for cause, number in data.dropped.items() if number]
     return f"{sum(data.dropped.values())} rows dropped" + (f": {', '.join(causes)}" if causes else "")

@@ -1,20 +1,33 @@
 """From a row's value to the text that the model reads, and from text to tokens, for prompts and SFT alike."""
 
+import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
+import numpy as np
+from rich.console import Console
+from rich.progress import track
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from megarlhf.data.rows import Rows, check_text
+from megarlhf.data.rows import RowErrors, Rows, check_text
+from megarlhf.data.types import TokenIds
 from megarlhf.formats.json_files import one_line
 
 logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
+Tools = list[Any]  # JSON schemas of functions
+
+TOOLS = "tools"  # column of the functions that a chat's assistant may call
+_CHUNK = 2048  # texts that are tokenized at once
+_SHOWN_TEXTS = 20_000  # fewer take seconds
 
 _PROBE = "zqprobe"  # text that no template holds by itself
 _TEXT_PARTS = ("text", "input_text", "output_text")  # of OpenAI's chat and responses formats
@@ -37,7 +50,7 @@ class Renderer:
     takes_parts: bool = False  # the same for a list of text parts, each of which it places by itself
     _placed_roles: dict[str, bool] = field(default_factory=dict)  # of the roles seen so far
 
-    def prompt(self, value: object) -> str:
+    def prompt(self, value: object, *, tools: Tools | None = None) -> str:
         """The text that the model continues.
 
         Under the chat template the value is a string (one user message) or a list of messages, and the text ends where
@@ -50,20 +63,28 @@ class Renderer:
             messages = self.messages(value, role="user")
             if messages[-1]["role"] == "assistant":
                 raise ValueError("it ends with an assistant message: a prompt ends before the answer, remove it")
-            return self.chat(messages, add_generation_prompt=True)
+            return self.chat(messages, add_generation_prompt=True, tools=tools)
         if not isinstance(value, str):
             raise ValueError(f"it holds a {type(value).__name__}, not a string: set apply_chat_template for messages")
         check_text(value)
         return value if self.input_template is None else self.input_template.format(value)
 
-    def chat(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    def chat(self, messages: list[Message], *, add_generation_prompt: bool, tools: Tools | None = None) -> str:
         """The text of a chat under the tokenizer's template.
 
+        Args:
+            tools: JSON schemas of the functions that the assistant may call, as `row_tools` gives them.
         Raises:
-            ValueError: the template refuses these messages, for example for the order of their roles.
+            ValueError: the template refuses these messages, for example for the order of their roles, or leaves tools
+                out.
         """
+        if tools and not self._places_tools:
+            raise ValueError(
+                f"it has {TOOLS}, which the chat template leaves out: set tokenizer_chat_template to one with "
+                "tools, or remove the column"
+            )
         try:
-            text = _apply(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+            text = _apply(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=tools)
         # A template is a program of its author's: it raises whatever Python raises for the values that it meets.
         except Exception as error:
             raise ValueError(f"the chat template refuses it: {one_line(error)}") from error
@@ -115,6 +136,34 @@ class Renderer:
         texts = [_part_text(part) for part in value]
         return _as_parts(texts) if self.takes_parts else "\n".join(texts)  # vLLM joins with line breaks too
 
+    @cached_property
+    def _places_tools(self) -> bool:
+        function = {"name": _PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]
+        texts = _probe(self.tokenizer, {"role": "user", "content": self._content("a")}, tools=tools)
+        return not texts or any(_PROBE in text for text in texts)
+
+    @cached_property
+    def marks_turns(self) -> bool:
+        """Whether the chat template marks what the assistant says, with {% generation %}."""
+        template = self.tokenizer.get_chat_template() if self.apply_chat_template else ""
+        return re.search(r"{%-?\s*generation\s*-?%}", template) is not None
+
+    def marked_turns(self, messages: list[Message], *, tools: Tools | None) -> tuple[str, list[tuple[int, int]]]:
+        """A chat's text, and the (start, end) in it of each part that the template marks as the assistant's."""
+        text = self.chat(messages, add_generation_prompt=False, tools=tools)
+        render: Any = render_jinja_template  # declared to return a string
+        texts, spans = render(
+            [messages],
+            tools=tools,
+            chat_template=self.tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            strftime_now=_DATE.strftime,
+            **self.tokenizer.special_tokens_map,
+        )
+        assert texts == [text], "Transformers renders a chat in one way"
+        return text, list(spans[0])
+
     def _places_role(self, role: str) -> bool:
         if role not in self._placed_roles:
             texts = _probe(self.tokenizer, {"role": role, "content": self._content(_PROBE)})
@@ -158,15 +207,44 @@ def make_renderer(
     return replace(plain, takes_text=takes_text or not takes_parts, takes_parts=takes_parts)
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:
+def row_tools(rows: Rows, index: int) -> Tools | None:
+    """The functions that the assistant of a row's chat may call: JSON schemas, or JSON text of them; None: none.
+
+    Raises:
+        ValueError: neither.
+    """
+    value = rows.rows[index].get(TOOLS)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{TOOLS} holds text that is not JSON ({error})") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError(f"{TOOLS} holds {value!r:.100}, not a list of JSON schemas of functions")
+    return value
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Tools | None = None,
+) -> str:
     text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=_DATE.strftime
+        messages,
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        strftime_now=_DATE.strftime,
     )
     assert isinstance(text, str)
     return text
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, message: Message) -> list[str]:
+def _probe(tokenizer: PreTrainedTokenizerBase, message: Message, *, tools: Tools | None = None) -> list[str]:
     """The texts that the template makes of chats with this message; none where it refuses them all.
 
     Templates differ in which roles may come first, and which may follow.
@@ -184,7 +262,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, message: Message) -> list[str]:
     texts = []
     for chat in chats:
         try:
-            texts.append(_apply(tokenizer, chat, add_generation_prompt=True))
+            texts.append(_apply(tokenizer, chat, add_generation_prompt=True, tools=tools))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
                 f"tokenizer_chat_template, or the chat template of tokenizer={tokenizer.name_or_path} where that is "
@@ -213,11 +291,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, rows: Rows) 
     Raises:
         ValueError: texts that the tokenizer fails at, with the places of their rows.
     """
+    return [ids.tolist() for ids in encode_arrays(tokenizer, texts, rows=rows)]
+
+
+def encode_arrays(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, rows: Rows, owners: Sequence[int] | None = None
+) -> list[TokenIds]:
+    """As `encode`, in arrays, which take a tenth of the memory; a terminal shows the progress of large data.
+
+    The tokenizers library works on all cores, one text on each.
+
+    Args:
+        owners: index of the row that each text is of; None: one text for each row.
+    """
+    encoded: list[TokenIds] = []
+    console = Console(stderr=True)
+    hidden = len(texts) < _SHOWN_TEXTS or not console.is_terminal
     try:
-        return _encode(tokenizer, texts)
+        for start in track(range(0, len(texts), _CHUNK), "tokenizing", console=console, transient=True, disable=hidden):
+            found = _encode(tokenizer, list(texts[start : start + _CHUNK]))
+            encoded += [np.asarray(ids, dtype=np.int32) for ids in found]
     except ValueError:
-        rows.collect(lambda index: _encode(tokenizer, [texts[index]]))
+        errors = RowErrors(rows.path)
+        for text, owner in zip(texts, range(len(texts)) if owners is None else owners, strict=True):
+            try:
+                _encode(tokenizer, [text])
+            except ValueError as error:
+                errors.add(f"{rows.place(owner)}: {error}")
+        errors.raise_if_any()
         raise
+    return encoded
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -239,9 +342,21 @@ def encode_prompts(
     The text of a chat template already holds BOS where the model wants one. Other text gets what the tokenizer puts
     before a sequence; what it puts after one, EOS, would end the prompt and is left out.
     """
-    encoded = encode(tokenizer, texts, rows=rows)
-    prefix = [] if apply_chat_template else _special_prefix(tokenizer)
-    return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
+    return [ids.tolist() for ids in prompt_arrays(tokenizer, texts, apply_chat_template=apply_chat_template, rows=rows)]
+
+
+def prompt_arrays(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    apply_chat_template: bool,
+    rows: Rows,
+    owners: Sequence[int] | None = None,
+) -> list[TokenIds]:
+    """As `encode_prompts`, in arrays; `owners` as for `encode_arrays`."""
+    encoded = encode_arrays(tokenizer, texts, rows=rows, owners=owners)
+    prefix = np.array([] if apply_chat_template else _special_prefix(tokenizer), dtype=np.int32)
+    return [ids if np.array_equal(ids[: len(prefix)], prefix) else np.concatenate([prefix, ids]) for ids in encoded]
 
 
 def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

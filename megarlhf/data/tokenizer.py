@@ -53,6 +53,30 @@ def load_tokenizer(path: str, *, chat_template: str | None) -> PreTrainedTokeniz
     return tokenizer
 
 
+def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, teacher_model: str) -> None:
+    """A teacher's distribution is over the same tokens as the student's.
+
+    Args:
+        tokenizer: the student's.
+    Raises:
+        ValueError: the teacher's tokenizer has other tokens, or there is none to compare with.
+    """
+    try:
+        theirs = load_tokenizer(teacher_model, chat_template=None).get_vocab()
+    except ValueError as error:
+        raise ValueError(
+            f"teacher_model={teacher_model} has no tokenizer to compare with the student's: copy its files there"
+        ) from error
+    ours = tokenizer.get_vocab()
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differing:
+        shown = ", ".join(f"{token!r} is {theirs.get(token)}, not {ours.get(token)}" for token in differing[:3])
+        raise ValueError(
+            f"teacher_model={teacher_model}; its tokenizer differs from {tokenizer.name_or_path} in {len(differing)} "
+            f"tokens ({shown}): the KL compares probabilities of equal tokens: use a teacher with the same tokenizer"
+        )
+
+
 def read_template(given: str) -> str:
     """The text of a chat template that is given as a file or as itself, told apart as vLLM does.
 

@@ -132,6 +132,16 @@ class TrainingRows:
             scalars={name: values[chosen] for name, values in self.scalars.items()},
         )
 
+    def drawn(self, indices: Sequence[int] | Ints) -> "TrainingRows":
+        """The rows of these indices, of which some may come more than once: then each time in a unit of its own."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        order = np.argsort(chosen, kind="stable")
+        _, counts = np.unique(chosen, return_counts=True)
+        times = np.empty_like(chosen)  # how often the index has come before
+        times[order] = spans(np.zeros_like(counts), counts)
+        _, unit_ids = np.unique(np.stack([self.unit_ids[chosen], times]), axis=1, return_inverse=True)
+        return replace(self.take(chosen), unit_ids=unit_ids.reshape(-1).astype(np.int64))
+
     def with_fields(
         self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats] | None = None
     ) -> "TrainingRows":

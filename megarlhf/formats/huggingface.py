@@ -1,9 +1,11 @@
 """Hugging Face checkpoint directories: configuration and safetensors shards."""
 
+import hashlib
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -96,6 +98,14 @@ class HFWeights:
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """The part of a tensor that `index` selects; reads those bytes only."""
         return self._files[name].get_slice(name)[index if len(index) > 1 else index[0]]
+
+    def fingerprint(self) -> str:
+        """Of names, shapes and dtypes, and of each tensor's first row: another training's weights have another."""
+        digest = hashlib.sha256()
+        for name in self.names():
+            digest.update(f"{name} {self.shape(name)} {self.dtype(name)}".encode())
+            digest.update(self.read(name, (slice(0, 1),)).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers; reads both once, some rows at a time."""

@@ -80,6 +80,13 @@ def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:
     return int(text), directory, json.loads(state.read_text())
 
 
+def config_entries(directory: Path) -> dict[str, float]:
+    """What the run of a model's checkpoint, such as iter_0000010/actor, adds to the config.json of its export."""
+    state = directory.parent / "run_state.json"
+    found: dict[str, float] = json.loads(state.read_text()).get("config_entries", {}) if state.is_file() else {}
+    return found
+
+
 def check_identity(
     saved: dict[str, Any], present: dict[str, Any], directory: Path, *, with_optimizer: bool = True
 ) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from megarlhf.data.loading import load_rows
+from megarlhf.data.loading import DataSource, load_rows
 
 ROWS = [{"input": "a, b", "label": "007"}, {"input": 'line\n"two"', "label": "1"}]
 
@@ -25,12 +26,16 @@ def write(tmp_path: Path, kind: str) -> str:
         path.write_text('input,label\n"a, b",007\n"line\n""two""",1\n', encoding="utf-8")
     elif kind == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif kind == ".arrow":
+        table = pyarrow.Table.from_pylist(ROWS)
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
     else:
         datasets.Dataset.from_list(ROWS).save_to_disk(path)
-    return str(path)
+    return str(path) if kind != "_stream" else str(path / "data-00000-of-00001.arrow")
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", "_directory"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".arrow", "_stream", "_directory"])
 def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind)
     assert load_rows(path).rows == ROWS
@@ -47,7 +52,8 @@ def test_json_values_keep_their_own_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is not JSON"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"line 2 is not JSON: [^(]*\(char 5\)$"),
+        ("a.jsonl", '{"a": 1}\n{"a": ', r"line 2 is not JSON: .*\(the file ends in this line: was it cut off\?\)"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is a list"),
         ("a.jsonl", '{"a": 1}\n\n[1]\n{"a"\n', "(?s)line 3 is a list.*line 4 is not JSON"),
         ("a.jsonl", "[1]\n" * 8, "(?s)line 5 is a list.*a.jsonl: 3 more rows"),
@@ -61,6 +67,8 @@ def test_json_values_keep_their_own_types(tmp_path: Path) -> None:
         ("a.csv", 'a,b\n1,"2\n', "is not CSV"),
         ("a.csv", "a,b\n", "no rows"),
         ("a.parquet", "x" * 20, "not a Parquet file"),
+        ("a.arrow", "x" * 20, "not an Arrow file"),
+        ("a.arrow", "ARROW1" + "x" * 20, "not an Arrow file"),
         ("a.txt", "x", "not '.txt'"),
     ],
 )
@@ -75,8 +83,9 @@ def test_missing_path_other_directory_and_several_splits(tmp_path: Path) -> None
         load_rows(str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match="save_to_disk"):
         load_rows(str(tmp_path))
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(ValueError, match="splits/train"):
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="holds the splits train, test; one is"):
         load_rows(str(tmp_path / "splits"))
     assert len(load_rows(str(tmp_path / "splits" / "train"))) == 2
 
@@ -168,3 +177,107 @@ def test_broken_directory_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"data path={tmp_path / 'rows'} is not a directory that"):
             load_rows(str(tmp_path / "rows"))
         (tmp_path / "rows" / name).write_text(kept)
+
+
+def numbered(path: Path, numbers: range) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"n": n}) + "\n" for n in numbers))
+    return str(path)
+
+
+def numbers(source: str | DataSource, **options: Any) -> list[int]:
+    return [row["n"] for row in load_rows(source, **options).rows]
+
+
+def test_files_of_a_directory_by_their_split(tmp_path: Path) -> None:
+    for name, n in [("data/train-00001-of-00002", 2), ("data/train-00000-of-00002", 0), ("test/b", 4), ("dev_set", 6)]:
+        numbered(tmp_path / f"{name}.jsonl", range(n, n + 2))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "README.md").write_text("train")
+    numbered(tmp_path / ".cache" / "train.jsonl", range(100, 101))
+    given = str(tmp_path)
+    assert numbers(DataSource(names=given, split="train")) == [0, 1, 2, 3]
+    assert numbers(DataSource(names=f"json@{given}", split="train"), limit=3) == [0, 1, 2]
+    assert numbers(DataSource(names=given, split="test")) == [4, 5]
+    assert numbers(DataSource(names=given, split="validation")) == [6, 7]
+    with pytest.raises(ValueError, match="holds the splits train, validation, test; not heldout: name one"):
+        load_rows(DataSource(names=given, split="heldout"))
+    with pytest.raises(ValueError, match="one is read at a time"):
+        load_rows(given)
+    place = load_rows(DataSource(names=given, split="train")).place(3)
+    assert place == f"row 1 (line 2) of {tmp_path / 'data/train-00001-of-00002.jsonl'}"
+    numbered(tmp_path / "more.jsonl", range(1))
+    with pytest.raises(ValueError, match=r"more.jsonl says no split"):
+        load_rows(given)
+    (tmp_path / "rows.csv").write_text("n\n1\n")
+    with pytest.raises(ValueError, match=r"holds .csv and .jsonl files.*csv@"):
+        load_rows(given)
+    assert numbers(f"csv@{given}") == ["1"]
+
+
+def test_splits_with_names_of_their_own(tmp_path: Path) -> None:
+    numbered(tmp_path / "train_sft-00000-of-00001.jsonl", range(2))
+    numbered(tmp_path / "train_gen-00000-of-00001.jsonl", range(2, 3))
+    assert numbers(DataSource(names=str(tmp_path), split="train_sft")) == [0, 1]
+    with pytest.raises(ValueError, match="train_gen, train_sft; not train"):
+        load_rows(DataSource(names=str(tmp_path), split="train"))
+
+
+def test_a_file_and_a_directory_without_splits_are_train(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a.jsonl", range(2))
+    numbered(tmp_path / "b.jsonl", range(2, 3))
+    for name, all_of_it in ((path, [0, 1]), (str(tmp_path), [0, 1, 2])):
+        assert numbers(DataSource(names=name, split="train")) == numbers(name) == all_of_it
+        with pytest.raises(ValueError, match="splits train; not test"):
+            load_rows(DataSource(names=name, split="test"))
+
+
+def test_saved_splits(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_list([{"n": n}]) for n, name in enumerate(("train", "other"))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert numbers(DataSource(names=str(tmp_path / "saved"), split="other")) == [1]
+    (tmp_path / "saved" / "dataset_dict.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a directory that datasets' save_to_disk wrote"):
+        load_rows(str(tmp_path / "saved"))
+
+
+def test_several_data_sets_are_mixed_as_datasets_does_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [numbered(tmp_path / f"{start}.jsonl", range(start, start + 50)) for start in (0, 100, 200)]
+    probs = (0.6, 0.3, 0.1)
+    source = DataSource(names=", ".join(names), probs=probs, seed=3)
+    parts = [datasets.Dataset.from_list(load_rows(name).rows) for name in names]
+    expected = datasets.interleave_datasets(parts, list(probs), seed=3, stopping_strategy="first_exhausted")["n"][:]
+    assert numbers(source) == expected and max(n for n in expected if n < 100) == 49
+    assert f"50 of 50 rows of {names[0]}, {sum(100 <= n < 200 for n in expected)} of 50 rows of" in caplog.text
+    limited = [part.select(range(20)) for part in parts]
+    expected = datasets.interleave_datasets(limited, list(probs), seed=3, stopping_strategy="first_exhausted")["n"][:20]
+    assert numbers(source, limit=20) == expected
+    rows = load_rows(source)
+    for index, n in enumerate(numbers(source)):
+        assert rows.place(index) == f"row {n % 100} (line {n % 100 + 1}) of {names[n // 100]}"
+    assert numbers(",".join(names)) == [*range(50), *range(100, 150), *range(200, 250)]
+
+
+def test_what_is_wrong_with_each_of_several_data_sets_comes_together(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": ')
+    (tmp_path / "b.csv").write_text("n,n\n1,2\n")
+    numbered(tmp_path / "c.jsonl", range(2))
+    with pytest.raises(ValueError, match="(?s)a.jsonl, line 2 is not JSON.*b.csv has several columns named 'n'"):
+        load_rows(",".join(str(tmp_path / name) for name in ("a.jsonl", "b.csv", "c.jsonl")))
+
+
+def test_what_is_held_out_is_in_no_training_row(tmp_path: Path) -> None:
+    """Also where rows are repeated, in the columns that are read."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"n": n % 40, "id": n}) + "\n" for n in range(120)))
+    found = {
+        side: numbers(DataSource(names=str(path), held_out=0.1, is_held_out=side, seed=7), columns=("n",))
+        for side in (True, False)
+    }
+    assert len(set(found[True])) == 4 and not set(found[True]) & set(found[False])
+    assert sorted(found[True] + found[False]) == sorted(n % 40 for n in range(120))
+    other = DataSource(names=str(path), held_out=0.1, is_held_out=True, seed=8)
+    assert set(numbers(other, columns=("n",))) != set(found[True])
+    assert len(numbers(DataSource(names=str(path), held_out=0.001, is_held_out=True), columns=("n",))) == 3
+    with pytest.raises(ValueError, match="has 1 different rows, of which 1 are held out"):
+        load_rows(DataSource(names=numbered(tmp_path / "b.jsonl", range(1)), held_out=0.5))

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from megarlhf.data.prompts import PromptData, PromptSampler, load_prompts
+from megarlhf.data.prompts import PromptData, load_prompts
+from megarlhf.data.sampling import PromptSampler
 
 Write = Callable[[list[Any]], str]
 

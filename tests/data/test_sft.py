@@ -23,6 +23,7 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Super
         "input_template": None,
         "max_len": 100,
         "pretrain_mode": False,
+        "multiturn": False,
         "max_samples": None,
         "vocab_size": 1000,
     }
@@ -56,6 +57,13 @@ def test_prompt_tokens_are_those_of_the_prompt_alone(write_jsonl: Write, tokeniz
     apart, joint = split(tokenizer, load(path, tokenizer).rows)
     assert apart == (["<s>", "A", ":", "Ġ"], ["P", "</s>"])
     assert joint == (["<s>", "A", ":"], ["ĠP", "</s>"])
+
+
+def test_conditional_sft_is_sft_on_scored_prompts(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    """'{input} <rm_score>: {reward:.2f} ' + output: the prompt ends in the space that generation starts after."""
+    path = write_jsonl([{"input": f"a <rm_score>: {2 / 3:.2f} ", "output": "P"}])
+    ((prompt, response),) = split(tokenizer, load(path, tokenizer).rows)
+    assert prompt == ["<s>", *"aĠ<rm_score>:Ġ0.67Ġ"] and response == ["P", "</s>"]
 
 
 def test_chat_with_an_output_column(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -99,6 +107,10 @@ def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTra
     ("row", "changes", "message"),
     [
         ({"input": "a"}, {}, "row 0 .*: output_key=output is not there; the keys are 'input'"),
+        ({}, {}, "row 0 .*: input_key=input is not there; the keys are none, for the row is empty"),
+        ({"input": "", "output": ""}, {}, "row 0 .*: it has nothing to train on but the EOS"),
+        ({"input": "", "output": ""}, {"pretrain_mode": True}, "row 0 .*: it has nothing to train on but the EOS"),
+        ({"input": "a", "output": "</s>"}, {"apply_chat_template": True}, "nothing to train on but the EOS"),
         ({"input": "a", "output": 3}, {}, "output_key=output holds a int"),
         ({"input": "a"}, {"output_key": None, "apply_chat_template": True}, "ends with the assistant's message"),
     ],

@@ -87,6 +87,7 @@ def test_text_parts_are_read_as_the_template_can(
         input_template=None,
         max_len=99,
         pretrain_mode=False,
+        multiturn=False,
         max_samples=None,
         vocab_size=1000,
     ).rows
@@ -268,6 +269,7 @@ def test_half_a_surrogate_pair_in_an_answer_is_refused(tokenizer: PreTrainedToke
                 input_template=None,
                 max_len=99,
                 pretrain_mode=False,
+                multiturn=False,
                 max_samples=None,
                 vocab_size=1000,
             )

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens, template_source
+from megarlhf.data.tokenizer import (
+    check_same_vocabulary,
+    load_tokenizer,
+    special_token_in,
+    stop_tokens,
+    template_source,
+)
 
 
 @pytest.fixture
@@ -168,3 +174,16 @@ def test_the_source_of_a_template_is_told(tmp_path: Path) -> None:
 )
 def test_special_tokens_in_labels(tokenizer: PreTrainedTokenizerBase, labels: list[Any], expected: str | None) -> None:
     assert special_token_in(labels, tokenizer) == expected
+
+
+def test_a_teacher_has_the_same_tokens(tokenizer: PreTrainedTokenizerBase, model_dir: Path, tmp_path: Path) -> None:
+    """An added token is told, and a directory without a tokenizer, with what to do."""
+    check_same_vocabulary(tokenizer, str(model_dir))
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<teacher>"])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="differs from .* in 1 tokens \\('<teacher>' is [0-9]+, not None\\)"):
+        check_same_vocabulary(tokenizer, str(tmp_path / "other"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="none has no tokenizer to compare with the student's: copy its files"):
+        check_same_vocabulary(tokenizer, str(tmp_path / "none"))
