@@ -8,7 +8,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -86,8 +86,6 @@ def initialize_groups(
     sizes.data(world_size)
     _collect_left_groups()
     megatron_cpu.verify()
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     on_gpu = device_kind() == "gpu"
     if on_gpu:
         torch.cuda.set_device(local_rank)
@@ -101,8 +99,23 @@ def initialize_groups(
         timeout=timedelta(minutes=timeout_minutes),
     )
     _cut_world(sizes, gloo=True, timeout_minutes=timeout_minutes)
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed PyTorch's generator, alike on all ranks of a model, and Megatron-Core's, which differ between its parts."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
+
+
+def separate_generators() -> AbstractContextManager[None]:
+    """Inside the block random numbers on a device differ between the tensor-parallel ranks of a model."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    forked: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+    return forked
 
 
 def _cut_world(sizes: ParallelSizes, *, gloo: bool, timeout_minutes: float = 30.0) -> None:

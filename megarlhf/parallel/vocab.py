@@ -29,15 +29,16 @@ class OutputDistribution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class OutputShard:
     """This rank's part of the output layer, and what is computed with it."""
 
     of: OutputDistribution
-    entropy: EntropyUse
+    entropy: EntropyUse = "unused"
     group: dist.ProcessGroup | None  # None: the output layer is whole
 
     @property
     def is_split(self) -> bool:
+        """Whether other ranks have parts too."""
         return self.group is not None and self.group.size() > 1
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -80,10 +81,10 @@ class _Part:
         if not scores.shape[-1]:
             notes[1] = -torch.inf
             return notes
-        for part, _ in _parts(scores):
+        for part, _ in token_blocks(scores):
             block, (local, inside) = scores[part], (tensor[part] for tensor in places)
             log_probs = block.log_softmax(-1)
-            notes[0, part] = torch.where(inside, _at(log_probs, local), 0.0)
+            notes[0, part] = torch.where(inside, entry(log_probs, local), 0.0)
             if self.is_split or self.of.soft_cap is not None:
                 notes[1, part], notes[2, part] = block.amax(-1), -log_probs.amax(-1)
             torch.exp(log_probs, out=block)
@@ -105,7 +106,7 @@ class _Part:
         sums = largest - top + log_sums
         total = sums.logsumexp(0)
         log_shares = sums - total  # -inf for a rank that holds padding alone
-        log_probs = chosen.sum(0) + _at(log_shares.t(), owners)
+        log_probs = chosen.sum(0) + entry(log_shares.t(), owners)
         shares = log_shares.exp()
         entropy = (shares * entropies + torch.special.entr(shares)).sum(0)
         return log_probs, entropy, log_shares[self.group.rank()], top + total
@@ -124,31 +125,31 @@ class _Part:
         grad_chosen, grad_entropy = (None if grad is None else grad / self.of.temperature for grad in grads)
         assert grad_chosen is not None
         chosen, entropy, log_share, log_total = notes
-        for part, rows in _parts(probs):
+        for part, rows in token_blocks(probs):
             block, (local, inside), share = probs[part], (tensor[part] for tensor in places), log_share[part, None]
             factor, slope = -grad_chosen[part, None], None
             if grad_entropy is not None or self.of.soft_cap is not None:
                 log_probs = block.clamp(min=torch.finfo(block.dtype).tiny).log_().add_(share)
                 if self.of.soft_cap is not None:
-                    slope = self._slope(log_probs + log_total[part, None])
+                    slope = self.slope(log_probs + log_total[part, None])
                 if grad_entropy is not None:
                     factor = log_probs.add_(entropy[part, None]).mul_(-grad_entropy[part, None]).add_(factor)
             factor = factor * share.exp() if self.is_split else factor
-            at_target = _at(block, local) * _at(factor.expand_as(block), local) + grad_chosen[part]
+            at_target = entry(block, local) * entry(factor.expand_as(block), local) + grad_chosen[part]
             block.mul_(factor)
             if slope is not None:
                 block.mul_(slope)
-                at_target *= self._slope(chosen[part] + log_total[part])  # exact where exp(log p) is 0
-            block[rows, local] = torch.where(inside, at_target, _at(block, local))
+                at_target *= self.slope(chosen[part] + log_total[part])  # exact where exp(log p) is 0
+            block[rows, local] = torch.where(inside, at_target, entry(block, local))
         return probs
 
-    def _slope(self, scores: Tensor) -> Tensor:
+    def slope(self, scores: Tensor) -> Tensor:
         """Derivative of a capped logit by the logit, of logits over the temperature; overwrites them."""
         assert self.of.soft_cap is not None
         return scores.mul_(self.of.temperature / self.of.soft_cap).square_().neg_().add_(1.0)
 
 
-def _parts(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def token_blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of a chunk's tokens, each an eighth of it, with numbers for the tokens of each; none for no columns."""
     size = max(1, -(-len(scores) // _PARTS))
     for start in range(0, len(scores) if scores.shape[-1] else 0, size):
@@ -156,7 +157,7 @@ def _parts(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, stop), torch.arange(stop - start, device=scores.device)
 
 
-def _at(table: Tensor, columns: Tensor) -> Tensor:
+def entry(table: Tensor, columns: Tensor) -> Tensor:
     """[n]: the entry of each row of [n, columns]."""
     return table.gather(-1, columns[:, None])[:, 0]
 
@@ -166,7 +167,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, part: _Part, keep: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, part: OutputShard, keep: bool
     ) -> tuple[Tensor, Tensor]:
         rows = part.rows(weight)
         # Holds scores, probabilities and gradients in turn.
@@ -192,7 +193,7 @@ class _LogProbs(torch.autograd.Function):
         rows, chunks = part.rows(weight), part.chunks(len(hidden))
         grad_log_probs = torch.zeros_like(notes[0]) if grads[0] is None else grads[0]
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = _WeightGradient(weight, len(rows), len(chunks)) if ctx.needs_input_grad[1] else None
+        total = WeightGradient(weight, len(rows), len(chunks)) if ctx.needs_input_grad[1] else None
         for number, chunk in reversed(list(enumerate(chunks))):
             probs, places = buffer[: len(hidden[chunk])], part.places(targets[chunk], weight)
             if number < len(chunks) - 1:  # the last chunk's are there still
@@ -207,7 +208,7 @@ class _LogProbs(torch.autograd.Function):
         return grad_hidden, None if total is None else total.result(), None, None, None
 
 
-class _WeightGradient:
+class WeightGradient:
     """The output layer's gradient, added up over chunks in float32 where there are several."""
 
     def __init__(self, weight: Tensor, num_rows: int, num_chunks: int) -> None:
@@ -255,7 +256,7 @@ def vocab_parallel_log_probs(
         (log_probs, entropy), each [n] float32, bit-equal on every rank of the group; entropy in nats, None where it is
         unused.
     """
-    part = _Part(of=of, entropy=entropy, group=group)
+    part = OutputShard(of=of, entropy=entropy, group=group)
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     log_probs, entropies = _LogProbs.apply(hidden, weight, targets, part, keep)
     return log_probs, None if entropy == "unused" else entropies

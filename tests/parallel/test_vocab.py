@@ -172,14 +172,14 @@ def test_gradients_of_many_bfloat16_chunks_are_added_in_float32() -> None:
 def test_products_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk's logits at once; every chunk but the last is computed again for the gradient, none without one."""
     sizes: list[int] = []
-    scores = vocab._Part.scores
+    scores = vocab.OutputShard.scores
 
     def watch(self: Any, hidden: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
         sizes.append(len(hidden))
         assert len(buffer) == min(self.of.chunk_tokens, TOKENS)
         return scores(self, hidden, rows, buffer)
 
-    monkeypatch.setattr(vocab._Part, "scores", watch)
+    monkeypatch.setattr(vocab.OutputShard, "scores", watch)
     compute(PLAIN, 0, 1, None)
     assert sizes == [3, 3, 1, 3, 3]
     sizes.clear()
