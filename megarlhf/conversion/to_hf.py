@@ -25,6 +25,7 @@ from megarlhf.conversion.steps import ConvertOptions, Digests
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.formats.huggingface import INDEX, HFConfig, read_checkpoint, read_config
 from megarlhf.formats.megatron import HFFiles, MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
+from megarlhf.formats.run_checkpoints import config_entries
 from megarlhf.formats.safetensors_file import TensorFile, TensorSpec, tensor_places
 from megarlhf.formats.staging import StagingDirectory
 from megarlhf.formats.torch_dist import METADATA, TorchDistReader
@@ -131,7 +132,7 @@ def megatron_to_hf(
         manifest = {name: entry for record in staging.done.values() for name, entry in record.items()}
         steps.write_manifest(staging.path, manifest, **about, iteration=checkpoint.iteration)
         config = exported_config(files_of.directory, hf, arch.class_with_head(head), main_dtype(shapes, dtypes))
-        write_json(staging.path / "config.json", config)
+        write_json(staging.path / "config.json", config | config_entries(checkpoint.directory))
         write_companions(staging.path, files_of.directory, tokenizer=files_of.tokenizer, chat_template=template)
         if len(layout) > 1:
             write_json(staging.path / INDEX, index)

@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
+from megarlhf.config.lora import LoraArguments
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import Additions, ArchSpec
 from megarlhf.models.backend import model_backend
@@ -41,6 +42,7 @@ class ModelOptions:
     moe_aux_loss_coeff: float = 0.0
     kernels: KernelArguments = field(default_factory=KernelArguments)
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of TransformerConfig, and others to pass over
+    lora: LoraArguments = field(default_factory=LoraArguments)
 
 
 def passed_fields(config_class: type[Any], passed: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def write_companions(target: Path, pretrain: Path, *, tokenizer: Path | None, ch
     """The files that a trained model goes with: of the tokenizer and the chat template that it was trained with.
 
     Args:
-        target: directory of the export, with its config.json.
+        target: directory of the export, with its config.json unless it is an adapter.
         pretrain: directory that the weights came from.
         tokenizer: directory of the tokenizer, None for the pretrain. Of another one come all files, and its special
             tokens into the configurations; of the pretrain then its generation configuration and licence.
@@ -55,6 +55,12 @@ def write_companions(target: Path, pretrain: Path, *, tokenizer: Path | None, ch
         _align_special_tokens(target)
     if chat_template is not None:
         _replace_chat_template(target, chat_template)
+    config = target / "config.json"
+    if not config.is_file():  # an adapter, which has its model's
+        return
+    architectures = read_json_object(config, str(target)).get("architectures") or [""]
+    if architectures[0].endswith(CLASSIFIER) and any(target.glob("tokenizer*")):
+        _pad_apart_from_eos(target)
 
 
 def _align_special_tokens(target: Path) -> None:
@@ -75,6 +81,30 @@ def _align_special_tokens(target: Path) -> None:
             if "eos_token_id" in tokens and (others := [end for end in ends if end != tokens["eos_token_id"]]):
                 content["eos_token_id"] = [tokens["eos_token_id"], *others]
             write_json(path, content)
+
+
+def _pad_apart_from_eos(target: Path) -> None:
+    """Let a sequence classifier and its tokenizer pad with a token that is no EOS.
+
+    Transformers takes the value of the rightmost token that is not pad_token_id, and rewards are those of EOS. Where no
+    special token is left to pad with, pad_token_id is None, and sequences are judged one at a time.
+    """
+    config = read_json_object(target / "config.json", str(target))
+    tokenizer = load_tokenizer(str(target), chat_template=None)
+    ends = config.get("eos_token_id")
+    taken = {None, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    added = tokenizer.added_tokens_decoder
+    taken |= {number for number in added if number >= config["vocab_size"]}
+    if tokenizer.pad_token_id in taken:
+        special = {number: token.content for number, token in added.items() if token.special}
+        last = (tokenizer.bos_token_id,)  # Transformers gives no gradient to the embedding of what pads
+        found = sorted(special.keys() - taken, key=lambda n: (n in last, "pad" not in special[n].lower(), n))
+        tokenizer.pad_token = special[found[0]] if found else None
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (target / name).is_file():
+                content = read_json_object(target / name, str(target))
+                write_json(target / name, content | {"pad_token": tokenizer.pad_token})
+    write_json(target / "config.json", config | {"pad_token_id": tokenizer.pad_token_id})
 
 
 def _replace_chat_template(target: Path, text: str) -> None:

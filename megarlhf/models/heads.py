@@ -52,6 +52,24 @@ def output_weight(model: Any) -> Tensor:
     return model.shared_embedding_or_output_weight() if weight is None else weight
 
 
+def frozen_output_weight(model: Any, *, num_rows: int) -> Tensor:
+    """[num_rows, h] copy of an output layer's weights for the tokens of this rank's shard of another model.
+
+    Vocabularies of one tokenizer may be padded to different sizes, so that ranks begin at different tokens; all ranks
+    of the tensor-parallel group call it.
+
+    Args:
+        num_rows: of each rank's shard of the other model, which has no more tokens than this one.
+    """
+    weight, group = output_weight(model).detach(), parallel_state.get_tensor_model_parallel_group()
+    if len(weight) != num_rows:
+        shards = [torch.empty_like(weight) for _ in range(group.size())]
+        torch.distributed.all_gather(shards, weight.contiguous(), group=group)
+        first = group.rank() * num_rows
+        weight = torch.cat(shards)[first : first + num_rows]
+    return weight.clone()
+
+
 class ValueHead(MegatronModule):
     """Linear map from the hidden state to one number, in place of GPTModel's output layer.
 

@@ -3,8 +3,10 @@
 Every relation is a pair of views with equal numbers in equal places: loading copies one way, export the other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megarlhf.formats.huggingface import HFConfig
@@ -62,6 +64,30 @@ def _qkv_shards(hf: tuple[str, ...], param: Tensor, model: HFConfig, tp_rank: in
         Shard(hf_name=name, index=_rows(param, view.numel() // param[0].numel(), tp_rank), view=view)
         for name, view in zip(hf, views, strict=True)
     ]
+
+
+def fused_outputs(weight: WeightMap, parts: Sequence[Tensor | None], size: int, model: HFConfig) -> Tensor:
+    """[..., size]: outputs of a weight's HF matrices in the order of the Megatron parameter's rows.
+
+    Args:
+        parts: this rank's outputs of each, in the order of `weight.hf`; None: zeros.
+        size: rows of this rank's parameter.
+    """
+    given = next(part for part in parts if part is not None)
+    if len(parts) == 1:
+        return given
+    if weight.split is not Split.QKV:
+        half = (*given.shape[:-1], size // len(parts))
+        return torch.cat([given.new_zeros(half) if part is None else part for part in parts], -1)
+    head, queries = head_dim(model), model.num_attention_heads // model.num_key_value_heads
+    groups = size // (head * (queries + 2))
+    heads = [
+        given.new_zeros(*given.shape[:-1], groups, num, head)
+        if part is None
+        else part.unflatten(-1, (groups, num, head))
+        for part, num in zip(parts, (queries, 1, 1), strict=True)
+    ]
+    return torch.cat(heads, -2).flatten(-3)
 
 
 def _part(length: int, rank: int) -> slice:

@@ -5,18 +5,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.lora import LoraArguments
 from megarlhf.data.model_sizes import ChunkSizes, LayerWidths
 from megarlhf.formats.huggingface import EMBEDDING, HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.names import is_tied, model_maps, padded_vocab_size
+from megarlhf.models.targets import adapter_numbers
 
 
-def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: str) -> list[list[ChunkSizes]]:
+def stage_sizes(
+    arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: str, lora: LoraArguments | None = None
+) -> list[list[ChunkSizes]]:
     """Each pipeline stage's chunks, in order; all tensor-parallel ranks of a stage hold as much.
 
     Args:
         hf: as read_checkpoint gives it; the model's sizes are divisible as cut_model asks.
         head: "lm" or "value".
+        lora: adapters that are trained in the place of the weights; None, or of rank 0: none.
     """
     pp, virtual = layout.pipeline_model_parallel_size, layout.virtual_stages
     by_layer: dict[int | None, list[WeightMap]] = defaultdict(list)
@@ -34,7 +39,9 @@ def stage_sizes(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, *, head: 
             weights += [w for w in by_layer[None] if (first if w.hf == (EMBEDDING,) else last)]
             if last and not first and is_tied(hf, head):
                 weights += [w for w in by_layer[None] if w.hf == (EMBEDDING,)]  # the output layer's copy
-            stages[stage].append(_chunk(arch, hf, layout, weights, arch.moe_layers(hf)[layers.start : layers.stop]))
+            stages[stage].append(
+                _chunk(arch, hf, layout, weights, arch.moe_layers(hf)[layers.start : layers.stop], lora)
+            )
     return stages
 
 
@@ -97,7 +104,12 @@ def engine_sizes(arch: ArchSpec, hf: HFConfig, *, tensor: int) -> tuple[int, int
 
 
 def _chunk(
-    arch: ArchSpec, hf: HFConfig, layout: LayoutArguments, weights: Sequence[WeightMap], has_experts: Sequence[bool]
+    arch: ArchSpec,
+    hf: HFConfig,
+    layout: LayoutArguments,
+    weights: Sequence[WeightMap],
+    has_experts: Sequence[bool],
+    lora: LoraArguments | None,
 ) -> ChunkSizes:
     tp = layout.tensor_model_parallel_size
     sizes = arch.dimensions(hf) | {"vocab": padded_vocab_size(hf.vocab_size, tp)}
@@ -108,9 +120,21 @@ def _chunk(
         parts = (layout.expert_tensor_parallel_size or tp) if weight.expert else tp
         return whole if weight.split is Split.REPLICATED else whole // parts
 
+    dense = [w for w in weights if not w.expert and not w.buffer]
+    experts = [w for w in weights if w.expert_number is not None and w.expert_number < mine]
+    frozen, trained = 0, local
+    if lora is not None and lora.lora_rank:
+        frozen = sum(local(w) for w in (*dense, *experts) if w.hf != ("score.weight",))
+
+        def trained(weight: WeightMap) -> int:
+            parts = (layout.expert_tensor_parallel_size or tp) if weight.expert else tp
+            own = local(weight) if weight.hf == ("score.weight",) else 0
+            return own + adapter_numbers(weight, lora, sizes, parts=parts)
+
     return ChunkSizes(
-        dense=tuple(local(w) for w in weights if not w.expert and not w.buffer),
-        experts=tuple(local(w) for w in weights if w.expert_number is not None and w.expert_number < mine),
+        dense=tuple(map(trained, dense)),
+        experts=tuple(map(trained, experts)),
+        frozen=frozen,
         buffers=sum(local(w) for w in weights if w.buffer),
         dense_layers=has_experts.count(False),
         moe_layers=has_experts.count(True),

@@ -43,11 +43,11 @@ class ModelWeights:
     def __init__(self, chunks: Sequence[Any], arch: ArchSpec, hf: HFConfig, ranks: Ranks, *, head: Head) -> None:
         self.arch, self.hf, self.ranks, self.head = arch, hf, ranks, head
         self.tied = is_tied(hf, head)
-        self._maps = model_maps(arch, hf, head)
+        self.maps = model_maps(arch, hf, head)
         self.local = self._bind(chunks)
 
     def _bind(self, chunks: Sequence[Any]) -> list[LocalWeight]:
-        by_name = {name: weight for weight in self._maps for name in weight.megatron}
+        by_name = {name: weight for weight in self.maps for name in weight.megatron}
         copies = {"output_layer.weight": by_name["embedding.word_embeddings.weight"]} if self.tied else {}
         known = by_name | copies
         num_experts = self.arch.dimensions(self.hf).get("experts", 0) // self.ranks.ep_size
@@ -63,7 +63,7 @@ class ModelWeights:
         ]
         layers = {layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers}
         experts = {None, *range(first_expert, first_expert + num_experts)}
-        expected = {w.hf for w in self._maps if w.layer_number in layers and w.expert_number in experts}
+        expected = {w.hf for w in self.maps if w.layer_number in layers and w.expert_number in experts}
         absent = expected - {entry.weight.hf for entry in local}
         if absent:
             raise ValueError(f"{self.arch.hf_class}: entries of the table without a Megatron parameter: {absent}")
@@ -79,7 +79,7 @@ class ModelWeights:
 
     def hf_names(self) -> list[str]:
         """Every HF tensor of the whole model, in the table's order."""
-        return [name for weight in self._maps for name in weight.hf]
+        return [name for weight in self.maps for name in weight.hf]
 
     @torch.no_grad()
     def load(self, source: HFWeights) -> None:

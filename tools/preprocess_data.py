@@ -1,0 +1,11 @@
+"""`megarlhf preprocess`, without installing the package: see --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megarlhf.cli.preprocess import main
+
+if __name__ == "__main__":
+    sys.exit(main(prog="preprocess_data.py"))
