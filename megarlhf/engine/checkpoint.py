@@ -22,6 +22,7 @@ from megarlhf.parallel.device import current_device
 assert hasattr(filesystem_async, "_results_queue")
 filesystem_async._results_queue = queue.Queue()
 
+_ADAPTERS = "adapters"  # with LoRA, in the place of the model: what is trained alone
 _HAS_MOMENTS = "optimizer_has_state"
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")  # of an optimizer's parameter group
 
@@ -32,14 +33,24 @@ def _chunks(engine: MegatronEngine) -> dict[str, Any]:
     return {"model" if one else f"model{number}": chunk for number, chunk in enumerate(engine.chunks)}
 
 
-def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> dict[str, Any]:
-    sharding = {
+def _sharding() -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=sharding) for key, chunk in _chunks(engine).items()}
+
+
+def _weights(engine: MegatronEngine) -> dict[str, Any]:
+    """What is trained: all weights, or the adapters."""
+    if engine.adapters is not None:
+        return {_ADAPTERS: engine.adapters.sharded_state()}
+    return {key: chunk.sharded_state_dict(metadata=_sharding()) for key, chunk in _chunks(engine).items()}
+
+
+def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> dict[str, Any]:
+    state = _weights(engine)
     if engine.optimizer is not None:
         state["scheduler"] = engine.scheduler.state_dict()
         state[_HAS_MOMENTS] = with_optimizer
@@ -48,7 +59,7 @@ def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> di
         for single in single_optimizers(engine.optimizer) if loading else ():
             if hasattr(single, "_init_optimizer_states_with_dummy_values"):
                 single._init_optimizer_states_with_dummy_values()
-        state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=sharding)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=_sharding())
     return state
 
 
@@ -58,6 +69,37 @@ def _has_moments(engine: MegatronEngine) -> bool:
     found = torch.tensor(float(stepped), device=current_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)  # a rank's own shard may be empty
     return bool(found.item())
+
+
+def save_weights(engine: MegatronEngine, directory: Path) -> None:
+    """Write what the parameters are now into `directory`; every rank of the role calls it."""
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_weights(engine), str(directory), validate_access_integrity=True)
+    dist.barrier()
+
+
+def load_weights(engine: MegatronEngine, directory: Path) -> None:
+    """Fill the parameters with what `save_weights` has written in any layout.
+
+    Raises:
+        ValueError: the directory does not hold this model.
+    """
+    try:
+        state = dist_checkpointing.load(_weights(engine), str(directory))
+    except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
+    _fill(engine, state)
+
+
+def _fill(engine: MegatronEngine, state: dict[str, Any]) -> None:
+    if engine.adapters is not None:
+        for tensor in engine.adapters.tensors():
+            tensor.parameter.data.copy_(state[_ADAPTERS][tensor.name])
+        return
+    for key, chunk in _chunks(engine).items():
+        chunk.load_state_dict(state[key], strict=True)
 
 
 def save_engine(engine: MegatronEngine, directory: Path) -> None:
@@ -87,8 +129,7 @@ def load_engine(engine: MegatronEngine, directory: Path, *, with_optimizer: bool
         state = dist_checkpointing.load(_state(engine, loading=True, with_optimizer=with_optimizer), str(directory))
     except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
         raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
-    for key, chunk in _chunks(engine).items():
-        chunk.load_state_dict(state[key], strict=True)
+    _fill(engine, state)
     if engine.optimizer is None:
         return
     if with_optimizer:

@@ -29,8 +29,9 @@ from megarlhf.data.types import Ints, MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.memory import DeviceMemory
 from megarlhf.engine.objective import NonFiniteError, Objective, Outputs, TokenOutputs
 from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler, optimizer_tensors
-from megarlhf.engine.reference import Reference
+from megarlhf.engine.reference import Reference, reference_source
 from megarlhf.engine.schedule import (
+    balance_loss_unit,
     run_evaluation,
     run_forward,
     run_forward_backward,
@@ -40,14 +41,14 @@ from megarlhf.engine.schedule import (
 )
 from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.build import Head, ModelOptions, build_model
+from megarlhf.models.lora import Adapters
 from megarlhf.models.names import check_names, stored_dtypes
 from megarlhf.models.registry import check_computing, find_architecture
 from megarlhf.models.router_statistics import RouterStatistics
 from megarlhf.models.weights import ModelWeights
 from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, release_memory
-from megarlhf.parallel.groups import current_ranks
-from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
+from megarlhf.parallel.groups import current_ranks, seed_generators
 from megarlhf.parallel.vocab import OutputDistribution
 
 
@@ -94,18 +95,20 @@ class MegatronEngine:
         self.chunks, self.config = build_model(arch, self.hf, self.ranks, model, head=head, seed=seed)
         self.weights = ModelWeights(self.chunks, arch, self.hf, self.ranks, head=head)
         self.weights.load(source)
+        self.adapters = Adapters(self.chunks, self.weights, model.lora, seed=seed) if model.lora.lora_rank else None
+        self._seed = seed
         for chunk in self.chunks:
             chunk.to(current_device())
         self.config.finalize_model_grads_func = sum_gradients
         self._routers = RouterStatistics(self.chunks, self.hf.num_hidden_layers) if arch.is_moe(self.hf) else None
         self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.layout.sequence_parallel else 1
-        distribution = OutputDistribution(
+        self.distribution = OutputDistribution(
             vocab_size=self.hf.vocab_size,
             chunk_tokens=logprob_chunk_tokens,
             temperature=temperature,
             soft_cap=arch.additions(self.hf).logit_soft_cap,
         )
-        self._outputs = partial(token_outputs, model=self.chunks[-1], head=head, distribution=distribution)
+        self._outputs = partial(token_outputs, model=self.chunks[-1], head=head, distribution=self.distribution)
         self.model: list[Any] = [Float16Module(self.config, c) if model.bf16 else c for c in self.chunks]
         self.optimizer: Any = None
         self.scheduler: Any = None
@@ -154,9 +157,12 @@ class MegatronEngine:
         """This rank's part of rows that every rank has, as packed sequences; as many micro-batches as on any rank.
 
         Args:
-            indices: of the rows to pack; None: all.
+            indices: of the rows to pack; None: all. Where some come more than once, as where a batch holds the end of
+                an epoch and the start of the next, rows are numbered in the order of the indices.
         """
         chosen = np.arange(len(rows)) if indices is None else np.asarray(indices, dtype=np.int64)
+        if len(np.unique(chosen)) < len(chosen):
+            rows, chosen = rows.drawn(chosen), np.arange(len(chosen))
         plan = plan_micro_batches(
             rows.lengths[chosen],
             rows.prompt_lengths[chosen],
@@ -285,10 +291,12 @@ class MegatronEngine:
         for chunk, wrapped in zip(self.chunks, self.model, strict=True):
             chunk.train()
             wrapped.zero_grad_buffer()
+        if self.adapters is not None and self.adapters.options.lora_dropout:
+            seed_generators(self._seed + self.scheduler.num_steps)  # so that a resumed run drops what it would have
         self.optimizer.zero_grad()
         if self._routers is not None:
             self._routers.start()
-        unit = self._balance_loss_unit(parts)
+        unit = balance_loss_unit(self.config, self.ranks, parts)
         self.config.grad_scale_func = None if unit is None else lambda gradient: gradient / unit
         stored = run_forward_backward(self.model, parts, self._outputs, objective, denominator / (unit or 1.0))
         total, pairs = self._summed([sums for _, sums in stored], objective)
@@ -301,29 +309,38 @@ class MegatronEngine:
             reported |= self._routers.metrics(experts, top_k, current_device())
         return loss, reported, outputs
 
-    def _balance_loss_unit(self, batches: list[MicroBatch]) -> float | None:
-        """Divisor that makes Megatron-Core's load-balancing loss a mean over the batch's tokens; None: no such loss.
+    def keep_reference(self, pretrain: str | Path | None = None) -> None:
+        """Remember the present weights as the reference model, or those of another checkpoint.
 
-        Megatron-Core adds, on every rank, each micro-batch's loss times its tokens, and counts on a later division of
-        the whole gradient by tokens. Here only `grad_scale_func` divides, and the objective's loss is multiplied
-        beforehand by as much.
+        With adapters, the weights without them are the reference.
+
+        Raises:
+            ValueError: its tensors are not those of this engine's model.
         """
-        if not self.config.num_moe_experts or not self.config.moe_aux_loss_coeff:
-            return None
-        tokens = torch.tensor(float(sum(len(batch.tokens) for batch in batches)), device=current_device())
-        dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return float(tokens) / ranks_in_balance_loss(self.ranks.tp_size, self.ranks.cp_size)
-
-    def keep_reference(self) -> None:
-        """Remember the present weights as the reference model."""
+        if self.adapters is not None:
+            return
         self.finish_param_gather()
         self.memory.wake("reference")  # an earlier one, which goes
         self._reference = Reference(dict(self.named_parameters()))
+        if pretrain is not None:
+            source = reference_source(pretrain, self.weights)
+            with self._reference.in_place_of(dict(self.named_parameters())):
+                self.weights.load(source)
+        self.memory.sleep("reference")
+
+    def drop_reference(self) -> None:
+        """Forget the reference model and free its memory."""
+        self.memory.wake("reference")
+        self._reference = None
         self.memory.sleep("reference")
 
     @contextlib.contextmanager
     def reference_weights(self) -> Iterator[None]:
         """Compute with the reference model inside the block, where alone it is on the device."""
+        if self.adapters is not None:
+            with self.adapters.off():
+                yield
+            return
         assert self._reference is not None, "keep_reference() comes first"
         self.finish_param_gather()
         self.memory.wake("reference")

@@ -26,7 +26,9 @@ class TokenOutputs:
     values: Tensor | None = None  # [t] float32
     hidden: Tensor | None = None  # [t, h] what the output layer takes
     candidates: Tensor | None = None  # [t, k] float32, log p of tokens that the objective names
+    likeliest: Tensor | None = None  # [t] int64, the token of the largest log p
     divergence: Tensor | None = None  # [t] float32, nats, from another model's distribution
+    teacher_entropy: Tensor | None = None  # [t] float32, nats, of that other distribution
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
 from torch.nn import Parameter
 
+from megarlhf.formats.huggingface import HFWeights, read_checkpoint
 from megarlhf.formats.shared_memory import copies_together
+from megarlhf.models.names import check_names
+from megarlhf.models.registry import find_architecture
+from megarlhf.models.weights import ModelWeights
 
 
 class Reference:
@@ -33,3 +38,23 @@ class Reference:
         finally:
             for name, p in parameters.items():
                 p.data = self.replaced.pop(name)
+
+
+def reference_source(pretrain: str | Path, weights: ModelWeights) -> HFWeights:
+    """A checkpoint that can stand in for a model's own weights.
+
+    Raises:
+        ValueError: another architecture, other tensors, or a model with buffers, which a reference does not have.
+    """
+    hf, source = read_checkpoint(pretrain, option="ref_pretrain")
+    arch, own = weights.arch, weights.hf
+    if find_architecture(hf) is not arch or hf.tie_word_embeddings != own.tie_word_embeddings:
+        raise ValueError(
+            f"{source.source}; it is a {find_architecture(hf).hf_class} with tie_word_embeddings="
+            f"{hf.tie_word_embeddings}, and pretrain a {arch.hf_class} with {own.tie_word_embeddings} (one model "
+            "computes both): use one of the same architecture"
+        )
+    check_names(arch, own, source, weights.head)
+    if any(local.weight.buffer for local in weights.local):
+        raise ValueError(f"{source.source}; {arch.hf_class} has buffers, which a reference shares: leave it out")
+    return source

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,6 +21,8 @@ from megarlhf.data.types import MicroBatch
 from megarlhf.engine.objective import Objective, OutputLayer, Outputs, TokenOutputs
 from megarlhf.models.heads import output_weight
 from megarlhf.parallel.device import current_device
+from megarlhf.parallel.groups import Ranks
+from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 from megarlhf.parallel.packed_params import packed_params
 from megarlhf.parallel.vocab import EntropyUse, OutputDistribution, vocab_parallel_log_probs
 
@@ -134,6 +137,20 @@ def run_forward_backward(
         return total / denominator, torch.zeros((), dtype=torch.int, device=total.device), (computed, sums)
 
     return _run(chunks, batches, loss, forward_only=False)
+
+
+def balance_loss_unit(config: Any, ranks: Ranks, batches: list[MicroBatch]) -> float | None:
+    """Divisor that makes Megatron-Core's load-balancing loss a mean over the batch's tokens; None: no such loss.
+
+    Megatron-Core adds, on every rank, each micro-batch's loss times its tokens, and counts on a later division of the
+    whole gradient by tokens. Here only `grad_scale_func` divides, and the objective's loss is multiplied beforehand by
+    as much.
+    """
+    if not config.num_moe_experts or not config.moe_aux_loss_coeff:
+        return None
+    tokens = torch.tensor(float(sum(len(batch.tokens) for batch in batches)), device=current_device())
+    dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return float(tokens) / ranks_in_balance_loss(ranks.tp_size, ranks.cp_size)
 
 
 def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:

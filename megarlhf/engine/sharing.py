@@ -16,7 +16,8 @@ class SharedWeights:
     """What this rank hands out of the weights, for readers in other processes (formats/shared_memory.py).
 
     On a CPU the parameters themselves move into shared memory: there is nothing to write before a reader comes, but it
-    must be done before training goes on. A GPU's have a copy there, which `refresh` renews.
+    must be done before training goes on. A GPU's have a copy there, which `refresh` renews; and so have those beside
+    adapters on any device, as readers see them merged.
 
     All ranks make it together.
 
@@ -32,11 +33,12 @@ class SharedWeights:
         self._local = [local for local, _ in pieces]
         data = [local.param for local in self._local]
         self._on_cpu = device_kind() == "cpu"
-        pools = engine.parameter_pools() if self._on_cpu else []
-        needed = shared_memory.bytes_to_move(data, pools) if self._on_cpu else sum(tensor.nbytes for tensor in data)
+        moves = self._on_cpu and engine.adapters is None
+        pools = engine.parameter_pools() if moves else []
+        needed = shared_memory.bytes_to_move(data, pools) if moves else sum(tensor.nbytes for tensor in data)
         asked = all_gather_objects((needed, shared_memory.free_shared_memory()))  # all look before any takes some
         shared_memory.check_shared_memory(sum(mine for mine, _ in asked), min(free for _, free in asked))
-        if self._on_cpu:
+        if moves:
             shared_memory.move_to_shared_memory(data, pools)
             self._shared: list[Tensor] = [parameter.data for parameter in data]
         else:
@@ -52,9 +54,12 @@ class SharedWeights:
     def refresh(self) -> list[bytes]:
         """Make the blocks hold the weights as they are now, and give back their digests; all ranks call it."""
         self._engine.finish_param_gather()
+        adapters = self._engine.adapters
 
+        @torch.no_grad()  # threads have modes of their own
         def renew(number: int) -> bytes:
-            data, shared = self._local[number].param.data, self._shared[number]
+            local, shared = self._local[number], self._shared[number]
+            data = local.param.data if adapters is None else adapters.merged(local)
             if data.data_ptr() != shared.data_ptr():
                 shared.copy_(data)
             return shared_memory.digest(self._bytes[number])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
+from megarlhf.config.aliases import ALIASES
 from megarlhf.data.packing import join_values
 from megarlhf.engine.engine import MegatronEngine, StepResult
 from megarlhf.engine.optimizer import OptimizerOptions, build_scheduler, main_weight
@@ -85,6 +86,32 @@ def test_learning_rates_by_hand() -> None:
     assert [written_out_rate(step, OPTIONS) for step in range(1, 7)] == pytest.approx(
         [4e-3 / 3, 8e-3 / 3, 4e-3, 3.25e-3, 1.75e-3, 1e-3]
     )
+
+
+@pytest.mark.parametrize("name", [*ALIASES["lr_scheduler"].choices])
+def test_schedules_are_those_of_transformers(name: str) -> None:
+    """Transformers' step 0 has the rate 0 of the warm-up's start; here no step is spent on that."""
+
+    class Groups:
+        param_groups: list[dict[str, Any]] = [{"wd_mult": 1.0}]
+
+    warmup, total = (0 if name == "constant" else 3), 12
+    sets = ALIASES["lr_scheduler"].choices[name]
+    options = OptimizerOptions(
+        learning_rate=2e-3,
+        total_steps=total,
+        lr_warmup_ratio=warmup / total,
+        lr_decay_style=sets["lr_decay_style"],
+        min_lr_ratio=float(sets.get("min_lr_ratio", 0.1)),
+    )
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    special = {"min_lr_rate": 0.1} if name == "cosine_with_min_lr" else None
+    lambdas = get_scheduler(name, theirs, warmup, total, scheduler_specific_kwargs=special).lr_lambdas
+    ours, found = build_scheduler(Groups, options), []
+    for _ in range(total):
+        ours.step(1)
+        found.append(Groups.param_groups[0]["lr"])
+    assert found == pytest.approx([2e-3 * lambdas[0](step) for step in range(1, total + 1)], rel=1e-12)
 
 
 def moments(engine: MegatronEngine, name: str) -> Parts:
