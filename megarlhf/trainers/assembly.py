@@ -6,6 +6,7 @@ from typing import Any
 
 from megarlhf.config.arguments import PPOConfig, SharedOptimizerArguments
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.lora import LoraArguments
 from megarlhf.config.roles import RoleSpec
 from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig
 from megarlhf.data.planning import PackingOptions
@@ -92,6 +93,7 @@ def model_options(layout: LayoutArguments, config: PPOConfig | SupervisedConfig 
         moe_aux_loss_coeff=config.model.moe_aux_loss_coeff,
         kernels=config.kernels,
         passed=config.passed.megatron,
+        lora=LoraArguments() if isinstance(config, ParityConfig) else config.lora,
     )
 
 

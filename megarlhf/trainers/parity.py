@@ -101,9 +101,11 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: TrainingR
     flat = torch.empty(int(rows.num_targets.sum()))
     flat[forward.indices] = torch.from_numpy(forward.values)
     found = _train(engine, name, anchored(rows, flat), record) | {"forward": forward}
-    tokens = {quantity: torch.empty_like(flat) for quantity in ("forward", "training", "after")}
-    for quantity, whole in tokens.items():
-        whole[found[quantity].indices] = torch.from_numpy(found[quantity].values)
+    tokens = {}
+    for quantity in ("forward", "training", "after"):
+        values = torch.from_numpy(found[quantity].values)
+        tokens[quantity] = torch.empty(len(flat), *values.shape[1:])
+        tokens[quantity][found[quantity].indices] = values
     save_file(tokens, directory / "tokens.safetensors")
     numbers = {quantity: found[quantity] for quantity in ("loss", "metrics", "grad norm")}
     (directory / "numbers.json").write_text(json.dumps(numbers))
@@ -161,7 +163,8 @@ def compare(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, dir
     found = _train(engine, name, rows, differences.record) | {"forward": forward}
     for quantity in ("forward", "training", "after"):
         indices, values = found[quantity].indices, torch.from_numpy(found[quantity].values)
-        differences.note(quantity, values - tokens[quantity][indices])
+        if len(values):  # elsewhere they have no shape
+            differences.note(quantity, values - tokens[quantity][indices])
         seen = torch.zeros(len(tokens[quantity]), device=current_device())
         if engine.ranks.holds_results:
             seen[indices] += 1

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.data.prompts import PromptData, PromptSampler
+from megarlhf.data.prompts import PromptData
+from megarlhf.data.sampling import PromptSampler
 from megarlhf.data.types import Prompt, Rollout, Sample
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks

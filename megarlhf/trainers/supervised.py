@@ -1,20 +1,22 @@
 """The supervised loop: one process per rank, every rank runs it; what is trained on which rows is a parameter."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megarlhf.config.arguments import LoggingArguments
 from megarlhf.config.supervised_arguments import SupervisedConfig
-from megarlhf.data.prompts import PromptSampler
-from megarlhf.data.supervised import SupervisedData
+from megarlhf.data.sampling import PromptSampler
+from megarlhf.data.supervised import SupervisedData, Units
 from megarlhf.data.types import Ints, MicroBatch
 from megarlhf.engine import checkpoint
+from megarlhf.engine.average import WeightAverage
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
 from megarlhf.formats import run_checkpoints
@@ -22,7 +24,9 @@ from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import current_device
 
+_AVERAGE = "average"  # folder of a checkpoint
 Prepare = Callable[[SupervisedData, Ints, list[MicroBatch]], list[MicroBatch]]
+MEASURED_UNITS = 1024  # of the training data, for entries of config.json where there is no evaluation data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,10 @@ class SupervisedTask:
         prepare: gives this rank's packed sequences of these rows back with what the loss asks for beside them, such as
             log-probs of a reference; every rank calls it.
         metrics: of the means that an objective reports, what is logged in their place.
+        complete: gives the data sets of a run back with what is computed of them once, before training and before a
+            checkpoint is loaded; every rank calls it.
+        config_entries: of the last evaluation's numbers, what the exported config.json has besides; where there is no
+            evaluation data they are those of the first MEASURED_UNITS units of the training data.
     """
 
     name: str
@@ -42,12 +50,15 @@ class SupervisedTask:
     mean_over: Literal["targets", "units"] = "targets"
     prepare: Prepare = lambda data, rows, batches: batches
     metrics: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
+    complete: Callable[[list[SupervisedData]], list[SupervisedData]] | None = None
+    config_entries: Callable[[dict[str, float]], dict[str, float]] | None = None
 
     def denominator(self, data: SupervisedData, rows: Ints) -> float:
         """What the loss of these rows is divided by."""
         if self.mean_over == "targets":
             return float(data.rows.num_loss_targets[rows].sum())
-        return float(len(set(data.rows.unit_ids[rows].tolist())))
+        firsts = np.flatnonzero(np.diff(data.rows.unit_ids, prepend=-1))
+        return float(np.isin(rows, firsts).sum())  # of a unit that is there twice each time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,46 +67,53 @@ class Progress:
 
     step: int = 0  # last finished step
     consumed: int = 0  # units of rows drawn so far
+    config_entries: Mapping[str, float] = field(default_factory=dict)  # of the exported config.json, where it ended
 
 
 def train(
     config: SupervisedConfig,
     engine: MegatronEngine,
     task: SupervisedTask,
-    data: SupervisedData,
-    evaluation: SupervisedData | None,
+    data: Units,
+    evaluation: Units | None,
     sinks: Sinks | None,
     should_stop: Callable[[], bool],
     *,
     progress: Progress,
     total_steps: int,
     identity: dict[str, Any],
-) -> None:
+    average: WeightAverage | None = None,
+) -> Mapping[str, float]:
     """Optimizer steps progress.step + 1 .. total_steps over shuffled epochs of the data's units.
 
     Args:
         sinks: on rank 0; None elsewhere.
         should_stop: looked at on rank 0 after each step; a true answer saves and ends the run on every rank.
         identity: what a checkpoint must agree with to be loaded.
+        average: of the weights over the steps, saved with them.
+    Returns:
+        What the exported config.json has besides, the same on every rank.
     Raises:
         NonFiniteError: a loss or gradient that is not finite; the step before it is saved.
         RuntimeError: rank 0 could not log a step (there it is the cause that is raised); the step is saved.
     """
     timers, logging = Timers(), config.logging
     sampler = PromptSampler(
-        data.rows.num_units,
+        data.num_units,
         config.batch.global_batch_size,
         config.model.seed,
         first_step=progress.step,
         consumed=progress.consumed,
+        shuffles=data.shuffles,
     )
-    saved = progress.step
+    saved, entries = progress.step, progress.config_entries
 
     def save(step: int) -> None:
         nonlocal saved
         if step != saved:
             with timers("save"):
-                save_checkpoint(engine, logging, Progress(step=step, consumed=sampler.consumed(step)), identity)
+                reached = Progress(step=step, consumed=sampler.consumed(step), config_entries=entries)
+                save_checkpoint(engine, logging, reached, identity, average=average)
             saved = step
 
     for step in range(progress.step + 1, total_steps + 1):
@@ -103,11 +121,13 @@ def train(
         if sinks is not None:
             sinks.phase("train")
         units = sampler.batch(step - 1)
-        rows = data.rows.of_units(units)
+        part, rows = data.of_units(units)
         try:
             with timers("train"):
-                batches = task.prepare(data, rows, engine.micro_batches(data.rows, rows))
-                result = engine.step(batches, task.objective, denominator=task.denominator(data, rows))
+                batches = task.prepare(part, rows, engine.micro_batches(part.rows, rows))
+                result = engine.step(batches, task.objective, denominator=task.denominator(part, rows))
+                if average is not None:
+                    average.update()
         except NonFiniteError:  # on every rank, and the weights are still those of the step before
             save(step - 1)
             raise
@@ -119,25 +139,31 @@ def train(
             "data/epoch": sampler.epoch(step),
             **{f"{task.name}/{name}": value for name, value in task.metrics(result.metrics).items()},
             "time/step_seconds": seconds,
-            "perf/tokens_per_second": float(data.rows.lengths[rows].sum()) / seconds,
+            "perf/tokens_per_second": float(part.rows.lengths[rows].sum()) / seconds,
             "perf/samples_per_second": len(units) / seconds,
         }
         if step == progress.step + 1:
             metrics |= memory(engine, task.name)
-        stopping = _agree(should_stop())
+        stopping = agree(should_stop())
         last = step == total_steps or stopping
+        found: dict[str, float] = {}
         if evaluation is not None and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
             with timers("eval"):
                 found = evaluate(engine, task, evaluation, config.batch.global_batch_size)
                 metrics |= {f"{task.name}/eval_{name}": value for name, value in found.items()}
+        if last and task.config_entries is not None:
+            with timers("eval"):
+                measured = found or evaluate(engine, task, data, config.batch.global_batch_size, most=MEASURED_UNITS)
+                entries = task.config_entries(measured)
         problem = _log(sinks, step, metrics | timers.pop())
-        failed = _agree(problem is not None)
+        failed = agree(problem is not None)
         if last or failed or (logging.save_interval and step % logging.save_interval == 0):
             save(step)
         if failed:
             raise problem or RuntimeError(f"rank 0 could not log step {step}")
         if stopping:
-            return
+            break
+    return entries
 
 
 def _log(sinks: Sinks | None, step: int, metrics: dict[str, float]) -> Exception | None:
@@ -150,15 +176,18 @@ def _log(sinks: Sinks | None, step: int, metrics: dict[str, float]) -> Exception
     return None
 
 
-def evaluate(engine: MegatronEngine, task: SupervisedTask, data: SupervisedData, batch_size: int) -> dict[str, float]:
-    """Loss and metrics of the whole data, so many units at a time; the same on every rank."""
+def evaluate(
+    engine: MegatronEngine, task: SupervisedTask, data: Units, batch_size: int, *, most: int | None = None
+) -> dict[str, float]:
+    """Loss and metrics of the data, so many units at a time, the first `most` of them; the same on every rank."""
+    units = data.num_units if most is None else min(most, data.num_units)
     loss, denominator = 0.0, 0.0
     sums: dict[str, tuple[float, float]] = {}
-    for first in range(0, data.rows.num_units, batch_size):
-        rows = data.rows.of_units(range(first, min(first + batch_size, data.rows.num_units)))
-        batches = task.prepare(data, rows, engine.micro_batches(data.rows, rows))
+    for first in range(0, units, batch_size):
+        part, rows = data.of_units(range(first, min(first + batch_size, units)))
+        batches = task.prepare(part, rows, engine.micro_batches(part.rows, rows))
         total, found = engine.evaluate(batches, task.objective)
-        loss, denominator = loss + total, denominator + task.denominator(data, rows)
+        loss, denominator = loss + total, denominator + task.denominator(part, rows)
         for name, (value, count) in found.items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + value, before[1] + count)
@@ -175,7 +204,12 @@ def memory(engine: MegatronEngine, name: str) -> dict[str, float]:
 
 
 def save_checkpoint(
-    engine: MegatronEngine, logging: LoggingArguments, progress: Progress, identity: dict[str, Any]
+    engine: MegatronEngine,
+    logging: LoggingArguments,
+    progress: Progress,
+    identity: dict[str, Any],
+    *,
+    average: WeightAverage | None = None,
 ) -> None:
     """One complete checkpoint; every rank calls it."""
     root, step = Path(logging.save) / "checkpoints", progress.step
@@ -183,9 +217,17 @@ def save_checkpoint(
         run_checkpoints.begin(root, step)
     dist.barrier()
     try:
-        checkpoint.save_engine(engine, run_checkpoints.staging_directory(root, step) / "actor")
+        staging = run_checkpoints.staging_directory(root, step)
+        checkpoint.save_engine(engine, staging / "actor")
+        if average is not None:
+            average.save(staging / _AVERAGE)
         if dist.get_rank() == 0:
-            state = {"step": step, "consumed": progress.consumed, "identity": identity}
+            state = {
+                "step": step,
+                "consumed": progress.consumed,
+                "identity": identity,
+                "config_entries": dict(progress.config_entries),
+            }
             run_checkpoints.commit(root, step, state, keep=logging.max_ckpt_num)
     except OSError:
         run_checkpoints.abandon(root, step)
@@ -193,16 +235,26 @@ def save_checkpoint(
     dist.barrier()
 
 
-def load(engine: MegatronEngine, logging: LoggingArguments, *, identity: dict[str, Any]) -> Progress:
+def load(
+    engine: MegatronEngine,
+    logging: LoggingArguments,
+    *,
+    identity: dict[str, Any],
+    average: WeightAverage | None = None,
+) -> Progress:
     """Bring the engine to the latest checkpoint of the run that `logging.load` names; returns where it was."""
     with_optimizer = not logging.no_load_optim
     _, directory, state = run_checkpoints.latest(Path(str(logging.load)) / "checkpoints")
     run_checkpoints.check_identity(state.get("identity", {}), identity, directory, with_optimizer=with_optimizer)
     checkpoint.load_engine(engine, directory / "actor", with_optimizer=with_optimizer)
-    return Progress(step=int(state["step"]), consumed=int(state["consumed"]))
+    if average is not None:
+        average.load(directory / _AVERAGE)
+    return Progress(
+        step=int(state["step"]), consumed=int(state["consumed"]), config_entries=state.get("config_entries", {})
+    )
 
 
-def _agree(flag: bool) -> bool:
+def agree(flag: bool) -> bool:
     """Rank 0's answer, on every rank."""
     answer = torch.tensor(float(flag), device=current_device())
     dist.broadcast(answer, 0)

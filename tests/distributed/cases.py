@@ -137,7 +137,7 @@ def conformance_case(
     with world(SINGLE, rank, init_method):
         case = parity_case(objective)
         engine = build(layout, model_dir, head=case.head, temperature=temperature)
-        rows = fitting(engine, make_rows(), case)
+        rows = fitting(engine, make_rows())
         found = engine.forward(engine.micro_batches(rows))
         result, batches = Result(forward=by_row(rows, found)), engine.micro_batches(rows)
         engine.accumulate_gradients(batches, case.objective, denominator=case.denominator(rows))

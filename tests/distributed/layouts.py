@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
+from megarlhf.config.lora import LoraArguments
 from megarlhf.data.planning import PackingOptions
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import OptimizerOptions
@@ -154,6 +155,7 @@ def build(
     total_steps: int = 20,
     temperature: float = 1.0,
     options: OptimizerOptions | None = None,
+    lora: LoraArguments | None = None,
 ) -> MegatronEngine:
     """An engine in the present world; `options` are the optimizer's, but for what the layout says."""
     options = options or OptimizerOptions(
@@ -175,6 +177,7 @@ def build(
         model=ModelOptions(
             bf16=layout.bf16,
             moe_aux_loss_coeff=layout.moe_aux_loss_coeff,
+            lora=lora or LoraArguments(),
             layout=LayoutArguments(
                 sequence_parallel=layout.sequence_parallel,
                 cp_comm_type=layout.cp_comm_type,

@@ -4,6 +4,7 @@ import ast
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from megarlhf.algos.kl import KLEstimator
 from megarlhf.algos.losses import policy_loss
 from megarlhf.data.types import MicroBatch, TargetPlaces
 from megarlhf.engine.objective import Objective, TokenOutputs
+from megarlhf.engine.schedule import target_log_probs
+from megarlhf.parallel.distillation import Direction
+from megarlhf.trainers.kd import kd_objective
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.sft import sft_objective
 from megarlhf.trainers.value import value_objective
@@ -101,6 +105,14 @@ def sft_token(token: Token) -> tuple[float, dict[str, float], str]:
     return -token["log_probs"], {}, "only"
 
 
+def kd_token(token: Token, *, kd_coef: float, direction: str) -> tuple[float, dict[str, float], str]:
+    """A share of either cross-entropy; reverse, of the divergence alone."""
+    distilled = token["divergence"] + (token["teacher_entropy"] if direction == "forward" else 0.0)
+    loss = (1 - kd_coef) * -token["log_probs"] + kd_coef * distilled
+    metrics = {"lm_loss": -token["log_probs"], "kl": token["divergence"], "teacher_entropy": token["teacher_entropy"]}
+    return loss, metrics, direction
+
+
 def policy_tokens(*, with_old: bool) -> list[Token]:
     """Ratios on both sides of every bound below, for good and bad tokens; no two numbers alike."""
     tokens = []
@@ -146,6 +158,7 @@ def policy_case(options: PolicyLossOptions, branches: set[str], *, with_old: boo
     )
 
 
+DIRECTIONS: tuple[Direction, ...] = ("forward", "reverse")
 CASES = {
     "policy": policy_case(POLICY, SIDES | DUAL),
     "policy with k1": policy_case(replace(POLICY, kl_estimator="k1"), SIDES | DUAL),
@@ -179,8 +192,33 @@ CASES = {
         tokens=[{"log_probs": -0.3 * place, "weights": 7.0 + place} for place in range(1, 6)],
         branches={"only"},
     ),
+    **{
+        f"kd, {direction}": Case(
+            makes="kd_objective",
+            objective=kd_objective(target_log_probs, kd_coef=0.3, direction=direction),
+            token=partial(kd_token, kd_coef=0.3, direction=direction),
+            tokens=[
+                {
+                    "log_probs": -0.4 * place,
+                    "divergence": 0.2 * place + 0.1,
+                    "teacher_entropy": 1.3 + place,
+                    "weights": 9.0,
+                }
+                for place in range(1, 6)
+            ],
+            branches={direction},
+        )
+        for direction in DIRECTIONS
+    },
 }
-OUTPUTS = ("log_probs", "entropy", "values")
+OUTPUTS = ("log_probs", "entropy", "values", "divergence", "teacher_entropy")
+# Losses that are no sum over tokens of a number each, and the file with their loops: tests/trainers/test_NAME.py.
+ELSEWHERE = {
+    "dpo_objective": "preferences",
+    "kto_objective": "preferences",
+    "process_reward_objective": "process_reward_model",
+    "reward_objective": "reward_model",
+}
 
 
 def micro_batch(tokens: list[Token], garbage: float) -> tuple[dict[str, Tensor], MicroBatch]:
@@ -252,7 +290,8 @@ def test_every_objective_has_a_case() -> None:
                 called = {node.func for node in ast.walk(function) if isinstance(node, ast.Call)}
                 if any(isinstance(name, ast.Name) and name.id == "Objective" for name in called):
                     makers.add(function.name)
-    assert makers == {case.makes for case in CASES.values()}, "add the new objective, with its loop, to CASES"
+    assert makers == {case.makes for case in CASES.values()} | ELSEWHERE.keys(), "add its loop to CASES"
+    assert all(Path(__file__).with_name(f"test_{name}.py").is_file() for name in ELSEWHERE.values())
 
 
 def test_a_ratio_that_overflows_is_infinite_in_the_metric_alone() -> None:
