@@ -8,11 +8,13 @@ from pathlib import Path
 
 from megarlhf.cli.run import Opened
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.lora import LoraArguments
 from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats import shared_memory
 from megarlhf.formats.huggingface import HFConfig
-from megarlhf.models.names import model_shapes
+from megarlhf.models.names import model_maps, model_shapes
 from megarlhf.models.registry import find_architecture
+from megarlhf.models.targets import adapter_numbers
 
 _GIB = 2**30
 
@@ -69,17 +71,26 @@ def check_disk_space(
     """
     logging, source = config.logging, models[0].weights
     save = Path(logging.save).absolute()
-    num_parameters = sum(_num_parameters(model.config, model.head) for model in models)
+    trained = [_num_trained(model.config, model.head, config.lora) for model in models]
     distributed = config.layout.use_distributed_optimizer
     root = save / "checkpoints"
     present = sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*"))
     interval, keep = logging.save_interval, logging.max_ckpt_num
     more = num_checkpoints(first_step=first_step, last_step=last_step, interval=interval, keep=keep, present=present)
-    size = checkpoint_bytes(num_parameters, bf16=config.model.bf16, distributed=distributed)
+    size = checkpoint_bytes(sum(trained), bf16=config.model.bf16, distributed=distributed)
     exported = sum((source.directory / name).stat().st_size for name in source.files)
+    exported = 4 * trained[0] if config.lora.lora_rank else exported
     needs = {root: (more * size, f"{more} checkpoint(s)"), save / "hf": (exported, "the exported model")}
     if problems := space_problems(needs):
         raise ValueError(f"save={logging.save}; {'; '.join(problems)}")
+
+
+def _num_trained(config: HFConfig, head: str, lora: LoraArguments) -> int:
+    if not lora.lora_rank:
+        return _num_parameters(config, head)
+    arch = find_architecture(config)
+    sizes, maps = arch.dimensions(config), model_maps(arch, config, head)
+    return sum(adapter_numbers(weight, lora, sizes) for weight in maps) + sizes["hidden"] * (head == "value")
 
 
 def _num_parameters(config: HFConfig, head: str) -> int:

@@ -9,8 +9,15 @@ from megarlhf import __version__
 _COMMANDS = {  # name -> module of this folder, and what it does
     "convert": ("convert", "checkpoints between Hugging Face and Megatron-Core: hf-to-megatron, megatron-to-hf"),
     "inspect": ("inspect", "what a checkpoint holds"),
+    "preprocess": ("preprocess", "a .jsonl file as Megatron's indexed data set (.bin, .idx)"),
     "ppo": ("train_ppo", "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO"),
     "sft": ("train_sft", "supervised fine-tuning"),
+    "prm": ("train_prm", "process reward model: a judgement of each step of a solution"),
+    "dpo": ("train_dpo", "preference optimisation of pairs: DPO, cDPO, IPO"),
+    "kto": ("train_kto", "preference optimisation of labelled answers"),
+    "kd": ("train_kd", "knowledge distillation from a teacher"),
+    "rm": ("train_rm", "reward model from pairs of answers"),
+    "flags": ("flags", "what each flag of OpenRLHF 0.5.3 means here"),
     "parity": ("parity", "compare a layout with one process"),
 }
 
@@ -24,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command in _COMMANDS:
         return int(import_module(f"megarlhf.cli.{_COMMANDS[command][0]}").main(arguments[1:]))
-    lines = "\n".join(f"  {name:7} {text}" for name, (_, text) in _COMMANDS.items())
+    lines = "\n".join(f"  {name:10} {text}" for name, (_, text) in _COMMANDS.items())
     known = command in ("-h", "--help")
     usage = f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags."
     print(usage, file=sys.stdout if known else sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import cluster_errors, world_errors
 from megarlhf.config.checks import check_ppo, check_supervised
+from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.roles import megatron_roles
 from megarlhf.config.supervised_arguments import SupervisedConfig
@@ -53,9 +54,11 @@ def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
     cluster = config.cluster if isinstance(config, PPOConfig) else config.ranks
     memory = device_memory_bytes() if cluster.gpu_memory_gib is None else int(cluster.gpu_memory_gib * GIB)
     if isinstance(config, SupervisedConfig):
-        (model,) = models
+        model, *teachers = models
         reference = config.keeps_reference
         ranks = _training_ranks(config, model, config.head, config.layout, config.world_size, has_reference=reference)
+        for teacher in teachers:
+            ranks = _beside_teacher(config, ranks, teacher)
         slots: dict[int, dict[str, RoleBytes]] = {rank: {"actor": taken} for rank, taken in enumerate(ranks)}
         tables, engine = device_tables(slots, colocated=False, gpu=memory is not None), None
     else:
@@ -120,11 +123,33 @@ def _training_ranks(
         micro_batches=-(-micro_batches // pp) * pp if layout.virtual_stages > 1 else micro_batches,
         vocabulary=padded_vocab_size(hf.vocab_size, tp) if head == "lm" else 0,
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
-        has_reference=has_reference,
+        has_reference=has_reference and not config.lora.lora_rank,  # adapters off are the reference
     )
-    stages, widths = stage_sizes(arch, hf, layout, head=head), layer_widths(arch, hf)
+    stages, widths = stage_sizes(arch, hf, layout, head=head, lora=config.lora), layer_widths(arch, hf)
     by_stage = [rank_bytes(stages, widths, work, stage=stage) for stage in range(pp)]
     return [by_stage[rank // (world_size // pp)] for rank in range(world_size)]
+
+
+def _beside_teacher(config: SupervisedConfig, ranks: list[RankBytes], teacher: HFConfig) -> list[RankBytes]:
+    """Each rank with what a teacher adds: its weights while it computes, then a copy of its output layer's.
+
+    Beside the student's logits there is a chunk of the teacher's. With teacher_top_k neither is there in an update.
+    """
+    stays = not (isinstance(config, KDConfig) and config.kd.teacher_top_k)
+    layout, bf16 = config.layout, config.model.bf16
+    theirs = _training_ranks(config, teacher, "lm", layout, config.world_size, has_reference=False)
+    tp = layout.tensor_model_parallel_size
+    output = padded_vocab_size(teacher.vocab_size, tp) // tp * teacher.hidden_size * (2 if bf16 else 4)
+    return [
+        replace(
+            own,
+            teacher=other.parameters,
+            teacher_output=output if other.logits and stays else 0,
+            forward=other.forward,
+            logits=own.logits + (other.logits if stays else 0),
+        )
+        for own, other in zip(ranks, theirs, strict=True)
+    ]
 
 
 def _engine(config: PPOConfig, hf: HFConfig, memory: int | None) -> EngineBytes:

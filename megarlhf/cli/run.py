@@ -14,6 +14,7 @@ from megarlhf.config.arguments import LoggingArguments, ModelArguments, PPOConfi
 from megarlhf.config.check_kernels import kernel_errors, kernel_warnings
 from megarlhf.config.checks import raise_if
 from megarlhf.config.layouts import KernelArguments, LayoutArguments, TransformerImpl
+from megarlhf.config.lora import LoraArguments
 from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig, SupervisedDataArguments
 from megarlhf.data.token_ids import token_text
 from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
@@ -23,6 +24,7 @@ from megarlhf.metrics.sinks import Sinks
 from megarlhf.models.backend import model_backend, resolve_transformer_impl
 from megarlhf.models.names import check_names, stored_dtypes
 from megarlhf.models.registry import check_computing, check_engine_head, check_transformer_engine, find_architecture
+from megarlhf.models.targets import check_model_targets
 from megarlhf.parallel.device import DeviceKind
 
 
@@ -60,6 +62,7 @@ def check_weights(
     *,
     transformer_impl: TransformerImpl,
     generates: bool = False,
+    lora: LoraArguments | None = None,
 ) -> list[Opened]:
     """Open models, the headers of their weights alone.
 
@@ -67,9 +70,10 @@ def check_weights(
         models: option that names the directory, directory, the layout that it is to have, and its head.
         transformer_impl: what their layers are computed with.
         generates: vLLM loads the first of them too.
+        lora: adapters that they are to have; None: none.
     Raises:
-        ConfigError: architectures that cannot be trained so, weight files that are not whole, or tensors that do not
-            fit the configuration.
+        ConfigError: architectures that cannot be trained so, weight files that are not whole, tensors that do not fit
+            the configuration, or target modules that a model has not.
     """
     read = cache(read_checkpoint)
 
@@ -86,6 +90,8 @@ def check_weights(
             raise ValueError(f"{source.source}; {error}") from error
         check_names(arch, config, source, head)
         stored_dtypes(arch, config, source, head)
+        if lora is not None:
+            check_model_targets(lora, arch, config)
         if generates and directory == models[0][1] and head == models[0][3]:
             check_engine_head(arch, config, source)
         return Opened(config, source, head)
@@ -142,7 +148,7 @@ def resolved_files(model: ModelArguments, data: PromptDataArguments | Supervised
     if isinstance(data, PromptDataArguments):
         stops = stop_tokens(tokenizer, model.pretrain, config)
         lines += [f"stop token: {stop.token_id} {stop.text} ({', '.join(stop.sources)})" for stop in stops]
-    elif (token := tokenizer.eos_token_id) is not None:
+    elif data.appends_eos and (token := tokenizer.eos_token_id) is not None:
         lines.append(f"end of every row: {token} {token_text(tokenizer, token)} (the tokenizer's EOS)")
     dtype = "bfloat16" if model.bf16 else "float32"
     lines.append(f"dtype: {dtype} (bf16={model.bf16}); config.json of pretrain says {config.dtype or 'nothing'}")
@@ -212,10 +218,11 @@ def data_identity(num_rows: int, fingerprint: str) -> str:
     return f"{num_rows} rows, {fingerprint[:16]}"
 
 
-def model_identity(pretrain: str, *layouts: LayoutArguments) -> dict[str, Any]:
+def model_identity(pretrain: str, *layouts: LayoutArguments, lora: LoraArguments) -> dict[str, Any]:
     """What a checkpoint and a configuration must agree on: the model's shape, and how optimizer state is kept.
 
-    The layouts are those of all models that are trained.
+    With adapters, which a checkpoint then holds alone, also these, and the weights that they were trained beside. The
+    layouts are those of all models that are trained.
     """
     config = read_config(pretrain)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
@@ -225,5 +232,11 @@ def model_identity(pretrain: str, *layouts: LayoutArguments) -> dict[str, Any]:
             "use_distributed_optimizer": layouts[0].use_distributed_optimizer,
             "expert_model_parallel_size above 1": [layout.expert_model_parallel_size > 1 for layout in layouts],
         },
+        "lora": _lora_identity(pretrain, lora) if lora.lora_rank else None,
         **{name: getattr(config, name) for name in names},
     }
+
+
+def _lora_identity(pretrain: str, lora: LoraArguments) -> dict[str, Any]:
+    own = {"rank": lora.lora_rank, "alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules)}
+    return own | {"base": HFWeights(Path(pretrain)).fingerprint()}

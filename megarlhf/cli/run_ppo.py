@@ -27,9 +27,11 @@ from megarlhf.config.arguments import PPOConfig, PromptDataArguments
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
 from megarlhf.config.roles import layout_lines, megatron_roles
-from megarlhf.data.prompts import PromptData, load_prompts
+from megarlhf.data.loading import DataSource
+from megarlhf.data.prompts import PromptData, load_prompts, prompts_in_both
 from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens
 from megarlhf.data.types import Prompt
+from megarlhf.formats.data_names import probabilities
 from megarlhf.formats.huggingface import HFConfig, read_config
 from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
@@ -106,9 +108,9 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
     tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
     hf_config = read_config(model.pretrain)
 
-    def load(path: str) -> PromptData:
+    def load(source: DataSource) -> PromptData:
         loaded = load_prompts(
-            path,
+            source,
             tokenizer,
             input_key=data.input_key,
             label_key=data.label_key,
@@ -122,12 +124,17 @@ def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple
         if loaded.num_dropped:
             total = loaded.num_dropped + len(loaded.prompts)
             longer = f"are longer than prompt_max_len={config.rollout.prompt_max_len} tokens"
-            print(f"{loaded.num_dropped} of {total} prompts of {path} {longer} and are left out", file=sys.stderr)
+            print(f"{loaded.num_dropped} of {total} prompts of {source} {longer} and are left out", file=sys.stderr)
         return loaded
 
-    paths = [data.prompt_data, *([data.eval_data] if data.eval_data else [])]
+    probs = probabilities(data.prompt_data_probs)
+    sources = [DataSource(names=data.prompt_data, probs=probs, split=data.prompt_split, seed=model.seed)]
+    sources += [DataSource(names=data.eval_data)] if data.eval_data else []
     find_stops = partial(stop_tokens, tokenizer, model.pretrain, hf_config)
-    stops, prompts, *evaluation = all_or_errors([find_stops, *[partial(load, path) for path in paths]])
+    stops, prompts, *evaluation = all_or_errors([find_stops, *[partial(load, source) for source in sources]])
+    if evaluation and (both := prompts_in_both(prompts, evaluation[0])):
+        number = len(evaluation[0].prompts)
+        print(f"warning: {both} of {number} prompts of {data.eval_data} are trained on too", file=sys.stderr)
     return prompts, evaluation[0].prompts if evaluation else None, tuple(stop.token_id for stop in stops)
 
 
@@ -136,7 +143,7 @@ def _check_models(
 ) -> tuple[list[Opened], MemoryPlan]:
     """The weights of every role, and room for them: on the devices, and where vLLM is to read the actor's."""
     starts = [(*role.start(config), role.layout(config), role.head) for role in megatron_roles(config)]
-    models = check_weights(starts, transformer_impl=transformer_impl, generates=True)
+    models = check_weights(starts, transformer_impl=transformer_impl, generates=True, lora=config.lora)
     store = object_store_bytes(config) if config.cluster.ray_address is None else 0  # a cluster's stands already
 
     def share() -> None:
@@ -166,7 +173,8 @@ def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: Trans
         ConfigError: what is wrong with any of them.
     """
     roles = megatron_roles(config)
-    identity = model_identity(config.model.pretrain, *(role.layout(config) for role in roles if role.trains)) | {
+    layouts = [role.layout(config) for role in roles if role.trains]
+    identity = model_identity(config.model.pretrain, *layouts, lora=config.lora) | {
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
     }

@@ -7,6 +7,8 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,16 +31,18 @@ from megarlhf.cli.run import (
     resolved_files,
     resumed_step,
 )
-from megarlhf.cli.supervised_data import load_data
+from megarlhf.cli.supervised_data import data_loaders, data_text, open_data
 from megarlhf.config.command_line import to_dict, to_yaml
-from megarlhf.config.supervised_arguments import SupervisedConfig
-from megarlhf.data.supervised import SupervisedData, dropped_line
+from megarlhf.config.supervised_arguments import PairsConfig, SupervisedConfig
+from megarlhf.data.supervised import SupervisedData, Units, dropped_line
 from megarlhf.metrics.report import write_report
+from megarlhf.models.backend import resolve_transformer_impl
 from megarlhf.parallel.device import device_kind, num_cores
 
 
 def run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Train as one rank, or start the local ranks with the same arguments; returns the exit status."""
+    config = resolved(config)
     world = config.ranks.num_gpus_per_node
     threads = max(1, num_cores() // world)
     if dry_run:
@@ -65,7 +69,16 @@ def run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int
         )
 
 
-def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[list[SupervisedData], dict[str, Any]]:
+def resolved(config: SupervisedConfig) -> SupervisedConfig:
+    """The configuration with what was left open: the answers to a prompt share its computation where layers can."""
+    if not isinstance(config, PairsConfig) or config.batch.share_prompt_prefix is not None:
+        return config
+    impl = resolve_transformer_impl(config.kernels.transformer_impl, device=device_kind())
+    share = impl == "local" and config.layout.context_parallel_size == 1
+    return replace(config, batch=replace(config.batch, share_prompt_prefix=share))
+
+
+def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[list[Units], dict[str, Any]]:
     """Training data and, if there is any, evaluation data; and what else a rank is told before it starts.
 
     That is, decided: what computes the layers, and bytes by phase, for the start log; identity: what a checkpoint must
@@ -76,22 +89,26 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
     """
     device = device_kind()
     impl = resolve_kernels(config, {"": config.layout}, share_prompt_prefix=config.share_prompt_prefix, device=device)
-    identity = model_identity(config.model.pretrain, config.layout) | {"seed": config.model.seed}
-    paths = [config.data.dataset, *([config.data.eval_dataset] if config.data.eval_dataset else [])]
-    steps: list[Callable[[], Any]] = [partial(load_data, config, path) for path in paths]
+    identity = model_identity(config.model.pretrain, config.layout, lora=config.lora) | {"seed": config.model.seed}
+    loaders: list[Callable[[], Any]] = [*data_loaders(config)]
 
     def check_model() -> tuple[list[Opened], MemoryPlan]:
-        models = check_weights([("pretrain", config.model.pretrain, config.layout, config.head)], transformer_impl=impl)
-        return models, fitting_memory(config, [models[0].config])
+        own = ("pretrain", config.model.pretrain, config.layout, config.head)
+        others = [(option, place, config.layout, "lm") for option, place in config.other_models.items()]
+        reference = [] if config.ref_pretrain is None else [("ref_pretrain", config.ref_pretrain, config.layout, "lm")]
+        models = check_weights([own, *others, *reference], transformer_impl=impl, lora=config.lora)[: 1 + len(others)]
+        return models, fitting_memory(config, [model.config for model in models])
 
     continued, (models, memory), data, *evaluation = all_or_errors(
-        [partial(resumed_step, config.logging, identity), check_model, *steps]
+        [partial(resumed_step, config.logging, identity), check_model, *loaders]
     )
-    identity |= {"data": data_identity(len(data.rows), data.fingerprint)}
+    identity |= {"data": data_identity(len(data), data.fingerprint)}
     resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
-        check_disk_space(config, models, first_step=continued or 0, last_step=_total_steps(config, data))
-    decided = f"{kernel_lines(config.kernels, [models[0].config], device=device)}\n\n{memory.text()}"
+        check_disk_space(config, models[:1], first_step=continued or 0, last_step=_total_steps(config, data))
+    told = data_text(data, evaluation[0] if evaluation else None)
+    kernels = kernel_lines(config.kernels, [model.config for model in models], device=device)
+    decided = f"{told}\n\n{kernels}\n\n{memory.text()}"
     return [data, *evaluation], {"decided": decided, "identity": identity, "continued": continued}
 
 
@@ -112,18 +129,19 @@ def _prepare(config: SupervisedConfig, directory: Path) -> None:
     (directory / "inputs.json").write_text(json.dumps(told))
 
 
-def _total_steps(config: SupervisedConfig, data: SupervisedData) -> int:
+def _total_steps(config: SupervisedConfig, data: Units) -> int:
     batch = config.batch
-    return batch.train_iters or max(1, math.floor(data.rows.num_units * batch.max_epochs / batch.global_batch_size))
+    return batch.train_iters or max(1, math.floor(data.num_units * batch.max_epochs / batch.global_batch_size))
 
 
 def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int, init_method: str) -> int:
     told = json.loads((inputs / "inputs.json").read_text())
-    identity, data = told["identity"], SupervisedData.open(inputs / "training")
-    evaluation = SupervisedData.open(inputs / "evaluation") if config.data.eval_dataset else None
+    identity, data = told["identity"], open_data(config, inputs / "training")
+    evaluation = open_data(config, inputs / "evaluation") if config.data.evaluates else None
     layout, total = config.layout, _total_steps(config, data)
 
     from megarlhf.data.planning import PackingOptions
+    from megarlhf.engine.average import WeightAverage
     from megarlhf.engine.engine import MegatronEngine
     from megarlhf.engine.export import export_hf
     from megarlhf.parallel.groups import destroy_groups, initialize_groups
@@ -153,28 +171,44 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
         seed=config.model.seed,
     )
     task = build_task(config, engine)
+    sets = [data, *([] if evaluation is None else [evaluation])]
+    if task.complete is not None:
+        sets = [*task.complete([each for each in sets if isinstance(each, SupervisedData)])]
+    data, *held_out = sets
     directory, progress, sinks = Path(config.logging.save), supervised.Progress(), None
+    average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.enable_ema else None
     if config.logging.load is not None:
-        progress = supervised.load(engine, config.logging, identity=identity)
+        progress = supervised.load(engine, config.logging, identity=identity, average=average)
     if rank == 0:
         print(told["decided"])
         open_run_directory(config.logging.save, to_yaml(config))
         sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=told["continued"])
+    exported: list[tuple[Path, AbstractContextManager[None]]] = [(directory / "hf", nullcontext())]
+    exported += [] if average is None else [(directory / "hf_ema", average.in_place())]
     try:
         with running():
-            supervised.train(
+            entries = supervised.train(
                 config,
                 engine,
                 task,
                 data,
-                evaluation,
+                held_out[0] if held_out else None,
                 sinks,
                 stop,
                 progress=progress,
                 total_steps=total,
                 identity=identity,
+                average=average,
             )
-            export_hf(engine, directory / "hf", tokenizer=config.model.tokenizer, chat_template=template)
+            for place, weights in exported:
+                with weights:
+                    export_hf(
+                        engine,
+                        place,
+                        tokenizer=config.model.tokenizer,
+                        chat_template=template,
+                        config_entries=entries,
+                    )
     finally:
         if sinks is not None:
             sinks.close()
@@ -182,5 +216,9 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
     if rank == 0:
         with running():
             page, picture = write_report(directory, f"megarlhf {config.program}: {directory.name}")
+        if entries:
+            source = "evaluation data" if evaluation else f"first {supervised.MEASURED_UNITS} units of training data"
+            found = ", ".join(f"{name}={value:.4g}" for name, value in entries.items())
+            print(f"config.json: {found}, of the {source}")
         print(f"{dropped_line(data)}\nmodel: {directory / 'hf'}\nreport: {page} and {picture}")
     return 0

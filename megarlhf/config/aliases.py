@@ -14,9 +14,15 @@ class Alias:
     fields: tuple[str, ...] = ()  # our fields, each takes one of the flag's values
     replace: dict[str, str] = field(default_factory=dict)  # values that are spelled differently here
     settings: dict[str, str] = field(default_factory=dict)  # our field -> value that the bare flag sets
+    choices: dict[str, dict[str, str]] = field(default_factory=dict)  # value -> what it sets
     num_ignored_values: int = 0  # values the flag carries where it is accepted without effect
     note: str = ""  # said once when the flag is used
     refused: str = ""  # why it cannot be used, and what to set instead
+
+    @property
+    def sets(self) -> set[str]:
+        """Our fields that it may set."""
+        return {*self.fields, *self.settings, *(name for chosen in self.choices.values() for name in chosen)}
 
 
 ALWAYS = "always so here, the flag has no effect"
@@ -37,19 +43,46 @@ ALIASES: dict[str, Alias] = {
     "max_norm": Alias(fields=("clip_grad",)),
     "l2": Alias(fields=("weight_decay",)),
     "adam_betas": Alias(fields=("adam_beta1", "adam_beta2")),
+    "lr_scheduler": Alias(
+        choices={
+            "cosine_with_min_lr": {"lr_decay_style": "cosine"},
+            "cosine": {"lr_decay_style": "cosine", "min_lr_ratio": "0"},
+            "linear": {"lr_decay_style": "linear", "min_lr_ratio": "0"},
+            "constant": {"lr_decay_style": "constant", "lr_warmup_ratio": "0"},
+            "constant_with_warmup": {"lr_decay_style": "constant"},
+            "inverse_sqrt": {"lr_decay_style": "inverse-square-root", "min_lr_ratio": "0"},
+        }
+    ),
     # Memory and layout
     "gradient_checkpointing": Alias(
         settings={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": "1"}
     ),
     "gradient_checkpointing_use_reentrant": Alias(note="Megatron-Core recomputes in its own way; no effect"),
     "ring_attn_size": Alias(fields=("context_parallel_size",)),
+    "ring_head_stride": Alias(num_ignored_values=1, note="rings here pass all heads at once; no effect"),
+    "zero_stage": Alias(
+        num_ignored_values=1,
+        note="ZeRO is DeepSpeed's; here --use_distributed_optimizer splits the optimizer's state (on by default), "
+        "--tensor_model_parallel_size and --pipeline_model_parallel_size split weights and gradients",
+    ),
+    "adam_offload": Alias(
+        note="not done here: --use_distributed_optimizer splits the optimizer's state over the ranks; --dry-run says "
+        "whether it fits"
+    ),
+    "flash_attn": Alias(note="attention is fused wherever a kernel for it is installed, with or without this flag"),
+    "local_rank": Alias(num_ignored_values=1, note="ranks come from the launcher's environment; no effect"),
     "virtual_pipeline_model_parallel_size": Alias(fields=("num_virtual_stages_per_pipeline_rank",)),
     "packing_samples": Alias(note=ALWAYS),
     "colocate_actor_ref": Alias(note=ALWAYS),
+    "ref_offload": Alias(note="the reference is on the device only while it computes; no effect"),
+    "teacher_offload": Alias(note=ALWAYS),
     "vllm_enable_sleep": Alias(note=ALWAYS + " where models share devices"),
     "perf": Alias(note="times are always measured; no effect"),
     # Model and algorithm
+    "seq_length": Alias(fields=("max_len",)),
     "aux_loss_coef": Alias(fields=("moe_aux_loss_coeff",)),
+    "loss": Alias(num_ignored_values=1, note="sigmoid and logexp are one loss, log(1 + exp(-difference)); no effect"),
+    "compute_fp32_loss": Alias(note=ALWAYS),
     "use_kl_estimator_k3": Alias(settings={"kl_estimator": "k3"}),
 }
 
@@ -66,18 +99,11 @@ _REFUSED = {  # why, and what to set instead -> flags
     # Batches and optimizer
     "set --train_iters to num_episodes * number of prompts / rollout_batch_size": "num_episodes",
     "set --prompt_max_len and --generate_max_len": "max_len",
-    "set --lr_decay_style cosine (OpenRLHF's cosine_with_min_lr) or constant": "lr_scheduler",
     "gradients are always accumulated in fp32": "grad_accum_dtype",
     # Memory and layout
-    "context parallelism has no head stride here: leave it out": "ring_head_stride",
-    "ZeRO is DeepSpeed's; here --use_distributed_optimizer splits optimizer state (on by default) and "
-    "--tensor_model_parallel_size and --pipeline_model_parallel_size split the weights": "zero_stage",
     "ZeRO++ is DeepSpeed's: set --tensor_model_parallel_size or --pipeline_model_parallel_size": "zpg",
     "it is an option of DeepSpeed: leave it out": "overlap_comm",
     "it is an option of DeepSpeed's ZeRO-3: leave it out": "disable_trace_cache",
-    "not offered in this version: --use_distributed_optimizer splits the optimizer state": "adam_offload",
-    "choosing an attention kernel is not offered in this version: leave it out": "flash_attn",
-    "ranks come from the launcher: leave it out": "local_rank",
     "weights are always loaded where they are used: leave it out": "actor_init_on_gpu",
     "set --colocate_all_models or --no_colocate_all_models": "colocate_critic_reward",
     "the reference model lives inside the actor's processes: set --actor_num_nodes, --actor_num_gpus_per_node": (
@@ -88,28 +114,28 @@ _REFUSED = {  # why, and what to set instead -> flags
     "set --num_virtual_stages_per_pipeline_rank, the layers of a pipeline rank divided by this number": (
         "num_layers_per_virtual_pipeline_stage"
     ),
+    # tools/preprocess_data.py
+    "documents are stored whole (sentences are for BERT): leave it out": "split_sentences keep_newlines lang",
+    "vocabularies of GPT-2 and BERT come as a Hugging Face tokenizer: --tokenizer_type HuggingFaceTokenizer "
+    "--tokenizer_model DIR": "vocab_file merge_file vocab_size",
+    "the file is read piece by piece and its order is kept: leave it out": "partitions keep_sequential_samples",
     # Models
     "4-bit weights are not offered in this version": "load_in_4bit",
-    "LoRA is not offered in this version: all weights are trained": "lora_rank lora_alpha lora_dropout target_modules",
     "the critic's value head is named score, as Transformers names it: leave it out": "value_head_prefix",
     "FP8 is not offered in this version: set --bf16": "fp8_format fp8",
     "the checkpoint's own tokenizer class is used: leave it out": "disable_fast_tokenizer",
-    "averaged weights are not offered in this version": "enable_ema",
+    "averaged weights are not offered for RL in this version": "enable_ema",
     # Rewards, algorithm, data
     "reward models are not offered yet: use --reward_function or --reward_rule": "reward_pretrain remote_rm_url "
     "reward_num_nodes reward_num_gpus_per_node",
     "mixing in the pretraining loss is not offered in this version": "ptx_coef pretrain_data pretrain_data_probs "
     "pretrain_split",
-    "mixing data sets is not offered in this version: write one file and give it as --prompt_data": "prompt_data_probs",
-    "give the file of the split itself as --prompt_data": "prompt_split",
-    "mixing data sets is not offered in this version: write one file and give it as --dataset": "dataset_probs",
-    "give the file of the split itself as --dataset": "train_split",
-    "give the file of the split itself as --eval_dataset": "eval_split",
 }
 ALIASES |= {name: Alias(refused=why) for why, names in _REFUSED.items() for name in names.split()}
 
-# Flags that take a value in OpenRLHF and are switches here. Messages do not repeat the value, for it may be a key.
-SWITCH_HINTS: dict[str, str] = {
-    "use_wandb": "the key is read from the environment variable WANDB_API_KEY, out of other users' sight",
+# Flags that take a value in OpenRLHF and are switches here -> what is said of the value, which is not repeated: it may
+# be a key.
+SWITCH_VALUES: dict[str, str] = {
+    "use_wandb": "other users of this machine can read a key on a command line: set WANDB_API_KEY instead",
     "use_tensorboard": "the files go to <save>/tensorboard",
 }

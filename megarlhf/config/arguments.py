@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
+from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments
 
 AdvantageEstimator = Literal["gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
@@ -99,8 +100,8 @@ class SharedOptimizerArguments:
     lr_warmup_ratio: float = 0.03
     """Fraction of all optimizer steps during which the learning rate rises linearly from 0."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end of the cosine, as a fraction of its maximum."""
-    lr_decay_style: Literal["cosine", "constant"] = "cosine"
+    """Learning rate at the end, and the least, as a fraction of its maximum."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     adam_beta1: float = 0.9
     """Decay of AdamW's running mean of gradients."""
@@ -227,7 +228,13 @@ class PromptDataArguments(RenderingArguments):
     """Prompts to generate from."""
 
     prompt_data: str
-    """Prompts: a .jsonl, .json, .csv or .parquet file, or a directory saved with datasets."""
+    """Prompts: a .jsonl, .json, .csv, .parquet or .arrow file, a directory of such files (json@DIR chooses those of a
+    type), or one saved with datasets. Several with commas between them."""
+    prompt_data_probs: str | None = None
+    """Numbers with commas between them, one for each of several data sets: rows are drawn in these proportions until
+    one has no more. None: all rows of all of them."""
+    prompt_split: str = "train"
+    """Split to take prompts from, of data sets that have several."""
     eval_data: str | None = None
     """Prompts of the evaluation, in the same formats: eval/accuracy is the fraction of them whose one greedy response
     has a reward of at least 1, of those with a result. None: no evaluation."""
@@ -314,6 +321,7 @@ class PPOConfig:
     cluster: ClusterArguments = field(default_factory=ClusterArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
+    lora: LoraArguments = field(default_factory=LoraArguments)
     algorithm: AlgorithmArguments = field(default_factory=AlgorithmArguments)
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
     data: PromptDataArguments

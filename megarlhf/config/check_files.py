@@ -1,8 +1,8 @@
 """What a run finds on disk, as far as it can be checked without PyTorch: whether things are there, and config.json.
 
 What is in data, weights, tokenizers, checkpoints and reward code is checked where it is read: cli/run_ppo and
-cli/run_sft do so before anything starts, and report all of it together. Every function here returns sentences for the
-user and raises nothing. os.path is asked what is there, which says no to names that the system refuses.
+cli/run_supervised do so before anything starts, and report all of it together. Every function here returns sentences
+for the user and raises nothing. os.path is asked what is there, which says no to names that the system refuses.
 """
 
 import os
@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megarlhf.formats.data_names import name_errors
 from megarlhf.formats.json_files import read_json_object
 
 _CHECKPOINT = (os.path.isdir, "is not a local directory (nothing is downloaded): give that of a downloaded checkpoint")
-_DATA = (os.path.exists, "does not exist: give a .jsonl, .json, .csv or .parquet file or a directory of datasets")
+_DATA = ("prompt_data", "eval_data", "dataset", "eval_dataset")
 _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
-    **dict.fromkeys(("pretrain", "critic_pretrain", "tokenizer"), _CHECKPOINT),
+    **dict.fromkeys(("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model", "tokenizer"), _CHECKPOINT),
     "load": (os.path.isdir, "is not a directory: give the run directory (save) of an earlier run"),
-    **dict.fromkeys(("prompt_data", "eval_data", "dataset", "eval_dataset"), _DATA),
     "reward_function": (
         lambda path: path.endswith(".py") and os.path.isfile(path),
         "is not a Python file: give one that ends in .py",
@@ -27,11 +27,12 @@ _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
 
 def place_errors(options: Mapping[str, Any]) -> list[str]:
     """Options, values by name, that name a file or directory which is not there."""
-    return [
+    errors = [
         f"{key}={options[key]} {said}"
         for key, (is_there, said) in _PLACES.items()
         if options.get(key) is not None and not is_there(options[key])
     ]
+    return errors + [error for key in _DATA if options.get(key) for error in name_errors(key, options[key])]
 
 
 def read_model(key: str, path: str) -> tuple[dict[str, Any], list[str]]:
@@ -46,7 +47,7 @@ def read_model(key: str, path: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def token_errors(key: str, path: str, tokenizer: str, model: Mapping[str, Any], actor: Mapping[str, Any]) -> list[str]:
-    """Whether another role's model reads the actor's tokens as the actor means them.
+    """Whether another model reads the actor's (or the student's) tokens as that means them.
 
     Args:
         key: option that names its directory `path`.
@@ -59,13 +60,13 @@ def token_errors(key: str, path: str, tokenizer: str, model: Mapping[str, Any], 
     if ours is not None and theirs is not None and ours != theirs:
         errors.append(
             f"{key}={path} has a tokenizer of {len(ours)} tokens that differs from the {len(theirs)} tokens of "
-            f"{tokenizer} (it reads the actor's token ids): use a checkpoint with the same tokenizer"
+            f"{tokenizer} (it reads the same token ids): use a checkpoint with the same tokenizer"
         )
     size, actors = model.get("vocab_size"), actor.get("vocab_size")
     if isinstance(size, int) and isinstance(actors, int) and size < actors:
         errors.append(
-            f"{key}={path} has vocab_size={size}, less than vocab_size={actors} of pretrain (the actor can generate "
-            f"any token below its own): use a checkpoint with at least {actors}, or resize its embedding"
+            f"{key}={path} has vocab_size={size}, less than vocab_size={actors} of pretrain (every token "
+            f"below that may come): use a checkpoint with at least {actors}, or resize its embedding"
         )
     return errors
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megarlhf.config.arguments import AlgorithmArguments, BatchArguments, PPOConfig, RolloutArguments
 from megarlhf.config.check_layout import broken, one_of, size
+from megarlhf.config.lora import LoraArguments
 
 Models = Mapping[str, Mapping[str, Any]]  # option that names a checkpoint -> its config.json
 
@@ -28,26 +29,31 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "actor_num_nodes actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node num_gpus_per_node "
         "vllm_num_engines vllm_tensor_parallel_size tis_cap train_iters rollout_batch_size "
         "n_samples_per_prompt global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens "
-        "max_epochs max_len prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
+        "max_epochs max_len eval_iters prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "
-        "reward_chunk_size",
+        "reward_chunk_size teacher_top_k lora_alpha",
     ),
     ("at least 3", lambda v: v >= 3, "longest"),
     (
         "above 0",
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
-        "adam_eps value_clip kl_target temperature vllm_kv_cache_gib gpu_memory_gib "
+        "adam_eps value_clip beta kl_target temperature vllm_kv_cache_gib gpu_memory_gib "
         "logprob_diff_budget logprob_kl_budget",
     ),
     (
         "0 or more",
         lambda v: v >= 0,
         "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef "
-        "moe_aux_loss_coeff",
+        "moe_aux_loss_coeff nll_loss_coef desirable_loss_weight undesirable_loss_weight lora_rank",
     ),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, "gamma lambd lr_warmup_ratio min_lr_ratio min_result_fraction"),
-    ("from 0 to below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
+    (
+        "from 0 to 1",
+        lambda v: 0 <= v <= 1,
+        "gamma lambd kd_coef ema_decay lr_warmup_ratio min_lr_ratio min_result_fraction",
+    ),
+    ("from 0 to below 0.5", lambda v: 0 <= v < 0.5, "label_smoothing"),
+    ("from 0 to below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2 lora_dropout"),
     ("above 0 and below 1", lambda v: 0 < v < 1, "eps_clip eps_clip_high"),
     ("above 0 and at most 1", lambda v: 0 < v <= 1, "vllm_gpu_memory_utilization"),
     ("above 1", lambda v: v > 1, "dual_clip"),
@@ -165,6 +171,16 @@ def correction_errors(config: PPOConfig) -> list[str]:
             "use 0.5 5": not 0 <= low < 1 < high,
         }
     )
+
+
+def adapter_errors(lora: LoraArguments) -> list[str]:
+    """Options of adapters where there are none."""
+    default = LoraArguments()
+    return [
+        f"{name}={value} is ignored with lora_rank=0 (all weights are trained): set lora_rank, or leave it out"
+        for name, value in vars(lora).items()
+        if not lora.lora_rank and value != getattr(default, name)
+    ]
 
 
 def length_errors(name: str, length: int, max_tokens: int | None, models: Models) -> list[str]:

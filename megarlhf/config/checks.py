@@ -7,6 +7,7 @@ starts anything; models are judged by their config.json.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from megarlhf.config.arguments import LoggingArguments, PPOConfig, PromptDataArguments, RewardArguments
@@ -14,6 +15,7 @@ from megarlhf.config.check_files import file_for_text_errors, place_errors, read
 from megarlhf.config.check_layout import broken, cluster_errors, layout_errors, role_errors, shared_errors, world_errors
 from megarlhf.config.check_numbers import (
     Models,
+    adapter_errors,
     algorithm_errors,
     batch_errors,
     correction_errors,
@@ -25,8 +27,28 @@ from megarlhf.config.check_numbers import (
 )
 from megarlhf.config.check_save import save_errors
 from megarlhf.config.command_line import to_dict
+from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.reward_model_arguments import RMConfig
 from megarlhf.config.roles import megatron_roles
-from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig, SupervisedConfig, SupervisedDataArguments
+from megarlhf.config.supervised_arguments import (
+    DPOConfig,
+    KTOConfig,
+    PairsConfig,
+    ParityConfig,
+    SFTConfig,
+    SFTDataArguments,
+    SupervisedConfig,
+    SupervisedDataArguments,
+)
+from megarlhf.formats.blends import blend_errors, parse_split
+from megarlhf.formats.data_names import held_out_part, probability_errors
+
+# What must be equal in the config.json of two checkpoints that one model computes with in turn.
+_ARCHITECTURE = (
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim rope_theta rope_scaling rope_parameters rms_norm_eps hidden_act sliding_window num_local_experts "
+    "num_experts num_experts_per_tok moe_intermediate_size"
+).split()
 
 
 class ConfigError(ValueError):
@@ -47,10 +69,14 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += engine_errors(config.cluster.vllm_tensor_parallel_size, models["pretrain"])
     errors += batch_errors(batch, max(role.layout(config).context_parallel_size for role in megatron_roles(config)))
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
-    errors += correction_errors(config)
+    errors += correction_errors(config) + adapter_errors(config.lora)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
     errors += sampling_errors(config.rollout) + _template_errors(config.data) + _reward_errors(config.reward)
-    return errors + _logging_errors(config.logging, evaluation="eval_data", path=config.data.eval_data)
+    errors += probability_errors(
+        "prompt_data_probs", config.data.prompt_data_probs, "prompt_data", config.data.prompt_data
+    )
+    evaluates = config.data.eval_data is not None
+    return errors + _logging_errors(config.logging, evaluation="eval_data", evaluates=evaluates)
 
 
 def check_supervised(config: SupervisedConfig) -> list[str]:
@@ -61,13 +87,41 @@ def check_supervised(config: SupervisedConfig) -> list[str]:
     errors += shared_errors(config.layout) + layout_errors(config.layout, models)
     errors += world_errors(f"{name}={config.world_size}", config.world_size, config.layout, batch.global_batch_size)
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
-    errors += _template_errors(data)
+    errors += _template_errors(data) + _data_errors(data) + adapter_errors(config.lora)
     if isinstance(config, SFTConfig):
         errors += _sft_errors(config)
+    if isinstance(config, KTOConfig):
+        errors += _kto_errors(config)
+    if isinstance(config, PairsConfig):
+        errors += _pairs_errors(config)
+    if isinstance(config, DPOConfig):
+        errors += _dpo_errors(config, models)
+    if isinstance(config, RMConfig):
+        errors += _rm_errors(config)
+    if isinstance(config, KDConfig):
+        errors += _kd_errors(config, models["pretrain"].get("vocab_size"))
+    if isinstance(data, SFTDataArguments):
+        errors += _indexed_errors(data)
     # One rank tries the run directory: another would find its traces there.
     tries_save = os.environ.get("RANK", "0") == "0"
-    errors += _logging_errors(config.logging, evaluation="eval_dataset", path=data.eval_dataset, tries_save=tries_save)
-    return errors
+    named = "split" if isinstance(data, SFTDataArguments) and data.data_path else "eval_dataset or eval_split"
+    return errors + _logging_errors(config.logging, evaluation=named, evaluates=data.evaluates, tries_save=tries_save)
+
+
+def _data_errors(data: SupervisedDataArguments) -> list[str]:
+    part, split = held_out_part(data.eval_split), data.eval_split
+    errors = probability_errors("dataset_probs", data.dataset_probs, "dataset", data.dataset)
+    return errors + broken(
+        {
+            f"eval_split={split} must be above 0 and below 1 as a part of the data: use 0.03, or the name of a split": (
+                part is not None and not 0 < part < 1
+            ),
+            f"eval_split={split} takes a part out of the training data, and eval_dataset={data.eval_dataset} is for "
+            "evaluation already: leave one of them out": part is not None and data.eval_dataset is not None,
+            f"eval_split={split} is train_split too (what is trained on proves nothing): set another, or 0.03 to take "
+            "that part out of the training data": split == data.train_split and data.eval_dataset is None,
+        }
+    )
 
 
 def _sft_errors(config: SFTConfig) -> list[str]:
@@ -77,8 +131,99 @@ def _sft_errors(config: SFTConfig) -> list[str]:
             f"output_key=None means that input_key={data.input_key} holds whole conversations: set output_key, "
             "apply_chat_template, or pretrain_mode for plain text": (
                 data.output_key is None and not data.apply_chat_template and not data.pretrain_mode
-            )
+            ),
+            "multiturn=True needs apply_chat_template (turns are those of a chat): set it, or leave multiturn out": (
+                data.multiturn and not data.apply_chat_template
+            ),
+            "multiturn=True with pretrain_mode=True (one trains on the assistant's turns, the other on all): leave one "
+            "out": data.multiturn and data.pretrain_mode,
         }
+    )
+
+
+def _kto_errors(config: KTOConfig) -> list[str]:
+    data = config.data
+    return broken(
+        {
+            f"output_key=None means that input_key={data.input_key} holds whole conversations: set output_key or "
+            "apply_chat_template": data.output_key is None and not data.apply_chat_template
+        }
+    )
+
+
+def _pairs_errors(config: PairsConfig) -> list[str]:
+    data, shared = config.data, config.batch.share_prompt_prefix
+    tokens, pair = config.batch.max_tokens_per_micro_batch, config.max_row_tokens
+    return (shared_prefix_errors(config.layout.context_parallel_size) if shared else []) + broken(
+        {
+            "input_template is ignored without prompt_key (chosen and rejected hold whole texts): set prompt_key, or "
+            "leave it out": data.input_template is not None and data.prompt_key is None,
+            f"max_tokens_per_micro_batch={tokens} is below twice max_len = {pair} (chosen and rejected stay together): "
+            f"use at least {pair}": tokens is not None and config.batch.max_len <= tokens < pair,
+        }
+    )
+
+
+def _dpo_errors(config: DPOConfig, models: Models) -> list[str]:
+    options = config.dpo
+    own, reference = models["pretrain"], models.get("ref_pretrain", {})
+    differ = [key for key in _ARCHITECTURE if key in own and key in reference and own[key] != reference[key]]
+    return broken(
+        {
+            f"ref_pretrain={options.ref_pretrain} with lora_rank={config.lora.lora_rank} (the reference is the model "
+            "without its adapters): leave ref_pretrain out": options.ref_pretrain and config.lora.lora_rank,
+            f"label_smoothing={options.label_smoothing} with ipo=True (IPO has none): leave one out": (
+                options.ipo and options.label_smoothing
+            ),
+            f"ref_pretrain={options.ref_pretrain} has another {', '.join(differ)} than pretrain (one model computes "
+            "both): use a reference of the same architecture": differ,
+        }
+    )
+
+
+def _kd_errors(config: KDConfig, tokens: object) -> list[str]:
+    k = config.kd.teacher_top_k
+    return broken(
+        {
+            f"teacher_top_k={k} is not below vocab_size={tokens} of pretrain (all other tokens are compared as one): "
+            "leave it out for the whole vocabulary": k is not None and isinstance(tokens, int) and k >= tokens,
+            f"teacher_top_k={k} with data_path (nothing is computed once for data that is read as it is drawn): leave "
+            "teacher_top_k out": k is not None and config.data.data_path,
+        }
+    )
+
+
+def _rm_errors(config: RMConfig) -> list[str]:
+    prefix = config.rm.value_head_prefix
+    return broken(
+        {
+            f"value_head_prefix={prefix} is not offered (Transformers' sequence classifiers name their head score, and "
+            "under another name it loads nowhere else): leave it out": prefix != "score"
+        }
+    )
+
+
+def _indexed_errors(data: SFTDataArguments) -> list[str]:
+    """What is wrong with indexed data; data_path and dataset each leave the other's options without meaning."""
+    own = {"data_path", "split", "eval_iters"}
+    given = {f.name: getattr(data, f.name) for f in fields(data) if getattr(data, f.name) != f.default}
+    unread = given.keys() - own - {"pretrain_mode"} if data.data_path else given.keys() & own
+    why = "with data_path (it holds tokens already)" if data.data_path else "without data_path"
+    errors = [f"{name}={given[name]} is ignored {why}: leave it out" for name in sorted(unread)]
+    if not data.data_path:
+        return errors + broken({"dataset is missing (or data_path: one is trained on): set it": not data.dataset})
+    return (
+        errors
+        + blend_errors(data.data_path)
+        + broken(
+            {
+                "data_path without pretrain_mode=True (documents have no prompts): set pretrain_mode": (
+                    not data.pretrain_mode
+                ),
+                f"split={data.split} must be up to three numbers with commas between them, 0 or more and the first "
+                "above: use 969,30,1, or 1,0,0 for no evaluation": parse_split(data.split) is None,
+            }
+        )
     )
 
 
@@ -109,6 +254,8 @@ def _models(config: PPOConfig | SupervisedConfig | ParityConfig) -> tuple[Models
         starts |= dict(role.start(config) for role in megatron_roles(config))
     elif model.critic_pretrain is not None:
         errors.append(f"critic_pretrain={model.critic_pretrain} is ignored (only PPO has a critic): leave it out")
+    if isinstance(config, SupervisedConfig):
+        starts |= config.other_models | ({} if config.ref_pretrain is None else {"ref_pretrain": config.ref_pretrain})
     models: dict[str, Mapping[str, Any]] = {}
     for key, path in starts.items():
         models[key], found = read_model(key, path)
@@ -167,9 +314,9 @@ def _reward_errors(reward: RewardArguments) -> list[str]:
 
 
 def _logging_errors(
-    logging: LoggingArguments, *, evaluation: str, path: str | None, tries_save: bool = True
+    logging: LoggingArguments, *, evaluation: str, evaluates: bool, tries_save: bool = True
 ) -> list[str]:
-    """`evaluation` is the option that holds `path`, the evaluation data."""
+    """`evaluation` is the option that gives evaluation data, `evaluates` whether there is any."""
     has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline"
     return (save_errors(logging.save, logging.load) if tries_save else []) + broken(
         {
@@ -177,7 +324,7 @@ def _logging_errors(
                 logging.no_load_optim and logging.load is None
             ),
             f"eval_interval={logging.eval_interval} has nothing to evaluate on: set {evaluation}": (
-                logging.eval_interval is not None and path is None
+                logging.eval_interval is not None and not evaluates
             ),
             "use_wandb=True finds no key: set the environment variable WANDB_API_KEY, or WANDB_MODE=offline": (
                 logging.use_wandb and not has_key

@@ -6,6 +6,7 @@ are understood (aliases.py), and every unknown, refused or missing option is rep
 
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import tyro
 import yaml
 
 from megarlhf.config import passed
-from megarlhf.config.aliases import ALIASES, SWITCH_HINTS, Alias
+from megarlhf.config.aliases import ALIASES, SWITCH_VALUES, Alias
 from megarlhf.config.values import alternatives, as_text, value_of
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> tuple[
         raise SystemExit(2)
     for note in line.notes:
         print(f"{prog}: note: {note}", file=sys.stderr)
+    if line.wandb_key is not None:
+        os.environ["WANDB_API_KEY"] = line.wandb_key  # where wandb looks for it, here and in the ranks
     return _build(config_class, values, absent=None), line.dry_run
 
 
@@ -147,6 +150,7 @@ class _Line:
     dry_run: bool = False
     help: bool = False
     help_of: str | None = None  # the program whose options are asked for
+    wandb_key: str | None = None
     passed: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # program -> its field -> value
     notes: list[str] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
@@ -171,7 +175,7 @@ def _read_flags(argv: Sequence[str], options: Mapping[str, Option]) -> _Line:
             _take(line, flag, name, texts, options)
         elif positive != name and positive in options and options[positive].is_switch:
             _take(line, flag, positive, [*texts, "False"], options)
-        elif name in ALIASES and {*ALIASES[name].fields, *ALIASES[name].settings} <= options.keys():
+        elif name in ALIASES and ALIASES[name].sets <= options.keys():
             _take_alias(line, flag, name, texts, options)
         elif not _take_passed(line, flag, name, texts, _programs(options)):
             line.errors.append(f"unknown option {flag}; {_nearest(name, options, prefix='--')}")
@@ -199,21 +203,28 @@ def _take(line: _Line, flag: str, name: str, texts: list[str], options: Mapping[
     try:
         line.values[name] = True if option.is_switch and not texts else option.value(texts)
     except ValueError as error:
-        hint = SWITCH_HINTS.get(name, f"write {flag} or --no_{name}")
-        said = f"is a switch and takes no such value; {hint}" if option.is_switch else error
-        line.errors.append(f"{flag} {said}")
+        if name in SWITCH_VALUES and len(texts) == 1:
+            line.values[name] = True
+            line.notes.append(f"{flag}: {SWITCH_VALUES[name]}")
+            line.wandb_key = texts[0] if name == "use_wandb" else line.wandb_key
+            return
+        hint = f"is a switch and takes no such value; write {flag} or --no_{name}"
+        line.errors.append(f"{flag} {hint if option.is_switch else error}")
 
 
 def _take_alias(line: _Line, flag: str, name: str, texts: list[str], options: Mapping[str, Option]) -> None:
     alias = ALIASES[name]
-    num_values = len(alias.fields) + alias.num_ignored_values
+    num_values = len(alias.fields) + alias.num_ignored_values + bool(alias.choices)
     if alias.refused:
         line.errors.append(f"{flag} is not an option here; {alias.refused}")
     elif len(texts) != num_values:
         line.errors.append(f"{flag} takes {num_values} value(s), not {len(texts)}")
     else:
+        if alias.choices and texts[0] not in alias.choices:
+            line.errors.append(f"{flag} {texts[0]} is not known here; it is one of {', '.join(alias.choices)}")
+            return
         given = dict(zip(alias.fields, texts, strict=False))  # ignored values have no field
-        for field_name, text in (given | alias.settings).items():
+        for field_name, text in (given | alias.settings | alias.choices.get("".join(texts), {})).items():
             _take(line, flag, field_name, [alias.replace.get(text, text)], options)
         if alias.note:
             line.notes.append(f"{flag}: {alias.note}")

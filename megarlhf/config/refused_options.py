@@ -35,7 +35,7 @@ _VLLM = {
     "it is on, and reset at each update": "enable_prefix_caching",
     _LAYOUT: "*_parallel_size data_parallel_* enable_expert_parallel distributed_executor_backend nnodes node_rank "
     "master_addr master_port device_ids *fault_tolerance*",
-    "LoRA is not offered in this version": "*lora*",
+    "vLLM gets adapters merged into the weights": "*lora*",
     "a draft model's weights would stay those of the start": "speculative_config spec_*",
     "an engine here generates text, for this run alone": "runner convert pooler_config kv_transfer_config "
     "ec_transfer_config",

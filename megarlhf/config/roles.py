@@ -67,7 +67,7 @@ class RoleSpec:
         return 1 if self.devices is None else int(getattr(config.cluster, self.devices))
 
     def keeps_reference(self, config: PPOConfig) -> bool:
-        """Whether its start is kept beside it."""
+        """Whether its start is looked at; with adapters that takes no memory."""
         return self.has_reference and config.algorithm.init_kl_coef > 0
 
     def own_layout(self, config: PPOConfig) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Literal
 
 from megarlhf.config.arguments import LoggingArguments, ModelArguments, RenderingArguments, SharedOptimizerArguments
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
+from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import MegatronPassedArguments
+from megarlhf.formats.blends import parse_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,38 @@ class SupervisedOptimizerArguments(SharedOptimizerArguments):
 
     learning_rate: float = 5e-6
     """Largest learning rate."""
+    enable_ema: bool = False
+    """Average the weights over the optimizer steps, and export the average beside the model, to <save>/hf_ema."""
+    ema_decay: float = 0.992
+    """Part of the average that stays at each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatchArguments(SupervisedBatchArguments):
+    """How much work a step is; sequences are pairs of answers here."""
+
+    max_epochs: int = 1
+    """Passes over the data."""
+    max_len: int = 512
+    """Longest sequence in tokens, prompt and one response together."""
+    share_prompt_prefix: bool | None = None
+    """Compute the prompt once for both answers. None: on where the layout allows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOBatchArguments(SupervisedBatchArguments):
+    """How much work a step is."""
+
+    max_epochs: int = 1
+    """Passes over the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptimizerArguments(SupervisedOptimizerArguments):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 1e-5
+    """Largest learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +89,124 @@ class SupervisedDataArguments(RenderingArguments):
     """What to train on."""
 
     dataset: str
-    """Training data: a .jsonl, .json, .csv or .parquet file, or a directory saved with datasets."""
+    """Training data: a .jsonl, .json, .csv, .parquet or .arrow file, a directory of such files (json@DIR chooses those
+    of a type), or one saved with datasets. Several with commas between them."""
+    dataset_probs: str | None = None
+    """Numbers with commas between them, one for each data set: rows are drawn in these proportions until one data set
+    has no more. None: all rows of all of them."""
+    train_split: str = "train"
+    """Split to train on, of data sets that have several."""
     eval_dataset: str | None = None
-    """Evaluation data, in the same formats. None: no evaluation."""
+    """Evaluation data, in the same formats; all rows of all data sets. None: eval_split of the training data sets."""
+    eval_split: str | None = None
+    """Split to evaluate on; or a part such as 0.03, which is drawn from the training data and taken out of it. None: no
+    evaluation, or the only split of eval_dataset."""
+
+
+    data_cache_path: str | None = None
+    """Directory that keeps tokenized data: a later run with the same files and options reads it there. None: tokenize
+    at each start."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is evaluation data."""
+        return self.eval_dataset is not None or self.eval_split is not None
+
+    @property
+    def appends_eos(self) -> bool:
+        """Whether each row ends with the tokenizer's EOS."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTDataArguments(SupervisedDataArguments):
-    """Conversations or prompt-response pairs to imitate."""
+    """Conversations or prompt-response pairs to imitate, or documents to go on pre-training with."""
 
+    dataset: str = ""
+    """Training data: a .jsonl, .json, .csv, .parquet or .arrow file, a directory of such files (json@DIR chooses those
+    of a type), or one saved with datasets. Several with commas between them. Empty: data_path."""
     input_key: str = "input"
     """Column with the prompt, or with the whole conversation where output_key is None."""
     output_key: str | None = None
     """Column with the response. None: input_key holds the whole conversation."""
     pretrain_mode: bool = False
     """Train on the prompt's tokens as well."""
+    multiturn: bool = False
+    """Train on every turn of the assistant in a chat, and not on the last one only."""
+    data_path: tuple[str, ...] = ()
+    """Megatron's indexed data sets in the place of dataset: paths without .bin and .idx, or weight path weight path ...
+    Their documents are joined and cut to sequences of max_len tokens."""
+    split: str = "969,30,1"
+    """Parts of the documents of data_path for training, validation and test; the last is not read."""
+    eval_iters: int = 100
+    """Batches of the validation part in an evaluation, at most."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is evaluation data."""
+        parts = parse_split(self.split)
+        return parts is not None and parts[1] > 0 if self.data_path else super().evaluates
+
+    @property
+    def appends_eos(self) -> bool:
+        """Whether each row ends with the tokenizer's EOS; indexed data is tokens already."""
+        return not self.data_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceDataArguments(SupervisedDataArguments):
+    """Pairs of answers, one of which is preferred."""
+
+    prompt_key: str | None = None
+    """Column with the prompt. None: the other two hold whole conversations, or without apply_chat_template whole texts,
+    that begin with the same prompt."""
+    chosen_key: str = "chosen"
+    """Column with the preferred answer."""
+    rejected_key: str = "rejected"
+    """Column with the other answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTODataArguments(SupervisedDataArguments):
+    """Answers that are labelled as desirable or not."""
+
+    input_key: str = "input"
+    """Column with the prompt, or with the whole conversation where output_key is None."""
+    output_key: str | None = None
+    """Column with the response. None: input_key holds the whole conversation."""
+    label_key: str = "label"
+    """Column that says whether the response is desirable: 1, 0, true or false."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOArguments:
+    """The loss of pairs, and the reference."""
+
+    beta: float = 0.1
+    """How strongly the policy is held near the reference."""
+    ipo: bool = False
+    """IPO in place of DPO: the squared distance of the difference of log-ratios from 1 / (2 * beta)."""
+    label_smoothing: float = 0.0
+    """Probability that a pair is labelled the wrong way round (conservative DPO)."""
+    nll_loss_coef: float = 0.0
+    """Weight of the chosen answers' cross-entropy, added to the loss."""
+    ref_pretrain: str | None = None
+    """Local directory of the reference's Hugging Face checkpoint, of pretrain's architecture. None: pretrain."""
+    precompute_ref_log_probs: bool = False
+    """Compute the reference's log-probs of all data before training, into a file beside the run directory that later
+    runs with the same reference and data read, and keep no reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOArguments:
+    """The loss of labelled answers."""
+
+    beta: float = 0.01
+    """How strongly the policy is held near the reference."""
+    desirable_loss_weight: float = 1.0
+    """Weight of desirable answers."""
+    undesirable_loss_weight: float = 1.0
+    """Weight of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +216,13 @@ class ParityArguments:
     num_gpus_per_node: int | None = None
     """Ranks of the layout, all on this machine: one GPU each, or one process each. None: as few as the layout takes,
     TP * PP * CP, or the next multiple of it that EP * ETP * PP divides. Give twice as many to see data parallelism."""
-    objectives: tuple[Literal["sft", "actor", "critic"], ...] = ("sft", "actor", "critic")
-    """Losses to run: supervised, the PPO policy's, the critic's."""
+    objectives: tuple[Literal["sft", "actor", "critic", "rm", "prm", "dpo", "kto", "kd"], ...] = (
+        "sft",
+        "actor",
+        "critic",
+    )
+    """Losses to run: supervised, the PPO policy's, the critic's, those of reward models and of preferences, and kd,
+    distillation from a teacher that is drawn."""
     num_groups: int = 3
     """Prompts of random tokens; each has three responses."""
     longest: int = 48
@@ -126,6 +268,7 @@ class SupervisedConfig:
     ranks: RankArguments = field(default_factory=RankArguments)
     batch: SupervisedBatchArguments = field(default_factory=SupervisedBatchArguments)
     optimizer: SupervisedOptimizerArguments = field(default_factory=SupervisedOptimizerArguments)
+    lora: LoraArguments = field(default_factory=LoraArguments)
     data: SupervisedDataArguments
     logging: LoggingArguments
     passed: MegatronPassedArguments = field(default_factory=MegatronPassedArguments)
@@ -146,6 +289,16 @@ class SupervisedConfig:
         return False
 
     @property
+    def ref_pretrain(self) -> str | None:
+        """Directory of the reference's weights; None where there is no reference, or it is the start."""
+        return None
+
+    @property
+    def other_models(self) -> dict[str, str]:
+        """Language models that only compute beside the trained one: option -> directory."""
+        return {}
+
+    @property
     def keeps_reference(self) -> bool:
         """Whether the start's weights stay beside those that are trained."""
         return False
@@ -157,9 +310,14 @@ class SupervisedConfig:
         return int(started) if started.isdecimal() else self.ranks.num_gpus_per_node
 
     @property
+    def rows_per_unit(self) -> int:
+        """Rows that stay together in a micro-batch."""
+        return 1
+
+    @property
     def max_row_tokens(self) -> int:
-        """Tokens of the longest row."""
-        return self.batch.max_len
+        """Tokens of the longest row, or of the longest rows that stay together."""
+        return self.rows_per_unit * self.batch.max_len
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -177,3 +335,64 @@ class SFTConfig(SupervisedConfig):
     def program(self) -> str:
         """Name of the command, and of its metrics before the slash."""
         return "sft"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(SupervisedConfig):
+    """What the programs have that train on pairs of a chosen and a rejected answer."""
+
+    batch: PairBatchArguments = field(default_factory=PairBatchArguments)
+    data: PreferenceDataArguments
+
+    @property
+    def share_prompt_prefix(self) -> bool:
+        """Whether the two answers share their prompt's computation, once that is decided."""
+        return bool(self.batch.share_prompt_prefix)
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Chosen and rejected."""
+        return 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PairsConfig):
+    """Direct preference optimisation: DPO, cDPO and IPO."""
+
+    optimizer: PreferenceOptimizerArguments = field(default_factory=PreferenceOptimizerArguments)
+    dpo: DPOArguments = field(default_factory=DPOArguments)
+
+    @property
+    def program(self) -> str:
+        """Name of the command, and of its metrics before the slash."""
+        return "dpo"
+
+    @property
+    def ref_pretrain(self) -> str | None:
+        """Directory of the reference's weights; None: the start's."""
+        return self.dpo.ref_pretrain
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a second set of weights is there: precomputing takes the start's own before they change."""
+        return not self.dpo.precompute_ref_log_probs or self.dpo.ref_pretrain is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(SupervisedConfig):
+    """Kahneman-Tversky optimisation from labelled answers."""
+
+    batch: KTOBatchArguments = field(default_factory=KTOBatchArguments)
+    optimizer: PreferenceOptimizerArguments = field(default_factory=PreferenceOptimizerArguments)
+    data: KTODataArguments
+    kto: KTOArguments = field(default_factory=KTOArguments)
+
+    @property
+    def program(self) -> str:
+        """Name of the command, and of its metrics before the slash."""
+        return "kto"
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the start's weights stay beside those that are trained."""
+        return True

@@ -15,6 +15,11 @@ _ROUTERS = {
 }
 
 
+def _inside(meaning: str) -> str:
+    """A meaning within a sentence; abbreviations keep their capitals."""
+    return f"{meaning[0].lower()}{meaning[1:]}" if meaning[1].islower() else meaning
+
+
 def _supervised(name: str, loss: str, **others: str) -> dict[str, str]:
     """Metrics of a supervised trainer: its loss and its others, which evaluation has too, and those of every one.
 
@@ -27,9 +32,7 @@ def _supervised(name: str, loss: str, **others: str) -> dict[str, str]:
         "learning_rate": "Learning rate of the last optimizer step (no unit)",
         **_ROUTERS,
     }
-    of_evaluation = {
-        f"eval_{key}": f"Of the evaluation data: {meaning[0].lower()}{meaning[1:]}" for key, meaning in own.items()
-    }
+    of_evaluation = {f"eval_{key}": f"Of the evaluation data: {_inside(meaning)}" for key, meaning in own.items()}
     return {f"{name}/{key}": meaning for key, meaning in (own | common | of_evaluation).items()}
 
 
@@ -89,6 +92,47 @@ METRICS: dict[str, str] = {
     "data/epoch": "Passes over the training data so far (epochs)",
     "data/prompts_dropped": "Prompts left out so far for being longer than the limit (prompts)",
     **_supervised("sft", "Cross-entropy of the target tokens (nats per token)"),
+    **_supervised(
+        "prm",
+        "Cross-entropy of the steps' labels (nats per step)",
+        accuracy="Steps that the model judges as their label's likeliest token does (fraction)",
+    ),
+    **_supervised(
+        "dpo",
+        "Loss of DPO, cDPO or IPO, with the weighted cross-entropy of chosen answers, mean over pairs (no unit)",
+        accuracy="Pairs whose chosen answer has the larger reward (fraction)",
+        margin="Mean reward of chosen minus that of rejected answers (beta x nats)",
+        chosen_reward="Mean over chosen answers of beta x their log-ratio to the reference (beta x nats)",
+        rejected_reward="Mean over rejected answers of beta x their log-ratio to the reference (beta x nats)",
+        chosen_log_prob="Mean log-prob of chosen answers' tokens (nats per token)",
+        rejected_log_prob="Mean log-prob of rejected answers' tokens (nats per token)",
+    ),
+    **_supervised(
+        "kto",
+        "KTO loss, mean over answers (no unit)",
+        accuracy="Answers whose log-ratio lies above the KL if desirable, below it if not (fraction)",
+        margin="Mean reward of desirable minus that of undesirable answers (beta x nats)",
+        desirable_reward="Mean over desirable answers of beta x their log-ratio to the reference (beta x nats)",
+        undesirable_reward="Mean over undesirable answers of beta x their log-ratio to the reference (beta x nats)",
+        kl="KL of the policy to the reference as unmatched answers estimate it, 0 where that is below 0 (nats)",
+    ),
+    **_supervised(
+        "kd",
+        "Cross-entropy with the target tokens, and with the teacher's distribution by kd_coef (nats per token)",
+        lm_loss="Cross-entropy of the target tokens (nats per token)",
+        kl="KL of student and teacher at the target tokens, kd_loss says in which direction (nats per token)",
+        teacher_entropy="Entropy of the teacher's distribution of the target tokens (nats per token)",
+    ),
+    **_supervised(
+        "rm",
+        "Loss of the reward model, mean over pairs (nats per pair)",
+        accuracy="Pairs whose chosen answer has the larger reward (fraction)",
+        margin="Mean reward of chosen minus that of rejected answers (reward units)",
+        chosen_reward="Mean reward of chosen answers (reward units)",
+        rejected_reward="Mean reward of rejected answers (reward units)",
+        reward_mean="Mean reward of all answers (reward units)",
+        reward_std="Standard deviation of the reward over all answers (reward units)",
+    ),
 }
 
 

@@ -20,12 +20,18 @@ from megarlhf.metrics.keys import check_metrics
 logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"  # inside the run directory
 
+_JUDGED = ("rm", "prm", "dpo", "kto")
+
 # What a person watches, in this order. A run shows those that it logs.
 CONSOLE_METRICS = {
     "reward/mean": "reward {:.3f}",
     "kl/mean": "kl {:.4f}",
     "sft/loss": "loss {:.4f}",
     "sft/eval_loss": "eval loss {:.4f}",
+    **{f"{name}/loss": "loss {:.4f}" for name in ("rm", "prm", "dpo", "kto", "kd")},
+    "kd/kl": "kl to the teacher {:.4f}",
+    **{f"{name}/accuracy": "accuracy {:.1%}" for name in _JUDGED},
+    **{f"{name}/eval_accuracy": "eval accuracy {:.1%}" for name in _JUDGED},
     "eval/accuracy": "eval accuracy {:.1%}",
     "perf/tokens_per_second": "{:,.0f} tokens/s",
 }

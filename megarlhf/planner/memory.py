@@ -55,6 +55,8 @@ class RankBytes:
     forward: int  # activations of a pass without gradients
     backward: int  # of forward and backward passes
     logits: int  # on the last stage, in either pass
+    teacher: int = 0  # weights of another model, there while it computes
+    teacher_output: int = 0  # those of its output layer, which stay, on the last stage
 
 
 def buffer_numbers(parameters: Sequence[int], *, replicas: int, distributed_optimizer: bool) -> int:
@@ -99,7 +101,7 @@ def rank_bytes(stages: Sequence[Sequence[ChunkSizes]], widths: LayerWidths, work
                 held, bf16=work.bf16, replicas=replicas, distributed_optimizer=work.distributed_optimizer
             )
             reference += sum(numbers) * work.element if work.has_reference else 0
-        parameters += chunk.buffers * 4
+        parameters += chunk.buffers * 4 + chunk.frozen * work.element
     last = stage == len(stages) - 1
     forward = max(_stored(chunk, widths, work, forward_only=True) for chunk in stages[stage])
     per_chunk = max(_stored(chunk, widths, work, forward_only=False) for chunk in stages[stage])

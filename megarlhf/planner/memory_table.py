@@ -9,7 +9,10 @@ from megarlhf.planner.memory import RankBytes
 GIB = 2**30
 PROCESS_BYTES = GIB  # of a process on a GPU, asleep too: CUDA's context and kernels, communicators (0.5 to 2 GiB seen)
 FRAGMENTATION = 0.05  # of what training allocates (published peaks are 3 to 8% above the sum of their tensors)
-_ORDER = ("parameters", "gradients", "optimizer", "reference", "activations", "logits", "weights", "kv cache")
+_ORDER = (
+    *("parameters", "gradients", "optimizer", "reference", "teacher", "teacher output", "activations", "logits"),
+    *("weights", "kv cache"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +146,14 @@ def _awake(held: Mapping[str, RoleBytes], phase: Phase, *, colocated: bool) -> C
 
 
 def _passes(held: Mapping[str, RoleBytes], role: str, *, update: bool) -> Column:
-    """What computing brings: of the role's optimizer step, or of its forward passes, with the reference's."""
+    """What computing brings: of the role's optimizer step, or of forward passes, the reference's and teacher's too."""
     taken = held[role]
     assert isinstance(taken, RankBytes)
     sizes = {"gradients": taken.gradients, "activations": taken.backward}
     if not update:
-        sizes = {"reference": taken.reference, "activations": taken.forward}
-    return {(role, part): size for part, size in (sizes | {"logits": taken.logits}).items() if size}
+        sizes = {"reference": taken.reference, "teacher": taken.teacher, "activations": taken.forward}
+    sizes |= {"teacher output": taken.teacher_output, "logits": taken.logits}
+    return {(role, part): size for part, size in sizes.items() if size}
 
 
 def _amount(number: int, unit: int) -> str:

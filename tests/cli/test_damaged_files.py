@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megarlhf.cli import run_parity, run_sft  # noqa: F401  (their ranks are forbidden below)
+from megarlhf.cli import run_parity, run_supervised  # noqa: F401  (their ranks are forbidden below)
 from megarlhf.cli.main import main
 from megarlhf.cli.run import check_weights
 from megarlhf.config.layouts import LayoutArguments
@@ -196,7 +196,7 @@ def flags(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
     monkeypatch.setitem(sys.modules, "ray", Forbidden())
     monkeypatch.delitem(sys.modules, "megarlhf.cluster.launch", raising=False)
-    for program in ("run_sft", "run_parity"):
+    for program in ("run_supervised", "run_parity"):
         monkeypatch.setattr(f"megarlhf.cli.{program}.run_local_ranks", forbidden)
     monkeypatch.delenv("MEGARLHF_PARITY", raising=False)
     (tmp_path / "sft.jsonl").write_text('{"input": "1=", "output": "1"}\n' * 4)

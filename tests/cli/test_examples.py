@@ -1,11 +1,17 @@
 """The launchers' flags are flags of the program, and their plans are possible."""
 
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from megarlhf.engine.indexed_data import CorpusWriter
+from tests.cli.conftest import CODE_LLAMA_34B, LLAMA_3_8B, LLAMA_3_70B, large_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +50,53 @@ def test_llama_3_8b_on_eight_gpus(llama_3_8b: Path, tmp_path: Path) -> None:
     for role in ("actor+reference", "critic", "rollout"):
         assert sum(line[:1] == [role] and line[1].isdecimal() for line in lines if len(line) > 1) == 8, role
     assert "tensor_model_parallel_size: 4" in printed and "bf16: true" in printed
+
+
+CHAT = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "b"}]
+ROWS: dict[str, Any] = {  # one or several of each kind
+    "sft": {"messages": CHAT},
+    "csft": {"input": "a <rm_score>: 5.00 ", "output": "b"},
+    "preferences": {"prompt": "a b", "chosen": "b", "rejected": "a"},
+    "kto": [{"input": "a b", "output": "b", "label": 1}, {"input": "b", "output": "a", "label": 0}],
+    "prm": {"input": "a = b =", "label": ["1", "0"]},
+    "kd": {"input": "a b", "output": "b"},
+}
+GPU_LAUNCHERS = {  # script -> the model, bytes of a GPU in GiB, rows of data
+    "sft_llama3_8b_h100.sh": (LLAMA_3_8B, 79, "sft"),
+    "csft_llama3_8b_h100.sh": (LLAMA_3_8B, 79, "csft"),
+    "rm_llama3_8b_h100.sh": (LLAMA_3_8B, 79, "preferences"),
+    "prm_llama3_8b_h100.sh": (LLAMA_3_8B, 79, "prm"),
+    "dpo_llama3_8b_h100.sh": (LLAMA_3_8B, 79, "preferences"),
+    "kto_llama3_8b_h100.sh": (LLAMA_3_8B, 79, "kto"),
+    "kd_llama3_8b_h100.sh": (LLAMA_3_8B, 79, "kd"),
+    "sft_lora_llama3_8b_h100.sh": (LLAMA_3_8B, 79, "sft"),
+    "dpo_llama_34b_a100.sh": (CODE_LLAMA_34B, 79, "preferences"),
+    "sft_llama3_70b_h100.sh": (LLAMA_3_70B, 79, "sft"),
+    "sft_lora_llama3_70b_h100.sh": (LLAMA_3_70B, 79, "sft"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", GPU_LAUNCHERS)
+def test_supervised_launchers_fit_their_gpus(script: str, assets: Path, tmp_path: Path) -> None:
+    content, memory, kind = GPU_LAUNCHERS[script]
+    model = large_model(assets, tmp_path / "a model", content)
+    data = tmp_path / "rows.jsonl"
+    rows = ROWS[kind] if isinstance(ROWS[kind], list) else [ROWS[kind]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"MODEL": str(model), "DATASET": str(data), "TEACHER_MODEL": str(model), "PLACEHOLDER_TOKEN": "="}
+    given["REWARD_TOKENS"] = "1 0"
+    printed = dry_run(script, tmp_path, "--gpu_memory_gib", str(memory), **given)
+    assert "bf16: true" in printed and "left" in printed
+
+
+def test_pretraining_llama_3_8b_on_eight_gpus(llama_3_8b: Path, tmp_path: Path) -> None:
+    writer = CorpusWriter(str(tmp_path / "a"), vocab_size=128256)
+    writer.add_documents(np.zeros(400_000, dtype=np.int32), np.full(40, 10_000))
+    writer.close()
+    given = {"MODEL": str(llama_3_8b), "DATA_PATH": f"2 {tmp_path / 'a'} 1 {tmp_path / 'a'}"}
+    printed = dry_run("pretrain_llama3_8b_h100.sh", tmp_path, "--gpu_memory_gib", "79", **given)
+    assert "sequences of 8192; 61 of the 92 units" in printed and "bf16: true" in printed and "left" in printed
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,9 @@ import pytest
 from megarlhf.cli import train_ppo
 from megarlhf.cli.memory import plan_memory
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.command_line import parse
+from megarlhf.config.command_line import from_dict, parse
+from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.supervised_arguments import SFTConfig
 from megarlhf.formats.huggingface import read_config
 
 GIB = 2**30
@@ -31,6 +33,26 @@ def flags(llama_3_8b: Path, tmp_path: Path) -> list[str]:
         "--generate_max_len": 2048,
     }
     return [str(word) for pair in given.items() for word in pair] + ["--bf16", "--sequence-parallel", "--dry-run"]
+
+
+def test_a_teacher_takes_memory_beside_its_student(llama_3_8b: Path, tmp_path: Path) -> None:
+    """Llama 3 8B learns from itself at TP2, in bfloat16."""
+    given = {"pretrain": str(llama_3_8b), "dataset": str(tmp_path), "save": str(tmp_path / "run"), "bf16": True}
+    given |= {"tensor_model_parallel_size": 2, "num_gpus_per_node": 2}
+    model = read_config(llama_3_8b)
+    (alone,) = plan_memory(from_dict(SFTConfig, given), [model]).tables
+    (beside,) = plan_memory(from_dict(KDConfig, given | {"teacher_model": str(llama_3_8b)}), [model, model]).tables
+    before, update, own = beside.phases["experience"], beside.phases["update"], alone.phases["update"]
+    assert before["actor", "teacher"] == own["actor", "parameters"] > 8e9 and ("actor", "teacher") not in update
+    assert update["actor", "teacher output"] == before["actor", "teacher output"] == 2 * 128256 // 2 * 4096
+    assert update["actor", "logits"] == 2 * own["actor", "logits"]
+    assert update.items() - own.items() == {
+        (key, update[key]) for key in update if key[1] in ("teacher output", "logits")
+    }
+    top = given | {"teacher_model": str(llama_3_8b), "teacher_top_k": 64}
+    (once,) = plan_memory(from_dict(KDConfig, top), [model, model]).tables
+    assert once.phases["experience"]["actor", "teacher"] == before["actor", "teacher"]
+    assert once.phases["update"] == own
 
 
 def refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:

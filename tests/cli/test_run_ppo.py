@@ -1,5 +1,7 @@
 """What a run decides where its configuration leaves it open."""
 
+from pathlib import Path
+
 import pytest
 
 from megarlhf.cli import run_ppo
@@ -23,3 +25,18 @@ def test_rules_run_on_all_cores_and_functions_that_may_keep_state_in_one_process
     monkeypatch.setattr(run_ppo, "num_cores", lambda: cores)
     config, _ = parse(PPOConfig, ["--pretrain", "m", "--prompt_data", "p", "--save", "s", *flags], "ppo")
     assert run_ppo.resolve(config, "local").reward.reward_num_workers == expected
+
+
+def test_prompts_of_both_data_sets_are_counted(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, values in (("train", "123"), ("eval", "34")):
+        lines = [f'{{"input": "{value}", "label": "1"}}\n' for value in values]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    flags = {"pretrain": assets / "model", "prompt_data": tmp_path / "train.jsonl", "save": "s", "reward_function": "r"}
+    for evaluation, said in (("eval", "warning: 1 of 2 prompts of"), (None, "")):
+        given = flags | ({} if evaluation is None else {"eval_data": tmp_path / f"{evaluation}.jsonl"})
+        config, _ = parse(PPOConfig, [f"--{key}={value}" for key, value in given.items()], "ppo")
+        run_ppo.load_data(config)
+        printed = capsys.readouterr().err
+        assert printed.startswith(said) if said else printed == ""

@@ -83,7 +83,7 @@ if "megarlhf.cli.train_sft" in sys.orig_argv:
     load = sft.load_sft_rows
     def counted(path, *arguments, **options):
         with open(os.environ["READINGS"], "a") as file:
-            file.write(os.environ.get("RANK", "parent") + " " + os.path.basename(path) + chr(10))
+            file.write(os.environ.get("RANK", "parent") + " " + os.path.basename(str(path)) + chr(10))
         return load(path, *arguments, **options)
     sft.load_sft_rows = counted
 """

@@ -22,7 +22,8 @@ def write_inputs(directory: Path, *, count: int = 24) -> dict[str, str]:
     directory.mkdir(parents=True, exist_ok=True)
     rows = [{"input": f"{i % 10}{i // 10}{(i * 7) % 10}=", "label": "0"} for i in range(count)]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    held_out = [{"input": f"9{i}{i}=", "label": "0"} for i in range(4)]
+    (directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     (directory / "reward.py").write_text(REWARD)
     return {
         "--prompt_data": str(directory / "prompts.jsonl"),

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.engine import checkpoint, engine, export, optimizer, schedule, sharing
+from megarlhf.engine import average, checkpoint, engine, export, optimizer, schedule, sequences, sharing
 from megarlhf.engine.objective import TokenOutputs
 from megarlhf.models.build import transformer_config
 from megarlhf.parallel import groups
 from megarlhf.parallel.groups import Ranks
+from megarlhf.trainers import kd
 
 STEP = 0.004  # what an optimizer step adds to a weight
 
@@ -98,11 +99,22 @@ def log_prob(token: float, temperature: float) -> float:
 
 def token_outputs(chunks: Sequence[Any], batch: Any, options: dict[str, Any]) -> TokenOutputs:
     """Per-token numbers of a micro-batch from its targets, and from how far the weight has moved."""
-    targets, moved = batch.targets.float(), float(chunks[0].chunk.weight.data) - 1.0
+    chunk = getattr(chunks[0], "chunk", chunks[0])  # a teacher's is bare
+    targets, moved = batch.targets.float(), float(chunk.weight.data) - 1.0
     if options["head"] == "value":
         return TokenOutputs(values=0.1 * targets + moved)
     log_probs = -(1.0 + 0.05 * targets) / options["distribution"].temperature + moved
-    return TokenOutputs(log_probs=log_probs, entropy=0.5 + 0.01 * targets)
+    away, entropy = 0.3 + 0.02 * targets - moved, 0.5 + 0.01 * targets
+    shares = batch.fields.get("shares")
+    candidates = None if shares is None else torch.zeros_like(shares).log_softmax(-1)
+    return TokenOutputs(
+        log_probs=log_probs,
+        entropy=entropy,
+        divergence=away,
+        teacher_entropy=entropy,
+        candidates=candidates,
+        likeliest=batch.targets,
+    )
 
 
 def run_forward(chunks: Any, batches: Sequence[Any], outputs: Any, compute: Any) -> list[TokenOutputs]:
@@ -155,12 +167,15 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (dist, "all_gather", copy),
         (dist, "get_rank", lambda: 0),
         (torch, "set_num_threads", lambda number: None),
-        (parallel_state, "get_context_parallel_group", lambda: None),
+        (parallel_state, "get_context_parallel_group", lambda: types.SimpleNamespace(rank=lambda: 0)),
+        (dist, "get_global_rank", lambda group, rank: rank),
+        (sequences, "reduce", lambda sums, rank, *, group: sums + (sums == 0)),  # no row is on other ranks alone
         (parallel_state, "get_data_parallel_group", lambda **options: None),
         (groups, "_collect_left_groups", lambda: None),
         (engine, "current_ranks", lambda: ranks_of(trace.worlds[trace.process])),
         (engine, "build_model", build_model),
         (engine, "ModelWeights", FakeWeights),
+        (engine, "Adapters", FakeAdapters),
         (engine, "Float16Module", lambda config, chunk: chunk),
         (engine, "DistributedDataParallel", FakeDDP),
         (engine, "RouterStatistics", FakeRouters),
@@ -171,24 +186,28 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (optimizer, "get_megatron_optimizer", FakeOptimizer),
         (optimizer, "FiniteOptimizer", lambda chained: chained[0]),
         (sharing, "SharedWeights", FakeSharedWeights),
+        (kd, "output_weight", lambda chunk: chunk.weight),
+        (kd, "frozen_output_weight", lambda chunk, *, num_rows: chunk.weight),
     ):
         patch.setattr(module, name, value)
     built = engine.MegatronEngine.__init__
 
     def remember(self: Any, *args: Any, **options: Any) -> None:
         built(self, *args, **options)
-        trace.engines[trace.process] = self
+        # A teacher is in the student's process.
+        trace.engines[trace.process if self.optimizer is not None else ("teacher", trace.process[1])] = self
         trace.given["engines"].append((trace.process[0], self.head))
 
-    def forward(self: Any, batches: Any) -> Any:
+    def forward(self: Any, batches: Any, **options: Any) -> Any:
         num_rows = len({row for batch in batches for row in batch.places.rows.tolist()})
         trace.given[f"forward {trace.process[0]}"].append((num_rows, len(batches)))
-        return forward_whole(self, batches)
+        return forward_whole(self, batches, **options)
 
-    packed: list[Any] = []  # the rows that were packed last
+    packed: list[Any] = []  # the rows that were packed since: first those that are trained on
 
     def step(self: Any, batches: Any, objective: Any, *, denominator: float) -> Any:
-        trace.given[f"rows {trace.process[0]}"] += packed[-1:]
+        trace.given[f"rows {trace.process[0]}"] += packed[:1]
+        packed.clear()
         trace.given[f"denominator {trace.process[0]}"].append(denominator)
         return step_whole(self, batches, objective, denominator=denominator)
 
@@ -198,7 +217,8 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         return share_whole(self, rows, indices)
 
     def evaluate(self: Any, batches: Any, objective: Any) -> Any:
-        trace.given[f"evaluated {trace.process[0]}"].append(len(packed[-1]))
+        trace.given[f"evaluated {trace.process[0]}"].append(len(packed[0]))
+        packed.clear()
         return evaluate_whole(self, batches, objective)
 
     cls = engine.MegatronEngine
@@ -223,6 +243,19 @@ def patch_files(patch: pytest.MonkeyPatch, trace: Trace) -> None:
     def write(of: Any, directory: Path, **options: Any) -> None:
         trace.given["export"].append({"directory": directory, **options})
 
+    class Average:
+        """In the place of averaged weights."""
+
+        def __init__(self, of: Any, decay: float) -> None:
+            trace.given["ema"].append(decay)
+
+        def update(self) -> None: ...
+
+        def save(self, directory: Path) -> None: ...
+
+        in_place = contextlib.nullcontext
+
+    patch.setattr(average, "WeightAverage", Average)
     patch.setattr(checkpoint, "save_engine", save)
     patch.setattr(checkpoint, "load_engine", load)
     patch.setattr(export, "export_hf", write)
@@ -231,9 +264,20 @@ def patch_files(patch: pytest.MonkeyPatch, trace: Trace) -> None:
 class FakeWeights:
     """The table of weights, which loads none."""
 
-    def __init__(self, *args: Any, **options: Any) -> None: ...
+    def __init__(self, chunks: Any, arch: Any, hf: Any, ranks: Ranks, *, head: str) -> None:
+        self.arch, self.hf, self.head, self.local, self.loaded = arch, hf, head, list[Any](), list[str]()
 
-    def load(self, source: Any) -> None: ...
+    def load(self, source: Any) -> None:
+        self.loaded.append(source.directory.name)
+
+
+class FakeAdapters:
+    """What adapters are made of; there are none."""
+
+    def __init__(self, chunks: Any, weights: Any, options: Any, *, seed: int) -> None:
+        self.options = options
+
+    off = staticmethod(contextlib.nullcontext)
 
 
 class FakeRouters:

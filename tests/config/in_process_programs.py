@@ -1,4 +1,4 @@
-"""PPO, SFT and parity on small inputs, with some options changed; what each gave to whom."""
+"""PPO, the supervised programs and parity on small inputs, with some options changed; what each gave to whom."""
 
 import json
 import os
@@ -9,16 +9,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from examples.demo.make_assets import make_tokenizer
 from megarlhf.cli import parity, run_parity, run_ppo, run_supervised, supervised, train_ppo
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.passed import PREFIXES
-from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
+from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
+from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityConfig, SFTConfig, SupervisedConfig
+from megarlhf.engine.indexed_data import CorpusWriter
 from megarlhf.metrics import sinks
-from megarlhf.trainers import assembly, experience
+from megarlhf.trainers import assembly, experience, tasks
 from megarlhf.trainers import parity as comparison
 from tests.config.in_process import Trace, patch_torch_and_megatron, watched
 from tests.config.in_process_services import patch_ray, patch_vllm
@@ -45,21 +49,51 @@ class Programs:
         for name, count in (("rows", 8), ("other_rows", 6), ("eval", 2), ("other_eval", 3)):
             rows = [
                 {"input": f"{name[0]} {i}", "label": f"{i}", "question": f"ask {i}", "answer": f"{i} {i}"}
+                | {"wanted": i % 2, "unwanted": 1 - i % 4 // 2}
                 for i in range(count)
             ]
             (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        lines = [json.dumps({"input": "r" * (i + 1), "label": "1"}) + "\n" for i in range(8)]
+        (directory / "splits").mkdir()
+        for split in ("train", "test", "other"):
+            row = {"input": f"{split[:2]} split", "label": "1"}
+            (directory / "splits" / f"{split}-00000-of-00001.jsonl").write_text(json.dumps(row) + "\n")
+        for name, first in (("even", 4), ("odd", 5)):  # each document's tokens are one token, many times
+            writer = CorpusWriter(str(directory / name), vocab_size=len(tokenizer))
+            writer.add_documents(np.full(40 * 9, first, dtype=np.int32), np.full(40, 9))
+            writer.close()
+        chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "1234", strict=True)]
+        (directory / "turns.jsonl").write_text(json.dumps({"input": chat}) + "\n")
+        for name, count in (("pairs", 8), ("other_pairs", 6), ("pairs_eval", 2), ("other_pairs_eval", 3)):
+            self._write(name, [pair(name[0], i) for i in range(count)])
+        for name, count in (("steps", 8), ("other_steps", 6), ("steps_eval", 2), ("other_steps_eval", 3)):
+            self._write(name, [solution(name[0], i) for i in range(count)])
+        self._write("ragged_pairs", [pair("", i) | {"prompt": "r" * (i + 1)} for i in range(8)])
+        self._write("ragged_steps", [solution("r" * i, i) for i in range(8)])
+        ragged = [{"input": "r" * (i + 1), "label": "1", "answer": f"{i}", "wanted": i % 2} for i in range(8)]
+        lines = [json.dumps(row) + "\n" for row in ragged]
         (directory / "ragged.jsonl").write_text("".join(lines))
         (directory / "reward.py").write_text("def reward_func(queries, prompts, labels): ...\n")
         (directory / "reward2.py").write_text("def reward_func(queries, prompts, labels): ...\n")
         self.ppo, self.sft, self.parity = cache(self._ppo), cache(self._sft), cache(self._parity)
+        self.kd, self.dpo, self.kto = cache(self._kd), cache(self._dpo), cache(self._kto)
+        self.rm, self.prm = cache(self._rm), cache(self._prm)
         self.ppo((("save", "{}/first_ppo"),))  # to continue from
         self.sft((("save", "{}/first_sft"),))
+        self.kd((("save", "{}/first_kd"),))
+        self.dpo((("save", "{}/first_dpo"),))
+        self.kto((("save", "{}/first_kto"),))
+        self.rm((("save", "{}/first_rm"),))
+        self.prm((("save", "{}/first_prm"),))
+
+    def _write(self, name: str, rows: Sequence[Options]) -> None:
+        (self.directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def options(self, changes: "Changes") -> Options:
         """The changes with this directory's names."""
         place = str(self.directory)
         found = {k: v.replace("{}", place) if isinstance(v, str) and "{}/" in v else v for k, v in changes}
+        if "data_path" in found:
+            found["data_path"] = [text.replace("{}", place) for text in found["data_path"]]
         return {k: dict(v) if k in PREFIXES else v for k, v in found.items()}  # pairs, so that they may be remembered
 
     def _run(self, run: Callable[[pytest.MonkeyPatch, Trace], None]) -> Trace:
@@ -99,11 +133,33 @@ class Programs:
         return self._finished(self._run(run), config.logging.save)
 
     def _sft(self, changes: "Changes") -> Trace:
+        return self._supervised(SFTConfig, {"output_key": "label"}, changes)
+
+    def _kd(self, changes: "Changes") -> Trace:
+        return self._supervised(KDConfig, {"output_key": "label", "teacher_model": "{}/other"}, changes)
+
+    def _dpo(self, changes: "Changes") -> Trace:
+        keys = {"prompt_key": "input", "chosen_key": "answer", "rejected_key": "label"}
+        return self._supervised(DPOConfig, keys, changes)
+
+    def _kto(self, changes: "Changes") -> Trace:
+        return self._supervised(KTOConfig, {"output_key": "answer", "label_key": "wanted"}, changes)
+
+    def _rm(self, changes: "Changes") -> Trace:
+        own = {"dataset": "{}/pairs.jsonl", "eval_dataset": "{}/pairs_eval.jsonl", "prompt_key": "prompt"}
+        return self._supervised(RMConfig, own, changes)
+
+    def _prm(self, changes: "Changes") -> Trace:
+        own = {"dataset": "{}/steps.jsonl", "eval_dataset": "{}/steps_eval.jsonl"}
+        return self._supervised(PRMConfig, own | {"placeholder_token": "z", "reward_tokens": ("y", "n")}, changes)
+
+    def _supervised(self, config_class: type[SupervisedConfig], own: Options, changes: "Changes") -> Trace:
         base = {
             **{"pretrain": "{}/model", "dataset": "{}/rows.jsonl", "eval_dataset": "{}/eval.jsonl"},
-            **{"output_key": "label", "save": self._save(), "max_len": 32, "global_batch_size": 4, "train_iters": 3},
+            **{"save": self._save(), "max_len": 32, "global_batch_size": 4, "train_iters": 3},
+            **own,
         }
-        config = from_dict(SFTConfig, self.options(tuple((base | dict(changes)).items())))
+        config = from_dict(config_class, self.options(tuple((base | dict(changes)).items())))
 
         def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
             def ranks(module: str, arguments: Sequence[str], **options: Any) -> int:
@@ -118,7 +174,12 @@ class Programs:
                         supervised.checked_run(config, [], dry_run=False)
                 return 0
 
+            def top_tokens(engine: Any, build: Any, data: Any, **options: Any) -> Any:
+                trace.given["top tokens"].append(options)
+                return data
+
             patch.setattr(run_supervised, "run_local_ranks", ranks)
+            patch.setattr(tasks, "with_top_tokens", top_tokens)
             patch.setattr(run_supervised, "write_report", lambda directory, title: ("page", "picture"))
             trace.process = ("actor", 0)
             supervised.checked_run(config, [], dry_run=False)
@@ -172,6 +233,18 @@ class Programs:
         trace.given["checkpoints"] = sorted(path.name for path in Path(save).glob("checkpoints/iter_*"))
         trace.given["directory"] = [save]
         return trace
+
+
+def pair(letter: str, number: int) -> Options:
+    """Two answers, and two others."""
+    texts = {"prompt": f"{letter} {number}", "chosen": f"c {number}", "rejected": f"r {number}"}
+    return texts | {"question": f"ask {number}", "better": f"b {number}", "worse": f"w {number}", "margin": number / 4}
+
+
+def solution(letter: str, number: int) -> Options:
+    """A step that ends with two tokens, either of which may be the placeholder, with two labels for it."""
+    texts = {"input": f"{letter} {number}z={number}", "question": f"ask {number}z="}
+    return texts | {"label": ["y"], "answer": ["n"]}
 
 
 Changes = tuple[tuple[str, Any], ...]  # option and value; a tuple, since runs are remembered by it

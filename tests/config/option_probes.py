@@ -272,3 +272,16 @@ def megatron_probe(role: str) -> dict[str, Probe]:
             expected=("flash", True, True),
         )
     }
+
+
+def adapter(name: str) -> Seen:
+    """An option of the actor's adapters; None where there are none."""
+    return lambda trace: getattr(getattr(trace.engine().adapters, "options", None), name, None)
+
+
+LORA = {
+    "lora_rank": Probe(value=5, seen=adapter("lora_rank")),
+    "lora_alpha": Probe(value=9, seen=adapter("lora_alpha"), also={"lora_rank": 2}),
+    "lora_dropout": Probe(value=0.25, seen=adapter("lora_dropout"), also={"lora_rank": 2}),
+    "target_modules": Probe(value=("q_proj", "up_proj"), seen=adapter("target_modules"), **{"also": {"lora_rank": 2}}),
+}

@@ -5,6 +5,7 @@ from typing import Any
 from tests.config.in_process import Trace
 from tests.config.in_process_programs import TEMPLATE
 from tests.config.option_probes import (
+    LORA,
     Options,
     Probe,
     Seen,
@@ -301,6 +302,16 @@ PASSED = {
 }
 
 DATA = {
+    "prompt_data_probs": Probe(
+        value="0.1,0.9",
+        seen=lambda t: len(texts(t)) < 8,
+        **{"expected": True, "also": {"prompt_data": "{}/rows.jsonl,{}/other_rows.jsonl", "eval_data": None}},
+    ),
+    "prompt_split": Probe(
+        value="other",
+        seen=lambda t: {x[:2] for x in texts(t)},
+        **{"expected": {"ot"}, "also": {"prompt_data": "{}/splits", "eval_data": None}},
+    ),
     "prompt_data": Probe(value="{}/other_rows.jsonl", seen=lambda t: {x[0] for x in texts(t)}, expected={"o", "e"}),
     "eval_data": Probe(value="{}/other_eval.jsonl", seen=size_of_scored(0), expected=3),
     "input_key": Probe(value="question", seen=lambda t: {x[:3] for x in texts(t)}, expected={"ask"}),
@@ -408,5 +419,5 @@ def ppo_ranks(number: int) -> Options:
 
 PPO = {
     **(MODEL | layout_probes("actor", ppo_ranks) | critic_layout_probes() | kernel_probes("critic")),
-    **(PASSED | CLUSTER | BATCH | OPTIMIZER | ALGORITHM | ROLLOUT | DATA | REWARD | LOGGING),
+    **(PASSED | CLUSTER | BATCH | OPTIMIZER | ALGORITHM | ROLLOUT | DATA | REWARD | LOGGING | LORA),
 }

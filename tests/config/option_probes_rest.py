@@ -1,10 +1,13 @@
-"""Every option of `megarlhf sft` and `megarlhf parity`: what it is set to, and where a run shows it."""
+"""Every option of `megarlhf sft`, `rm`, `prm` and `parity`: what it is set to, and where a run shows it."""
+
+from dataclasses import replace
 
 import numpy as np
 
 from tests.config.in_process import Trace
 from tests.config.in_process_programs import TEMPLATE
 from tests.config.option_probes import (
+    LORA,
     Options,
     Probe,
     Seen,
@@ -80,9 +83,30 @@ BATCH = {
         **{"expected": (48, 6), "also": {"dataset": "{}/ragged.jsonl"}},
     ),
 }
+CHATS: Options = {
+    **{"dataset": "{}/turns.jsonl", "eval_dataset": "{}/turns.jsonl", "output_key": None},
+    **{"apply_chat_template": True, "tokenizer": "{}/chat"},
+}
+NO_ROWS = {"dataset": "", "eval_dataset": None, "output_key": None, "pretrain_mode": True, "max_len": 8}
+INDEXED = NO_ROWS | {"data_path": ("{}/even",)}
 DATA = {
     "dataset": Probe(value="{}/other_rows.jsonl", seen=lambda t: {x[0] for x in decoded(t)}, expected={"o"}),
     "eval_dataset": Probe(value="{}/other_eval.jsonl", seen=lambda t: t.given["evaluated actor"][0], expected=3),
+    "dataset_probs": Probe(
+        value="0.2,0.8",
+        seen=lambda t: len(decoded(t)) < 14,
+        **{"expected": True, "also": {"dataset": "{}/rows.jsonl,{}/other_rows.jsonl", "train_iters": 4}},
+    ),
+    "train_split": Probe(
+        value="other",
+        seen=lambda t: {x[:2] for x in decoded(t)},
+        **{"expected": {"ot"}, "also": {"dataset": "{}/splits"}},
+    ),
+    "eval_split": Probe(
+        value="0.25",
+        seen=both(lambda t: t.given["evaluated actor"][0], lambda t: len(decoded(t))),
+        **{"expected": (2, 6), "also": {"eval_dataset": None}},
+    ),
     "input_key": Probe(value="question", seen=lambda t: {x[:3] for x in decoded(t)}, expected={"ask"}),
     "output_key": Probe(value="answer", seen=lambda t: {x[4:5] for x in decoded(t)}, expected={" "}),
     "apply_chat_template": Probe(
@@ -98,12 +122,48 @@ DATA = {
         before={"tokenizer_chat_template": TEMPLATE},
     ),
     "pretrain_mode": Probe(value=True, seen=targets, expected={1}),
+    "data_cache_path": Probe(value="{}/cache", seen=lambda t: t.said.count("tokenized data of "), expected=2),
+    "multiturn": Probe(
+        value=True,
+        seen=lambda t: {number for batch in t.given["rows actor"] for number in batch.num_loss_targets.tolist()},
+        **{"expected": {len("q 2 aq 4 a.")}, "also": CHATS},
+    ),
+    "data_path": Probe(
+        value=("2", "{}/even", "1", "{}/odd"),
+        seen=lambda t: [sum(int(ids[0]) % 2 for ids in rows(t)[: 4 * n]) for n in (1, 3)],
+        **{"expected": [1, 4], "also": NO_ROWS | {"split": "1,0,0"}},
+        before={"data_path": ("{}/even",)},
+    ),
+    "split": Probe(
+        value="7,3,0",
+        seen=lambda t: t.given["evaluated actor"][0],
+        **{"expected": 4, "also": INDEXED | {"eval_iters": 1}},
+        before={"split": "1,0,0"},
+    ),
+    "eval_iters": Probe(
+        value=2,
+        seen=lambda t: sum(t.given["evaluated actor"]),
+        **{"expected": 8, "also": INDEXED | {"split": "1,1,0"}},
+        before={"eval_iters": 1},
+    ),
     "max_samples": Probe(value=3, seen=lambda t: len(decoded(t)), expected=3),
 }
+
+
+def logging_probes(program: str) -> dict[str, Probe]:
+    """Options of the run directory and of what is logged."""
+    place, first = f"elsewhere_{program}", f"{{}}/first_{program}"
+    found = dict(LOGGING)
+    found["save"] = Probe(
+        value="{}/" + place, seen=lambda t: t.given["export"][0]["directory"].parent.name, expected=place
+    )
+    found["load"] = replace(LOGGING["load"], value=first)
+    found["no_load_optim"] = replace(LOGGING["no_load_optim"], also=LOGGING["no_load_optim"].also | {"load": first})
+    found["eval_interval"] = replace(LOGGING["eval_interval"], seen=steps_with(f"{program}/eval_loss"))
+    return found
+
+
 LOGGING = {
-    "save": Probe(
-        value="{}/elsewhere_sft", seen=lambda t: t.given["export"][0]["directory"].parent.name, expected="elsewhere_sft"
-    ),
     "load": Probe(
         value="{}/first_sft",
         seen=both(lambda t: [path.name for path, _ in t.given["load"]], lambda t: t.given["metrics"][0]["step"]),
@@ -115,7 +175,7 @@ LOGGING = {
         **{"expected": {False}, "also": {"train_iters": 4, "load": "{}/first_sft"}},
     ),
     "save_interval": Probe(value=2, seen=lambda t: t.given["checkpoints"], expected=["iter_0000002", "iter_0000003"]),
-    "eval_interval": Probe(value=2, seen=steps_with("sft/eval_loss"), expected=[2, 3]),
+    "eval_interval": Probe(value=2, seen=steps_with("eval_loss"), expected=[2, 3]),
     "log_interval": Probe(
         value=2, seen=lambda t: [f"step {n}/3" in t.said for n in (1, 2, 3)], expected=[False, True, True]
     ),
@@ -131,19 +191,107 @@ LOGGING = {
     "wandb_project": Probe(value="other", seen=given("wandb", "project"), also={"use_wandb": True}),
     "wandb_run_name": Probe(value="mine", seen=given("wandb", "run_name"), also={"use_wandb": True}),
 }
-SFT = {
-    **(MODEL | layout_probes("actor", sft_ranks) | kernel_probes("actor") | BATCH | megatron_probe("actor")),
-    **(optimizer_probes("actor") | DATA | LOGGING),
-    "num_gpus_per_node": Probe(
-        value=2,
-        seen=both(lambda t: t.given["ranks"][0]["world_size"], world("world_size"), world("rank")),
-        expected=(2, 2, 1),
-    ),
-    "gpu_memory_gib": Probe(value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, expected=True),
-    "learning_rate": Probe(
-        value=7.3e-4, seen=both(adam("lr"), metric("sft/learning_rate", 1)), **{"expected": (7.3e-4, 7.3e-4)}
-    ),
+
+
+def shared_probes(program: str) -> dict[str, Probe]:
+    """Options of every supervised program but those of its data and its loss."""
+    return {
+        **(MODEL | layout_probes("actor", sft_ranks) | kernel_probes("actor") | BATCH | megatron_probe("actor")),
+        **(optimizer_probes("actor") | logging_probes(program) | LORA),
+        "num_gpus_per_node": Probe(
+            value=2,
+            seen=both(lambda t: t.given["ranks"][0]["world_size"], world("world_size"), world("rank")),
+            expected=(2, 2, 1),
+        ),
+        "gpu_memory_gib": Probe(value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, expected=True),
+        "enable_ema": Probe(
+            value=True,
+            seen=lambda t: [export["directory"].name for export in t.given["export"]],
+            expected=["hf", "hf_ema"],
+        ),
+        "ema_decay": Probe(
+            value=0.75, seen=lambda t: t.given["ema"], **{"expected": [0.75], "also": {"enable_ema": True}}
+        ),
+        "learning_rate": Probe(
+            value=7.3e-4, seen=both(adam("lr"), metric(f"{program}/learning_rate", 1)), **{"expected": (7.3e-4, 7.3e-4)}
+        ),
+    }
+
+
+SFT = shared_probes("sft") | DATA
+OF_CHATS_AND_TEXTS = ("multiturn", "data_path", "split", "eval_iters")  # that pairs, labels and steps are not
+# Its one row has none of the columns that the others ask for, which names the file that was chosen.
+OTHER_SPLIT = replace(DATA["train_split"], seen=lambda t: "splits/other-00000" in t.error, expected=True)
+
+
+def scalars(trace: Trace) -> set[float]:
+    """Margins that the loss asked for."""
+    return {value for batch in trace.given["rows actor"] for value in batch.scalars.get("margin", [0.0])}
+
+
+RM = {
+    **(shared_probes("rm") | DATA),
+    "micro_batch_size": Probe(value=3, seen=lambda t: t.engine().packing.max_tokens, expected=6 * 32),
+    "global_batch_size": Probe(value=6, seen=lambda t: len(t.given["rows actor"][0]), expected=12),
+    "max_len": replace(BATCH["max_len"], value=8, expected=(16, 9), also={"dataset": "{}/ragged_pairs.jsonl"}),
+    "max_tokens_per_micro_batch": Probe(value=80, seen=lambda t: t.engine().packing.max_tokens),
+    "share_prompt_prefix": Probe(value=False, seen=lambda t: t.engine().packing.share_prefix),
+    "dataset": replace(DATA["dataset"], value="{}/other_pairs.jsonl"),
+    "eval_dataset": replace(DATA["eval_dataset"], value="{}/other_pairs_eval.jsonl", expected=6),
+    "prompt_key": DATA["input_key"],
+    "chosen_key": Probe(value="better", seen=lambda t: {x[3] for x in decoded(t)}, expected={"b", "r"}),
+    "rejected_key": Probe(value="worse", seen=lambda t: {x[3] for x in decoded(t)}, expected={"c", "w"}),
+    "margin_loss": Probe(value=True, seen=scalars, expected={i / 4 for i in range(8)}),
+    "value_head_prefix": Probe(value="value_head", seen=refused("value_head_prefix=value_head is not"), expected=True),
 }
+for name in ("input_key", "output_key", "pretrain_mode", *OF_CHATS_AND_TEXTS):
+    del RM[name]
+RM["train_split"] = OTHER_SPLIT
+RM["eval_split"] = replace(DATA["eval_split"], expected=(4, 12))
+RM["dataset_probs"] = replace(
+    DATA["dataset_probs"],
+    seen=lambda t: len(decoded(t)) < 28,
+    also={"dataset": "{}/pairs.jsonl,{}/other_pairs.jsonl", "train_iters": 4},
+)
+RM["max_samples"] = Probe(value=3, seen=lambda t: len(decoded(t)), expected=6)
+
+
+def judged(trace: Trace) -> set[int]:
+    """Tokens at which the loss looks."""
+    found = set()
+    for batch in trace.given["rows actor"]:
+        inputs = np.delete(batch.input_ids, np.cumsum(batch.lengths) - 1)
+        found |= set(inputs[batch.loss_mask].tolist())
+    return found
+
+
+def labels(trace: Trace) -> set[tuple[float, ...]]:
+    """Labels of all steps."""
+    fields = [batch.fields["shares"][batch.loss_mask] for batch in trace.given["rows actor"]]
+    return {tuple(row) for field in fields for row in field.tolist()}
+
+
+PRM = {
+    **(shared_probes("prm") | DATA),
+    "micro_batch_size": Probe(value=3, seen=lambda t: t.engine().packing.max_tokens, expected=3 * 32),
+    "max_len": replace(BATCH["max_len"], expected=(6, 6), also={"dataset": "{}/ragged_steps.jsonl"}),
+    "dataset": replace(DATA["dataset"], value="{}/other_steps.jsonl"),
+    "eval_dataset": replace(DATA["eval_dataset"], value="{}/other_steps_eval.jsonl"),
+    "tokenizer_chat_template": replace(
+        DATA["tokenizer_chat_template"],
+        value=TEMPLATE.replace("q ", "x "),  # z is the placeholder
+        expected=({"x "}, TEMPLATE.replace("q ", "x ")),
+    ),
+    "label_key": Probe(value="answer", seen=labels, expected={(0.0, 1.0)}),
+    "placeholder_token": Probe(value="=", seen=judged, expected={41}),
+    "reward_tokens": Probe(value=("n", "y"), seen=labels, expected={(0.0, 1.0)}),
+}
+for name in ("output_key", "pretrain_mode", *OF_CHATS_AND_TEXTS):
+    del PRM[name]
+PRM["train_split"] = OTHER_SPLIT
+PRM["dataset_probs"] = replace(
+    DATA["dataset_probs"], also={"dataset": "{}/steps.jsonl,{}/other_steps.jsonl", "train_iters": 4}
+)
 
 
 def nothing(number: int) -> Options:

@@ -120,5 +120,5 @@ def test_a_used_run_directory_is_only_continued(tmp_path: Path, trace: str) -> N
 
 def test_one_rank_tries(place: Path) -> None:
     logging = LoggingArguments(save="/dev/null/run")
-    assert len(_logging_errors(logging, evaluation="eval_data", path=None)) == 1
-    assert _logging_errors(logging, evaluation="eval_data", path=None, tries_save=False) == []
+    assert len(_logging_errors(logging, evaluation="eval_data", evaluates=False)) == 1
+    assert _logging_errors(logging, evaluation="eval_data", evaluates=False, tries_save=False) == []

@@ -11,6 +11,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import world_errors
 from megarlhf.config.checks import ConfigError, check_parity, check_ppo, check_supervised, raise_if
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.roles import ROLES
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 
@@ -73,6 +74,19 @@ def check_sft(tmp_path: Path) -> Check:
         "max_len": 64,
     }
     return lambda **changes: check_supervised(from_dict(SFTConfig, base | changes))
+
+
+@pytest.fixture
+def check_kd(tmp_path: Path, check_sft: Check) -> Check:
+    """Mistakes of a sound configuration of distillation with the given changes."""
+    base = {
+        "pretrain": str(tmp_path / "model"),
+        "teacher_model": write_model(tmp_path / "teacher", num_hidden_layers=6, vocab_size=5),
+        "dataset": str(tmp_path / "pairs.jsonl"),
+        "save": str(tmp_path / "run"),
+        "max_len": 64,
+    }
+    return lambda **changes: check_supervised(from_dict(KDConfig, base | changes))
 
 
 def only(errors: list[str]) -> str:
@@ -458,8 +472,20 @@ def test_wandb_from_the_environment(check: Check, monkeypatch: pytest.MonkeyPatc
         ({"num_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "num_gpus_per_node=3 makes 3 ranks"),
         ({"global_batch_size": 1, "num_gpus_per_node": 2}, "global_batch_size=1 is below the 2"),
         ({"output_key": None}, "output_key=None"),
+        ({"multiturn": True}, "multiturn=True needs apply_chat_template"),
+        ({"multiturn": True, "apply_chat_template": True, "pretrain_mode": True}, "leave one out"),
         ({"eval_dataset": "/nowhere.csv"}, "eval_dataset=/nowhere.csv"),
-        ({"eval_interval": 1}, "set eval_dataset"),
+        ({"dataset": "Open-Orca/OpenOrca"}, "dataset Open-Orca/OpenOrca --local-dir DIR`, then set dataset=DIR"),
+        ({"dataset": "json@/nowhere"}, "dataset=json@/nowhere; /nowhere is not a directory"),
+        ({"dataset": "text@."}, "the type before @ is json, csv, parquet, arrow"),
+        ({"dataset": ".,/nowhere"}, "dataset=/nowhere does not exist"),
+        ({"dataset": ".,.", "dataset_probs": "1.0"}, "has 1 numbers for the 2 data sets"),
+        ({"dataset": ".,.", "dataset_probs": "0.5,0"}, "must be positive numbers"),
+        ({"dataset": ".,.", "dataset_probs": "0.5 0.5"}, "must be positive numbers"),
+        ({"eval_split": "train"}, "eval_split=train is train_split too"),
+        ({"eval_split": "1.5"}, "must be above 0 and below 1"),
+        ({"eval_split": "0.1", "eval_dataset": "."}, "leave one of them out"),
+        ({"eval_interval": 1}, "set eval_dataset or eval_split"),
         ({"learning_rate": -1}, "learning_rate=-1.0"),
         ({"critic_pretrain": "."}, "critic_pretrain=. is ignored"),
     ],
@@ -476,3 +502,20 @@ def test_the_launchers_world_size_wins(check_sft: Check, monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert check_sft(tensor_model_parallel_size=2, num_gpus_per_node=1) == []
     assert "WORLD_SIZE=4 makes 4 ranks" in check_sft(pipeline_model_parallel_size=3)[0]
+
+
+def test_a_teacher_fits_the_student_and_the_layout(check_kd: Check, tmp_path: Path) -> None:
+    """A teacher of another depth and with further tokens is sound; one that names other tokens, or lacks some, not."""
+    assert check_kd() == []
+    other = write_model(tmp_path / "other", tokenizer=TOKENIZER | {"model": {"vocab": {"b": 0, "a": 1}}})
+    said = only(check_kd(teacher_model=other))
+    assert said.startswith(f"teacher_model={other} has a tokenizer of 3 tokens that differs from the 3 tokens of")
+    small = write_model(tmp_path / "small", vocab_size=2)
+    said = only(check_kd(teacher_model=small))
+    assert said.startswith(f"teacher_model={small} has vocab_size=2, less than vocab_size=3 of pretrain")
+    odd = write_model(tmp_path / "odd", num_hidden_layers=5)
+    said = only(check_kd(teacher_model=odd, pipeline_model_parallel_size=2, num_gpus_per_node=2))
+    assert "of teacher_model" in said
+    assert only(check_kd(teacher_model="/nowhere")).startswith("teacher_model=/nowhere is not a local directory")
+    assert only(check_kd(teacher_top_k=3)).startswith("teacher_top_k=3 is not below vocab_size=3 of pretrain")
+    assert only(check_kd(kd_coef=1.5)).startswith("kd_coef=1.5 must be from 0 to 1")

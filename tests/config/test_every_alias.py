@@ -6,7 +6,8 @@ import pytest
 
 from megarlhf.config.aliases import ALIASES
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.command_line import parse, to_dict
+from megarlhf.config.command_line import options_of, parse, to_dict
+from megarlhf.config.supervised_arguments import SFTConfig
 
 REQUIRED = ["--pretrain", "m", "--prompt_data", "d", "--save", "s"]
 
@@ -27,15 +28,26 @@ MEANT: dict[str, tuple[str, dict[str, Any]]] = {
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     ),
     "gradient_checkpointing_use_reentrant": ("--gradient_checkpointing_use_reentrant", {}),
+    "seq_length": ("--seq_length 33", {"max_len": 33}),
     "ring_attn_size": ("--ring_attn_size 4", {"context_parallel_size": 4}),
     "packing_samples": ("--packing_samples", {}),
     "colocate_actor_ref": ("--colocate_actor_ref", {}),
     "vllm_enable_sleep": ("--vllm_enable_sleep", {}),
     "perf": ("--perf", {}),
+    "loss": ("--loss logexp", {}),
+    "compute_fp32_loss": ("--compute_fp32_loss", {}),
+    "ref_offload": ("--ref_offload", {}),
     "virtual_pipeline_model_parallel_size": (
         "--virtual_pipeline_model_parallel_size 5",
         {"num_virtual_stages_per_pipeline_rank": 5},
     ),
+    "lr_scheduler": ("--lr_scheduler linear", {"lr_decay_style": "linear", "min_lr_ratio": 0.0}),
+    "ring_head_stride": ("--ring_head_stride 2", {}),
+    "zero_stage": ("--zero_stage 3", {}),
+    "adam_offload": ("--adam_offload", {}),
+    "flash_attn": ("--flash_attn", {}),
+    "local_rank": ("--local_rank -1", {}),
+    "teacher_offload": ("--teacher_offload", {}),
     "aux_loss_coef": ("--aux_loss_coef 0.41", {"moe_aux_loss_coeff": 0.41}),
     "use_kl_estimator_k3": ("--use_kl_estimator_k3", {"kl_estimator": "k3"}),
 }
@@ -52,9 +64,11 @@ def test_what_an_alias_sets_and_that_it_sets_nothing_else(
 ) -> None:
     words, values = MEANT[name]
     flag, *rest = words.split()
-    plain, _ = parse(PPOConfig, REQUIRED, "ppo")
+    program: Any = PPOConfig if values.keys() <= options_of(PPOConfig).keys() else SFTConfig
+    required = REQUIRED if program is PPOConfig else ["--pretrain", "m", "--save", "s"]
+    plain, _ = parse(program, required, "ppo")
     capsys.readouterr()
-    config, _ = parse(PPOConfig, [*REQUIRED, flag.replace("_", spelled), *rest], "ppo")
+    config, _ = parse(program, [*required, flag.replace("_", spelled), *rest], "ppo")
     before, after = to_dict(plain), to_dict(config)
     assert {key: after[key] for key in after if after[key] != before[key]} == values
     assert bool(values) or "note: " in capsys.readouterr().err, "a flag without effect says so"

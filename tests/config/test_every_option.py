@@ -6,13 +6,26 @@ import pytest
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import options_of
-from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
+from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
+from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityConfig, SFTConfig
 from tests.config.in_process_programs import Programs
 from tests.config.option_probes import SAME, Probe
+from tests.config.option_probes_kd import KD
 from tests.config.option_probes_ppo import PPO
-from tests.config.option_probes_rest import PARITY, SFT
+from tests.config.option_probes_preferences import DPO, KTO
+from tests.config.option_probes_rest import PARITY, PRM, RM, SFT
 
-TABLES = {"ppo": (PPOConfig, PPO), "sft": (SFTConfig, SFT), "parity": (ParityConfig, PARITY)}
+TABLES = {
+    "ppo": (PPOConfig, PPO),
+    "sft": (SFTConfig, SFT),
+    "kd": (KDConfig, KD),
+    "dpo": (DPOConfig, DPO),
+    "kto": (KTOConfig, KTO),
+    "rm": (RMConfig, RM),
+    "prm": (PRMConfig, PRM),
+    "parity": (ParityConfig, PARITY),
+}
 
 
 @pytest.fixture(scope="module")
