@@ -6,7 +6,7 @@ Data is read and tokenized once on a machine, into files that all its ranks map.
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -149,7 +149,7 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
     from megarlhf.trainers.assembly import chat_template, model_options, optimizer_options, parallel_sizes
     from megarlhf.trainers.tasks import build_task
 
-    stop, template = StopSignal(), chat_template(config)
+    stop, template, tokenizer = StopSignal(), chat_template(config), config.model.tokenizer
     initialize_groups(
         parallel_sizes(layout),
         rank=rank,
@@ -202,23 +202,22 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
             )
             for place, weights in exported:
                 with weights:
-                    export_hf(
-                        engine,
-                        place,
-                        tokenizer=config.model.tokenizer,
-                        chat_template=template,
-                        config_entries=entries,
-                    )
+                    export_hf(engine, place, tokenizer=tokenizer, chat_template=template, config_entries=entries)
     finally:
         if sinks is not None:
             sinks.close()
         destroy_groups()
     if rank == 0:
-        with running():
-            page, picture = write_report(directory, f"megarlhf {config.program}: {directory.name}")
-        if entries:
-            source = "evaluation data" if evaluation else f"first {supervised.MEASURED_UNITS} units of training data"
-            found = ", ".join(f"{name}={value:.4g}" for name, value in entries.items())
-            print(f"config.json: {found}, of the {source}")
-        print(f"{dropped_line(data)}\nmodel: {directory / 'hf'}\nreport: {page} and {picture}")
+        measured = "evaluation data" if evaluation else f"first {supervised.MEASURED_UNITS} units of training data"
+        _report(config, data, {name: f"{value:.4g} of the {measured}" for name, value in entries.items()})
     return 0
+
+
+def _report(config: SupervisedConfig, data: Units, entries: Mapping[str, str]) -> None:
+    """Draw the run, and say where everything is."""
+    directory = Path(config.logging.save)
+    with running():
+        page, picture = write_report(directory, f"megarlhf {config.program}: {directory.name}")
+    for name, text in entries.items():
+        print(f"config.json: {name}={text}")
+    print(f"{dropped_line(data)}\nmodel: {directory / 'hf'}\nreport: {page} and {picture}")

@@ -89,13 +89,7 @@ def load_preference_rows(
     if not kept:
         raise rows.all_too_long("max_len", max_len, shortest=min(sizes.values()))
 
-    filler = [int(tokenizer.eos_token_id)] if values else []
-    members = [encoded for index in kept for encoded in pairs[index]]
-    found = training_rows(
-        [prompt + answer + filler for prompt, answer in members],
-        [len(prompt) for prompt, _ in members],
-        unit_ids=np.repeat(np.arange(len(kept)), 2).tolist(),
-    )
+    found = _pair_rows([pairs[index] for index in kept], filler=[int(tokenizer.eos_token_id)] if values else [])
     places = np.repeat(kept, 2).tolist()
     check_vocabulary(found.input_ids, np.cumsum(found.lengths), places, tokenizer, rows=rows, vocab_size=vocab_size)
     if margin:
@@ -104,6 +98,16 @@ def load_preference_rows(
     return SupervisedData(
         rows=_last_target_only(found) if values else found,
         dropped={EQUAL: len(rows) - len(differ), too_long(max_len): len(differ) - len(kept)},
+    )
+
+
+def _pair_rows(pairs: list[tuple[Encoded, Encoded]], *, filler: list[int]) -> TrainingRows:
+    """Both rows of each pair, as a unit."""
+    members = [encoded for pair in pairs for encoded in pair]
+    return training_rows(
+        [prompt + answer + filler for prompt, answer in members],
+        [len(prompt) for prompt, _ in members],
+        unit_ids=np.repeat(np.arange(len(pairs)), 2).tolist(),
     )
 
 

@@ -10,7 +10,7 @@ from megarlhf.data.loading import DataSource, load_rows
 from megarlhf.data.supervised import SupervisedData, too_long
 from megarlhf.data.templates import encode_prompts, make_renderer
 from megarlhf.data.token_ids import check_vocabulary
-from megarlhf.data.types import Floats, TokenIds, training_rows
+from megarlhf.data.types import Floats, TokenIds, TrainingRows, training_rows
 
 
 def load_process_reward_rows(
@@ -86,14 +86,19 @@ def load_process_reward_rows(
     found = training_rows(sequences, [1] * len(kept))
     ends = np.cumsum(found.lengths)
     check_vocabulary(found.input_ids, ends, kept, tokenizer, rows=rows, vocab_size=vocab_size)
-    inputs = np.ones(len(found.input_ids), dtype=np.bool_)
-    inputs[ends - 1] = False  # a row's last token is never an input
-    mask = (found.input_ids == placeholder)[inputs]
     given = np.stack([label for index in kept for label in every_label[index]])
+    found = _labelled(found, placeholder, given, name="label_ids" if choices is None else "shares")
+    return SupervisedData(rows=found, dropped={too_long(max_len): len(rows) - len(kept)})
+
+
+def _labelled(rows: TrainingRows, placeholder: int, given: Floats, *, name: str) -> TrainingRows:
+    """Rows whose loss looks at the target behind each placeholder, with its label, of `given` one after the other."""
+    inputs = np.ones(len(rows.input_ids), dtype=np.bool_)
+    inputs[np.cumsum(rows.lengths) - 1] = False  # a row's last token is never an input
+    mask = (rows.input_ids == placeholder)[inputs]
     field = np.zeros((len(mask), *given.shape[1:]), dtype=np.float32)
     field[mask] = given
-    found = replace(found.with_fields({"label_ids" if choices is None else "shares": field}), loss_mask=mask)
-    return SupervisedData(rows=found, dropped={too_long(max_len): len(rows) - len(kept)})
+    return replace(rows.with_fields({name: field}), loss_mask=mask)
 
 
 def reward_token_ids(

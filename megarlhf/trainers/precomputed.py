@@ -97,7 +97,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> Floats | None:
         return None
     values: Floats = np.load(path)
     if values.dtype != np.float32 or values.shape != shape:
-        raise ValueError(f"{path} holds {values.dtype} {values.shape}, not float32 {shape}: remove it")
+        raise ValueError(f"{path} holds {values.dtype} {values.shape}, not the data's float32 {shape}: remove it")
     _logger.info("%s: read, not computed", path)
     return values
 

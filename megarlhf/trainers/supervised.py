@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,7 +16,7 @@ from megarlhf.data.supervised import SupervisedData, Units
 from megarlhf.data.types import Ints, MicroBatch
 from megarlhf.engine import checkpoint
 from megarlhf.engine.average import WeightAverage
-from megarlhf.engine.engine import MegatronEngine
+from megarlhf.engine.engine import MegatronEngine, StepResult
 from megarlhf.engine.objective import NonFiniteError, Objective
 from megarlhf.formats import run_checkpoints
 from megarlhf.metrics.sinks import Sinks
@@ -57,8 +56,9 @@ class SupervisedTask:
         """What the loss of these rows is divided by."""
         if self.mean_over == "targets":
             return float(data.rows.num_loss_targets[rows].sum())
-        firsts = np.flatnonzero(np.diff(data.rows.unit_ids, prepend=-1))
-        return float(np.isin(rows, firsts).sum())  # of a unit that is there twice each time
+        units = data.rows.unit_ids
+        first = (rows == 0) | (units[rows] != units[rows - 1])  # of a unit that is drawn twice each time
+        return float(first.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +98,7 @@ def train(
         RuntimeError: rank 0 could not log a step (there it is the cause that is raised); the step is saved.
     """
     timers, logging = Timers(), config.logging
-    sampler = PromptSampler(
-        data.num_units,
-        config.batch.global_batch_size,
-        config.model.seed,
-        first_step=progress.step,
-        consumed=progress.consumed,
-        shuffles=data.shuffles,
-    )
+    sampler = _sampler(config, data, progress)
     saved, entries = progress.step, progress.config_entries
 
     def save(step: int) -> None:
@@ -132,22 +125,15 @@ def train(
             save(step - 1)
             raise
         seconds = time.perf_counter() - started
-        metrics = {
-            f"{task.name}/loss": result.loss,
-            f"{task.name}/grad_norm": result.grad_norm,
-            f"{task.name}/learning_rate": result.learning_rate,
-            "data/epoch": sampler.epoch(step),
-            **{f"{task.name}/{name}": value for name, value in task.metrics(result.metrics).items()},
-            "time/step_seconds": seconds,
-            "perf/tokens_per_second": float(part.rows.lengths[rows].sum()) / seconds,
-            "perf/samples_per_second": len(units) / seconds,
-        }
+        metrics = {"data/epoch": sampler.epoch(step), "time/step_seconds": seconds} | _of_step(task, result)
+        metrics["perf/tokens_per_second"] = float(part.rows.lengths[rows].sum()) / seconds
+        metrics["perf/samples_per_second"] = len(units) / seconds
         if step == progress.step + 1:
             metrics |= memory(engine, task.name)
         stopping = agree(should_stop())
         last = step == total_steps or stopping
         found: dict[str, float] = {}
-        if evaluation is not None and (last or (logging.eval_interval and step % logging.eval_interval == 0)):
+        if evaluation is not None and (last or _is_due(step, logging.eval_interval)):
             with timers("eval"):
                 found = evaluate(engine, task, evaluation, config.batch.global_batch_size)
                 metrics |= {f"{task.name}/eval_{name}": value for name, value in found.items()}
@@ -157,13 +143,35 @@ def train(
                 entries = task.config_entries(measured)
         problem = _log(sinks, step, metrics | timers.pop())
         failed = agree(problem is not None)
-        if last or failed or (logging.save_interval and step % logging.save_interval == 0):
+        if last or failed or _is_due(step, logging.save_interval):
             save(step)
         if failed:
             raise problem or RuntimeError(f"rank 0 could not log step {step}")
         if stopping:
             break
     return entries
+
+
+def _sampler(config: SupervisedConfig, data: Units, progress: Progress) -> PromptSampler:
+    """Draws units from where a run continues."""
+    return PromptSampler(
+        data.num_units,
+        config.batch.global_batch_size,
+        config.model.seed,
+        first_step=progress.step,
+        consumed=progress.consumed,
+        shuffles=data.shuffles,
+    )
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _of_step(task: SupervisedTask, result: StepResult) -> dict[str, float]:
+    """What an optimizer step reports, under the task's names."""
+    own = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+    return {f"{task.name}/{name}": value for name, value in (own | task.metrics(result.metrics)).items()}
 
 
 def _log(sinks: Sinks | None, step: int, metrics: dict[str, float]) -> Exception | None:
