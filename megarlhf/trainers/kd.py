@@ -6,7 +6,7 @@ its likeliest tokens once, before training.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def with_top_tokens(
         found = torch.cat([ids.float(), log_probs], -1)  # float32 holds ids up to 2^24
         return TokenOutputs(candidates=layer.on_sequence(found, len(batch.targets)))
 
-    def compute(rows: TrainingRows) -> Floats:
+    def compute(rows: TrainingRows) -> Iterator[Floats]:
         if not built:
             built.append(build_teacher())
         return computed(built[0], rows, width=width, compute=top_tokens)

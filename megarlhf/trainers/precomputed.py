@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,60 +20,62 @@ from megarlhf.formats.huggingface import HFWeights
 from megarlhf.parallel.device import current_device
 from megarlhf.trainers.supervised import agree
 
-UNITS_AT_ONCE = 1024  # of rows that are packed together
+UNITS_AT_ONCE = 256  # of rows that are packed together, and whose numbers rank 0 holds at once
 _logger = logging.getLogger(__name__)
 
 
 def with_field(
     data: Sequence[SupervisedData],
     name: str,
-    compute: Callable[[TrainingRows], Floats],
+    compute: Callable[[TrainingRows], Iterator[Floats]],
     *,
     width: int | None,
     model: str,
     directory: Path,
 ) -> list[SupervisedData]:
-    """Data with one more field, read from a file of an earlier run or computed and written to one.
+    """Data with one more field, which is a file that every rank maps: of an earlier run, or computed now.
 
     The file's name has the fingerprint of what the numbers depend on: the model, and the data's tokens, in which the
     template and the tokenizer have left their marks; not the layout. Every rank calls it.
 
     Args:
-        compute: gives the field of rows, on every rank.
+        compute: gives the field of rows, block after block, on rank 0; every rank iterates.
         width: numbers of a target; None: one, without a dimension of its own.
         model: `checkpoint_digest` of what computes, on rank 0.
-        directory: where the files lie; only rank 0 reads and writes there.
+        directory: where the files lie, which every host sees; only rank 0 writes there.
     Raises:
         OSError: the file cannot be written, on rank 0.
-        ValueError: a file that does not hold the numbers of these rows, on rank 0.
+        ValueError: a file that does not hold the numbers of these rows.
     """
-    first, completed = dist.get_rank() == 0, []
+    completed = []
     for each in data:
         shape = (int(each.rows.num_targets.sum()), *([] if width is None else [width]))
-        path = directory / f"{name}-{_digest(model, each.fingerprint)}.npy"
-        values = _read(path, shape) if first else None
-        if not agree(values is not None):
-            values = compute(each.rows)
-            if first:
-                _write(path, values)
-        completed.append(replace(each, rows=each.rows.with_fields({name: _from_first(values, shape)})))
+        path = directory / _from_first(f"{name}-{_digest(model, each.fingerprint)}.npy")
+        if not agree(path.is_file()):
+            _write(path, shape, compute(each.rows))
+            dist.barrier()
+        elif dist.get_rank() == 0:
+            _logger.info("%s: read, not computed", path)
+        completed.append(replace(each, rows=each.rows.with_fields({name: _mapped(path, shape)})))
     return completed
 
 
 def computed(
     engine: MegatronEngine, rows: TrainingRows, *, width: int | None, compute: Outputs = target_log_probs
-) -> Floats:
-    """[targets] or [targets, width] of all rows on every rank, by the weights that the engine has now."""
-    whole = torch.zeros(int(rows.num_targets.sum()), *([] if width is None else [width]), dtype=torch.float32)
+) -> Iterator[Floats]:
+    """[targets] or [targets, width] of so many units after the other on rank 0, by the weights that the engine has."""
+    first_target = 0
     for start in range(0, rows.num_units, UNITS_AT_ONCE):
         indices = rows.of_units(range(start, min(start + UNITS_AT_ONCE, rows.num_units)))
         found: TargetValues = engine.forward(engine.micro_batches(rows, indices), compute=compute)
+        count = int(rows.num_targets[indices].sum())
+        block = torch.zeros(count, *([] if width is None else [width]), dtype=torch.float32)
         if engine.ranks.holds_results:
-            whole[found.indices] = torch.from_numpy(found.values)
-    whole = whole.to(current_device())
-    dist.all_reduce(whole)
-    values: Floats = whole.cpu().numpy()
-    return values
+            block[found.indices - first_target] = torch.from_numpy(found.values)
+        block = block.to(current_device())
+        dist.reduce(block, 0)
+        first_target += count
+        yield block.cpu().numpy()
 
 
 def checkpoint_digest(directory: str | Path, *more: str) -> str:
@@ -92,27 +94,30 @@ def _digest(*parts: str) -> str:
     return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> Floats | None:
-    if not path.is_file():
-        return None
-    values: Floats = np.load(path)
+def _write(path: Path, shape: tuple[int, ...], blocks: Iterator[Floats]) -> None:
+    """Rank 0 writes what every rank computes; the file has its name when it is whole."""
+    staged, whole, place = path.with_suffix(".staged"), None, 0
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = np.lib.format.open_memmap(staged, mode="w+", dtype=np.float32, shape=shape)
+    for block in blocks:
+        if whole is not None:
+            whole[place : place + len(block)] = block
+        place += len(block)
+    if whole is not None:
+        whole.flush()
+        os.replace(staged, path)
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Floats:
+    values: Floats = np.load(path, mmap_mode="r").view(np.ndarray)
     if values.dtype != np.float32 or values.shape != shape:
         raise ValueError(f"{path} holds {values.dtype} {values.shape}, not the data's float32 {shape}: remove it")
-    _logger.info("%s: read, not computed", path)
     return values
 
 
-def _write(path: Path, values: Floats) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".staged")
-    with staged.open("wb") as file:
-        np.save(file, values)
-    os.replace(staged, path)
-
-
-def _from_first(values: Floats | None, shape: tuple[int, ...]) -> Floats:
-    whole = torch.empty(shape) if values is None else torch.from_numpy(np.ascontiguousarray(values))
-    whole = whole.to(current_device())
-    dist.broadcast(whole, 0)
-    found: Floats = whole.cpu().numpy()
-    return found
+def _from_first(name: str) -> str:
+    """Rank 0's, on every rank."""
+    names = [name]
+    dist.broadcast_object_list(names, 0)
+    return names[0]

@@ -1,6 +1,6 @@
 """Log-probs of a reference beside the rows that are trained on: in each step, or once before training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -35,17 +35,16 @@ def with_reference_log_probs(
 
     Args:
         ref_pretrain: checkpoint of the reference; None: the engine's present weights, which are those of its pretrain.
-        directory: where the files lie; only rank 0 reads and writes there.
+        directory: where the files lie.
     Raises:
-        OSError: the file cannot be written, on rank 0.
-        ValueError: a file that does not hold the log-probs of these rows, on rank 0.
+        OSError, ValueError: as with_field does.
     """
     if ref_pretrain is not None:
         engine.keep_reference(ref_pretrain)
 
-    def compute(rows: TrainingRows) -> Floats:
+    def compute(rows: TrainingRows) -> Iterator[Floats]:
         with nullcontext() if ref_pretrain is None else engine.reference_weights():
-            return computed(engine, rows, width=None)
+            yield from computed(engine, rows, width=None)
 
     model = checkpoint_digest(ref_pretrain or engine.pretrain, f"bf16={engine.config.bf16}")
     completed = with_field(data, REF_LOG_PROBS, compute, width=None, model=model, directory=directory)

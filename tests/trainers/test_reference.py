@@ -13,6 +13,7 @@ from megarlhf.data.packing import gather_targets
 from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import TrainingRows
 from megarlhf.engine.engine import MegatronEngine
+from megarlhf.trainers import precomputed
 from megarlhf.trainers.kto import kto_task, unmatched_kl
 from megarlhf.trainers.parity_cases import parity_case
 from megarlhf.trainers.reference import REF_LOG_PROBS, reference_log_probs, with_reference_log_probs
@@ -65,7 +66,9 @@ def case(
         engine.drop_reference()
         found["own"] = by_row(rows, engine.forward(engine.micro_batches(rows)))
         data = SupervisedData(rows=rows)
-        (completed,) = with_reference_log_probs(engine, [data], ref_pretrain=str(reference), directory=cache)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(precomputed, "UNITS_AT_ONCE", 2)  # of three
+            (completed,) = with_reference_log_probs(engine, [data], ref_pretrain=str(reference), directory=cache)
         found["once"] = completed.rows.fields[REF_LOG_PROBS]
         assert engine._reference is None and completed.fingerprint == data.fingerprint
         (of_start,) = with_reference_log_probs(engine, [data], ref_pretrain=None, directory=cache)
