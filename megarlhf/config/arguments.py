@@ -22,8 +22,6 @@ class ModelArguments:
 
     pretrain: str
     """Local directory of the Hugging Face checkpoint to train: config.json, *.safetensors and tokenizer files."""
-    critic_pretrain: str | None = None
-    """Local directory of the critic's starting checkpoint (PPO with gae only). None: the same as pretrain."""
     tokenizer: str | None = None
     """Local directory of the tokenizer. None: the same as pretrain."""
     bf16: bool = False
@@ -32,6 +30,14 @@ class ModelArguments:
     """Weight of the load-balancing loss of models with experts. 0: none."""
     seed: int = 42
     """Seed of data order, sampling and initialization, for every role."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLModelArguments(ModelArguments):
+    """Which weights to start from, the critic's included."""
+
+    critic_pretrain: str | None = None
+    """Local directory of the critic's starting checkpoint (PPO with gae only). None: the same as pretrain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +320,7 @@ class LoggingArguments:
 class PPOConfig:
     """Train a policy with reinforcement learning: PPO, REINFORCE(++), RLOO or GRPO."""
 
-    model: ModelArguments
+    model: RLModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     critic_layout: CriticLayoutArguments = field(default_factory=CriticLayoutArguments)
     kernels: KernelArguments = field(default_factory=KernelArguments)

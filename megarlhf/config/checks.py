@@ -252,8 +252,6 @@ def _models(config: PPOConfig | SupervisedConfig | ParityConfig) -> tuple[Models
     starts = {"pretrain": model.pretrain}
     if isinstance(config, PPOConfig):
         starts |= dict(role.start(config) for role in megatron_roles(config))
-    elif model.critic_pretrain is not None:
-        errors.append(f"critic_pretrain={model.critic_pretrain} is ignored (only PPO has a critic): leave it out")
     if isinstance(config, SupervisedConfig):
         starts |= config.other_models | ({} if config.ref_pretrain is None else {"ref_pretrain": config.ref_pretrain})
     models: dict[str, Mapping[str, Any]] = {}

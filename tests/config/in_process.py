@@ -163,6 +163,8 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (megatron_random, "model_parallel_cuda_manual_seed", seed),
         (dist, "all_reduce", lambda *args, **options: None),
         (dist, "broadcast", lambda *args: None),
+        (dist, "broadcast_object_list", lambda *args: None),
+        (dist, "reduce", lambda *args: None),
         (dist, "barrier", lambda: None),
         (dist, "all_gather", copy),
         (dist, "get_rank", lambda: 0),

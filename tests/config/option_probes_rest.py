@@ -53,10 +53,8 @@ def targets(trace: Trace) -> set[int]:
     return {length for batch in trace.given["rows actor"] for length in batch.prompt_lengths.tolist()}
 
 
-IGNORED_CRITIC = Probe(value="{}/other", seen=refused("critic_pretrain", "is ignored"), expected=True)
 MODEL = {
     "pretrain": Probe(value="{}/other", seen=lambda t: t.engine().pretrain.name, expected="other"),
-    "critic_pretrain": IGNORED_CRITIC,
     "tokenizer": Probe(
         value="{}/tokenizer",
         seen=lambda t: str(t.given["export"][0]["tokenizer"]).rsplit("/", 1)[1],
@@ -310,7 +308,6 @@ PARITY = {
         seen=lambda t: [t.engine(phase).pretrain.name for phase in ("reference", "layout")],
         expected=["other", "other"],
     ),
-    "critic_pretrain": IGNORED_CRITIC,
     "tokenizer": Probe(value="{}/tokenizer", seen=refused("tokenizer", "is ignored"), expected=True),
     "bf16": Probe(
         value=True,

@@ -487,7 +487,6 @@ def test_wandb_from_the_environment(check: Check, monkeypatch: pytest.MonkeyPatc
         ({"eval_split": "0.1", "eval_dataset": "."}, "leave one of them out"),
         ({"eval_interval": 1}, "set eval_dataset or eval_split"),
         ({"learning_rate": -1}, "learning_rate=-1.0"),
-        ({"critic_pretrain": "."}, "critic_pretrain=. is ignored"),
     ],
 )
 def test_one_supervised_mistake(check_sft: Check, changes: dict[str, Any], said: str) -> None:

@@ -13,11 +13,11 @@ from megarlhf.config.arguments import (
     AlgorithmArguments,
     BatchArguments,
     LoggingArguments,
-    ModelArguments,
     OptimizerArguments,
     PPOConfig,
     PromptDataArguments,
     RewardArguments,
+    RLModelArguments,
     RolloutArguments,
 )
 from megarlhf.data.partition import DataParallelSplit, rows_of
@@ -40,7 +40,7 @@ def make_config(
     """A small configuration; nothing in it is read from disk."""
     sizes = {"train_iters": 3, "rollout_batch_size": 4, "n_samples_per_prompt": 2, "global_batch_size": 4}
     return PPOConfig(
-        model=ModelArguments(pretrain="model"),
+        model=RLModelArguments(pretrain="model"),
         batch=BatchArguments(**(sizes | (batch or {}))),
         optimizer=OptimizerArguments(freezing_actor_steps=freezing_actor_steps),
         algorithm=AlgorithmArguments(**(algorithm or {})),
