@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distillation of SmolLM2-135M-Instruct into its own first 12 layers, two CPU cores, no download.
+# Distillation of SmolLM2-135M-Instruct into its own first 24 layers, two CPU cores, no download.
 #
 #     examples/kd_smollm2_cpu.sh                              everything has a default
 #     SAVE=runs/mine LR=1e-5 examples/kd_smollm2_cpu.sh --train-iters 5 --use_tensorboard
@@ -12,6 +12,7 @@ export HF_HUB_OFFLINE=1
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 TEACHER_MODEL=${TEACHER_MODEL:-runs/smollm2}
 MODEL=${MODEL:-runs/smollm2_student}
+STUDENT_LAYERS=${STUDENT_LAYERS:-24}
 DATA=${DATA:-runs/words}
 SAVE=${SAVE:-runs/kd_smollm2_cpu}
 SEED=${SEED:-42}
@@ -61,7 +62,7 @@ EVAL_AND_LOGGING_ARGS=(
 )
 
 "${PYTHON}" examples/smollm2.py "${TEACHER_MODEL}"
-"${PYTHON}" examples/shallow_student.py "${TEACHER_MODEL}" "${MODEL}"
+"${PYTHON}" examples/shallow_student.py "${TEACHER_MODEL}" "${MODEL}" --num_layers "${STUDENT_LAYERS}"
 if [ ! -e "${DATA}/sft.jsonl" ]; then
     "${PYTHON}" examples/words_data.py "${DATA}" --seed "${SEED}"
 fi
