@@ -24,7 +24,7 @@ from megarlhf.metrics.sinks import Sinks
 from megarlhf.models.backend import model_backend, resolve_transformer_impl
 from megarlhf.models.names import check_names, stored_dtypes
 from megarlhf.models.registry import check_computing, check_engine_head, check_transformer_engine, find_architecture
-from megarlhf.models.targets import check_model_targets
+from megarlhf.models.targets import check_model_targets, check_quantised
 from megarlhf.parallel.device import DeviceKind
 
 
@@ -92,6 +92,8 @@ def check_weights(
         stored_dtypes(arch, config, source, head)
         if lora is not None:
             check_model_targets(lora, arch, config)
+            if lora.load_in_4bit:
+                check_quantised(arch, config, layout)
         if generates and directory == models[0][1] and head == models[0][3]:
             check_engine_head(arch, config, source)
         return Opened(config, source, head)
@@ -114,9 +116,15 @@ def resolve_kernels(
         ConfigError: it is not installed, or cannot compute as asked.
     """
     bf16, impl = config.model.bf16, resolve_transformer_impl(config.kernels.transformer_impl, device=device)
-    modules = config.passed.megatron.get("recompute_modules")
     raise_if(
-        kernel_errors(impl, layouts, bf16=bf16, share_prompt_prefix=share_prompt_prefix, recompute_modules=modules)
+        kernel_errors(
+            impl,
+            layouts,
+            bf16=bf16,
+            share_prompt_prefix=share_prompt_prefix,
+            recompute_modules=config.passed.megatron.get("recompute_modules"),
+            load_in_4bit=not isinstance(config, ParityConfig) and config.lora.load_in_4bit,
+        )
     )
     for warning in kernel_warnings(impl, bf16=bf16):
         print(f"warning: {warning}", file=sys.stderr)
@@ -239,4 +247,5 @@ def model_identity(pretrain: str, *layouts: LayoutArguments, lora: LoraArguments
 
 def _lora_identity(pretrain: str, lora: LoraArguments) -> dict[str, Any]:
     own = {"rank": lora.lora_rank, "alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules)}
+    own |= {"load_in_4bit": True} if lora.load_in_4bit else {}
     return own | {"base": HFWeights(Path(pretrain)).fingerprint()}

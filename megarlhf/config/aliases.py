@@ -120,7 +120,6 @@ _REFUSED = {  # why, and what to set instead -> flags
     "--tokenizer_model DIR": "vocab_file merge_file vocab_size",
     "the file is read piece by piece and its order is kept: leave it out": "partitions keep_sequential_samples",
     # Models
-    "4-bit weights are not offered in this version": "load_in_4bit",
     "the critic's value head is named score, as Transformers names it: leave it out": "value_head_prefix",
     "FP8 is not offered in this version: set --bf16": "fp8_format fp8",
     "the checkpoint's own tokenizer class is used: leave it out": "disable_fast_tokenizer",

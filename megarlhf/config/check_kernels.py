@@ -22,6 +22,7 @@ def kernel_errors(
     bf16: bool,
     share_prompt_prefix: bool,
     recompute_modules: Sequence[str] | None = None,
+    load_in_4bit: bool = False,
 ) -> list[str]:
     """What keeps the layers from computing as asked.
 
@@ -50,6 +51,8 @@ def kernel_errors(
         {
             "share_prompt_prefix=True with transformer_impl=transformer_engine (its attention has no mask of a shared "
             f"prompt): leave it out, or {_LOCAL}": share_prompt_prefix,
+            "load_in_4bit=True with transformer_impl=transformer_engine (its layers hold weights whole): leave it "
+            f"out, or {_LOCAL}": load_in_4bit,
             "recompute_granularity=selective with recompute_modules=core_attn saves nothing (TransformerEngine's fused "
             "and flash attention keep queries, keys, values and their output, which recomputing it keeps too): set "
             "recompute_granularity=full, or recompute_modules to others, such as mlp or moe": (

@@ -16,3 +16,6 @@ class LoraArguments:
     target_modules: tuple[str, ...] = ("all-linear",)
     """Last names of the Hugging Face modules that get adapters, such as q_proj v_proj. all-linear: every matrix of
     attention and feed-forward parts, experts' included."""
+    load_in_4bit: bool = False
+    """Keep the frozen matrices of attention and feed-forward parts in 4 bits (QLoRA's NF4, by bitsandbytes). Needs
+    lora_rank, and transformer_impl=local."""

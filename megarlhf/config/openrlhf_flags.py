@@ -31,6 +31,8 @@ OPENRLHF_FLAGS: dict[str, tuple[str, ...]] = {  # our command -> flags of train_
     }.items()
 }
 
+_NOTES = {"load_in_4bit": "the same, without double quantisation (docs/supervised.md)"}
+
 
 def meaning(flag: str, options: Mapping[str, Any]) -> str:
     """What a flag of OpenRLHF means to a program with these options.
@@ -39,7 +41,7 @@ def meaning(flag: str, options: Mapping[str, Any]) -> str:
         KeyError: nobody has said it.
     """
     if flag in options:
-        return "the same"
+        return _NOTES.get(flag, "the same")
     alias = ALIASES[flag]
     if alias.refused:
         return f"refused: {alias.refused}"

@@ -13,6 +13,7 @@ class ChunkSizes:
     dense_layers: int
     moe_layers: int
     frozen: int = 0  # numbers in weights that adapters stand beside; `dense` and `experts` are then the adapters'
+    four_bit: tuple[int, ...] = ()  # in each of the matrices that are frozen in 4 bits, which `frozen` leaves out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from megarlhf.engine.engine import MegatronEngine
 from megarlhf.formats import shared_memory
 from megarlhf.formats.shared_memory import Block, Piece
 from megarlhf.formats.threads import map_threads
+from megarlhf.models.four_bit import dense_like
 from megarlhf.models.weights import LocalWeight, ModelWeights
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.groups import all_gather_objects
@@ -31,7 +32,7 @@ class SharedWeights:
         owned = engine.weights.owned_weights()
         pieces = [(local, held) for local in owned if (held := _pieces(engine.weights, local))]  # not padding alone
         self._local = [local for local, _ in pieces]
-        data = [local.param for local in self._local]
+        data = [dense_like(local.param) for local in self._local]
         self._on_cpu = device_kind() == "cpu"
         moves = self._on_cpu and engine.adapters is None
         pools = engine.parameter_pools() if moves else []
@@ -59,7 +60,7 @@ class SharedWeights:
         @torch.no_grad()  # threads have modes of their own
         def renew(number: int) -> bytes:
             local, shared = self._local[number], self._shared[number]
-            data = local.param.data if adapters is None else adapters.merged(local)
+            data = local.data if adapters is None else adapters.merged(local)
             if data.data_ptr() != shared.data_ptr():
                 shared.copy_(data)
             return shared_memory.digest(self._bytes[number])
@@ -70,7 +71,7 @@ class SharedWeights:
 
 def _pieces(weights: ModelWeights, local: LocalWeight) -> list[Piece]:
     """Which parts of which Hugging Face tensors a parameter holds."""
-    data = local.param.data
+    data = torch.empty(dense_like(local.param).shape, device="meta")  # places alone count
     return [
         Piece(
             name=shard.hf_name,

@@ -98,7 +98,7 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         hidden_dropout=0.0,
         perform_initialization=False,
         transformer_impl=backend.transformer_impl,
-        use_cpu_initialization=not on_gpu,
+        use_cpu_initialization=not on_gpu or options.lora.load_in_4bit,  # whole matrices never all on a GPU
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **{name: backend.uses(name) for name in _FUSIONS},

@@ -29,8 +29,9 @@ from torch.nn import Module, ModuleDict, Parameter
 from megarlhf.config.lora import LoraArguments
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import Split, WeightMap
+from megarlhf.models.four_bit import quantise
 from megarlhf.models.shards import fused_outputs
-from megarlhf.models.targets import adaptable, check_targets, last_name, module_of
+from megarlhf.models.targets import adaptable, check_targets, is_quantised, last_name, module_of
 from megarlhf.models.weights import LocalWeight, ModelWeights
 from megarlhf.parallel.groups import Ranks, separate_generators
 
@@ -176,7 +177,7 @@ class Adapters:
     """All adapters of a model's chunks; the weights beside them are frozen, but for a value head.
 
     Args:
-        weights: of the same chunks, loaded or not.
+        weights: of the same chunks; loaded, where they are to be quantised.
         seed: of the A matrices, which are the same in every layout.
     Raises:
         ValueError: a target module that the model has not.
@@ -210,6 +211,8 @@ class Adapters:
                 linear.lora = FusedAdapters(found, local.weight, weights.hf, self._switch)
                 linear.register_forward_hook(linear.lora.add_to)
                 self._by_weight[local.name] = found
+            if options.load_in_4bit and is_quantised(local.weight):
+                quantise(layers[id(local.param)])
 
     def _adapters(self, local: LocalWeight, targets: set[str], config: Any, seed: int) -> dict[str, Adapter]:
         weight, ranks, param = local.weight, self._weights.ranks, local.param
@@ -248,7 +251,7 @@ class Adapters:
     @torch.no_grad()
     def merged(self, local: LocalWeight) -> Tensor:
         """The weight with its adapters' products added, rounded once; the parameter's data where it has none."""
-        data: Tensor = local.param.data
+        data = local.data
         adapters = self._by_weight.get(local.name)
         if adapters is None:
             return data

@@ -10,7 +10,7 @@ from megarlhf.data.model_sizes import ChunkSizes, LayerWidths
 from megarlhf.formats.huggingface import EMBEDDING, HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.names import is_tied, model_maps, padded_vocab_size
-from megarlhf.models.targets import adapter_numbers
+from megarlhf.models.targets import adapter_numbers, is_quantised
 
 
 def stage_sizes(
@@ -122,9 +122,10 @@ def _chunk(
 
     dense = [w for w in weights if not w.expert and not w.buffer]
     experts = [w for w in weights if w.expert_number is not None and w.expert_number < mine]
-    frozen, trained = 0, local
+    frozen, four_bit, trained = 0, tuple[int, ...](), local
     if lora is not None and lora.lora_rank:
-        frozen = sum(local(w) for w in (*dense, *experts) if w.hf != ("score.weight",))
+        four_bit = tuple(local(w) for w in (*dense, *experts) if lora.load_in_4bit and is_quantised(w))
+        frozen = sum(local(w) for w in (*dense, *experts) if w.hf != ("score.weight",)) - sum(four_bit)
 
         def trained(weight: WeightMap) -> int:
             parts = (layout.expert_tensor_parallel_size or tp) if weight.expert else tp
@@ -135,6 +136,7 @@ def _chunk(
         dense=tuple(map(trained, dense)),
         experts=tuple(map(trained, experts)),
         frozen=frozen,
+        four_bit=four_bit,
         buffers=sum(local(w) for w in weights if w.buffer),
         dense_layers=has_experts.count(False),
         moe_layers=has_experts.count(True),

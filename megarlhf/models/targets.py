@@ -1,12 +1,15 @@
 """Which Hugging Face modules low-rank adapters may stand beside, and how large these are; from tables alone."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
+from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.names import model_maps
 
+BLOCK = 64  # numbers of a row that are quantised together
 _ROUTERS = ("gate", "shared_expert_gate")  # matrices that are no linear layers in Megatron-Core
 
 
@@ -51,6 +54,29 @@ def check_model_targets(lora: LoraArguments, arch: ArchSpec, hf: HFConfig) -> No
     """Raises ValueError where a model has not the modules that are to have adapters."""
     if lora.lora_rank:
         check_targets(lora.target_modules, model_maps(arch, hf, "lm"))
+
+
+def is_quantised(weight: WeightMap) -> bool:
+    """Whether load_in_4bit has a weight in 4 bits: a matrix that tensor parallelism cuts, but for the vocabulary's."""
+    return weight.split is not Split.REPLICATED and bool(adaptable(weight))
+
+
+def check_quantised(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments) -> None:
+    """Raises ValueError where a model's matrices cannot be kept in 4 bits in a layout, or bitsandbytes is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit=True; bitsandbytes is not installed: install it, see requirements/")
+    sizes, tp, unfit = arch.dimensions(hf), layout.tensor_model_parallel_size, dict[str, None]()
+    for weight in filter(is_quantised, model_maps(arch, hf, "lm")):
+        parts = (layout.expert_tensor_parallel_size or tp) if weight.expert else tp
+        parts = parts if weight.split is Split.ROW else 1
+        for module, (_, inputs) in adaptable(weight).items():
+            if sizes[inputs] % (BLOCK * parts):
+                unfit[f"{last_name(module)} has {sizes[inputs]} inputs on {parts} rank(s)"] = None
+    if unfit:
+        raise ValueError(
+            f"load_in_4bit=True; {', '.join(unfit)} ({BLOCK} numbers of a row are quantised together, on one rank): "
+            f"use fewer tensor-parallel ranks, or leave it out where the inputs are no multiple of {BLOCK}"
+        )
 
 
 def adapter_numbers(weight: WeightMap, lora: LoraArguments, sizes: dict[str, int], *, parts: int = 1) -> int:

@@ -16,6 +16,7 @@ from megarlhf.formats.huggingface import HFConfig, HFWeights
 from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
+from megarlhf.models.four_bit import dense
 from megarlhf.models.names import is_tied, model_maps, model_shapes
 from megarlhf.models.shards import Shard, shards_of
 from megarlhf.parallel.groups import Ranks, all_gather_objects
@@ -29,6 +30,11 @@ class LocalWeight:
     param: Any  # Parameter with Megatron's attributes, or buffer
     weight: WeightMap
     exported: bool  # False for the last stage's copy of a tied embedding
+
+    @property
+    def data(self) -> Tensor:
+        """Its numbers; of a weight in 4 bits those that it stands for, in new memory."""
+        return dense(self.param)
 
 
 class ModelWeights:
@@ -127,7 +133,7 @@ class ModelWeights:
             shard.emit(file.view(shard.hf_name))
 
     def _owned_shards(self) -> Iterator[Shard]:
-        shards = (shard for local in self.owned_weights() for shard in self.shards(local, local.param.data))
+        shards = (shard for local in self.owned_weights() for shard in self.shards(local, local.data))
         return (shard for shard in shards if shard.view.numel())
 
     @torch.no_grad()

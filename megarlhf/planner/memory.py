@@ -101,13 +101,14 @@ def rank_bytes(stages: Sequence[Sequence[ChunkSizes]], widths: LayerWidths, work
                 held, bf16=work.bf16, replicas=replicas, distributed_optimizer=work.distributed_optimizer
             )
             reference += sum(numbers) * work.element if work.has_reference else 0
-        parameters += chunk.buffers * 4 + chunk.frozen * work.element
+        parameters += chunk.buffers * 4 + chunk.frozen * work.element + sum(chunk.four_bit) * 9 // 16
     last = stage == len(stages) - 1
     forward = max(_stored(chunk, widths, work, forward_only=True) for chunk in stages[stage])
     per_chunk = max(_stored(chunk, widths, work, forward_only=False) for chunk in stages[stage])
     working = max(_recomputed(chunk, widths, work) for chunk in stages[stage])
     backward = per_chunk * chunks_in_flight(work, stage) + working
     ends = _last_hidden(widths, work) if last else 0
+    ends += max((n for chunk in stages[stage] for n in chunk.four_bit), default=0) * work.element  # as it multiplies
     return RankBytes(
         parameters=parameters,
         gradients=gradients,

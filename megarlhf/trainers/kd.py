@@ -96,7 +96,7 @@ def with_top_tokens(
             built.append(build_teacher())
         return computed(built[0], rows, width=width, compute=top_tokens)
 
-    model = checkpoint_digest(teacher_model, f"bf16={engine.config.bf16}", f"top {k} of {tokens}")
+    model = checkpoint_digest(teacher_model, engine, f"top {k} of {tokens}")
     completed = with_field(data, TOP_K, compute, width=width, model=model, directory=directory)
     built.clear()
     gc.collect()

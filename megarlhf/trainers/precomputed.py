@@ -78,10 +78,16 @@ def computed(
         yield block.cpu().numpy()
 
 
-def checkpoint_digest(directory: str | Path, *more: str) -> str:
-    """Of every byte of a checkpoint's config.json and weights, and of what else the numbers depend on; on rank 0."""
+def checkpoint_digest(directory: str | Path, engine: MegatronEngine, *more: str) -> str:
+    """Of every byte of a checkpoint's config.json and weights, and of what else the numbers depend on; on rank 0.
+
+    Args:
+        engine: the trained one, whose number formats are the other model's too.
+    """
     if dist.get_rank() != 0:
         return ""
+    four_bit = engine.adapters is not None and engine.adapters.options.load_in_4bit
+    more = (f"bf16={engine.config.bf16}", *(["4 bits"] if four_bit else []), *more)
     found = hashlib.blake2b(" ".join(more).encode(), digest_size=16)
     for name in ("config.json", *HFWeights(directory).files):
         with (Path(directory) / name).open("rb") as file:

@@ -46,7 +46,7 @@ def with_reference_log_probs(
         with nullcontext() if ref_pretrain is None else engine.reference_weights():
             yield from computed(engine, rows, width=None)
 
-    model = checkpoint_digest(ref_pretrain or engine.pretrain, f"bf16={engine.config.bf16}")
+    model = checkpoint_digest(ref_pretrain or engine.pretrain, engine)
     completed = with_field(data, REF_LOG_PROBS, compute, width=None, model=model, directory=directory)
     if ref_pretrain is not None:
         engine.drop_reference()

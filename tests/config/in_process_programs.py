@@ -39,7 +39,7 @@ class Programs:
         self.directory = directory
         self._number = 0
         tokenizer = make_tokenizer()
-        sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "eos_token_id": 2}
+        sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "eos_token_id": 2}
         for name, family in (("model", "llama"), ("other", "llama"), ("experts", "mixtral")):
             make_model(directory / name, family=family, seed=len(name), **sizes)
             tokenizer.save_pretrained(directory / name)

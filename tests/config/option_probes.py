@@ -284,4 +284,5 @@ LORA = {
     "lora_alpha": Probe(value=9, seen=adapter("lora_alpha"), also={"lora_rank": 2}),
     "lora_dropout": Probe(value=0.25, seen=adapter("lora_dropout"), also={"lora_rank": 2}),
     "target_modules": Probe(value=("q_proj", "up_proj"), seen=adapter("target_modules"), **{"also": {"lora_rank": 2}}),
+    "load_in_4bit": Probe(value=True, seen=adapter("load_in_4bit"), also={"lora_rank": 2}),
 }

@@ -23,6 +23,7 @@ def errors(impl: Any = "transformer_engine", *, prefix: str = "", layout: dict[s
         (CP, {"bf16": False, "prefix": "critic_"}, "with critic_context_parallel_size=2"),
         (CP | {"cp_comm_type": "all_gather"}, {}, "cp_comm_type=all_gather with context_parallel_size=2 .*packed"),
         ({}, {"share_prompt_prefix": True}, "share_prompt_prefix=True with transformer_impl=transformer_engine"),
+        ({}, {"load_in_4bit": True}, "load_in_4bit=True with transformer_impl=transformer_engine"),
         (SELECTIVE, {}, "recompute_granularity=selective .* saves nothing .*recompute_granularity=full"),
     ],
 )
