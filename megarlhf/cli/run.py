@@ -91,7 +91,8 @@ def check_weights(
         check_names(arch, config, source, head)
         stored_dtypes(arch, config, source, head)
         if lora is not None:
-            check_model_targets(lora, arch, config)
+            grouped = transformer_impl == "transformer_engine"
+            check_model_targets(lora, arch, config, grouped_experts=grouped)
             if lora.load_in_4bit:
                 check_quantised(arch, config, layout)
         if generates and directory == models[0][1] and head == models[0][3]:

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +33,10 @@ from megarlhf.cli.run import (
 )
 from megarlhf.cli.supervised_data import data_loaders, data_text, open_data
 from megarlhf.config.command_line import to_dict, to_yaml
-from megarlhf.config.supervised_arguments import PairsConfig, SupervisedConfig
+from megarlhf.config.reward_model_arguments import PRMConfig
+from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, PairsConfig, SupervisedConfig
 from megarlhf.data.supervised import SupervisedData, Units, dropped_line
+from megarlhf.formats.huggingface import HFWeights
 from megarlhf.metrics.report import write_report
 from megarlhf.models.backend import resolve_transformer_impl
 from megarlhf.parallel.device import device_kind, num_cores
@@ -102,14 +104,33 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
     continued, (models, memory), data, *evaluation = all_or_errors(
         [partial(resumed_step, config.logging, identity), check_model, *loaders]
     )
-    identity |= {"data": data_identity(len(data), data.fingerprint)}
-    resumed_step(config.logging, identity)  # again, now that the data is known
+    identity |= {"data": data_identity(len(data), data.fingerprint)} | _objective_identity(config)
+    resumed_step(config.logging, identity)  # again, now that the data and other models can be read
     with machine_checks(dry_run=dry_run):
         check_disk_space(config, models[:1], first_step=continued or 0, last_step=_total_steps(config, data))
     told = data_text(data, evaluation[0] if evaluation else None)
     kernels = kernel_lines(config.kernels, [model.config for model in models], device=device)
     decided = f"{told}\n\n{kernels}\n\n{memory.text()}"
     return [data, *evaluation], {"decided": decided, "identity": identity, "continued": continued}
+
+
+def _objective_identity(config: SupervisedConfig) -> dict[str, Any]:
+    """What a checkpoint and a configuration must agree on beyond the model: the loss, and whom it compares with.
+
+    And an average of the weights, which would be dropped, or is not there.
+    """
+    shared = {group.name for group in fields(SupervisedConfig)}
+    groups = [asdict(getattr(config, group.name)) for group in fields(config) if group.name not in shared]
+    own = {name: value for group in groups for name, value in group.items()}
+    own.pop("precompute_ref_log_probs", None)  # the same numbers
+    own["enable_ema"] = config.optimizer.enable_ema or None  # as in checkpoints from before there were averages
+    if isinstance(config, PRMConfig):
+        own["reward_tokens"] = config.data.reward_tokens and list(config.data.reward_tokens)
+    models = dict(config.other_models)
+    if isinstance(config, DPOConfig | KTOConfig):
+        own.pop("ref_pretrain", None)
+        models["ref_pretrain or pretrain"] = config.ref_pretrain or config.model.pretrain
+    return own | {option: HFWeights(Path(directory)).fingerprint() for option, directory in models.items()}
 
 
 def _prepare(config: SupervisedConfig, directory: Path) -> None:

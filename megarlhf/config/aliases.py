@@ -81,7 +81,10 @@ ALIASES: dict[str, Alias] = {
     # Model and algorithm
     "seq_length": Alias(fields=("max_len",)),
     "aux_loss_coef": Alias(fields=("moe_aux_loss_coeff",)),
-    "loss": Alias(num_ignored_values=1, note="sigmoid and logexp are one loss, log(1 + exp(-difference)); no effect"),
+    "loss": Alias(
+        num_ignored_values=1,
+        note="sigmoid and logexp are one loss, log(1 + exp(margin - difference)), the margin in both; no effect",
+    ),
     "compute_fp32_loss": Alias(note=ALWAYS),
     "use_kl_estimator_k3": Alias(settings={"kl_estimator": "k3"}),
 }

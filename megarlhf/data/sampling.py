@@ -1,6 +1,13 @@
 """The order in which prompts, or units of rows, are drawn."""
 
+from functools import lru_cache
+
 import torch
+
+
+@lru_cache(maxsize=2)  # the end of an epoch and the start of the next meet in a batch
+def _order(num_rows: int, seed: int) -> torch.Tensor:
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
 
 
 class PromptSampler:
@@ -37,11 +44,11 @@ class PromptSampler:
         start, stop = self.consumed(step), self.consumed(step + 1)
         if not self.shuffles:
             return list(range(start, stop))
-        first, last = start // self.num_rows, (stop - 1) // self.num_rows
-        orders = [torch.Generator().manual_seed(self.seed + epoch) for epoch in range(first, last + 1)]
-        line = [index for order in orders for index in torch.randperm(self.num_rows, generator=order).tolist()]
-        offset = first * self.num_rows
-        return line[start - offset : stop - offset]
+        found: list[int] = []
+        for epoch in range(start // self.num_rows, (stop - 1) // self.num_rows + 1):
+            order, offset = _order(self.num_rows, self.seed + epoch), epoch * self.num_rows
+            found += order[max(0, start - offset) : stop - offset].tolist()
+        return found
 
     def consumed(self, step: int) -> int:
         """Rows drawn before a step."""

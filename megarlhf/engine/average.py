@@ -8,12 +8,14 @@ import torch
 
 from megarlhf.engine import checkpoint
 from megarlhf.engine.engine import MegatronEngine
+from megarlhf.engine.optimizer import main_weight
 
 
 class WeightAverage:
     """average = decay * average + (1 - decay) * weights after each step, from the start's weights on.
 
     It is held in float32 on the host, of this rank's parameters that are trained, and takes no memory of the device.
+    Under bfloat16 it is of the float32 weights that the optimizer steps: the model's own often stay as they are.
 
     Args:
         decay: from 0, the weights of the last step, to 1, those of the start.
@@ -21,18 +23,21 @@ class WeightAverage:
 
     def __init__(self, engine: MegatronEngine, decay: float) -> None:
         self._engine, self._decay = engine, decay
-        engine.finish_param_gather()
-        self._tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._trained()}
+        self._tensors = {name: weight.to("cpu", copy=True) for name, weight in self._weights()}
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self._engine.named_parameters() if p.requires_grad]
 
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self._engine.finish_param_gather()
+        for name, p in self._trained():
+            yield name, main_weight(self._engine.optimizer, p)
+
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights of a step in; all ranks call it after the step."""
-        self._engine.finish_param_gather()
-        for name, p in self._trained():
-            self._tensors[name].lerp_(p.detach().to("cpu", torch.float32), 1.0 - self._decay)
+        for name, weight in self._weights():
+            self._tensors[name].lerp_(weight.to("cpu"), 1.0 - self._decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -203,11 +203,7 @@ class Adapters:
                 local.param.requires_grad_(True)
             if found := self._adapters(local, targets, config, seed):
                 linear = layers.get(id(local.param))
-                if linear is None:
-                    raise NotImplementedError(
-                        f"lora_rank={options.lora_rank}; adapters of {local.name} are not offered where experts are "
-                        "grouped (transformer_impl=transformer_engine): leave the experts out of target_modules"
-                    )
+                assert linear is not None, f"{local.name} is of grouped experts, which check_model_targets refuses"
                 linear.lora = FusedAdapters(found, local.weight, weights.hf, self._switch)
                 linear.register_forward_hook(linear.lora.add_to)
                 self._by_weight[local.name] = found

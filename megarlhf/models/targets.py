@@ -50,10 +50,19 @@ def check_targets(targets: Sequence[str], maps: Sequence[WeightMap]) -> set[str]
     return known if "all-linear" in targets else set(targets)
 
 
-def check_model_targets(lora: LoraArguments, arch: ArchSpec, hf: HFConfig) -> None:
-    """Raises ValueError where a model has not the modules that are to have adapters."""
-    if lora.lora_rank:
-        check_targets(lora.target_modules, model_maps(arch, hf, "lm"))
+def check_model_targets(lora: LoraArguments, arch: ArchSpec, hf: HFConfig, *, grouped_experts: bool) -> None:
+    """Raises ValueError where a model has not the modules that are to have adapters, or computes them together."""
+    if not lora.lora_rank:
+        return
+    maps = model_maps(arch, hf, "lm")
+    targets = check_targets(lora.target_modules, maps)
+    names = {last_name(module) for weight in maps if weight.expert for module in adaptable(weight)}
+    if grouped_experts and (experts := sorted(names & targets)):
+        raise ValueError(
+            f"target_modules={' '.join(lora.target_modules)}; {', '.join(experts)} are experts', which "
+            "transformer_impl=transformer_engine computes as one, without adapters between: name others in "
+            "target_modules, or set transformer_impl=local"
+        )
 
 
 def is_quantised(weight: WeightMap) -> bool:

@@ -40,8 +40,8 @@ class Programs:
         self._number = 0
         tokenizer = make_tokenizer()
         sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "eos_token_id": 2}
-        for name, family in (("model", "llama"), ("other", "llama"), ("experts", "mixtral")):
-            make_model(directory / name, family=family, seed=len(name), **sizes)
+        for seed, (name, family) in enumerate((("model", "llama"), ("other", "llama"), ("experts", "mixtral"))):
+            make_model(directory / name, family=family, seed=seed, **sizes)
             tokenizer.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / "tokenizer")
         tokenizer.chat_template = TEMPLATE

@@ -14,10 +14,20 @@ from tests.config.in_process_programs import Programs
 SHAPE = {"architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"}
 KEYS = {
     "ppo": SHAPE | {"lora", "optimizer_state", "advantage_estimator", "seed", "data"},
-    "sft": SHAPE | {"lora", "optimizer_state", "seed", "data"},
+    "sft": SHAPE | {"lora", "optimizer_state", "seed", "data", "enable_ema"},
 }
-LAST = {"ppo": 2, "sft": 3}  # steps of the first run
-CASES = [(program, key) for program, keys in KEYS.items() for key in sorted(keys)]
+REFERENCE = "ref_pretrain or pretrain"
+# What the other supervised programs have beside SFT's.
+OWN = {
+    "rm": {"margin_loss", "value_head_prefix"},
+    "prm": {"reward_tokens"},
+    "dpo": {"beta", "ipo", "label_smoothing", "nll_loss_coef", REFERENCE},
+    "kto": {"beta", "desirable_loss_weight", "undesirable_loss_weight", REFERENCE},
+    "kd": {"teacher_model", "kd_coef", "kd_loss", "teacher_top_k"},
+}
+KEYS |= {program: KEYS["sft"] | own for program, own in OWN.items()}
+LAST = {program: 2 if program == "ppo" else 3 for program in KEYS}  # steps of the first run
+CASES = [(program, key) for program, keys in (KEYS | OWN).items() for key in sorted(keys)]
 
 # Options whose change makes another run of it.
 OTHERS: dict[str, list[dict[str, Any]]] = {
@@ -38,9 +48,29 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
         {"dataset": "{}/other_rows.jsonl"},
         {"max_samples": 7},
         {"output_key": "answer"},
+        {"enable_ema": True},
         {"use_distributed_optimizer": False},
         {"lora_rank": 2},
     ],
+    "rm": [{"margin_loss": True}, {"pretrain": "{}/experts"}, {"chosen_key": "better"}],
+    "prm": [{"reward_tokens": ("n", "y")}, {"label_key": "answer"}],
+    "dpo": [
+        *({"beta": 0.2}, {"ipo": True}, {"label_smoothing": 0.1}, {"nll_loss_coef": 0.5}, {"rejected_key": "question"}),
+        *({"ref_pretrain": "{}/other"}, {"pretrain": "{}/other"}),
+    ],
+    "kto": [
+        *({"beta": 0.2}, {"desirable_loss_weight": 2.0}, {"undesirable_loss_weight": 2.0}, {"pretrain": "{}/other"}),
+        {"label_key": "unwanted"},
+    ],
+    "kd": [
+        *({"teacher_model": "{}/model"}, {"kd_coef": 0.5}, {"kd_loss": "reverse"}, {"teacher_top_k": 3}),
+        {"output_key": "answer"},
+    ],
+}
+# Options that may change: the same numbers, or those of steps to come as a learning rate has.
+GO_ON: dict[str, list[dict[str, Any]]] = {
+    "sft": [{"pretrain": "{}/other"}, {"learning_rate": 1e-3}, {"micro_batch_size": 2}],
+    "dpo": [{"precompute_ref_log_probs": True}, {"ref_pretrain": "{}/other/../model"}],
 }
 
 
@@ -84,7 +114,7 @@ def test_a_key_that_differs(programs: Programs, numbers: Iterator[int], program:
     older = shutil.copytree(other, programs.directory / f"changed{next(numbers)}")
     del state["identity"][key]  # a checkpoint of a version that had no such key
     state_file(older, program).write_text(json.dumps(state))
-    goes_on = key == "lora"  # which such a version had not
+    goes_on = key in ("lora", "teacher_top_k", "enable_ema")  # None in this run, as they were before there were any
     assert (go_on(programs, program, older) == "") == goes_on
 
 
@@ -92,3 +122,10 @@ def test_a_key_that_differs(programs: Programs, numbers: Iterator[int], program:
 def test_options_that_make_another_run(programs: Programs, program: str, change: dict[str, Any]) -> None:
     error = go_on(programs, program, programs.directory / f"first_{program}", **change)
     assert "load=" in error and ("saved" in error or "optimizers were kept" in error)
+    (option,) = change
+    assert all(f"{key}: saved" in error for key in KEYS[program] if option in key.split(" or "))
+
+
+@pytest.mark.parametrize(("program", "change"), [(p, c) for p, changes in GO_ON.items() for c in changes], ids=str)
+def test_options_that_do_not(programs: Programs, program: str, change: dict[str, Any]) -> None:
+    assert go_on(programs, program, programs.directory / f"first_{program}", **change) == ""

@@ -1,11 +1,14 @@
 """The average of weights over optimizer steps, against a loop; saved, and loaded in another layout."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megarlhf.engine.average import WeightAverage
+from megarlhf.engine.engine import MegatronEngine
+from megarlhf.trainers.parity import main_parts
 from megarlhf.trainers.parity_cases import parity_objective
 from tests.distributed.cases import Parts, assemble, make_rows, parts
 from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, build, world
@@ -15,24 +18,29 @@ from tests.tiny_models import make_model
 DECAY, STEPS = 0.75, 3
 
 
+def main(engine: MegatronEngine) -> Parts:
+    """Copies of what the optimizer steps."""
+    return [(name, index, part.clone()) for name, index, part in main_parts(engine)]
+
+
 def train(
     rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, directory: Path
 ) -> tuple[list[Parts], Parts]:
-    """Weights at the start and after each step, and their average."""
+    """Float32 weights at the start and after each step, and their average."""
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
         average = WeightAverage(engine, DECAY)
-        seen = [parts(engine, gradients=False)]
+        seen = [main(engine)]
         for _ in range(STEPS):
             engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
             average.update()
-            engine.finish_param_gather()
-            seen.append(parts(engine, gradients=False))
+            seen.append(main(engine))
+        own = parts(engine, gradients=False)
         average.save(directory)
         with average.in_place():
             found = parts(engine, gradients=False)
         after = parts(engine, gradients=False)
-        assert all(torch.equal(a[2], b[2]) for a, b in zip(after, seen[-1], strict=True))
+        assert all(torch.equal(a[2], b[2]) for a, b in zip(after, own, strict=True))
         return seen, found
 
 
@@ -46,17 +54,20 @@ def load(rank: int, world_size: int, init_method: str, layout: Layout, model_dir
             return parts(engine, gradients=False)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["TP2-PP2", "DP2-distopt-overlap"])
-def test_average_is_the_loop_and_comes_back_in_another_layout(ranks: RankPool, tmp_path: Path, name: str) -> None:
+def test_average_is_the_loop_and_comes_back_in_another_layout(
+    ranks: RankPool, tmp_path: Path, name: str, bf16: bool
+) -> None:
     model_dir = make_model(tmp_path / "model", family="llama")
-    layout = LAYOUTS[name]
+    layout = replace(LAYOUTS[name], bf16=bf16)
     by_rank = ranks.run(layout.world_size, train, layout, model_dir, tmp_path / "average")
     steps = [assemble([seen[step] for seen, _ in by_rank]) for step in range(STEPS + 1)]
     expected = steps[0]
     for weights in steps[1:]:
         expected = {key: DECAY * expected[key] + (1 - DECAY) * weights[key] for key in expected}
     found = assemble([average for _, average in by_rank])
-    loaded = assemble(ranks.run(1, load, SINGLE, model_dir, tmp_path / "average"))
+    loaded = assemble(ranks.run(1, load, replace(SINGLE, bf16=bf16), model_dir, tmp_path / "average"))
     moved = max(float((steps[-1][key] - expected[key]).abs().max()) for key in expected)
     assert moved > 1e-4
     for key, value in expected.items():
