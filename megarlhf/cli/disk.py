@@ -90,7 +90,7 @@ def _num_trained(config: HFConfig, head: str, lora: LoraArguments) -> int:
         return _num_parameters(config, head)
     arch = find_architecture(config)
     sizes, maps = arch.dimensions(config), model_maps(arch, config, head)
-    return sum(adapter_numbers(weight, lora, sizes) for weight in maps) + sizes["hidden"] * (head == "value")
+    return sum(sum(adapter_numbers(weight, lora, sizes)) for weight in maps) + sizes["hidden"] * (head == "value")
 
 
 def _num_parameters(config: HFConfig, head: str) -> int:

@@ -125,7 +125,8 @@ def _training_ranks(
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         has_reference=has_reference and not config.lora.lora_rank,  # adapters off are the reference
     )
-    stages, widths = stage_sizes(arch, hf, layout, head=head, lora=config.lora), layer_widths(arch, hf)
+    stages = stage_sizes(arch, hf, layout, head=head, lora=config.lora)
+    widths = layer_widths(arch, hf, lora=config.lora)
     by_stage = [rank_bytes(stages, widths, work, stage=stage) for stage in range(pp)]
     return [by_stage[rank // (world_size // pp)] for rank in range(world_size)]
 

@@ -1,8 +1,9 @@
 """How many numbers a rank holds of a model in a layout, and how many a layer keeps of each token, from tables alone."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
@@ -10,7 +11,9 @@ from megarlhf.data.model_sizes import ChunkSizes, LayerWidths
 from megarlhf.formats.huggingface import EMBEDDING, HFConfig
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.names import is_tied, model_maps, padded_vocab_size
-from megarlhf.models.targets import adapter_numbers, is_quantised
+from megarlhf.models.targets import adaptable, adapter_numbers, is_quantised, is_target
+
+_MASK = 0.5  # numbers that a byte of a dropout mask takes, beside bfloat16
 
 
 def stage_sizes(
@@ -55,8 +58,8 @@ def stage_depths(num_layers: int, layout: LayoutArguments) -> list[int]:
     return [given.get(stage, depth) for stage in range(pp)]
 
 
-def layer_widths(arch: ArchSpec, hf: HFConfig) -> LayerWidths:
-    """Of an architecture's layers, from its dimensions."""
+def layer_widths(arch: ArchSpec, hf: HFConfig, *, lora: LoraArguments | None = None) -> LayerWidths:
+    """Of an architecture's layers, from its dimensions; see stage_sizes."""
     sizes, hidden = arch.dimensions(hf), int(hf.hidden_size)
     # two norms, and what they give to the matrices behind them; norms after these
     whole = (6 if arch.additions(hf).norms_after else 4) * hidden
@@ -67,7 +70,7 @@ def layer_widths(arch: ArchSpec, hf: HFConfig) -> LayerWidths:
         attention = 2 * sizes["q"] + 2 * sizes["kv"]
         if arch.config_constants.get("qk_layernorm"):
             attention += sizes["q"] + sizes["kv"]
-    return LayerWidths(
+    widths = LayerWidths(
         hidden=hidden,
         whole=whole,
         attention=attention,
@@ -76,6 +79,32 @@ def layer_widths(arch: ArchSpec, hf: HFConfig) -> LayerWidths:
         experts_per_token=hf.num_experts_per_tok if arch.is_moe(hf) else 0,
         expert=3 * sizes.get("expert", 0),
     )
+    return widths if lora is None or not lora.lora_rank else _with_adapters(widths, arch, sizes, lora)
+
+
+def _with_adapters(widths: LayerWidths, arch: ArchSpec, sizes: dict[str, int], lora: LoraArguments) -> LayerWidths:
+    """Frozen matrices keep nothing; an adapter keeps its input, or with dropout what is left of it and the mask.
+
+    An input that several matrices share is kept once. What attention keeps of itself, and a copy of a token's hidden
+    state for each of its experts, stay as they are.
+    """
+    fields = {"hidden": "whole", "q_latent": "whole", "kv_latent": "whole", "ffn": "dense", "shared": "shared"}
+    change, shared = Counter[str](), dict[tuple[str, str, bool], bool]()
+    for weight in (*arch.layer_weights, *arch.dense_weights, *arch.moe_weights):
+        for module, (outputs, inputs) in adaptable(weight.at("layer", 0)).items():
+            if not sizes[outputs] or not sizes[inputs]:
+                continue
+            field = "expert" if weight.expert else fields.get(inputs, "attention")
+            adapted = is_target(module, lora)
+            if field != "attention" and (field, inputs) != ("expert", "hidden"):
+                key = field, inputs, weight in arch.layer_weights
+                shared[key] = shared.get(key, False) or (adapted and not lora.lora_dropout)
+            if adapted:
+                dropped = (1 + _MASK) * sizes[inputs] if lora.lora_dropout else 0
+                change[field] += lora.lora_rank + math.ceil(dropped)
+    for (field, inputs, _), kept in shared.items():
+        change[field] -= 0 if kept else sizes[inputs]
+    return replace(widths, **{field: getattr(widths, field) + number for field, number in change.items()})
 
 
 def kv_numbers_per_token(arch: ArchSpec, hf: HFConfig, *, tensor: int) -> int:
@@ -122,19 +151,19 @@ def _chunk(
 
     dense = [w for w in weights if not w.expert and not w.buffer]
     experts = [w for w in weights if w.expert_number is not None and w.expert_number < mine]
-    frozen, four_bit, trained = 0, tuple[int, ...](), local
+    frozen, four_bit, trained = 0, tuple[int, ...](), lambda weight: [local(weight)]
     if lora is not None and lora.lora_rank:
         four_bit = tuple(local(w) for w in (*dense, *experts) if lora.load_in_4bit and is_quantised(w))
         frozen = sum(local(w) for w in (*dense, *experts) if w.hf != ("score.weight",)) - sum(four_bit)
 
-        def trained(weight: WeightMap) -> int:
+        def trained(weight: WeightMap) -> list[int]:
             parts = (layout.expert_tensor_parallel_size or tp) if weight.expert else tp
-            own = local(weight) if weight.hf == ("score.weight",) else 0
+            own = [local(weight)] if weight.hf == ("score.weight",) else []
             return own + adapter_numbers(weight, lora, sizes, parts=parts)
 
     return ChunkSizes(
-        dense=tuple(map(trained, dense)),
-        experts=tuple(map(trained, experts)),
+        dense=tuple(number for weight in dense for number in trained(weight)),
+        experts=tuple(number for weight in experts for number in trained(weight)),
         frozen=frozen,
         four_bit=four_bit,
         buffers=sum(local(w) for w in weights if w.buffer),

@@ -88,12 +88,17 @@ def check_quantised(arch: ArchSpec, hf: HFConfig, layout: LayoutArguments) -> No
         )
 
 
-def adapter_numbers(weight: WeightMap, lora: LoraArguments, sizes: dict[str, int], *, parts: int = 1) -> int:
-    """Numbers of a weight's adapters on one rank of so many that cut it."""
-    total = 0
+def is_target(module: str, lora: LoraArguments) -> bool:
+    """Whether an adaptable module is to have an adapter."""
+    return "all-linear" in lora.target_modules or last_name(module) in lora.target_modules
+
+
+def adapter_numbers(weight: WeightMap, lora: LoraArguments, sizes: dict[str, int], *, parts: int = 1) -> list[int]:
+    """Numbers in each A and B matrix of a weight's adapters, on one rank of so many that cut it."""
+    found = []
     for module, (outputs, inputs) in adaptable(weight).items():
-        if "all-linear" in lora.target_modules or last_name(module) in lora.target_modules:
+        if is_target(module, lora):
             a = sizes[inputs] // (parts if weight.split is Split.ROW else 1)
             b = sizes[outputs] // (parts if weight.split not in (Split.ROW, Split.REPLICATED) else 1)
-            total += lora.lora_rank * (a + b)
-    return total
+            found += [lora.lora_rank * a, lora.lora_rank * b]
+    return found

@@ -106,7 +106,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"MODEL": str(directory / "a model"), "DATA": str(directory / "some data")}
 
 
-@pytest.mark.parametrize("script", ["ppo_smollm2_cpu.sh", "grpo_smollm2_cpu.sh"])
+@pytest.mark.parametrize("script", ["ppo_smollm2_cpu.sh", "ppo_lora_smollm2_cpu.sh", "grpo_smollm2_cpu.sh"])
 def test_smollm2_on_two_cores(script: str, places: dict[str, str], tmp_path: Path) -> None:
     printed = dry_run(script, tmp_path, **places, PROMPTS="4")
     check_documented(script, printed)

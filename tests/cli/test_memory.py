@@ -62,6 +62,24 @@ def refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+def test_with_adapters_policy_and_reference_have_one_copy_of_the_base(
+    flags: list[str], llama_3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Llama 3 8B at TP4: 8.03 billion weights; an adapter of rank 16 has 16 numbers for each input and output."""
+    assert "activations" in refused([*flags, "--gpu_memory_gib", "40"], capsys)
+    assert train_ppo.main([*flags, "--gpu_memory_gib", "40", "--lora_rank", "16"]) == 0
+    assert "actor    reference" not in capsys.readouterr().out
+    config, _ = parse(PPOConfig, [*flags, "--gpu_memory_gib", "79", "--lora_rank", "16"], "ppo")
+    (table,) = plan_memory(config, [read_config(llama_3_8b)] * 2).tables
+    shapes = {(4096, 4096): 2, (4096, 1024): 2, (4096, 14336): 3}  # the last: gate, up and down, by turns
+    each = sum(16 * (a + b) * count for (a, b), count in shapes.items()) * 32
+    held = {key: size for phase in table.phases.values() for key, size in phase.items()}
+    assert held["actor", "parameters"] == pytest.approx(2 * (8_030_261_248 + 4 * each) / 4, rel=0.01)
+    for part, number_bytes in (("gradients", 4), ("optimizer", 12 / 2)):  # two replicas share the optimizer
+        assert each / 4 * number_bytes < held["actor", part] < each * number_bytes
+    assert not [role for role, part in held if part == "reference"]
+
+
 def test_a_run_that_fits_says_what_is_left(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert train_ppo.main([*flags, "--gpu_memory_gib", "79"]) == 0
     assert "GiB of 79 left" in capsys.readouterr().out

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.lora import LoraArguments
 from megarlhf.data.model_sizes import ChunkSizes
 from megarlhf.formats.huggingface import read_checkpoint, read_config
 from megarlhf.models.build import ModelOptions, build_model
@@ -157,6 +159,95 @@ def test_numbers_and_bytes_of_built_engines(
             if layout.distributed_optimizer
             else (together == sum(parts))
         )
+
+
+def with_adapters(
+    rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, head: Head, lora: LoraArguments
+) -> tuple[int, Bytes, Bytes]:
+    """The rank's stage; bytes of each part as the engine counts them, at most; what they are once a step is over."""
+    with world(layout, rank, init_method):
+        engine = build(layout, model_dir, head=head, lora=lora)
+        engine.keep_reference()
+        engine.train_step(make_rows(), parity_objective("critic" if head == "value" else "sft"), denominator=50.0)
+        with engine.reference_weights():
+            engine.forward(engine.micro_batches(make_rows()))
+        return engine.ranks.pp_rank, dict(engine.memory.largest_bytes()), dict(engine.memory.num_bytes())
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "layout", "lora"),
+    [
+        ("llama", "value", LAYOUTS["TP2-SP"], LoraArguments(lora_rank=5)),
+        ("qwen2", "lm", LAYOUTS["PP2-VPP2"], LoraArguments(lora_rank=3, target_modules=("q_proj", "down_proj"))),
+        ("llama", "lm", Layout(distributed_optimizer=True, bf16=True), LoraArguments(lora_rank=5)),
+        ("mixtral", "lm", MOE_LAYOUTS["TP2-SP-EP2-ETP1"], LoraArguments(lora_rank=4)),
+    ],
+)
+def test_bytes_with_adapters_have_one_copy_of_the_base(
+    ranks: RankPool, tmp_path: Path, family: str, head: Head, layout: Layout, lora: LoraArguments
+) -> None:
+    directory = make_model(tmp_path / "model", family=family)
+    hf, _ = read_checkpoint(directory)
+    arch, asked = find_architecture(hf), replace(work(layout, hf.vocab_size), has_reference=False)
+    stages = stage_sizes(arch, hf, arguments(layout), head=head, lora=lora)
+    full = stage_sizes(arch, hf, arguments(layout), head=head)
+    for stage, largest, after in ranks.run(layout.world_size, with_adapters, layout, directory, head, lora):
+        planned = rank_bytes(stages, layer_widths(arch, hf, lora=lora), asked, stage=stage)
+        assert largest["reference"] == planned.reference == 0
+        assert (planned.parameters, planned.gradients) == (after["parameters"], largest["gradients"])
+        numbers = [number for chunk in stages[stage] for number in (*chunk.dense, *chunk.experts)]
+        padding = (planned.gradients // 4 - sum(numbers)) * (12 if layout.bf16 else 8)
+        steps = after["optimizer"] - (planned.optimizer - padding)  # torch's count of them, for each parameter
+        assert 0 < steps <= 4 * len(numbers)
+        base = sum(sum(c.dense) + sum(c.experts) for c in full[stage]) * asked.element
+        assert base < planned.parameters < 1.5 * base
+
+
+def kept_for_the_backward_pass(
+    rank: int, world_size: int, init_method: str, models: tuple[Path, Path], lora: LoraArguments | None
+) -> float:
+    """Numbers that a layer keeps of a token: what two models differ by, one of which has a layer more."""
+    layout, totals = Layout(max_tokens=512), []
+    with world(layout, rank, init_method):
+        for model_dir in models:
+            engine, storages = build(layout, model_dir, lora=lora), dict[int, int]()
+            own = {p.untyped_storage().data_ptr() for _, p in engine.named_parameters()}
+
+            def note(tensor: Tensor, own: set[int] = own, storages: dict[int, int] = storages) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in own:
+                    storages[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            (batch,) = engine.micro_batches(make_rows())
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                engine.step([batch], parity_objective("sft"), denominator=50.0)
+            totals.append(sum(storages.values()) / 4 / len(batch.tokens))
+    return totals[1] - totals[0]
+
+
+def test_what_a_layer_keeps_with_adapters(ranks: RankPool, tmp_path: Path) -> None:
+    """Measured where o_proj has an adapter, whose input is a copy on a CPU, and where masks are float32."""
+    sizes = {"hidden_size": 128, "intermediate_size": 320}
+    models = tuple(make_model(tmp_path / str(n), num_hidden_layers=n, **sizes) for n in (2, 3))
+    hf, _ = read_checkpoint(models[0])
+    arch = find_architecture(hf)
+
+    def measured_and_planned(*targets: str, dropout: float = 0.0) -> tuple[float, int]:
+        lora = LoraArguments(lora_rank=4, lora_dropout=dropout, target_modules=("o_proj", *targets))
+        widths = layer_widths(arch, hf, lora=lora)
+        (measured,) = ranks.run(1, kept_for_the_backward_pass, models, lora)
+        return measured, widths.whole + widths.attention + widths.dense
+
+    measured, planned = measured_and_planned("all-linear")
+    assert planned == sum(getattr(layer_widths(arch, hf), name) for name in ("whole", "attention", "dense")) + 7 * 4
+    for targets in (("q_proj",), ("k_proj", "up_proj"), ("down_proj",), ()):
+        found, expected = measured_and_planned(*targets)
+        assert found - measured == pytest.approx(expected - planned) and expected < planned, targets
+    found, expected = measured_and_planned("all-linear", dropout=0.5)
+    modules = 5 * 128 + 128 + 320
+    # a mask is half a number in the plan; o_proj's own input, which the copy stands for, is kept by attention on a GPU
+    assert found - measured == pytest.approx(expected - planned + modules / 2 - 128)
 
 
 def llama_70b() -> LlamaConfig:

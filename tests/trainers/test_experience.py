@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.lora import LoraArguments
 from megarlhf.config.roles import ROLES
 from megarlhf.data.types import Rollout, Sample
 from megarlhf.trainers import summary
@@ -316,6 +317,16 @@ def test_one_far_token_of_many_stops_in_float32_alone() -> None:
     assert check_difference(far, bf16=True)["rollout/logprob_diff_max"] == pytest.approx(1.0)
     with pytest.raises(summary.LogProbDifferenceError, match="logprob_diff_max=1 is past logprob_diff_budget=0.05"):
         check_difference(far)
+
+
+@pytest.mark.parametrize(("dropout", "own_pass"), [(0.0, False), (0.25, True)])
+def test_log_probs_are_compared_with_the_engines_without_dropout(dropout: float, own_pass: bool) -> None:
+    """One update of every sample would give them, but a forward pass with dropout is of another policy."""
+    algorithm = {"advantage_estimator": "reinforce", "init_kl_coef": 0.0}
+    config = make_config(Path("unused"), batch={"global_batch_size": 8}, algorithm=algorithm)
+    config = replace(config, lora=LoraArguments(lora_rank=2, lora_dropout=dropout))
+    assert config.batch.updates_per_step == 1
+    assert (experience_from(samples_of([3, 2]), config).difference is not None) == own_pass
 
 
 def test_the_kl_is_of_the_policy_that_sampled() -> None:
