@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = ("sft", "rm", "prm", "dpo", "kto", "kd")
 MAIN = "-m megarlhf.cli.main"
 COMMANDS = {
     "python, no more than its start": ["-c", "pass"],
@@ -23,18 +24,20 @@ COMMANDS = {
         for words in (
             "--version",
             "--help",
-            "ppo --help",
-            "sft --help",
+            *(f"{program} --help" for program in ("ppo", *PROGRAMS, "preprocess")),
+            "flags",
             "ppo --help vllm",
             "ppo --help megatron",
             "parity --help",
             "inspect --help",
             "convert hf-to-megatron --help",
             "ppo --train_iter 3",
-            "sft --train_iters many",
+            *(f"{program} --train_iters many" for program in PROGRAMS),
+            "preprocess --inptu corpus.jsonl",
             "ppo --pretrain nowhere --prompt_data nowhere.jsonl --save runs/new",
         )
     },
+    **{f"tools/{name}.py --help": [f"tools/{name}.py", "--help"] for name in ("preprocess_data", "merge_lora")},
 }
 
 

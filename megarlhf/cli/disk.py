@@ -73,7 +73,7 @@ def check_disk_space(
     save = Path(logging.save).absolute()
     trained = [_num_trained(model.config, model.head, config.lora) for model in models]
     distributed = config.layout.use_distributed_optimizer
-    root = save / "checkpoints"
+    root = Path(logging.ckpt_path or save / "checkpoints").absolute()
     present = sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*"))
     interval, keep = logging.save_interval, logging.max_ckpt_num
     more = num_checkpoints(first_step=first_step, last_step=last_step, interval=interval, keep=keep, present=present)

@@ -3,12 +3,14 @@
 python tools/merge_lora.py --model_path models/llama --lora_path runs/sft/hf --output_path models/llama-sft
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megarlhf.cli.errors import report_errors
+from megarlhf.config.checks import raise_if
 from megarlhf.config.command_line import parse
 
 
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(merge: MergeArguments) -> int:
+    given = {"model_path": merge.model_path, "lora_path": merge.lora_path}
+    raise_if([f"{option}={path} is not a local directory" for option, path in given.items() if not os.path.isdir(path)])
     from megarlhf.conversion.merge import merge_lora  # PyTorch takes seconds: mistakes in flags are told before
 
     model, lora, output = (Path(path) for path in (merge.model_path, merge.lora_path, merge.output_path))

@@ -164,13 +164,19 @@ def resolved_files(model: ModelArguments, data: PromptDataArguments | Supervised
     return "\n".join(lines)
 
 
-def open_run_directory(save: str, config_yaml: str) -> Path:
+def open_run_directory(save: str, config_yaml: str, *, ckpt_path: str | None = None) -> Path:
     """Make the run directory and write this start's resolved configuration into it.
 
-    config.yaml is the latest start's; those of earlier ones stay beside it, config-start-1.yaml the first's.
+    config.yaml is the latest start's; those of earlier ones stay beside it, config-start-1.yaml the first's. With
+    ckpt_path checkpoints/ is a link to that.
     """
     directory = Path(save)
     directory.mkdir(parents=True, exist_ok=True)
+    checkpoints = directory / "checkpoints"
+    if ckpt_path is not None and not checkpoints.exists():
+        Path(ckpt_path).mkdir(parents=True, exist_ok=True)
+        if not checkpoints.exists():  # it may be that directory
+            checkpoints.symlink_to(Path(ckpt_path).absolute())
     config = directory / "config.yaml"
     if config.exists():
         names = [path.stem.removeprefix("config-start-") for path in directory.glob("config-start-*.yaml")]
@@ -199,6 +205,8 @@ def open_sinks(
         use_wandb=logging.use_wandb,
         project=logging.wandb_project,
         run_name=logging.wandb_run_name,
+        entity=logging.wandb_org,
+        group=logging.wandb_group,
         config=config,
         resumed_step=resumed_step,
     )

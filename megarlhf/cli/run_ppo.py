@@ -223,7 +223,8 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         return 0
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
-    directory, total = open_run_directory(config.logging.save, to_yaml(config)), config.batch.train_iters
+    logging, total = config.logging, config.batch.train_iters
+    directory = open_run_directory(logging.save, to_yaml(config), ckpt_path=logging.ckpt_path)
     stop = StopSignal()
     print(decided)
     sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=inputs.continued)

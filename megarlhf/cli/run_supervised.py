@@ -202,7 +202,7 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
         progress = supervised.load(engine, config.logging, identity=identity, average=average)
     if rank == 0:
         print(told["decided"])
-        open_run_directory(config.logging.save, to_yaml(config))
+        open_run_directory(config.logging.save, to_yaml(config), ckpt_path=config.logging.ckpt_path)
         sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=told["continued"])
     exported: list[tuple[Path, AbstractContextManager[None]]] = [(directory / "hf", nullcontext())]
     exported += [] if average is None else [(directory / "hf_ema", average.in_place())]

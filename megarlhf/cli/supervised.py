@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megarlhf.cli.errors import report_errors
 from megarlhf.config.checks import check_supervised, raise_if
@@ -18,6 +19,7 @@ def run_program(program: str, config_class: type[SupervisedConfig], argv: Sequen
 
 def checked_run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int:
     """Run a configuration, or raise ConfigError with all that is wrong with it."""
+    config = replace(config, logging=config.logging.continued())
     raise_if(check_supervised(config))
     from megarlhf.cli.run_supervised import run  # PyTorch and its like take seconds: mistakes are told before
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megarlhf.cli.errors import report_errors
 from megarlhf.config.arguments import PPOConfig
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: PPOConfig, *, dry_run: bool) -> int:
+    config = replace(config, logging=config.logging.continued())
     raise_if(check_ppo(config))
     from megarlhf.cli.run_ppo import run  # PyTorch and its like take seconds: mistakes are told before
 

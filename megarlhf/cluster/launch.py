@@ -89,6 +89,7 @@ def start(
             Path(config.logging.save).absolute() / "checkpoints",
             trained,
             keep=config.logging.max_ckpt_num,
+            most_gib=config.logging.max_ckpt_mem,
             identity=identity,
             with_optimizer=not config.logging.no_load_optim,
         )

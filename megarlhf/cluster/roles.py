@@ -127,9 +127,17 @@ class CheckpointGroup:
     """Complete checkpoints of the training roles under one root."""
 
     def __init__(
-        self, root: Path, roles: dict[str, WorkerGroup], *, keep: int, identity: dict[str, Any], with_optimizer: bool
+        self,
+        root: Path,
+        roles: dict[str, WorkerGroup],
+        *,
+        keep: int,
+        most_gib: float | None = None,
+        identity: dict[str, Any],
+        with_optimizer: bool,
     ) -> None:
-        self.root, self.roles, self.keep, self.identity = root, roles, keep, identity
+        self.root, self.roles, self.identity = root, roles, identity
+        self._keep, self._most_gib = keep, most_gib
         self.with_optimizer = with_optimizer  # of what is loaded
         self.last_saved: int | None = None
 
@@ -143,7 +151,8 @@ class CheckpointGroup:
                     raise RuntimeError(
                         f"the {name} saved nothing to {partial / name}: save must be a place all nodes share"
                     )
-            run_checkpoints.commit(self.root, step, run_state | {"identity": self.identity}, keep=self.keep)
+            run_state = run_state | {"identity": self.identity}
+            run_checkpoints.commit(self.root, step, run_state, keep=self._keep, most_gib=self._most_gib)
         except Exception:
             run_checkpoints.abandon(self.root, step)
             raise

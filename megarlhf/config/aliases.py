@@ -69,6 +69,12 @@ ALIASES: dict[str, Alias] = {
         note="not done here: --use_distributed_optimizer splits the optimizer's state over the ranks; --dry-run says "
         "whether it fits"
     ),
+    "zpg": Alias(
+        choices={"1": {}},
+        note="ZeRO++ is DeepSpeed's; --tensor_model_parallel_size and --pipeline_model_parallel_size split weights",
+    ),
+    "disable_trace_cache": Alias(note="it is of DeepSpeed's ZeRO-3; no effect"),
+    "grad_accum_dtype": Alias(choices={"fp32": {}}, note="gradients are always accumulated in fp32"),
     "flash_attn": Alias(note="attention is fused wherever a kernel for it is installed, with or without this flag"),
     "local_rank": Alias(num_ignored_values=1, note="ranks come from the launcher's environment; no effect"),
     "virtual_pipeline_model_parallel_size": Alias(fields=("num_virtual_stages_per_pipeline_rank",)),
@@ -91,22 +97,14 @@ ALIASES: dict[str, Alias] = {
 
 _REFUSED = {  # why, and what to set instead -> flags
     # Run directory
-    "checkpoints lie in <save>/checkpoints: set --save": "ckpt_path",
-    "name the run directory to continue from: --load DIR, often the same as --save": "load_checkpoint",
-    "checkpoints are limited by number: set --max_ckpt_num": "max_ckpt_mem",
     "the Hugging Face checkpoint is written once, at the end, to <save>/hf": "save_hf_ckpt",
     "set --save_interval; without it only the last step is saved": "disable_ds_ckpt",
     "exporting the critic is not offered in this version": "save_value_network",
-    "set the environment variable that wandb reads: WANDB_ENTITY": "wandb_org",
-    "set the environment variable that wandb reads: WANDB_RUN_GROUP": "wandb_group",
     # Batches and optimizer
     "set --train_iters to num_episodes * number of prompts / rollout_batch_size": "num_episodes",
     "set --prompt_max_len and --generate_max_len": "max_len",
-    "gradients are always accumulated in fp32": "grad_accum_dtype",
     # Memory and layout
-    "ZeRO++ is DeepSpeed's: set --tensor_model_parallel_size or --pipeline_model_parallel_size": "zpg",
     "it is an option of DeepSpeed: leave it out": "overlap_comm",
-    "it is an option of DeepSpeed's ZeRO-3: leave it out": "disable_trace_cache",
     "weights are always loaded where they are used: leave it out": "actor_init_on_gpu",
     "set --colocate_all_models or --no_colocate_all_models": "colocate_critic_reward",
     "the reference model lives inside the actor's processes: set --actor_num_nodes, --actor_num_gpus_per_node": (
@@ -125,7 +123,9 @@ _REFUSED = {  # why, and what to set instead -> flags
     # Models
     "the critic's value head is named score, as Transformers names it: leave it out": "value_head_prefix",
     "FP8 is not offered in this version: set --bf16": "fp8_format fp8",
-    "the checkpoint's own tokenizer class is used: leave it out": "disable_fast_tokenizer",
+    "Transformers 5 has one tokenizer for each model, the fast one, and vLLM loads the same: leave it out": (
+        "disable_fast_tokenizer"
+    ),
     "averaged weights are not offered for RL in this version": "enable_ema",
     # Rewards, algorithm, data
     "reward models are not offered yet: use --reward_function or --reward_rule": "reward_pretrain remote_rm_url "

@@ -6,12 +6,14 @@ unique across the groups of a configuration, so flags are flat (`--tensor-model-
 layouts.py, and nowhere else.
 """
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments
+from megarlhf.formats.run_checkpoints import LATEST
 
 AdvantageEstimator = Literal["gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
 
@@ -293,8 +295,13 @@ class LoggingArguments:
 
     save: str
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, the trained model in hf/, and logs."""
+    ckpt_path: str | None = None
+    """Directory for the checkpoints, such as one on a larger disk; <save>/checkpoints is a link to it then. None: they
+    are in save."""
     load: str | None = None
     """Run directory to continue from, often the same as save. None: start from pretrain."""
+    load_checkpoint: bool = False
+    """Continue from the latest checkpoint in save where there is one; else start as without this switch."""
     no_load_optim: bool = False
     """Continue with the weights alone: optimizers forget their running means, as they must where the new layout cannot
     take them over (experts split or no longer split, use_distributed_optimizer changed)."""
@@ -306,6 +313,9 @@ class LoggingArguments:
     """Steps between lines on the console; metrics.jsonl gets every step."""
     max_ckpt_num: int = 3
     """Checkpoints kept; the oldest is deleted after a newer one is complete."""
+    max_ckpt_mem: float | None = None
+    """GiB of the checkpoints kept, together: the oldest are deleted, and the newest stays in any case. None: no
+    limit."""
     use_tensorboard: bool = False
     """Write TensorBoard files to <save>/tensorboard."""
     use_wandb: bool = False
@@ -314,6 +324,15 @@ class LoggingArguments:
     """Project at Weights & Biases."""
     wandb_run_name: str | None = None
     """Run name at Weights & Biases. None: the last part of save."""
+    wandb_org: str | None = None
+    """Team or user at Weights & Biases. None: the key's own, or WANDB_ENTITY."""
+    wandb_group: str | None = None
+    """Group of runs at Weights & Biases. None: the run name, which all starts of a run share."""
+
+    def continued(self) -> "LoggingArguments":
+        """With load where load_checkpoint asks for it and a checkpoint is there."""
+        found = os.path.isfile(os.path.join(self.save, "checkpoints", LATEST))
+        return replace(self, load=self.save) if self.load_checkpoint and found else self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
         "adam_eps value_clip beta kl_target temperature vllm_kv_cache_gib gpu_memory_gib "
-        "logprob_diff_budget logprob_kl_budget",
+        "logprob_diff_budget logprob_kl_budget max_ckpt_mem",
     ),
     (
         "0 or more",

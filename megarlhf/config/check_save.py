@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 
+from megarlhf.formats.run_checkpoints import LATEST
+
 _DIRECTORIES = ("checkpoints", "hf", "hf.partial", "logs", "tensorboard", "wandb")  # of a run, if they are there
 _FILES = ("config.yaml", "metrics.jsonl", "report.html", "report.png")
 _LONGEST = 110  # characters of a run's longest file name, which is TensorBoard's with the host's name
@@ -33,14 +35,26 @@ def save_errors(path: str, load: str | None) -> list[str]:
     return [] if _is_same(path, load) else [said]
 
 
-def directory_errors(path: str) -> list[str]:
+def ckpt_errors(save: str, ckpt_path: str | None) -> list[str]:
+    """A directory of checkpoints that cannot be written, or that holds another run's."""
+    own = os.path.join(save, "checkpoints")
+    if ckpt_path is None or _is_same(own, ckpt_path):
+        return []
+    if os.path.lexists(own):
+        return [f"ckpt_path={ckpt_path}, and {own} has the run's checkpoints already: leave ckpt_path out"]
+    if os.path.exists(os.path.join(ckpt_path, LATEST)):
+        return [f"ckpt_path={ckpt_path} holds another run's checkpoints than that of save={save}: choose another"]
+    return directory_errors(ckpt_path, option="ckpt_path")
+
+
+def directory_errors(path: str, *, option: str = "save") -> list[str]:
     """A directory that cannot be made or written; what is made to see it is removed again."""
     if not path:
-        return ["save= is empty: name a directory"]
+        return [f"{option}= is empty: name a directory"]
     try:
         _try(Path(path).absolute())
     except (OSError, ValueError) as error:  # ValueError: a character that no file name may have
-        return [f"save={path} cannot be made or written ({_reason(error)}): choose another directory"]
+        return [f"{option}={path} cannot be made or written ({_reason(error)}): choose another directory"]
     return []
 
 

@@ -25,7 +25,7 @@ from megarlhf.config.check_numbers import (
     sampling_errors,
     shared_prefix_errors,
 )
-from megarlhf.config.check_save import save_errors
+from megarlhf.config.check_save import ckpt_errors, save_errors
 from megarlhf.config.command_line import to_dict
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.reward_model_arguments import RMConfig
@@ -316,10 +316,11 @@ def _logging_errors(
 ) -> list[str]:
     """`evaluation` is the option that gives evaluation data, `evaluates` whether there is any."""
     has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline"
-    return (save_errors(logging.save, logging.load) if tries_save else []) + broken(
+    places = save_errors(logging.save, logging.load) + ckpt_errors(logging.save, logging.ckpt_path)
+    return (places if tries_save else []) + broken(
         {
             "no_load_optim=True has nothing to load without load: set load, or leave it out": (
-                logging.no_load_optim and logging.load is None
+                logging.no_load_optim and logging.load is None and not logging.load_checkpoint
             ),
             f"eval_interval={logging.eval_interval} has nothing to evaluate on: set {evaluation}": (
                 logging.eval_interval is not None and not evaluates

@@ -90,8 +90,9 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> tuple[
         for error in errors:
             print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2)
-    for note in line.notes:
-        print(f"{prog}: note: {note}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0" and "MEGARLHF_RENDEZVOUS" not in os.environ:  # ranks' parent has said it
+        for note in line.notes:
+            print(f"{prog}: note: {note}", file=sys.stderr)
     if line.wandb_key is not None:
         os.environ["WANDB_API_KEY"] = line.wandb_key  # where wandb looks for it, here and in the ranks
     return _build(config_class, values, absent=None), line.dry_run
@@ -221,7 +222,8 @@ def _take_alias(line: _Line, flag: str, name: str, texts: list[str], options: Ma
         line.errors.append(f"{flag} takes {num_values} value(s), not {len(texts)}")
     else:
         if alias.choices and texts[0] not in alias.choices:
-            line.errors.append(f"{flag} {texts[0]} is not known here; it is one of {', '.join(alias.choices)}")
+            why = f" ({alias.note})" if alias.note else ""
+            line.errors.append(f"{flag} {texts[0]} is not known here{why}; it is one of {', '.join(alias.choices)}")
             return
         given = dict(zip(alias.fields, texts, strict=False))  # ignored values have no field
         for field_name, text in (given | alias.settings | alias.choices.get("".join(texts), {})).items():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megarlhf.config.aliases import ALIASES
+from megarlhf.config.aliases import ALIASES, SWITCH_VALUES
 
 _CKPT = "save_path save_steps logging_steps eval_steps ckpt_path max_ckpt_num max_ckpt_mem load_checkpoint"
 _SYS = (
@@ -12,26 +12,27 @@ _SYS = (
 )
 _OPT = "learning_rate lr_warmup_ratio l2 adam_betas aux_loss_coef max_epochs micro_train_batch_size train_batch_size"
 _LORA = "load_in_4bit lora_rank lora_alpha target_modules lora_dropout"
-_LOG = "use_wandb wandb_org wandb_group wandb_project wandb_run_name use_tensorboard"
+_LOG = "use_wandb wandb_org wandb_group wandb_project wandb_run_name"
 _DATA = "dataset dataset_probs train_split eval_split max_samples max_len pretrain"
 _RING = "ring_attn_size ring_head_stride"
 _ALL = (_CKPT, _SYS, _OPT, _LORA, _LOG, _DATA)
 _PAIRS = "packing_samples prompt_key chosen_key rejected_key input_template apply_chat_template"
 _CHAT = "input_key output_key input_template apply_chat_template"
+_BOARD = "use_tensorboard"
 
 OPENRLHF_FLAGS: dict[str, tuple[str, ...]] = {  # our command -> flags of train_<command>
     name: tuple(" ".join((*_ALL, own)).split())
     for name, own in {
-        "sft": f"pretrain_mode lr_scheduler packing_samples tokenizer_chat_template {_CHAT}",
-        "rm": f"value_head_prefix compute_fp32_loss margin_loss loss tokenizer_chat_template {_PAIRS} {_RING}",
-        "dpo": f"ref_pretrain ref_offload beta ipo label_smoothing nll_loss_coef {_PAIRS} {_RING}",
-        "kto": f"ref_offload beta desirable_loss_weight undesirable_loss_weight label_key {_CHAT}",
-        "kd": f"teacher_model teacher_offload kd_coef pretrain_mode lr_scheduler {_CHAT}",
+        "sft": f"pretrain_mode lr_scheduler packing_samples tokenizer_chat_template {_CHAT} {_BOARD}",
+        "rm": f"value_head_prefix compute_fp32_loss margin_loss loss tokenizer_chat_template {_PAIRS} {_RING} {_BOARD}",
+        "dpo": f"ref_pretrain ref_offload beta ipo label_smoothing nll_loss_coef {_PAIRS} {_RING} {_BOARD}",
+        "kto": f"ref_offload beta desirable_loss_weight undesirable_loss_weight label_key {_CHAT} {_BOARD}",
+        "kd": f"teacher_model teacher_offload kd_coef pretrain_mode lr_scheduler {_CHAT} {_BOARD}",
         "prm": "lr_scheduler placeholder_token reward_tokens packing_samples input_key label_key",
     }.items()
 }
 
-_NOTES = {"load_in_4bit": "the same, without double quantisation (docs/supervised.md)"}
+_NOTES = {"load_in_4bit": "without double quantisation (docs/supervised.md)"}
 
 
 def meaning(flag: str, options: Mapping[str, Any]) -> str:
@@ -41,7 +42,8 @@ def meaning(flag: str, options: Mapping[str, Any]) -> str:
         KeyError: nobody has said it.
     """
     if flag in options:
-        return _NOTES.get(flag, "the same")
+        notes = [table[flag] for table in (_NOTES, SWITCH_VALUES) if flag in table]
+        return "; ".join(["the same", *notes])
     alias = ALIASES[flag]
     if alias.refused:
         return f"refused: {alias.refused}"
@@ -49,7 +51,7 @@ def meaning(flag: str, options: Mapping[str, Any]) -> str:
         raise KeyError(flag)
     set_to = [f"--{name}" for name in alias.fields] + [f"--{name} {value}" for name, value in alias.settings.items()]
     choices = (
-        f"{value} is {' '.join(f'--{name} {text}' for name, text in sets.items())}"
+        f"{value} is {' '.join(f'--{name} {text}' for name, text in sets.items()) or 'the one value'}"
         for value, sets in alias.choices.items()
     )
     return "; ".join(part for part in (" ".join(set_to), *choices, alias.note) if part)

@@ -109,7 +109,8 @@ class Encoder:
                         raise ValueError(f"json_keys: {key!r} is empty: remove the row")
                     found[key].append(ids if self.eod is None else np.append(ids, np.int32(self.eod)))
             except ValueError as error:
-                errors.append(f"line {number} of {self.path}: {error}")
+                cut = "" if line.endswith(b"\n") else " (the file ends in this line: was it cut off?)"
+                errors.append(f"line {number} of {self.path}: {error}{cut}")
         none = np.empty(0, dtype=np.int32)
         return Documents(
             ids={key: np.concatenate([none, *parts]) for key, parts in found.items()},
@@ -180,7 +181,8 @@ def _object(line: bytes) -> dict[str, object]:
 
 def _text(value: dict[str, object], key: str) -> str:
     if key not in value:
-        raise ValueError(f"json_keys: {key!r} is not there; the keys are {', '.join(map(repr, value))}: set json_keys")
+        keys = ", ".join(map(repr, value)) or "none, for the row is empty"
+        raise ValueError(f"json_keys: {key!r} is not there; the keys are {keys}: set json_keys")
     text = value[key]
     if not isinstance(text, str):
         raise ValueError(f"json_keys: {key!r} holds a {type(text).__name__}, not a string")

@@ -80,7 +80,7 @@ def load_preference_rows(
         for place in (0, 1)
     )
     pairs = rows.collect(lambda index: _same_prompt(chosen[index], rejected[index], prompt_key))
-    margins = rows.collect(lambda index: _number(rows.value(index, _MARGIN, option="column")) if margin else 0.0)
+    margins = rows.collect(lambda index: _number(rows.rows[index].get(_MARGIN)) if margin else 0.0)
     differ = [index for index, ((_, first), (_, second)) in enumerate(pairs) if first != second]
     if not differ:
         raise ValueError(f"{rows.path}: each of its {len(rows)} rows is one {EQUAL}: nothing is preferred to anything")

@@ -128,7 +128,7 @@ def data_lines(data: SupervisedData, evaluation: SupervisedData | None) -> str:
     """What a run trains and evaluates on, in lines for its start log."""
     named = {"training": data} | ({} if evaluation is None else {"evaluation": evaluation})
     lines = [
-        f"{name}: {len(each.rows)} rows, {int(each.rows.lengths.sum())} tokens, "
+        f"{name}: {_count(each)}, {int(each.rows.lengths.sum())} tokens, "
         f"{int(each.rows.num_loss_targets.sum())} of them with a loss; {dropped_line(each)}"
         for name, each in named.items()
     ]
@@ -138,6 +138,12 @@ def data_lines(data: SupervisedData, evaluation: SupervisedData | None) -> str:
             "remove them from either, or let eval_split=0.03 hold rows out"
         )
     return "\n".join(lines)
+
+
+def _count(data: SupervisedData) -> str:
+    """Rows of the data files, which may be several sequences each."""
+    sequences = "" if data.num_units == len(data) else f" ({len(data)} sequences)"
+    return f"{data.num_units} rows{sequences}"
 
 
 def too_long(max_len: int) -> str:

@@ -65,7 +65,8 @@ class Renderer:
                 raise ValueError("it ends with an assistant message: a prompt ends before the answer, remove it")
             return self.chat(messages, add_generation_prompt=True, tools=tools)
         if not isinstance(value, str):
-            raise ValueError(f"it holds a {type(value).__name__}, not a string: set apply_chat_template for messages")
+            kind = type(value).__name__
+            raise ValueError(f"its prompt holds a {kind}, not a string: set apply_chat_template for messages")
         check_text(value)
         return value if self.input_template is None else self.input_template.format(value)
 

@@ -1,9 +1,12 @@
 """Names of data sets on the command line: local paths, `type@directory`, and several of them in a comma list."""
 
 import os
+import re
 from typing import NamedTuple
 
 SUFFIXES = {"json": (".jsonl", ".json"), "csv": (".csv",), "parquet": (".parquet",), "arrow": (".arrow",)}
+
+_DOWNLOAD = "hf download --repo-type dataset {} --local-dir DIR"
 
 
 class DataName(NamedTuple):
@@ -66,9 +69,10 @@ def name_errors(key: str, text: str) -> list[str]:
             errors.append(f"{key}={kind}@{path}; the type before @ is {', '.join(SUFFIXES)}: convert the data")
         elif kind is not None and not os.path.isdir(path):
             errors.append(f"{key}={kind}@{path}; {path} is not a directory, which type@directory names: correct it")
+        elif not path:
+            errors.append(f"{key}={text} has an empty name beside a comma: take the comma out")
         elif not os.path.exists(path):
-            errors.append(
-                f"{key}={path} does not exist here (nothing is downloaded): give a file or a directory; a data set of "
-                f"the Hub comes with `hf download --repo-type dataset {path} --local-dir DIR`, then set {key}=DIR"
-            )
+            hub = f"; a data set of the Hub comes with `{_DOWNLOAD.format(path)}`, then set {key}=DIR"
+            said = f"{key}={path} does not exist here (nothing is downloaded): give a file or a directory"
+            errors.append(said + hub * bool(re.fullmatch(r"[\w-]+/[\w.-]+", path)))
     return errors

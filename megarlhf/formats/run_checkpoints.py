@@ -42,8 +42,13 @@ def abandon(root: Path, step: int) -> None:
     shutil.rmtree(staging_directory(root, step), ignore_errors=True)
 
 
-def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Path:
-    """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest of its past beyond `keep`."""
+def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int, most_gib: float | None = None) -> Path:
+    """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest of its past.
+
+    Args:
+        keep: how many stay; 0: all.
+        most_gib: what all together may take; the new one stays in any case.
+    """
     staging, final = staging_directory(root, step), iteration_directory(root, step)
     (staging / "run_state.json").write_text(json.dumps(run_state, indent=1, sort_keys=True))
     sync(*staging.rglob("*"), staging)
@@ -56,8 +61,10 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int) -> Pa
     sync(root)
     complete = sorted(path for path in root.glob("iter_*") if not path.name.endswith(".partial"))
     past = complete[: complete.index(final) + 1]
-    for old in past[:-keep] if keep > 0 else []:
-        shutil.rmtree(old)
+    sizes = [sum(file.stat().st_size for file in each.rglob("*")) / 2**30 for each in past]
+    for number, old in enumerate(past[:-1]):
+        if 0 < keep < len(past) - number or most_gib is not None and sum(sizes[number:]) > most_gib:
+            shutil.rmtree(old)
     return final
 
 

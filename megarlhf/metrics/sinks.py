@@ -122,13 +122,22 @@ class WandbSink:
 
     The key comes from WANDB_API_KEY; with WANDB_MODE=offline none is needed, and `wandb sync` uploads the run later.
     W&B keeps no second value for a step, so every start of a resumed run is a W&B run of its own; they share the
-    group `run_name`.
+    group, `run_name` if None is given.
 
     Raises:
         ValueError: W&B is to be online and WANDB_API_KEY is not set.
     """
 
-    def __init__(self, directory: Path, *, project: str, run_name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        project: str,
+        run_name: str,
+        config: Mapping[str, Any],
+        entity: str | None = None,
+        group: str | None = None,
+    ) -> None:
         if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
             raise ValueError(
                 "use_wandb=True; WANDB_API_KEY is not set, and a run has nobody to ask for it: set WANDB_API_KEY, or "
@@ -141,7 +150,8 @@ class WandbSink:
             dir=directory,
             project=project,
             name=run_name,
-            group=run_name,
+            entity=entity,
+            group=group or run_name,
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off"),  # its lines would break the progress display
         )
@@ -225,7 +235,7 @@ class Sinks:
     Args:
         directory: of the run; holds metrics.jsonl, tensorboard/ and wandb/.
         log_interval: steps between two lines of plain console output; the other sinks take every step.
-        project, run_name, config: what W&B shows; run_name None is the name of the directory.
+        project, run_name, entity, group, config: what W&B shows; run_name None is the name of the directory.
         resumed_step: last step of the checkpoint that the run continues from; rows past it are dropped. None: a fresh
             run.
     Raises:
@@ -242,6 +252,8 @@ class Sinks:
         use_wandb: bool = False,
         project: str = "megarlhf",
         run_name: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
         config: Mapping[str, Any] | None = None,
         resumed_step: int | None = None,
         console: Console | None = None,
@@ -256,7 +268,9 @@ class Sinks:
                 self._sinks.append(opened.enter_context(closing(board)))
             if use_wandb:
                 name = run_name if run_name is not None else directory.resolve().name
-                wandb = WandbSink(directory, project=project, run_name=name, config=config or {})
+                wandb = WandbSink(
+                    directory, project=project, run_name=name, config=config or {}, entity=entity, group=group
+                )
                 self._sinks.append(opened.enter_context(closing(wandb)))
             self._console = ConsoleSink(
                 total_steps=total_steps, first_step=resumed_step or 0, log_interval=log_interval, console=console

@@ -236,7 +236,7 @@ def save_checkpoint(
                 "identity": identity,
                 "config_entries": dict(progress.config_entries),
             }
-            run_checkpoints.commit(root, step, state, keep=logging.max_ckpt_num)
+            run_checkpoints.commit(root, step, state, keep=logging.max_ckpt_num, most_gib=logging.max_ckpt_mem)
     except OSError:
         run_checkpoints.abandon(root, step)
         raise

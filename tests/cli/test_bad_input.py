@@ -284,39 +284,6 @@ def test_supervised_tokens_past_the_vocabulary(
     assert re.search(r"end of every row: \d+ '.+' \(the tokenizer's EOS\)", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    ("lines", "change", "words"),
-    [
-        ('{"question": "1", "output": "1"}\n', {}, "row 0 (line 1) of {}: input_key=input is not there; the keys are"),
-        ('{"input": "1", "output": "1"}\n{}\n', {}, "row 1 (line 2) of {}: input_key=input is not there"),
-        ('{"input": "1", "output": ""}\n', {}, "row 0 (line 1) of {}: it has nothing to train on"),
-        ('{"input": "1", "output": "1"}\nnot JSON\n', {}, "data path={}, line 2 is not JSON"),
-        ('{"input": "1", "output": "1"}\n{"input": "2", "ou', {}, "data path={}, line 2 is not JSON: Unterminated"),
-        ('{"input": "1", "output": "1"}\n', {"--apply_chat_template": None}, "has no chat template: set"),
-        ('{"input": "1", "output": "1"}\n', {"--tokenizer": "endless"}, "has no EOS"),
-        ('{"input": "1", "output": "1"}\n', {"--train_split": "trian"}, "{} holds the splits train; not trian"),
-        ('{"input": "1", "output": "1"}\n', {"--eval_split": "0.5"}, "{} has 1 different rows, of which"),
-        ("", {}, "data path={} has no rows"),
-    ],
-)
-def test_bad_supervised_data(
-    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, change: Flags, words: str
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(lines)
-    if "--tokenizer" in change:
-        shutil.copytree(assets / "model", tmp_path / "endless", ignore=shutil.ignore_patterns("*.safetensors"))
-        settings = json.loads((tmp_path / "endless" / "tokenizer_config.json").read_text()) | {"eos_token": None}
-        (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(settings))
-        change = {"--tokenizer": str(tmp_path / "endless")}
-    flags = {"--pretrain": str(assets / "model"), "--save": str(tmp_path / "run"), "--dataset": str(path)}
-    flags |= {"--output_key": "output", "--max_len": "16", "--global-batch-size": "1"}
-    given = [word for flag, value in (flags | change).items() for word in ([flag] if value is None else [flag, value])]
-    assert train_sft.main(given) == 2
-    said = capsys.readouterr().err
-    assert words.replace("{}", str(path)) in said and said.count("error:") == 1
-
-
 def test_what_transformer_engine_cannot_do_is_said_before_the_weights_are_read(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model", family="gemma2")
     check_weights([("pretrain", str(model_dir), LayoutArguments(), "lm")], transformer_impl="local")

@@ -5,28 +5,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megarlhf.cli.flags import PROGRAMS
+
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pandas", "ray", "vllm", "megatron", "matplotlib")
+
+OWN = {"kd": ["--teacher_model", "/nowhere"], "prm": ["--placeholder_token", "z"]}  # what has no default
 
 # Answers each command line in turn; after each, the heavy modules that have come in.
 ANSWER = """
-import contextlib, io, json, sys
+import contextlib, io, json, runpy, sys
 from megarlhf.cli.main import main
 
-answers = []
+heavy, answers = sys.argv[1:], []
 for words in json.load(sys.stdin):
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
+            if words[:1] and words[0].endswith(".py"):
+                sys.argv[:] = words
+                runpy.run_path(words[0], run_name="__main__")
             status = main(words)
         except SystemExit as stop:
             status = int(stop.code or 0)
-    answers.append((status, said.getvalue(), [name for name in sys.argv[1:] if name in sys.modules]))
+    answers.append((status, said.getvalue(), [name for name in heavy if name in sys.modules]))
 print(json.dumps(answers))
 """
 
 
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("train_iters: many\n")
+    places = ["--pretrain", "/nowhere", "--dataset", "/nowhere", "--save", "x"]
+    tool = {name: str(ROOT / "tools" / f"{name}.py") for name in ("preprocess_data", "merge_lora")}
+    corpus = ["--input", "/nowhere", "--output_prefix", "x", "--tokenizer_model", "/nowhere"]
+    corpus += ["--tokenizer_type", "HuggingFaceTokenizer"]
+    merged = ["--model_path", "/nowhere", "--lora_path", "/nowhere", "--output_path", "x"]
+    preprocess = ("preprocess", tool["preprocess_data"])
     rl = ["ppo", "--pretrain", "/nowhere/model", "--save", "/dev/null/run"]
     cases: list[tuple[list[str], int, str]] = [
         ([], 0, "usage: megarlhf COMMAND"),
@@ -51,7 +65,21 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         (["convert", "megatron-to-hf", "--load", "/nowhere", "--save", "n" * 250], 2, ".partial cannot be made"),
         (["ppo", "--config", str(tmp_path / "bad.yaml")], 2, "train_iters='many'"),
         ([*rl, "--prompt_data", "/nowhere.parquet", "--top_p", "0.9"], 2, "top_p=0.9"),
-        (["sft", "--pretrain", "/nowhere", "--dataset", "/nowhere", "--save", "x"], 2, "dataset=/nowhere does not"),
+        (["flags"], 0, "train_prm of OpenRLHF, megarlhf prm:"),
+        (["flags", "--help"], 0, "usage: megarlhf flags"),
+        (["flags", "nothing"], 2, "no program 'nothing'"),
+        *(([program, "--help"], 0, "--append-eod") for program in preprocess),
+        (["preprocess", "--inptu", "x"], 2, "did you mean --input?"),
+        *(([program, *corpus], 2, "input=/nowhere is not") for program in preprocess),
+        ([tool["merge_lora"], "--help"], 0, "--lora-path"),
+        ([tool["merge_lora"], "--lora_pth", "x"], 2, "did you mean --lora_path?"),
+        ([tool["merge_lora"]], 2, "model_path is missing"),
+        ([tool["merge_lora"], *merged], 2, "model_path=/nowhere is not a local directory\nlora_path=/nowhere is not"),
+        *(([program, "--help"], 0, "--learning-rate") for program in PROGRAMS),
+        *(([program, "--train_iter", "3"], 2, "did you mean --train_iters?") for program in PROGRAMS),
+        *(([program, "--max_epochs", "many"], 2, "max_epochs") for program in PROGRAMS),
+        *(([program], 2, "pretrain is missing") for program in PROGRAMS),
+        *(([program, *places, *OWN.get(program, [])], 2, "dataset=/nowhere does not") for program in PROGRAMS),
         (["parity", "--pretrain", "/nowhere", "--num_groups", "0"], 2, "num_groups=0"),
     ]
     asked = json.dumps([words for words, _, _ in cases])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from tests.config.in_process import Trace
@@ -68,6 +69,13 @@ def steps_with(name: str) -> Seen:
 def refused(*words: str) -> Seen:
     """Whether the check of the configuration says so."""
     return lambda trace: trace.error.startswith("ConfigError") and all(word in trace.error for word in words)
+
+
+def linked(trace: Trace) -> tuple[bool, list[str]]:
+    """Whether the run's checkpoints are a link to another directory, and what is there."""
+    place = Path(trace.given["directory"][0]) / "checkpoints"
+    target = place.resolve()
+    return place.is_symlink() and target.name.startswith("checkpoints_"), [p.name for p in target.glob("iter_*")]
 
 
 def layout_probes(role: str, ranks: Callable[[int], Options]) -> dict[str, Probe]:

@@ -25,10 +25,15 @@ def has_entropy(trace: Trace) -> bool:
 
 def _beside_teacher(probe: Probe) -> Probe:
     """Where experts are split the teacher has some too, and what a run goes on from is one of this program's."""
-    given = {key: "{}/first_kd" for key, value in probe.also.items() if value == "{}/first_sft"}
+    given = {key: renamed(value) for key, value in probe.also.items()}
     given |= {"output_key": "output"} if probe.also.get("dataset") == "" else {}  # its default, as data_path asks
     given |= {"teacher_model": "{}/experts"} if probe.also.get("pretrain") == "{}/experts" else {}
-    return replace(probe, also=probe.also | given)
+    return replace(probe, also=given, value=renamed(probe.value))
+
+
+def renamed(value: object) -> object:
+    """A directory of SFT's runs as one of KD's."""
+    return value.replace("_sft", "_kd") if isinstance(value, str) else value
 
 
 KD = {name: _beside_teacher(probe) for name, probe in SFT.items()} | {

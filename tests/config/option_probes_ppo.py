@@ -14,6 +14,7 @@ from tests.config.option_probes import (
     critic_layout_probes,
     kernel_probes,
     layout_probes,
+    linked,
     megatron_probe,
     metric,
     optimizer_probes,
@@ -385,6 +386,17 @@ LOGGING: dict[str, Probe] = {
         seen=both(lambda t: [path.name for path, _ in t.given["load"]], lambda t: t.given["metrics"][0]["step"]),
         **{"expected": (["actor", "critic"], 3), "also": {"train_iters": 3}},
     ),
+    "load_checkpoint": Probe(
+        value=True,
+        seen=lambda t: [path.name for path, _ in t.given["load"]],
+        **{"expected": ["actor", "critic"], "also": {"save": "{}/again_ppo"}},
+    ),
+    "ckpt_path": Probe(value="{}/checkpoints_ppo", seen=linked, expected=(True, ["iter_0000002"])),
+    "max_ckpt_mem": Probe(
+        value=1e-9,
+        seen=lambda t: t.given["checkpoints"],
+        **{"expected": ["iter_0000002"], "also": {"save_interval": 1}},
+    ),
     "no_load_optim": Probe(
         value=True,
         seen=lambda t: {with_optimizer for _, with_optimizer in t.given["load"]},
@@ -409,6 +421,8 @@ LOGGING: dict[str, Probe] = {
     "use_wandb": Probe(value=True, seen=lambda t: len(t.given["wandb"]), expected=1),
     "wandb_project": Probe(value="other", seen=given("wandb", "project"), also={"use_wandb": True}),
     "wandb_run_name": Probe(value="mine", seen=given("wandb", "run_name"), also={"use_wandb": True}),
+    "wandb_org": Probe(value="team", seen=given("wandb", "entity"), also={"use_wandb": True}),
+    "wandb_group": Probe(value="runs", seen=given("wandb", "group"), also={"use_wandb": True}),
 }
 
 

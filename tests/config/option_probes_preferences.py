@@ -15,8 +15,11 @@ def shared(name: str, *, without: str) -> dict[str, Probe]:
     """SFT's probes under another program's names, but for some options."""
 
     def own(probe: Probe) -> Probe:
-        also = {key: f"{{}}/first_{name}" if value == "{}/first_sft" else value for key, value in probe.also.items()}
-        return replace(probe, also=also)
+        also = {key: renamed(value) for key, value in probe.also.items()}
+        return replace(probe, also=also, value=renamed(probe.value))
+
+    def renamed(value: object) -> object:
+        return value.replace("_sft", f"_{name}") if isinstance(value, str) else value
 
     left_out = (*without.split(), *OF_CHATS_AND_TEXTS)
     kept = {option: own(probe) for option, probe in SFT.items() if option not in left_out}

@@ -15,6 +15,7 @@ from tests.config.option_probes import (
     both,
     kernel_probes,
     layout_probes,
+    linked,
     megatron_probe,
     metric,
     optimizer_probes,
@@ -156,6 +157,8 @@ def logging_probes(program: str) -> dict[str, Probe]:
         value="{}/" + place, seen=lambda t: t.given["export"][0]["directory"].parent.name, expected=place
     )
     found["load"] = replace(LOGGING["load"], value=first)
+    found["load_checkpoint"] = replace(LOGGING["load_checkpoint"], also={"save": f"{{}}/again_{program}"})
+    found["ckpt_path"] = replace(LOGGING["ckpt_path"], value=f"{{}}/checkpoints_{program}")
     found["no_load_optim"] = replace(LOGGING["no_load_optim"], also=LOGGING["no_load_optim"].also | {"load": first})
     found["eval_interval"] = replace(LOGGING["eval_interval"], seen=steps_with(f"{program}/eval_loss"))
     return found
@@ -167,6 +170,12 @@ LOGGING = {
         seen=both(lambda t: [path.name for path, _ in t.given["load"]], lambda t: t.given["metrics"][0]["step"]),
         **{"expected": (["actor"], 4), "also": {"train_iters": 4}},
     ),
+    "load_checkpoint": Probe(
+        value=True,
+        seen=lambda t: [path.name for path, _ in t.given["load"]],
+        **{"expected": ["actor"], "also": {"save": "{}/again_sft"}},
+    ),
+    "ckpt_path": Probe(value="{}/checkpoints_sft", seen=linked, expected=(True, ["iter_0000003"])),
     "no_load_optim": Probe(
         value=True,
         seen=lambda t: {with_optimizer for _, with_optimizer in t.given["load"]},
@@ -182,12 +191,19 @@ LOGGING = {
         seen=lambda t: t.given["checkpoints"],
         **{"expected": ["iter_0000002", "iter_0000003"], "also": {"save_interval": 1}},
     ),
+    "max_ckpt_mem": Probe(
+        value=1e-9,
+        seen=lambda t: t.given["checkpoints"],
+        **{"expected": ["iter_0000003"], "also": {"save_interval": 1}},
+    ),
     "use_tensorboard": Probe(
         value=True, seen=lambda t: [x["directory"].name for x in t.given["tensorboard"]], expected=["tensorboard"]
     ),
     "use_wandb": Probe(value=True, seen=lambda t: len(t.given["wandb"]), expected=1),
     "wandb_project": Probe(value="other", seen=given("wandb", "project"), also={"use_wandb": True}),
     "wandb_run_name": Probe(value="mine", seen=given("wandb", "run_name"), also={"use_wandb": True}),
+    "wandb_org": Probe(value="team", seen=given("wandb", "entity"), also={"use_wandb": True}),
+    "wandb_group": Probe(value="runs", seen=given("wandb", "group"), also={"use_wandb": True}),
 }
 
 

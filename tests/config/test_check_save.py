@@ -2,13 +2,14 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megarlhf.config import check_save
 from megarlhf.config.arguments import LoggingArguments
-from megarlhf.config.check_save import save_errors
+from megarlhf.config.check_save import ckpt_errors, save_errors
 from megarlhf.config.checks import _logging_errors
 
 
@@ -116,6 +117,35 @@ def test_a_used_run_directory_is_only_continued(tmp_path: Path, trace: str) -> N
         assert "holds another run" in save_errors(str(used), other)[0]
     assert save_errors(str(used), str(link)) == []
     assert save_errors(str(tmp_path / "new"), str(used)) == []
+
+
+def test_checkpoints_in_another_directory(place: Path) -> None:
+    save, other, used = place / "run", place / "large" / "disk", place / "used"
+    before = contents(place)
+    assert ckpt_errors(str(save), None) == ckpt_errors(str(save), str(other)) == []
+    assert ckpt_errors(str(save), "/dev/null/c")[0].startswith("ckpt_path=/dev/null/c cannot be made")
+    assert contents(place) == before
+    used.mkdir()
+    (used / "latest_checkpointed_iteration.txt").write_text("3")
+    assert "holds another run's checkpoints" in ckpt_errors(str(save), str(used))[0]
+    save.mkdir()
+    (save / "checkpoints").symlink_to(used)
+    assert ckpt_errors(str(save), str(used)) == [], "its own"
+    assert "has the run's checkpoints already" in ckpt_errors(str(save), str(other))[0]
+    (save / "checkpoints").unlink()
+    (save / "checkpoints").mkdir()
+    assert ckpt_errors(str(save), str(save / "checkpoints")) == []
+
+
+def test_load_checkpoint_loads_what_is_there(place: Path) -> None:
+    save = place / "run"
+    logging = LoggingArguments(save=str(save), load=str(place / "earlier"), load_checkpoint=True)
+    assert logging.continued() == logging, "nothing is there yet"
+    (save / "checkpoints").mkdir(parents=True)
+    assert logging.continued() == logging, "nor is a complete one"
+    (save / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    assert logging.continued() == replace(logging, load=str(save))
+    assert replace(logging, load_checkpoint=False).continued().load == str(place / "earlier")
 
 
 def test_one_rank_tries(place: Path) -> None:

@@ -479,6 +479,7 @@ def test_wandb_from_the_environment(check: Check, monkeypatch: pytest.MonkeyPatc
         ({"dataset": "json@/nowhere"}, "dataset=json@/nowhere; /nowhere is not a directory"),
         ({"dataset": "text@."}, "the type before @ is json, csv, parquet, arrow"),
         ({"dataset": ".,/nowhere"}, "dataset=/nowhere does not exist"),
+        ({"dataset": ".,"}, "dataset=., has an empty name beside a comma"),
         ({"dataset": ".,.", "dataset_probs": "1.0"}, "has 1 numbers for the 2 data sets"),
         ({"dataset": ".,.", "dataset_probs": "0.5,0"}, "must be positive numbers"),
         ({"dataset": ".,.", "dataset_probs": "0.5 0.5"}, "must be positive numbers"),

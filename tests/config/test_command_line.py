@@ -81,11 +81,11 @@ def test_dry_run() -> None:
 
 
 def test_unknown_flags_are_reported_together_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "--learning_rate", "1", "--tensor-model-paralel-size", "2", "--zpg", "3")
+    message = refused(capsys, "--learning_rate", "1", "--tensor-model-paralel-size", "2", "--fp8")
     assert "--learning_rate; did you mean --actor_learning_rate?" in message
     assert "--tensor-model-paralel-size; did you mean --tensor_model_parallel_size?" in message
-    assert "--zpg is not an option here" in message
-    assert "set --tensor_model_parallel_size" in message
+    assert "--fp8 is not an option here" in message
+    assert "set --bf16" in message
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,33 @@ def test_other_schedules_are_refused_with_those_there_are(capsys: pytest.Capture
     assert "cosine_with_min_lr, cosine, linear" in refused(capsys, "--lr_scheduler", "polynomial")
 
 
+@pytest.mark.parametrize(("flag", "value", "others"), [("--zpg", "1", ["8"]), ("--grad_accum_dtype", "fp32", ["bf16"])])
+def test_the_one_value_that_is_so_here(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str, others: list[str]
+) -> None:
+    assert ppo(flag, value) == ppo() and f"note: {flag}: " in capsys.readouterr().err
+    said = refused(capsys, flag, *others)
+    assert f"{flag} {others[0]} is not known here (" in said and said.rstrip().endswith(f"it is one of {value}")
+
+
 def test_flags_of_deepspeed_are_taken_with_what_they_mean_here(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--zero_stage", "3", "--adam_offload", "--flash_attn", "--ring_head_stride", "2", "--local_rank", "0"]
     assert ppo(*flags) == ppo()
     said = capsys.readouterr().err
     assert all(f"note: {flag}: " in said for flag in flags if flag.startswith("--"))
+
+
+@pytest.mark.parametrize("other", [{"RANK": "1"}, {"RANK": "0", "MEGARLHF_RENDEZVOUS": "file://place"}])
+def test_notes_are_said_once_for_all_ranks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    ppo("--flash_attn")
+    assert capsys.readouterr().err.count("note: --flash_attn") == 1
+    for name, value in other.items():
+        monkeypatch.setenv(name, value)
+    ppo("--flash_attn")
+    assert capsys.readouterr().err == ""
 
 
 def test_openrlhf_names() -> None:

@@ -124,7 +124,7 @@ def test_values_are_read_at_the_eos(write_jsonl: Write, tokenizer: PreTrainedTok
         ),
         ({"margin": True}, {"margin": True}, "row 0 .*: margin=True is not a number: correct it"),
         ({"margin": "much"}, {"margin": True}, "margin='much' is not a number"),
-        ({}, {"margin": True}, "margin is not there"),
+        ({}, {"margin": True}, "margin=None is not a number"),
     ],
 )
 def test_bad_rows_are_refused(

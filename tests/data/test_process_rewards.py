@@ -92,7 +92,7 @@ def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTra
         ({"input": "a#", "label": "+"}, {}, "label_key=label holds a str, not a list"),
         ({"input": "a#"}, {}, "row 1 .*: label_key=label is not there; the keys are 'input'"),
         ({"label": ["+"]}, {}, "row 1 .*: input_key=input is not there"),
-        ({"input": 3, "label": ["+"]}, {}, "it holds a int, not a string"),
+        ({"input": 3, "label": ["+"]}, {}, "its prompt holds a int, not a string"),
         ({"input": "a#", "label": ["?"]}, {}, r"row 1 .*: label_key=label: '\?' is none of reward_tokens=\+ -"),
         ({"input": "a#", "label": [1.5]}, {}, "1.5 is neither a reward token nor a probability"),
         ({"input": "a#", "label": [True]}, {}, "True is neither"),

@@ -109,6 +109,8 @@ def test_all_sinks_of_a_run_get_each_step(tmp_path: Path, monkeypatch: pytest.Mo
         total_steps=2,
         use_tensorboard=True,
         use_wandb=True,
+        entity="a-team",
+        group="a-group",
         config={"seed": 42},
         console=Console(file=out, force_terminal=False),
     )
@@ -127,6 +129,7 @@ def test_all_sinks_of_a_run_get_each_step(tmp_path: Path, monkeypatch: pytest.Mo
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert b"kl/mean" not in recorded.read_bytes()
+    assert all(word in recorded.read_bytes() for word in (b"a-team", b"a-group"))
     assert out.getvalue().startswith("step 1/2  reward 0.500")
 
 
