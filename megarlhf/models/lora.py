@@ -30,6 +30,7 @@ from megarlhf.config.lora import LoraArguments
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import Split, WeightMap
 from megarlhf.models.four_bit import quantise
+from megarlhf.models.heads import with_new_strides
 from megarlhf.models.shards import fused_outputs
 from megarlhf.models.targets import adaptable, check_targets, is_quantised, last_name, module_of
 from megarlhf.models.weights import LocalWeight, ModelWeights
@@ -189,6 +190,8 @@ class Adapters:
         config = chunks[0].config
         for chunk in chunks:
             chunk.requires_grad_(False)
+            if chunk.pre_process:
+                chunk.embedding.register_forward_hook(lambda _, inputs, output: with_new_strides(output))
             if chunk.pre_process and config.recompute_granularity == "full":
                 # a recomputed layer has gradients only where its input asks for them
                 chunk.embedding.register_forward_hook(

@@ -35,11 +35,11 @@ OWN = {
 }
 
 
-REFUSED = {"disable_fast_tokenizer", "load_in_4bit"}
+REFUSED = {"disable_fast_tokenizer"}
 SWITCHES = {
     *("load_checkpoint", "gradient_checkpointing", "gradient_checkpointing_use_reentrant", "bf16", "adam_offload"),
     *("flash_attn", "disable_trace_cache", "packing_samples", "apply_chat_template", "pretrain_mode", "margin_loss"),
-    *("compute_fp32_loss", "ref_offload", "teacher_offload", "ipo"),
+    *("compute_fp32_loss", "ref_offload", "teacher_offload", "ipo", "load_in_4bit"),
 }
 GIVEN = {  # flag -> a value that its parser takes; others are switches
     **{"save_path": "run", "save_steps": "7", "logging_steps": "2", "eval_steps": "5", "ckpt_path": "checkpoints"},
@@ -105,6 +105,7 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert any(line.split()[:1] == ["--disable_fast_tokenizer"] and "refused: " in line for line in said)
     assert any(line.split()[:1] == ["--use_tensorboard"] and "<save>/tensorboard" in line for line in said)
+    assert any(line.split()[:1] == ["--load_in_4bit"] and "without double quantisation" in line for line in said)
     assert not any(line.startswith("train_kto") for line in said)
     assert main(["nothing"]) == 2
     assert "no program 'nothing'" in capsys.readouterr().err

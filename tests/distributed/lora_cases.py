@@ -120,6 +120,16 @@ def shared_case(
         return found
 
 
+def profiled_case(rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, head: str) -> set[str]:
+    """The operations of a step."""
+    with world(layout, rank, init_method):
+        engine = build(layout, model_dir, head=head, lora=LoraArguments(lora_rank=4, target_modules=("q_proj",)))
+        case, rows = parity_case("sft" if head == "lm" else "critic"), fitting(engine, parity_rows(VOCAB_SIZE))
+        with torch.profiler.profile() as profile:
+            engine.train_step(rows, case.objective, denominator=50.0)
+        return {event.key for event in profile.key_averages()}
+
+
 def dropout_case(rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path) -> list[list[float]]:
     """Losses of three steps: with dropout, the same again, with dropout from a checkpoint after one, and without."""
     runs, saved = [], model_dir.with_name("saved")

@@ -13,7 +13,7 @@ from megarlhf.config.lora import LoraArguments
 from megarlhf.trainers.parity_cases import parity_rows
 from tests.distributed.cases import sequences
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout
-from tests.distributed.lora_cases import Trained, dropout_case, rows_of, shared_case, trained_case, whole
+from tests.distributed.lora_cases import Trained, dropout_case, profiled_case, rows_of, shared_case, trained_case, whole
 from tests.distributed.pool import RankPool
 from tests.tiny_models import VOCAB_SIZE, make_model
 
@@ -174,6 +174,14 @@ def test_engines_read_merged_weights(ranks: RankPool, llama: Path, tmp_path: Pat
     for key, tensor in read.items():
         torch.testing.assert_close(tensor, merged[key], atol=1e-6, rtol=0)
         assert torch.equal(tensor, base[key]) == ("proj" not in key)
+
+
+@pytest.mark.parametrize("head", ["lm", "value"])
+@pytest.mark.parametrize("layout", [SINGLE, LAYOUTS["TP2"], LAYOUTS["PP2"]], ids=["single", "TP2", "PP2"])
+def test_frozen_matrices_multiply_whole_gradients(ranks: RankPool, llama: Path, layout: Layout, head: str) -> None:
+    """Not token by token, as matmul does where strides are not those of a new tensor."""
+    for operations in ranks.run(layout.world_size, profiled_case, layout, llama, head):
+        assert "aten::mm" in operations and "aten::bmm" not in operations
 
 
 @pytest.mark.slow
