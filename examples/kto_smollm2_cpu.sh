@@ -23,11 +23,11 @@ PP_SIZE=${PP_SIZE:-1}
 CP_SIZE=${CP_SIZE:-1}
 
 # Size of a step, length of the run, learning rate
-TRAIN_ITERS=${TRAIN_ITERS:-40}
+TRAIN_ITERS=${TRAIN_ITERS:-64}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
 MAX_LEN=${MAX_LEN:-128}
-LR=${LR:-1e-5}
+LR=${LR:-5e-6}
 
 MODEL_PARALLEL_ARGS=(
     --num_gpus_per_node "${RANKS}"

@@ -216,7 +216,7 @@ class ParityArguments:
     num_gpus_per_node: int | None = None
     """Ranks of the layout, all on this machine: one GPU each, or one process each. None: as few as the layout takes,
     TP * PP * CP, or the next multiple of it that EP * ETP * PP divides. Give twice as many to see data parallelism."""
-    objectives: tuple[Literal["sft", "actor", "critic", "rm", "prm", "dpo", "kto", "kd"], ...] = (
+    objectives: tuple[Literal["sft", "actor", "critic", "rm", "prm", "dpo", "ipo", "kto", "kd"], ...] = (
         "sft",
         "actor",
         "critic",

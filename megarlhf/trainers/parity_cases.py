@@ -23,10 +23,10 @@ from megarlhf.trainers.reward_model import reward_objective
 from megarlhf.trainers.sft import sft_objective
 from megarlhf.trainers.value import value_objective
 
-ObjectiveName = Literal["sft", "actor", "critic", "rm", "prm", "dpo", "kto", "kd"]
+ObjectiveName = Literal["sft", "actor", "critic", "rm", "prm", "dpo", "ipo", "kto", "kd"]
 OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")  # sums over tokens, tested in every layout
 # And of sequences or models, tested in layouts that matter.
-OF_SEQUENCES: tuple[ObjectiveName, ...] = ("rm", "prm", "dpo", "kto", "kd")
+OF_SEQUENCES: tuple[ObjectiveName, ...] = ("rm", "prm", "dpo", "ipo", "kto", "kd")
 
 _REWARD_TOKENS = (7, 71, 3)  # on both ranks of the vocabulary of the tests, split in two
 
@@ -62,6 +62,9 @@ def parity_case(name: ObjectiveName) -> ParityCase:
         return ParityCase(objective=process_reward_objective(_REWARD_TOKENS), mean_over="targets", rows=_with_labels)
     if name == "dpo":
         objective = dpo_objective(beta=0.2, label_smoothing=0.1, ipo=False, nll_loss_coef=0.3)
+        return ParityCase(objective=objective, mean_over="units", rows=_pairs)
+    if name == "ipo":
+        objective = dpo_objective(beta=0.2, label_smoothing=0.0, ipo=True, nll_loss_coef=0.3)
         return ParityCase(objective=objective, mean_over="units", rows=_pairs)
     if name == "kto":
         objective = kto_objective(beta=0.3, desirable_loss_weight=1.3, undesirable_loss_weight=0.8)

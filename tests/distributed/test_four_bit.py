@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from megarlhf.data.supervised import SupervisedData
 from megarlhf.engine.export import export_hf
 from megarlhf.engine.sharing import SharedWeights
 from megarlhf.formats.huggingface import read_checkpoint
@@ -20,6 +21,7 @@ from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import layer_widths, stage_sizes
 from megarlhf.planner.memory import rank_bytes
 from megarlhf.trainers.parity_cases import parity_case, parity_rows
+from megarlhf.trainers.reference import REF_LOG_PROBS, with_reference_log_probs
 from tests.distributed.cases import Parts, by_row, read_shared
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.lora_cases import Trained, rows_of, start_adapters
@@ -29,11 +31,12 @@ from tests.models.test_sizes import arguments, work
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 FOUR_BIT = replace(LORA, load_in_4bit=True)
+WHOLE = (".gate.weight", ".q_a_proj.weight", ".kv_a_proj_with_mqa.weight")  # matrices that stay as they are
 WIDE = {"intermediate_size": 128}  # two blocks: one on each of two ranks
 
 
 def is_matrix(name: str, tensor: Tensor) -> bool:
-    return ".layers." in name and tensor.dim() == 2 and "gate.weight" not in name
+    return ".layers." in name and tensor.dim() == 2 and not name.endswith(WHOLE)
 
 
 def quantised_model(model: Path, directory: Path) -> Path:
@@ -77,13 +80,17 @@ def test_experts(ranks: RankPool, tmp_path: Path, name: str) -> None:
     assert_equal(run(ranks, MOE_LAYOUTS[name], model, FOUR_BIT), run(ranks, SINGLE, twin))
 
 
+LATENT = {"kv_lora_rank": 64, "q_lora_rank": 64, "v_head_dim": 32, "moe_intermediate_size": 128}
+
+
 @pytest.mark.slow
-def test_biases_value_heads_and_norms_after(ranks: RankPool, tmp_path: Path) -> None:
-    for family, head in (("qwen2", "value"), ("gemma3", "lm")):
-        model = make_model(tmp_path / family, family=family, hidden_size=128, **WIDE)
-        twin = quantised_model(model, tmp_path / f"{family}-quantised")
-        found = run(ranks, LAYOUTS["TP2-SP"], model, FOUR_BIT, head=head)
-        assert_equal(found, run(ranks, SINGLE, twin, head=head))
+@pytest.mark.parametrize(("family", "head"), [("qwen2", "value"), ("gemma3", "lm"), ("deepseek-v3", "lm")])
+def test_other_layers(ranks: RankPool, tmp_path: Path, family: str, head: str) -> None:
+    sizes = LATENT if family == "deepseek-v3" else {"hidden_size": 128}
+    model = make_model(tmp_path / "model", family=family, **WIDE, **sizes)
+    twin = quantised_model(model, tmp_path / "quantised")
+    found = run(ranks, LAYOUTS["TP2-SP"], model, FOUR_BIT, head=head)
+    assert_equal(found, run(ranks, SINGLE, twin, head=head))
 
 
 @pytest.mark.parametrize("name", ["TP2", "PP2"])
@@ -198,3 +205,25 @@ def layer_case(rank: int, world_size: int, init_method: str, layout: Layout, mod
 
 def test_a_matrix_lives_while_it_multiplies(ranks: RankPool, models: tuple[Path, Path]) -> None:
     ranks.run(1, layer_case, SINGLE, models[0])
+
+
+def cached_case(
+    rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, cache: Path
+) -> list[Tensor]:
+    """Reference log-probs that are computed once, beside whole weights and beside those in 4 bits."""
+    with world(layout, rank, init_method):
+        data, found = SupervisedData(rows=parity_rows(VOCAB_SIZE)), []
+        for lora in (LORA, FOUR_BIT):
+            engine = build(layout, model_dir, optimizer=False, lora=lora)
+            (completed,) = with_reference_log_probs(engine, [data], ref_pretrain=None, directory=cache)
+            found.append(torch.from_numpy(completed.rows.fields[REF_LOG_PROBS]))
+        return found
+
+
+def test_what_is_computed_once_is_of_the_same_weights(
+    ranks: RankPool, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (found,) = ranks.run(1, cached_case, SINGLE, models[0], tmp_path / "cache")
+    for values, model in zip(found, models, strict=True):
+        expected = torch.cat(peft_log_probs(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)))
+        torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
