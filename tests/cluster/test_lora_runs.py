@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_equals_one_that_was_never_interrupted(
 
 
 def test_without_a_critic_with_dropout_and_then_longer(flags: dict[str, str | None], tmp_path: Path) -> None:
-    own = flags | {"--advantage_estimator": "group_norm", "--use_kl_loss": None, "--no-normalize_advantages": None}
+    own = flags | {"--advantage_estimator": "group_norm", "--use_kl_loss": None, "--kl_estimator": "k3"}
     own |= {"--save": str(tmp_path / "run"), "--global-batch-size": "128", "--lora_dropout": "0.1"}
     del own["--critic_learning_rate"]
     run("train_ppo", own | {"--train-iters": "2"})
