@@ -213,13 +213,13 @@ def open_sinks(
 
 
 def resumed_step(logging: LoggingArguments, identity: dict[str, Any]) -> int | None:
-    """Step of the checkpoint that --load names; None for a fresh run.
+    """Step of the checkpoint that --load names; None for a fresh run, 0 where --load_checkpoint may start again.
 
     Raises:
         ValueError: there is no complete checkpoint, or it is of another model.
     """
     if logging.load is None:
-        return None
+        return 0 if logging.load_checkpoint else None
     step, directory, state = run_checkpoints.latest(Path(logging.load) / "checkpoints")
     saved = state.get("identity", {})
     run_checkpoints.check_identity(saved, identity, directory, with_optimizer=not logging.no_load_optim)

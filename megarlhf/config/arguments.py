@@ -301,7 +301,8 @@ class LoggingArguments:
     load: str | None = None
     """Run directory to continue from, often the same as save. None: start from pretrain."""
     load_checkpoint: bool = False
-    """Continue from the latest checkpoint in save where there is one; else start as without this switch."""
+    """Continue from the latest checkpoint in save where there is one; else start, also where save has the metrics of a
+    start that ended before its first checkpoint."""
     no_load_optim: bool = False
     """Continue with the weights alone: optimizers forget their running means, as they must where the new layout cannot
     take them over (experts split or no longer split, use_distributed_optimizer changed)."""

@@ -21,10 +21,15 @@ _LONGEST = 110  # characters of a run's longest file name, which is TensorBoard'
 _PROBE_BYTES = 64 * 1024
 
 
-def save_errors(path: str, load: str | None) -> list[str]:
-    """A run directory that cannot be written, or that holds another run than the one to continue."""
+def save_errors(path: str, load: str | None, *, starts_again: bool = False) -> list[str]:
+    """A run directory that cannot be written, or that holds another run than the one to continue.
+
+    Args:
+        starts_again: what is there is of an earlier start of this run, which ended before its first checkpoint.
+    """
     errors = directory_errors(path)
-    if errors or not any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "checkpoints")):
+    holds = any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "checkpoints"))
+    if errors or starts_again or not holds:
         return errors
     if load is None:
         return [

@@ -316,7 +316,8 @@ def _logging_errors(
 ) -> list[str]:
     """`evaluation` is the option that gives evaluation data, `evaluates` whether there is any."""
     has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline"
-    places = save_errors(logging.save, logging.load) + ckpt_errors(logging.save, logging.ckpt_path)
+    places = save_errors(logging.save, logging.load, starts_again=logging.load_checkpoint)
+    places += ckpt_errors(logging.save, logging.ckpt_path)
     return (places if tries_save else []) + broken(
         {
             "no_load_optim=True has nothing to load without load: set load, or leave it out": (

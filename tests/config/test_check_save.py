@@ -148,6 +148,19 @@ def test_load_checkpoint_loads_what_is_there(place: Path) -> None:
     assert replace(logging, load_checkpoint=False).continued().load == str(place / "earlier")
 
 
+@pytest.mark.parametrize("load", [None, "earlier"])
+def test_load_checkpoint_starts_again_where_there_is_none(place: Path, load: str | None) -> None:
+    save = place / "run"
+    save.mkdir()
+    (save / "metrics.jsonl").write_text('{"step": 1}\n')
+    logging = LoggingArguments(save=str(save), load=load, load_checkpoint=True)
+    said = [
+        _logging_errors(each, evaluation="", evaluates=False)
+        for each in (logging, replace(logging, load_checkpoint=False))
+    ]
+    assert said[0] == [] and len(said[1]) == 1 and "holds" in said[1][0]
+
+
 def test_one_rank_tries(place: Path) -> None:
     logging = LoggingArguments(save="/dev/null/run")
     assert len(_logging_errors(logging, evaluation="eval_data", evaluates=False)) == 1
