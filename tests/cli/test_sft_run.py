@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -137,3 +138,30 @@ def test_sigterm_finishes_the_step_and_saves(flags: Flags, tmp_path: Path) -> No
     last = max(metrics(tmp_path / "run"))
     pointer = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert int(pointer.read_text()) == last < 100000
+
+
+@pytest.mark.slow
+def test_adapters_train_and_go_on_in_another_layout(flags: Flags, assets: Path, tmp_path: Path) -> None:
+    """What is exported is the model that was evaluated, by PEFT."""
+    lora = {"--lora_rank": "4", "--target_modules": "down_proj", "--tensor-model-parallel-size": "2"}
+    own = flags | {"--train-iters": "6", "--save_interval": "3"}
+    run("train_sft", own | lora)
+    rows = metrics(tmp_path / "run")
+    assert rows[6]["sft/loss"] < rows[1]["sft/loss"] - 0.1
+    base = AutoModelForCausalLM.from_pretrained(assets / "model", dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(assets / "model")("0=0</s>")["input_ids"]])
+    labels = ids.where(torch.arange(ids.shape[1]) > 1, -100)  # behind the prompt
+    with torch.no_grad():
+        untrained = base(ids, labels=labels).loss.item()
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "hf")
+        assert model(ids, labels=labels).loss.item() == pytest.approx(rows[6]["sft/eval_loss"], abs=1e-5)
+    assert rows[6]["sft/eval_loss"] < untrained - 0.1
+    assert model.peft_config["default"].target_modules == {"down_proj"}
+    parts = shutil.copytree(tmp_path / "run", tmp_path / "parts")
+    (parts / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    other = {"--tensor-model-parallel-size": "1", "--pipeline-model-parallel-size": "2"}
+    run("train_sft", own | lora | other | {"--save": str(parts), "--load": str(parts)})
+    resumed = metrics(parts)
+    for step in (4, 5, 6):
+        assert resumed[step]["sft/loss"] == pytest.approx(rows[step]["sft/loss"], rel=1e-4)
+    assert resumed[6]["sft/eval_loss"] == pytest.approx(rows[6]["sft/eval_loss"], rel=1e-4)
