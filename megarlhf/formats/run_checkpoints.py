@@ -61,11 +61,15 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int, most_
     sync(root)
     complete = sorted(path for path in root.glob("iter_*") if not path.name.endswith(".partial"))
     past = complete[: complete.index(final) + 1]
-    sizes = [sum(file.stat().st_size for file in each.rglob("*")) / 2**30 for each in past]
     for number, old in enumerate(past[:-1]):
-        if 0 < keep < len(past) - number or most_gib is not None and sum(sizes[number:]) > most_gib:
+        if 0 < keep < len(past) - number or (most_gib is not None and sum(map(_gib, past[number:])) > most_gib):
             shutil.rmtree(old)
     return final
+
+
+def _gib(directory: Path) -> float:
+    """What its files take; it asks the file system for each of them."""
+    return sum(file.stat().st_size for file in directory.rglob("*")) / 2**30
 
 
 def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:
