@@ -11,6 +11,7 @@ from megarlhf.config.check_layout import cluster_errors, world_errors
 from megarlhf.config.checks import check_ppo, check_supervised
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.layouts import LayoutArguments
+from megarlhf.config.lora import LoraArguments
 from megarlhf.config.roles import megatron_roles
 from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats.huggingface import HFConfig
@@ -138,7 +139,8 @@ def _beside_teacher(config: SupervisedConfig, ranks: list[RankBytes], teacher: H
     """
     stays = not (isinstance(config, KDConfig) and config.kd.teacher_top_k)
     layout, bf16 = config.layout, config.model.bf16
-    theirs = _training_ranks(config, teacher, "lm", layout, config.world_size, has_reference=False)
+    alone = replace(config, lora=LoraArguments())
+    theirs = _training_ranks(alone, teacher, "lm", layout, config.world_size, has_reference=False)
     tp = layout.tensor_model_parallel_size
     output = padded_vocab_size(teacher.vocab_size, tp) // tp * teacher.hidden_size * (2 if bf16 else 4)
     return [

@@ -98,7 +98,13 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
         own = ("pretrain", config.model.pretrain, config.layout, config.head)
         others = [(option, place, config.layout, "lm") for option, place in config.other_models.items()]
         reference = [] if config.ref_pretrain is None else [("ref_pretrain", config.ref_pretrain, config.layout, "lm")]
-        models = check_weights([own, *others, *reference], transformer_impl=impl, lora=config.lora)[: 1 + len(others)]
+        adapted, alone = all_or_errors(
+            [
+                partial(check_weights, [own, *reference], transformer_impl=impl, lora=config.lora),
+                partial(check_weights, others, transformer_impl=impl),
+            ]
+        )
+        models = [adapted[0], *alone]
         return models, fitting_memory(config, [model.config for model in models])
 
     continued, (models, memory), data, *evaluation = all_or_errors(

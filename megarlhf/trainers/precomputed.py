@@ -82,13 +82,12 @@ def checkpoint_digest(directory: str | Path, engine: MegatronEngine, *more: str)
     """Of every byte of a checkpoint's config.json and weights, and of what else the numbers depend on; on rank 0.
 
     Args:
-        engine: the trained one, whose number formats are the other model's too.
+        engine: the trained one, whose dtype is the other model's too.
+        more: such as how the numbers are taken.
     """
     if dist.get_rank() != 0:
         return ""
-    four_bit = engine.adapters is not None and engine.adapters.options.load_in_4bit
-    more = (f"bf16={engine.config.bf16}", *(["4 bits"] if four_bit else []), *more)
-    found = hashlib.blake2b(" ".join(more).encode(), digest_size=16)
+    found = hashlib.blake2b(" ".join((f"bf16={engine.config.bf16}", *more)).encode(), digest_size=16)
     for name in ("config.json", *HFWeights(directory).files):
         with (Path(directory) / name).open("rb") as file:
             while block := file.read(2**24):

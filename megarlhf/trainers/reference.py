@@ -46,7 +46,8 @@ def with_reference_log_probs(
         with nullcontext() if ref_pretrain is None else engine.reference_weights():
             yield from computed(engine, rows, width=None)
 
-    model = checkpoint_digest(ref_pretrain or engine.pretrain, engine)
+    quantised = engine.adapters is not None and engine.adapters.options.load_in_4bit
+    model = checkpoint_digest(ref_pretrain or engine.pretrain, engine, *(["4 bits"] if quantised else []))
     completed = with_field(data, REF_LOG_PROBS, compute, width=None, model=model, directory=directory)
     if ref_pretrain is not None:
         engine.drop_reference()

@@ -49,6 +49,9 @@ def test_a_teacher_takes_memory_beside_its_student(llama_3_8b: Path, tmp_path: P
     assert update.items() - own.items() == {
         (key, update[key]) for key in update if key[1] in ("teacher output", "logits")
     }
+    adapters = {"lora_rank": 8, "load_in_4bit": True, "teacher_model": str(llama_3_8b)}
+    (in_4_bits,) = plan_memory(from_dict(KDConfig, given | adapters), [model, model]).tables
+    assert in_4_bits.phases["experience"]["actor", "teacher"] == before["actor", "teacher"], "the student alone has them"
     top = given | {"teacher_model": str(llama_3_8b), "teacher_top_k": 64}
     (once,) = plan_memory(from_dict(KDConfig, top), [model, model]).tables
     assert once.phases["experience"]["actor", "teacher"] == before["actor", "teacher"]

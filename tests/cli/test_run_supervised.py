@@ -46,6 +46,7 @@ PP2 = {"pipeline_model_parallel_size": 2, "num_gpus_per_node": 2}
 CP2 = {"context_parallel_size": 2, "num_gpus_per_node": 2}
 DP2 = {"num_gpus_per_node": 2}
 LORA = {"lora_rank": 3, "lora_alpha": 6}
+FOUR_BIT = LORA | {"load_in_4bit": True, "pretrain": "{}/wide"}
 SFT = {"dataset": "{}/answers.jsonl", "output_key": "output"}
 PAIRS = {"dataset": "{}/pairs.jsonl", "prompt_key": "prompt"}
 PRM = {"dataset": "{}/steps.jsonl", "placeholder_token": "z", "reward_tokens": ("y", "n")}
@@ -74,6 +75,11 @@ SLOW = {
         config=DPOConfig, own=PAIRS | {"ref_pretrain": "{}/reference", "ipo": True, "beta": 1.0}, layout=ONE, other=CP2
     ),
     "kd with likeliest tokens": Case(config=KDConfig, own=KD | {"teacher_top_k": 4}, layout=ONE, other=DP2),
+    "rm in 4 bits": Case(config=RMConfig, own=PAIRS | FOUR_BIT, layout=ONE, other=TP2),
+    "prm in 4 bits": Case(config=PRMConfig, own=PRM | FOUR_BIT, layout=ONE, other=DP2),
+    "dpo in 4 bits": Case(config=DPOConfig, own=PAIRS | FOUR_BIT, layout=ONE, other=PP2),
+    "kto in 4 bits": Case(config=KTOConfig, own=KTO | FOUR_BIT, layout=ONE, other=CP2),
+    "kd in 4 bits": Case(config=KDConfig, own=KD | FOUR_BIT, layout=ONE, other=TP2),
 }
 
 
@@ -82,7 +88,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models with a tokenizer, and data of every kind, in one directory."""
     root, tokenizer = tmp_path_factory.mktemp("inputs"), make_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    for name, more in (("model", {}), ("reference", {}), ("teacher", {"num_hidden_layers": 4, "hidden_size": 64})):
+    models: dict[str, dict[str, int]] = {
+        **{"model": {}, "reference": {}, "teacher": {"num_hidden_layers": 4, "hidden_size": 64}},
+        "wide": {"hidden_size": 128, "intermediate_size": 128},  # blocks of 4 bits on each of two ranks
+    }
+    for name, more in models.items():
         make_model(root / name, seed=len(name), **(sizes | more))
         tokenizer.save_pretrained(root / name)
     answers = [{"input": f"a{i}=", "output": "bcd"[i % 3] * (1 + i % 4), "label": i % 2} for i in range(UNITS + 3)]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from examples.demo.make_assets import make_tokenizer
 from megarlhf.config.lora import LoraArguments
 from megarlhf.engine.checkpoint import load_engine
 from megarlhf.trainers.parity_cases import parity_rows
@@ -19,6 +20,7 @@ from tests.cluster.test_resume_and_faults import numbers
 from tests.distributed.cases import by_row, sequences
 from tests.distributed.layouts import SINGLE, build, world
 from tests.distributed.pool import RankPool
+from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.slow
 STEPS, VOCABULARY = 16, 42
@@ -122,3 +124,17 @@ def test_without_a_critic_with_dropout_and_then_longer(flags: dict[str, str | No
     assert set(rows) == {0, 1, 2, 3, 4} and "critic/loss" not in rows[1]
     assert all(rows[step]["rollout/logprob_diff_max"] <= 1e-4 for step in (1, 2, 3, 4))
     assert rows[4]["kl/mean"] > 0.0 and not (tmp_path / "run" / "checkpoints" / "iter_0000004" / "critic").exists()
+
+
+def test_in_4_bits(flags: dict[str, str | None], assets: Path, tmp_path: Path) -> None:
+    """vLLM gets the matrices that the trainer computes with, and the reference is the quantised base."""
+    tokenizer = make_tokenizer()
+    model = make_model(tmp_path / "model", vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192)
+    tokenizer.save_pretrained(model)
+    own = flags | {"--pretrain": str(model), "--load_in_4bit": None, "--save": str(tmp_path / "run")}
+    run("train_ppo", own | {"--train-iters": "2", "--global-batch-size": "128"})
+    rows, whole = metrics(tmp_path / "run"), (model / "model.safetensors").stat().st_size / 2**30
+    assert all(rows[step]["rollout/logprob_diff_max"] <= 1e-4 for step in (1, 2))
+    assert abs(rows[1]["kl/mean"]) < 1e-6 and rows[2]["kl/mean"] != 0.0
+    for role in ("actor", "critic"):
+        assert rows[1][f"memory/{role}/parameters_gib"] < 0.5 * whole
