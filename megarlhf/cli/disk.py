@@ -80,7 +80,10 @@ def check_disk_space(
     size = checkpoint_bytes(sum(trained), bf16=config.model.bf16, distributed=distributed)
     exported = sum((source.directory / name).stat().st_size for name in source.files)
     exported = 4 * trained[0] if config.lora.lora_rank else exported
+    averaged = isinstance(config, SupervisedConfig) and config.optimizer.enable_ema
+    size += 4 * trained[0] * averaged
     needs = {root: (more * size, f"{more} checkpoint(s)"), save / "hf": (exported, "the exported model")}
+    needs |= {save / "hf_ema": (exported, "its average")} if averaged else {}
     if problems := space_problems(needs):
         raise ValueError(f"save={logging.save}; {'; '.join(problems)}")
 

@@ -143,13 +143,15 @@ def _beside_teacher(config: SupervisedConfig, ranks: list[RankBytes], teacher: H
     theirs = _training_ranks(alone, teacher, "lm", layout, config.world_size, has_reference=False)
     tp = layout.tensor_model_parallel_size
     output = padded_vocab_size(teacher.vocab_size, tp) // tp * teacher.hidden_size * (2 if bf16 else 4)
+    hidden = (-(-config.micro_batch_tokens // layout.context_parallel_size)) * teacher.hidden_size
+    hidden *= 8 + (2 if bf16 else 4)  # what its output layer takes: as it comes, the targets', and these in its dtype
     return [
         replace(
             own,
             teacher=other.parameters,
             teacher_output=output if other.logits and stays else 0,
             forward=other.forward,
-            logits=own.logits + (other.logits if stays else 0),
+            logits=own.logits + (other.logits + hidden if stays and other.logits else 0),
         )
         for own, other in zip(ranks, theirs, strict=True)
     ]

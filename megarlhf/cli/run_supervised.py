@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -210,8 +209,6 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
         print(told["decided"])
         open_run_directory(config.logging.save, to_yaml(config), ckpt_path=config.logging.ckpt_path)
         sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=told["continued"])
-    exported: list[tuple[Path, AbstractContextManager[None]]] = [(directory / "hf", nullcontext())]
-    exported += [] if average is None else [(directory / "hf_ema", average.in_place())]
     try:
         with running():
             entries = supervised.train(
@@ -227,9 +224,11 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
                 identity=identity,
                 average=average,
             )
-            for place, weights in exported:
-                with weights:
-                    export_hf(engine, place, tokenizer=tokenizer, chat_template=template, config_entries=entries)
+            export = partial(export_hf, engine, tokenizer=tokenizer, chat_template=template)
+            export(directory / "hf", config_entries=entries)
+            if average is not None:  # what was measured is not of these weights
+                with average.in_place():
+                    export(directory / "hf_ema")
     finally:
         if sinks is not None:
             sinks.close()

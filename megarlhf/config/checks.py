@@ -39,6 +39,7 @@ from megarlhf.config.supervised_arguments import (
     SFTDataArguments,
     SupervisedConfig,
     SupervisedDataArguments,
+    SupervisedOptimizerArguments,
 )
 from megarlhf.formats.blends import blend_errors, parse_split
 from megarlhf.formats.data_names import held_out_part, probability_errors
@@ -88,6 +89,9 @@ def check_supervised(config: SupervisedConfig) -> list[str]:
     errors += world_errors(f"{name}={config.world_size}", config.world_size, config.layout, batch.global_batch_size)
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
     errors += _template_errors(data) + _data_errors(data) + adapter_errors(config.lora)
+    decay = config.optimizer.ema_decay
+    ignored = decay != SupervisedOptimizerArguments.ema_decay and not config.optimizer.enable_ema
+    errors += broken({f"ema_decay={decay} is ignored with enable_ema=False: set it, or leave ema_decay out": ignored})
     if isinstance(config, SFTConfig):
         errors += _sft_errors(config)
     if isinstance(config, KTOConfig):

@@ -58,9 +58,9 @@ def pack_rows(
     if padding:
         padded, firsts = np.append(padded, padding), np.append(firsts, 0)
     own_rows = owners[owners >= 0]
-    counts = rows.num_targets[own_rows]
+    counts = rows.lengths[own_rows] - rows.prompt_lengths[own_rows]
     positions = (begins + lengths)[owners >= 0] - counts
-    starts = starts_of(rows.num_targets)[own_rows]
+    starts = rows.target_starts[own_rows]
     places = TargetPlaces(rows=own_rows, positions=positions, starts=starts, lengths=counts)
     row_ids = np.full(total, -1, dtype=np.int64)
     copy_runs(np.repeat(own_rows, counts), starts_of(counts), counts, row_ids, positions)
@@ -149,7 +149,7 @@ def _segments(rows: TrainingRows, indices: Sequence[int], *, share_prefix: bool)
     """
     segments: list[tuple[int, int, int, int]] = []
     prefixes: list[int | None] = []
-    row_starts = starts_of(rows.lengths)
+    row_starts = rows.token_starts
     for unit in members_of(rows.unit_ids[list(indices)]) if indices else []:
         members = [indices[place] for place in unit]
         prefix, own = None, 0

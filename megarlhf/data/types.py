@@ -6,6 +6,7 @@ True selects.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -102,9 +103,25 @@ class TrainingRows:
         if self.loss_mask is None:
             return self.num_targets
         before = np.append(0, np.cumsum(self.loss_mask))
-        starts = starts_of(self.num_targets)
-        counts: Ints = before[starts + self.num_targets] - before[starts]
+        counts: Ints = before[self.target_starts + self.num_targets] - before[self.target_starts]
         return counts
+
+    def count_loss_targets(self, indices: Ints) -> int:
+        """Targets of these rows that the loss looks at; no other row is read."""
+        counts = self.num_targets[indices]
+        if self.loss_mask is None:
+            return int(counts.sum())
+        return int(self.loss_mask[spans(self.target_starts[indices], counts)].sum())
+
+    @cached_property
+    def token_starts(self) -> Ints:
+        """[n] place of each row's first token in the flat tokens."""
+        return starts_of(self.lengths)
+
+    @cached_property
+    def target_starts(self) -> Ints:
+        """[n] place of each row's first target in the flat targets."""
+        return starts_of(self.num_targets)
 
     @property
     def num_units(self) -> int:
@@ -120,8 +137,8 @@ class TrainingRows:
     def take(self, indices: Sequence[int] | Ints) -> "TrainingRows":
         """The rows of these indices, in their order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        tokens = spans(starts_of(self.lengths)[chosen], self.lengths[chosen])
-        targets = spans(starts_of(self.num_targets)[chosen], self.num_targets[chosen])
+        tokens = spans(self.token_starts[chosen], self.lengths[chosen])
+        targets = spans(self.target_starts[chosen], self.num_targets[chosen])
         return TrainingRows(
             input_ids=self.input_ids[tokens],
             lengths=self.lengths[chosen],

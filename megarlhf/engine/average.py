@@ -8,7 +8,7 @@ import torch
 
 from megarlhf.engine import checkpoint
 from megarlhf.engine.engine import MegatronEngine
-from megarlhf.engine.optimizer import main_weight
+from megarlhf.engine.optimizer import hook_gradients, main_weight
 
 
 class WeightAverage:
@@ -51,6 +51,7 @@ class WeightAverage:
         finally:
             for name, p in parameters.items():
                 p.data = own[name]
+            hook_gradients(self._engine.model)
 
     def save(self, directory: Path) -> None:
         """Write the averages into a checkpoint's directory; every rank calls it."""

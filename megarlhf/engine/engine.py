@@ -318,6 +318,7 @@ class MegatronEngine:
             ValueError: its tensors are not those of this engine's model.
         """
         if self.adapters is not None:
+            assert pretrain is None, "check_supervised refuses another reference"
             return
         self.finish_param_gather()
         self.memory.wake("reference")  # an earlier one, which goes

@@ -1,13 +1,14 @@
 """Megatron-Core's optimizer and learning-rate schedule for one model."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -78,6 +79,22 @@ def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
                 yield from group["params"]
             for state in single.optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def hook_gradients(chunks: Sequence[Any]) -> None:
+    """Let Megatron-Core's wrapped chunks, if they are, see the gradients of their parameters again.
+
+    PyTorch forgets the node that has their hooks where a parameter's data was of another dtype or device for a while.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel):
+            hooked, chunk.grad_accs = set(chunk.grad_accs), []
+            for parameter in chunk.module.parameters():
+                if parameter.requires_grad:
+                    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+                    if node not in hooked:
+                        node.register_hook(chunk._make_backward_post_hook(parameter))
+                    chunk.grad_accs.append(node)
 
 
 def main_weight(optimizer: Any, parameter: Any) -> Tensor:

@@ -73,7 +73,10 @@ class Site:
         return reduce_from_tensor_model_parallel_region(narrow, group=self.group)
 
     def dropout(self, hidden: Tensor, probability: float) -> Tensor:
-        """Dropout that is alike on ranks with the same numbers, and another on ranks with others."""
+        """Dropout that is alike on ranks with the same numbers, and another on ranks with others.
+
+        But for experts: each rank that holds a part of one has a mask of its own.
+        """
         if self._alone or (self.cut != "inputs" and not self.sequence_parallel):
             return F.dropout(hidden, probability)
         with separate_generators():
@@ -98,6 +101,8 @@ class Adapter(Module):
             summed = site.sequence_parallel and not site.expert and site.cut != part
             setattr(parameter, "sequence_parallel", summed)  # noqa: B010  (no such attribute, to mypy)
             setattr(parameter, "allreduce", allreduce)  # noqa: B010
+            # where tensor parallelism does not reach an expert's ranks, Megatron-Core's norm takes one for the first
+            setattr(parameter, "shared", site.expert and not own)  # noqa: B010
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., in of this rank] -> [..., out of this rank], what is added to the linear layer's."""

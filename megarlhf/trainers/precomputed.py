@@ -50,7 +50,8 @@ def with_field(
     completed = []
     for each in data:
         shape = (int(each.rows.num_targets.sum()), *([] if width is None else [width]))
-        path = directory / _from_first(f"{name}-{_digest(model, each.fingerprint)}.npy")
+        own = _digest(model, each.fingerprint) if dist.get_rank() == 0 else ""  # which reads all of the data
+        path = directory / _from_first(f"{name}-{own}.npy")
         if not agree(path.is_file()):
             _write(path, shape, compute(each.rows))
             dist.barrier()
@@ -101,10 +102,12 @@ def _digest(*parts: str) -> str:
 
 def _write(path: Path, shape: tuple[int, ...], blocks: Iterator[Floats]) -> None:
     """Rank 0 writes what every rank computes; the file has its name when it is whole."""
-    staged, whole, place = path.with_suffix(".staged"), None, 0
+    staged, whole, place = path.with_suffix(f".{os.getpid()}.staged"), None, 0  # another run may write the same
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = np.lib.format.open_memmap(staged, mode="w+", dtype=np.float32, shape=shape)
+        with staged.open("r+b") as file:  # a full disk is an error here, and a fatal signal at the map
+            os.posix_fallocate(file.fileno(), 0, staged.stat().st_size)
     for block in blocks:
         if whole is not None:
             whole[place : place + len(block)] = block

@@ -55,7 +55,7 @@ class SupervisedTask:
     def denominator(self, data: SupervisedData, rows: Ints) -> float:
         """What the loss of these rows is divided by."""
         if self.mean_over == "targets":
-            return float(data.rows.num_loss_targets[rows].sum())
+            return float(data.rows.count_loss_targets(rows))
         units = data.rows.unit_ids
         first = (rows == 0) | (units[rows] != units[rows - 1])  # of a unit that is drawn twice each time
         return float(first.sum())

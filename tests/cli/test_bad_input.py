@@ -136,6 +136,23 @@ def test_too_little_disk(flags: Flags, capsys: pytest.CaptureFixture[str], monke
     assert f"note: save={flags['--save']}; the disk of" in capsys.readouterr().err
 
 
+def test_an_average_takes_disk(
+    flags: Flags, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 bytes a weight beside the 16 of a checkpoint, and another export."""
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    words = ["--pretrain", flags["--pretrain"], "--save", flags["--save"], "--dataset", flags["--prompt_data"]]
+    sizes = []
+    for more in ([], ["--enable_ema"]):
+        assert train_sft.main([*map(str, words), "--output_key=label", "--max_len=32", "--dry-run", *more]) == 0
+        said = capsys.readouterr().err
+        assert ("GiB for its average" in said) == bool(more)
+        sizes.append([float(number) for number in re.findall(r"([\d.e-]+) GiB for", said)])
+    (checkpoint, exported), (with_average, *both) = sizes
+    assert with_average == pytest.approx(checkpoint * 20 / 16, rel=0.01) and both == [exported, exported]
+
+
 def test_unsupported_architecture_lists_the_supported(
     flags: Flags, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,13 +45,14 @@ def test_a_teacher_takes_memory_beside_its_student(llama_3_8b: Path, tmp_path: P
     before, update, own = beside.phases["experience"], beside.phases["update"], alone.phases["update"]
     assert before["actor", "teacher"] == own["actor", "parameters"] > 8e9 and ("actor", "teacher") not in update
     assert update["actor", "teacher output"] == before["actor", "teacher output"] == 2 * 128256 // 2 * 4096
-    assert update["actor", "logits"] == 2 * own["actor", "logits"]
+    hidden = 8 * 2048 * 4096 * (4 + 4 + 2)  # what the teacher's output layer takes, of 8 rows: twice, then in bfloat16
+    assert update["actor", "logits"] == 2 * own["actor", "logits"] + hidden
     assert update.items() - own.items() == {
         (key, update[key]) for key in update if key[1] in ("teacher output", "logits")
     }
     adapters = {"lora_rank": 8, "load_in_4bit": True, "teacher_model": str(llama_3_8b)}
     (in_4_bits,) = plan_memory(from_dict(KDConfig, given | adapters), [model, model]).tables
-    assert in_4_bits.phases["experience"]["actor", "teacher"] == before["actor", "teacher"], "the student alone has them"
+    assert in_4_bits.phases["experience"]["actor", "teacher"] == before["actor", "teacher"], "it has none of them"
     top = given | {"teacher_model": str(llama_3_8b), "teacher_top_k": 64}
     (once,) = plan_memory(from_dict(KDConfig, top), [model, model]).tables
     assert once.phases["experience"]["actor", "teacher"] == before["actor", "teacher"]

@@ -487,6 +487,7 @@ def test_wandb_from_the_environment(check: Check, monkeypatch: pytest.MonkeyPatc
         ({"eval_split": "1.5"}, "must be above 0 and below 1"),
         ({"eval_split": "0.1", "eval_dataset": "."}, "leave one of them out"),
         ({"eval_interval": 1}, "set eval_dataset or eval_split"),
+        ({"ema_decay": 0.5}, "ema_decay=0.5 is ignored with enable_ema=False"),
         ({"learning_rate": -1}, "learning_rate=-1.0"),
     ],
 )

@@ -4,6 +4,7 @@ Where TRL departs from the definitions the definition is tested instead (tests/a
 divides each answer's log-ratio by its tokens, it has no cDPO, and its KTO takes a reference point for each micro-batch.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_dpo_loss_is_trls(
     batch = theirs.data_collator([theirs.train_dataset[n] for n in range(6)])
     expected = theirs.compute_loss(theirs.model, batch).item()
     rows = rows_of(batch).take([place for n in range(6) for place in (n, n + 6)])  # theirs: all chosen first
-    rows = TrainingRows(**(vars(rows) | {"unit_ids": np.repeat(np.arange(6), 2)}))
+    rows = replace(rows, unit_ids=np.repeat(np.arange(6), 2))
     layout = SINGLE if name == "single" else LAYOUTS[name]
     for found in ranks.run(layout.world_size, dpo_case, layout, models, rows):
         assert found == pytest.approx(expected, abs=1e-5)

@@ -89,6 +89,7 @@ def test_every_turn_is_trained_as_transformers_marks_it(
         assert row.tolist() == theirs[:-1], "all but the line break after the last turn"
         assert mask == [bool(mark) for mark in marks[:-1]]
     assert rows.num_loss_targets.tolist() == [sum(marks) for marks in expected["assistant_masks"]]
+    assert rows.count_loss_targets(np.array([1, 0, 1])) == sum(map(sum, [*expected["assistant_masks"] * 2][1:]))
 
 
 def test_the_last_turn_alone_is_trained_without_multiturn(own: PreTrainedTokenizerBase, write_jsonl: Write) -> None:

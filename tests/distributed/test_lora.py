@@ -121,8 +121,9 @@ def test_value_heads_train_beside_adapters(ranks: RankPool, llama: Path, name: s
 def test_experts(ranks: RankPool, tmp_path: Path) -> None:
     model = make_model(tmp_path / "mixtral", family="mixtral")
     expected = run(ranks, SINGLE, model)
-    for name in ("EP2", "TP2-SP", "TP2-SP-EP2-ETP1"):
-        assert_equal(run(ranks, MOE_LAYOUTS[name], model), expected)
+    layouts = [MOE_LAYOUTS[name] for name in ("EP2", "TP2-SP", "TP2-SP-EP2-ETP1")]
+    for layout in (*layouts, Layout(data=4, expert=2, expert_tensor=2)):
+        assert_equal(run(ranks, layout, model), expected)
 
 
 @pytest.mark.slow

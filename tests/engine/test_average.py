@@ -30,9 +30,9 @@ def train(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
         average = WeightAverage(engine, DECAY)
-        seen = [main(engine)]
+        seen, norms = [main(engine)], []
         for _ in range(STEPS):
-            engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
+            norms.append(engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0).grad_norm)
             average.update()
             seen.append(main(engine))
         own = parts(engine, gradients=False)
@@ -41,6 +41,8 @@ def train(
             found = parts(engine, gradients=False)
         after = parts(engine, gradients=False)
         assert all(torch.equal(a[2], b[2]) for a, b in zip(after, own, strict=True))
+        later = engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0).grad_norm
+        assert later == pytest.approx(norms[-1], rel=0.3), "training goes on after a save"
         return seen, found
 
 

@@ -1,5 +1,6 @@
 """Reference log-probs and KTO's reference point in several layouts, against Transformers one row at a time."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def labelled() -> SupervisedData:
     rows = pairs()
     unmatched = rows.take([2, 3, 4, 5, 0, 1])
     alone = {"unit_ids": np.arange(6)}
-    kept, others = (TrainingRows(**(vars(each) | alone)) for each in (rows, unmatched))
+    kept, others = (replace(each, **alone) for each in (rows, unmatched))
     return SupervisedData(rows=kept.with_fields({}, scalars={"desirable": np.float32([1, 0] * 3)}), unmatched=others)
 
 
