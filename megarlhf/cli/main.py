@@ -8,6 +8,7 @@ from megarlhf import __version__
 
 _COMMANDS = {  # name -> module of this folder, and what it does
     "convert": ("convert", "checkpoints between Hugging Face and Megatron-Core: hf-to-megatron, megatron-to-hf"),
+    "merge_lora": ("merge_lora", "a model and its LoRA adapter made into one checkpoint"),
     "inspect": ("inspect", "what a checkpoint holds"),
     "preprocess": ("preprocess", "a .jsonl file as Megatron's indexed data set (.bin, .idx)"),
     "ppo": ("train_ppo", "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO"),

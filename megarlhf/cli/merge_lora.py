@@ -1,6 +1,6 @@
-"""tools/merge_lora.py: a model and its LoRA adapter made into one checkpoint; flags of OpenRLHF's lora_combiner.
+"""`megarlhf merge_lora`: a model and its LoRA adapter made into one checkpoint; flags of OpenRLHF's lora_combiner.
 
-python tools/merge_lora.py --model_path models/llama --lora_path runs/sft/hf --output_path models/llama-sft
+megarlhf merge_lora --model_path models/llama --lora_path runs/sft/hf --output_path models/llama-sft
 """
 
 import os
@@ -37,18 +37,22 @@ class MergeConfig:
     merge: MergeArguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "megarlhf merge_lora") -> int:
     """Parse and merge; returns the exit status."""
-    config, _ = parse(MergeConfig, list(sys.argv[1:] if argv is None else argv), prog="merge_lora")
-    return report_errors("merge_lora", lambda: _run(config.merge))
+    config, dry_run = parse(MergeConfig, list(sys.argv[1:] if argv is None else argv), prog=prog)
+    return report_errors(prog, lambda: _run(config.merge, dry_run=dry_run))
 
 
-def _run(merge: MergeArguments) -> int:
+def _run(merge: MergeArguments, *, dry_run: bool) -> int:
     given = {"model_path": merge.model_path, "lora_path": merge.lora_path}
     raise_if([f"{option}={path} is not a local directory" for option, path in given.items() if not os.path.isdir(path)])
     from megarlhf.conversion.merge import merge_lora  # PyTorch takes seconds: mistakes in flags are told before
 
     model, lora, output = (Path(path) for path in (merge.model_path, merge.lora_path, merge.output_path))
-    merge_lora(model, lora, output, is_reward_model=merge.is_rm, bf16=merge.bf16)
-    print(f"model: {output}")
+    size = merge_lora(model, lora, output, is_reward_model=merge.is_rm, bf16=merge.bf16, dry_run=dry_run)
+    print(f"model: {output}, {size / 2**30:.2f} GiB" + (" (not written: --dry-run)" if dry_run else ""))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """A checkpoint and a PEFT LoRA adapter made into one checkpoint: W + alpha / r * B A, computed in float32."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,27 +30,38 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], float]:
     """An adapter's tensors by their names in the model, and what their products are multiplied by.
 
     Raises:
-        ValueError: no adapter, or one of another kind than plain LoRA.
+        ValueError: no adapter, one that is not whole, or one of another kind than plain LoRA.
     """
     source = f"lora_path={directory}"
     config = read_json_object(directory / "adapter_config.json", source)
     for name, plain in _PLAIN.items():
         if name in config and config[name] not in plain:
             raise ValueError(f"{source}; its {name}={config[name]} is not plain LoRA: merge it with PEFT")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise ValueError(f"{source}; adapter_config.json has r={rank} and lora_alpha={alpha}: repair it")
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{source}; adapter_model.safetensors is missing (only safetensors are read)")
     with safe_open(str(file), framework="pt") as opened:
         tensors = {name.removeprefix("base_model.model."): opened.get_tensor(name) for name in opened.keys()}
-    return tensors, config["lora_alpha"] / config["r"]
+    halves = {
+        f"{name.rsplit('.lora_', 1)[0]}.lora_{half}.weight" for name in tensors if ".lora_" in name for half in "AB"
+    }
+    if missing := sorted(halves - tensors.keys()):
+        raise ValueError(f"{source}; adapter_model.safetensors lacks {shortened(missing)}: repair it")
+    return tensors, alpha / rank
 
 
-def merge_lora(model: Path, lora: Path, output: Path, *, is_reward_model: bool, bf16: bool) -> None:
-    """Write the merged checkpoint to `output`, beside the adapter's tokenizer.
+def merge_lora(
+    model: Path, lora: Path, output: Path, *, is_reward_model: bool, bf16: bool, dry_run: bool = False
+) -> int:
+    """Write the merged checkpoint to `output`, beside the adapter's tokenizer; returns the bytes of its weights.
 
     Args:
         is_reward_model: the model is of one score a sequence, whose head the adapter brings where the model has none.
         bf16: store bfloat16; otherwise the dtypes of the model.
+        dry_run: make every check and stop.
     Raises:
         ValueError: the two do not fit, or the output is there already.
     """
@@ -67,6 +79,9 @@ def merge_lora(model: Path, lora: Path, output: Path, *, is_reward_model: bool, 
         raise ValueError(f"lora_path={lora}; {model} has no modules for {shortened(unknown)}: is it of another model?")
     if not {"score.weight"} & shapes.keys() <= {*adapter, *source.names()}:
         raise ValueError(f"is_rm=True; neither {model} nor {lora} has a score.weight: leave is_rm out")
+    num_bytes = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
+    if dry_run:
+        return num_bytes
     staging = staging_path(output)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -86,3 +101,4 @@ def merge_lora(model: Path, lora: Path, output: Path, *, is_reward_model: bool, 
     tokenizer = lora if (lora / "tokenizer_config.json").is_file() else None
     write_companions(staging, model, tokenizer=tokenizer, chat_template=None)
     replace_directory(staging, output)
+    return num_bytes

@@ -71,7 +71,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         *(([program, "--help"], 0, "--append-eod") for program in preprocess),
         (["preprocess", "--inptu", "x"], 2, "did you mean --input?"),
         *(([program, *corpus], 2, "input=/nowhere is not") for program in preprocess),
-        ([tool["merge_lora"], "--help"], 0, "--lora-path"),
+        *(([program, "--help"], 0, "--lora-path") for program in ("merge_lora", tool["merge_lora"])),
         ([tool["merge_lora"], "--lora_pth", "x"], 2, "did you mean --lora_path?"),
         ([tool["merge_lora"]], 2, "model_path is missing"),
         ([tool["merge_lora"], *merged], 2, "model_path=/nowhere is not a local directory\nlora_path=/nowhere is not"),

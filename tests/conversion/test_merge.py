@@ -1,12 +1,15 @@
 """Merging adapters: PEFT's own merge is the oracle."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megarlhf.cli.merge_lora import main
@@ -30,13 +33,17 @@ def flags(model: Path, tmp_path: Path) -> list[str]:
     return [word for name, path in paths.items() for word in (f"--{name}", str(path))]
 
 
-def test_a_causal_model(tmp_path: Path) -> None:
+def test_a_causal_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, ids = make_model(tmp_path / "model"), torch.tensor([[5, 7, 9, 11]])
     made = adapter(AutoModelForCausalLM.from_pretrained(model), tmp_path / "lora", "CAUSAL_LM")
     unmerged = made(ids).logits
+    assert main([*flags(model, tmp_path), "--dry-run"]) == 0 and not (tmp_path / "merged").exists()
+    assert f"{tmp_path / 'merged'}, 0.00 GiB (not written" in capsys.readouterr().out
     assert main(flags(model, tmp_path)) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(ids).logits, unmerged, atol=1e-5, rtol=0)
+    started = subprocess.run([sys.executable, "-m", "megarlhf.cli.merge_lora"], capture_output=True, text=True)
+    assert started.returncode == 2 and "model_path is missing" in started.stderr
     assert (unmerged - AutoModelForCausalLM.from_pretrained(model)(ids).logits).abs().max() > 0.1
     whole = made.merge_and_unload().state_dict()
     for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
@@ -59,6 +66,24 @@ def test_other_kinds_are_refused(tmp_path: Path, option: dict[str, Any], capsys:
     adapter(AutoModelForCausalLM.from_pretrained(model), tmp_path / "lora", "CAUSAL_LM", **option)
     assert main(flags(model, tmp_path)) != 0
     assert f"{next(iter(option))}=True is not plain LoRA" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_not_whole_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, lora = make_model(tmp_path / "model"), tmp_path / "lora"
+    adapter(AutoModelForCausalLM.from_pretrained(model), lora, "CAUSAL_LM")
+    tensors, config = (
+        load_file(lora / "adapter_model.safetensors"),
+        json.loads((lora / "adapter_config.json").read_text()),
+    )
+    (lora / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "r"}))
+    assert main(flags(model, tmp_path)) == 2
+    assert "adapter_config.json has r=None and lora_alpha=5" in capsys.readouterr().err
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    gone = next(name for name in tensors if "lora_B" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, lora / "adapter_model.safetensors")
+    assert main(flags(model, tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert "adapter_model.safetensors lacks" in said and gone.removeprefix("base_model.model.") in said
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
