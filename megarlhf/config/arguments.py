@@ -309,7 +309,8 @@ class LoggingArguments:
     save_interval: int | None = None
     """Steps between checkpoints. None: only after the last step."""
     eval_interval: int | None = None
-    """Steps between evaluations. One follows the last step in any case, and one comes before RL. None: only these."""
+    """Steps between evaluations. One follows the last step in any case, and one comes before RL. None: only these, and
+    in supervised training one at the end of each epoch."""
     log_interval: int = 1
     """Steps between lines on the console; metrics.jsonl gets every step."""
     max_ckpt_num: int = 3

@@ -133,7 +133,9 @@ def train(
         stopping = agree(should_stop())
         last = step == total_steps or stopping
         found: dict[str, float] = {}
-        if evaluation is not None and (last or _is_due(step, logging.eval_interval)):
+        ends_epoch = sampler.epoch(step) // 1 > sampler.epoch(step - 1) // 1
+        due = ends_epoch if logging.eval_interval is None else _is_due(step, logging.eval_interval)
+        if evaluation is not None and (last or due):
             with timers("eval"):
                 found = evaluate(engine, task, evaluation, config.batch.global_batch_size)
                 metrics |= {f"{task.name}/eval_{name}": value for name, value in found.items()}

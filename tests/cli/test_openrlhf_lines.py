@@ -82,7 +82,8 @@ def test_the_line_is_understood(place: Path, program: str) -> None:
     assert values["micro_batch_size"] == int(given["--micro_train_batch_size"])
     assert values["learning_rate"] == float(given["--learning_rate"]) and values["max_len"] == int(given["--max_len"])
     assert values["bf16"] and values["recompute_granularity"] == "full" and values["max_epochs"] == 1
-    assert values["eval_interval"] is None and values["save_interval"] == (500 if program == "prm" else None)
+    assert values["eval_interval"] is None, "at the end of each epoch"
+    assert values["save_interval"] == (500 if program == "prm" else None)
     assert values["use_wandb"] is ("TOKEN" in words) and values["load_checkpoint"] is ("--load_checkpoint" in words)
     if program == "sft":
         assert values["input_template"] == "User: {}\nAssistant: "

@@ -190,6 +190,8 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(
     assert programs.run("parts", case.layout, load="parts") == whole[STOP:]
     rows, weights = programs.rows("whole"), programs.weights("whole")
     losses = {row[f"{name.split()[0]}/loss"] for row in rows.values()}
+    evaluated = [step for step, row in rows.items() if f"{name.split()[0]}/eval_loss" in row]
+    assert evaluated == [3, TOTAL], "at the end of the epoch and of the run"
     assert len(losses) == TOTAL, "each step changes the model"
     resumed, elsewhere = programs.weights("parts"), programs.weights("elsewhere")
     assert programs.rows("parts") == rows | {STOP: programs.rows("parts")[STOP]}

@@ -182,7 +182,7 @@ LOGGING = {
         **{"expected": {False}, "also": {"train_iters": 4, "load": "{}/first_sft"}},
     ),
     "save_interval": Probe(value=2, seen=lambda t: t.given["checkpoints"], expected=["iter_0000002", "iter_0000003"]),
-    "eval_interval": Probe(value=2, seen=steps_with("eval_loss"), expected=[2, 3]),
+    "eval_interval": Probe(value=1, seen=steps_with("eval_loss"), expected=[1, 2, 3]),
     "log_interval": Probe(
         value=2, seen=lambda t: [f"step {n}/3" in t.said for n in (1, 2, 3)], expected=[False, True, True]
     ),
