@@ -1,7 +1,7 @@
 """What the OpenRLHF 0.5 flags mean here: the one table of other spellings.
 
-A flag that a configuration has under its own name never reaches this table. An entry whose fields a configuration lacks
-counts as unknown there.
+A flag that a configuration has under its own name never reaches this table. An entry that needs a field which a
+configuration lacks counts as unknown there.
 """
 
 from dataclasses import dataclass, field
@@ -18,11 +18,13 @@ class Alias:
     num_ignored_values: int = 0  # values the flag carries where it is accepted without effect
     note: str = ""  # said once when the flag is used
     refused: str = ""  # why it cannot be used, and what to set instead
+    only_with: str = ""  # a field that the programs have to which OpenRLHF gives a flag without a field of its own
 
     @property
-    def sets(self) -> set[str]:
-        """Our fields that it may set."""
-        return {*self.fields, *self.settings, *(name for chosen in self.choices.values() for name in chosen)}
+    def needs(self) -> set[str]:
+        """The fields that a configuration has to which this is a flag."""
+        sets = {*self.fields, *self.settings, *(name for chosen in self.choices.values() for name in chosen)}
+        return sets | {*self.only_with.split()}
 
 
 ALWAYS = "always so here, the flag has no effect"
@@ -39,7 +41,9 @@ ALIASES: dict[str, Alias] = {
     # Batches and optimizer
     "train_batch_size": Alias(fields=("global_batch_size",)),
     "micro_train_batch_size": Alias(fields=("micro_batch_size",)),
-    "micro_rollout_batch_size": Alias(num_ignored_values=1, note="vLLM batches by itself (--max_num_seqs); no effect"),
+    "micro_rollout_batch_size": Alias(
+        num_ignored_values=1, note="vLLM batches by itself (--max_num_seqs); no effect", only_with="max_num_seqs"
+    ),
     "max_norm": Alias(fields=("clip_grad",)),
     "l2": Alias(fields=("weight_decay",)),
     "adam_betas": Alias(fields=("adam_beta1", "adam_beta2")),
@@ -79,19 +83,20 @@ ALIASES: dict[str, Alias] = {
     "local_rank": Alias(num_ignored_values=1, note="ranks come from the launcher's environment; no effect"),
     "virtual_pipeline_model_parallel_size": Alias(fields=("num_virtual_stages_per_pipeline_rank",)),
     "packing_samples": Alias(note=ALWAYS),
-    "colocate_actor_ref": Alias(note=ALWAYS),
-    "ref_offload": Alias(note="the reference is on the device only while it computes; no effect"),
-    "teacher_offload": Alias(note=ALWAYS),
-    "vllm_enable_sleep": Alias(note=ALWAYS + " where models share devices"),
-    "perf": Alias(note="times are always measured; no effect"),
+    "colocate_actor_ref": Alias(note=ALWAYS, only_with="max_num_seqs"),
+    "ref_offload": Alias(note="the reference is on the device only while it computes; no effect", only_with="beta"),
+    "teacher_offload": Alias(note=ALWAYS, only_with="teacher_model"),
+    "vllm_enable_sleep": Alias(note=ALWAYS + " where models share devices", only_with="max_num_seqs"),
+    "perf": Alias(note="times are always measured; no effect", only_with="max_num_seqs"),
     # Model and algorithm
     "seq_length": Alias(fields=("max_len",)),
     "aux_loss_coef": Alias(fields=("moe_aux_loss_coeff",)),
     "loss": Alias(
-        num_ignored_values=1,
+        choices={"sigmoid": {}, "logexp": {}},
         note="sigmoid and logexp are one loss, log(1 + exp(margin - difference)), the margin in both; no effect",
+        only_with="margin_loss",
     ),
-    "compute_fp32_loss": Alias(note=ALWAYS),
+    "compute_fp32_loss": Alias(note=ALWAYS, only_with="margin_loss"),
     "use_kl_estimator_k3": Alias(settings={"kl_estimator": "k3"}),
 }
 

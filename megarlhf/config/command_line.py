@@ -131,7 +131,8 @@ def _missing(options: Mapping[str, Option], values: Mapping[str, Any]) -> list[s
 
 def _nearest(name: str, options: Mapping[str, Option], prefix: str = "") -> str:
     """The rest of a message about an unknown name: the likeliest meant; ours, then OpenRLHF's, then those passed on."""
-    ours = difflib.get_close_matches(name, list(options), n=1) or difflib.get_close_matches(name, list(ALIASES), n=1)
+    aliases = [alias for alias, meant in ALIASES.items() if meant.needs <= options.keys()]
+    ours = difflib.get_close_matches(name, list(options), n=1) or difflib.get_close_matches(name, aliases, n=1)
     theirs = passed.nearest(name, _programs(options))
     found = difflib.get_close_matches(name, [*ours, *theirs], n=1)
     return f"did you mean {prefix}{found[0]}?" if found else "see --help for the ones there are"
@@ -176,7 +177,7 @@ def _read_flags(argv: Sequence[str], options: Mapping[str, Option]) -> _Line:
             _take(line, flag, name, texts, options)
         elif positive != name and positive in options and options[positive].is_switch:
             _take(line, flag, positive, [*texts, "False"], options)
-        elif name in ALIASES and ALIASES[name].sets <= options.keys():
+        elif name in ALIASES and ALIASES[name].needs <= options.keys():
             _take_alias(line, flag, name, texts, options)
         elif not _take_passed(line, flag, name, texts, _programs(options)):
             line.errors.append(f"unknown option {flag}; {_nearest(name, options, prefix='--')}")

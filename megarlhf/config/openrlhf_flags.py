@@ -32,7 +32,12 @@ OPENRLHF_FLAGS: dict[str, tuple[str, ...]] = {  # our command -> flags of train_
     }.items()
 }
 
-_NOTES = {"load_in_4bit": "without double quantisation (docs/supervised.md)"}
+_NOTES = {  # what differs, also where a command leaves the flag out
+    "load_in_4bit": "without double quantisation (docs/supervised.md)",
+    "eval_split": "where OpenRLHF's default is test, the default here is no evaluation",
+    "eval_steps": "-1, once an epoch, is the default here too",
+    "input_template": r"where OpenRLHF's sft, kto and kd have the default $'User: {}\nAssistant: ', there is none here",
+}
 
 
 def meaning(flag: str, options: Mapping[str, Any]) -> str:
@@ -41,17 +46,18 @@ def meaning(flag: str, options: Mapping[str, Any]) -> str:
     Raises:
         KeyError: nobody has said it.
     """
+    notes = [table[flag] for table in (_NOTES, SWITCH_VALUES) if flag in table]
     if flag in options:
-        notes = [table[flag] for table in (_NOTES, SWITCH_VALUES) if flag in table]
         return "; ".join(["the same", *notes])
     alias = ALIASES[flag]
     if alias.refused:
         return f"refused: {alias.refused}"
-    if not alias.sets <= options.keys():
+    if not alias.needs <= options.keys():
         raise KeyError(flag)
     set_to = [f"--{name}" for name in alias.fields] + [f"--{name} {value}" for name, value in alias.settings.items()]
-    choices = (
-        f"{value} is {' '.join(f'--{name} {text}' for name, text in sets.items()) or 'the one value'}"
+    choices = [
+        f"{value} is {' '.join(f'--{name} {text}' for name, text in sets.items())}"
         for value, sets in alias.choices.items()
-    )
-    return "; ".join(part for part in (" ".join(set_to), *choices, alias.note) if part)
+        if sets
+    ] or [" or ".join(alias.choices)]
+    return "; ".join(part for part in (" ".join(set_to), *choices, alias.note, *notes) if part)

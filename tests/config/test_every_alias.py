@@ -7,9 +7,19 @@ import pytest
 from megarlhf.config.aliases import ALIASES
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import options_of, parse, to_dict
-from megarlhf.config.supervised_arguments import SFTConfig
+from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.reward_model_arguments import RMConfig
+from megarlhf.config.supervised_arguments import DPOConfig, SFTConfig
 
-REQUIRED = ["--pretrain", "m", "--prompt_data", "d", "--save", "s"]
+# What parses an alias: the first of these that has what it needs.
+PROGRAMS: dict[Any, list[str]] = {
+    PPOConfig: ["--pretrain", "m", "--prompt_data", "d", "--save", "s"],
+    SFTConfig: ["--pretrain", "m", "--save", "s"],
+    RMConfig: ["--pretrain", "m", "--dataset", "d", "--save", "s"],
+    DPOConfig: ["--pretrain", "m", "--dataset", "d", "--save", "s"],
+    KDConfig: ["--pretrain", "m", "--teacher_model", "t", "--save", "s"],
+}
+REQUIRED = PROGRAMS[PPOConfig]
 
 # Words of the command line, and what they set. Values differ from every default.
 MEANT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,14 +77,30 @@ def test_what_an_alias_sets_and_that_it_sets_nothing_else(
 ) -> None:
     words, values = MEANT[name]
     flag, *rest = words.split()
-    program: Any = PPOConfig if values.keys() <= options_of(PPOConfig).keys() else SFTConfig
-    required = REQUIRED if program is PPOConfig else ["--pretrain", "m", "--save", "s"]
+    needs = ALIASES[name].needs
+    program, required = next((p, r) for p, r in PROGRAMS.items() if needs <= options_of(p).keys())
     plain, _ = parse(program, required, "ppo")
     capsys.readouterr()
     config, _ = parse(program, [*required, flag.replace("_", spelled), *rest], "ppo")
     before, after = to_dict(plain), to_dict(config)
     assert {key: after[key] for key in after if after[key] != before[key]} == values
     assert bool(values) or "note: " in capsys.readouterr().err, "a flag without effect says so"
+
+
+@pytest.mark.parametrize(
+    "words", ["--loss ipo", "--loss logexp", "--teacher_offload", "--perf", "--colocate_actor_ref"]
+)
+def test_a_flag_of_another_program_is_unknown(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(DPOConfig, [*PROGRAMS[DPOConfig], *words.split()], "dpo")
+    said, flag = capsys.readouterr().err, words.split()[0]
+    assert f"unknown option {flag}; " in said and f"did you mean {flag}?" not in said
+
+
+def test_another_loss_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(RMConfig, [*PROGRAMS[RMConfig], "--loss", "ipo"], "rm")
+    assert "it is one of sigmoid, logexp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name, alias in ALIASES.items() if alias.refused])
@@ -86,7 +112,7 @@ def test_a_refused_flag_gives_the_reason(name: str, words: list[str], capsys: py
 
 
 @pytest.mark.parametrize("flag", ["save_steps", "eval_steps"])
-def test_minus_one_is_never(flag: str) -> None:
+def test_minus_one_is_no_interval(flag: str) -> None:
     field = {"save_steps": "save_interval", "eval_steps": "eval_interval"}[flag]
     config, _ = parse(PPOConfig, [*REQUIRED, f"--{field}", "3", f"--{flag}", "-1"], "ppo")
     assert to_dict(config)[field] is None

@@ -106,6 +106,9 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.split()[:1] == ["--disable_fast_tokenizer"] and "refused: " in line for line in said)
     assert any(line.split()[:1] == ["--use_tensorboard"] and "<save>/tensorboard" in line for line in said)
     assert any(line.split()[:1] == ["--load_in_4bit"] and "without double quantisation" in line for line in said)
+    assert any(line.split()[:1] == ["--eval_split"] and "the default here is no evaluation" in line for line in said)
+    assert any(line.split()[:1] == ["--eval_steps"] and "once an epoch" in line for line in said)
+    assert any(line.split()[:1] == ["--input_template"] and "Assistant" in line for line in said)
     assert not any(line.startswith("train_kto") for line in said)
     assert main(["nothing"]) == 2
     assert "no program 'nothing'" in capsys.readouterr().err
