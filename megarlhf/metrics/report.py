@@ -31,6 +31,12 @@ class Panel:
     log_scale: bool = False
 
 
+def _both(title: str, unit: str, metric: str, *, percent: bool = False) -> Panel:
+    """A metric of a supervised program, such as rm/loss, in training and in evaluation."""
+    lines = {metric: "training", metric.replace("/", "/eval_"): "evaluation"}
+    return Panel(title, unit, lines, percent=percent)
+
+
 _LENGTHS = {
     "rollout/response_length_mean": "mean",
     "rollout/response_length_max": "longest",
@@ -43,38 +49,19 @@ PANELS = (
     Panel("Reward", "mean reward", {"reward/mean": "reward"}),
     Panel(_ACCURACY, "of prompts with a result", {"eval/accuracy": "accuracy"}, percent=True),
     Panel("KL to the reference", "nats per token", {"kl/mean": "KL"}),
-    Panel("Loss", "nats per token", {"sft/loss": "training", "sft/eval_loss": "evaluation"}),
-    Panel("Loss of steps' labels", "nats per step", {"prm/loss": "training", "prm/eval_loss": "evaluation"}),
-    Panel(
-        "Steps judged as labelled",
-        "of steps",
-        {"prm/accuracy": "training", "prm/eval_accuracy": "evaluation"},
-        percent=True,
-    ),
-    *(
-        panel
-        for name, label in (("dpo", "DPO"), ("kto", "KTO"))
-        for panel in (
-            Panel(f"{label} loss", "loss", {f"{name}/loss": "training", f"{name}/eval_loss": "evaluation"}),
-            Panel(
-                f"{label} accuracy",
-                "of answers" if name == "kto" else "of pairs",
-                {f"{name}/accuracy": "training", f"{name}/eval_accuracy": "evaluation"},
-                percent=True,
-            ),
-            Panel(
-                f"{label} reward margin",
-                "beta x nats",
-                {f"{name}/margin": "training", f"{name}/eval_margin": "evaluation"},
-            ),
-        )
-    ),
-    Panel("Distillation loss", "nats per token", {"kd/loss": "training", "kd/eval_loss": "evaluation"}),
-    Panel("KL of student and teacher", "nats per token", {"kd/kl": "training", "kd/eval_kl": "evaluation"}),
-    Panel("Loss of pairs", "nats per pair", {"rm/loss": "training", "rm/eval_loss": "evaluation"}),
-    Panel(
-        "Chosen above rejected", "of pairs", {"rm/accuracy": "training", "rm/eval_accuracy": "evaluation"}, percent=True
-    ),
+    _both("Loss", "nats per token", "sft/loss"),
+    _both("Loss of steps' labels", "nats per step", "prm/loss"),
+    _both("Steps judged as labelled", "of steps", "prm/accuracy", percent=True),
+    _both("DPO loss", "loss", "dpo/loss"),
+    _both("DPO accuracy", "of pairs", "dpo/accuracy", percent=True),
+    _both("DPO reward margin", "beta x nats", "dpo/margin"),
+    _both("KTO loss", "loss", "kto/loss"),
+    _both("KTO accuracy", "of answers", "kto/accuracy", percent=True),
+    _both("KTO reward margin", "beta x nats", "kto/margin"),
+    _both("Distillation loss", "nats per token", "kd/loss"),
+    _both("KL of student and teacher", "nats per token", "kd/kl"),
+    _both("Loss of pairs", "nats per pair", "rm/loss"),
+    _both("Chosen above rejected", "of pairs", "rm/accuracy", percent=True),
     Panel("Reward", "mean reward", {"rm/chosen_reward": "chosen", "rm/rejected_reward": "rejected"}),
     Panel("Policy loss", "loss", {"policy/loss": "policy"}),
     Panel("Critic loss", "squared reward", {"critic/loss": "critic"}),
@@ -88,16 +75,10 @@ PANELS = (
 SUMMARY = {
     "reward/mean": max,
     "eval/accuracy": max,
-    "sft/loss": min,
-    "sft/eval_loss": min,
-    **{f"{name}/{key}": min for name in ("dpo", "kto") for key in ("loss", "eval_loss")},
-    **{f"{name}/{key}": max for name in ("dpo", "kto") for key in ("accuracy", "eval_accuracy", "margin")},
+    **{f"{name}/{key}": min for name in ("sft", "dpo", "kto", "rm", "prm", "kd") for key in ("loss", "eval_loss")},
+    **{f"{name}/{key}": max for name in ("dpo", "kto", "rm", "prm") for key in ("accuracy", "eval_accuracy")},
+    **{f"{name}/margin": max for name in ("dpo", "kto", "rm")},
     "kto/kl": None,
-    **{f"{name}/{key}": min for name in ("rm", "prm") for key in ("loss", "eval_loss")},
-    **{f"{name}/{key}": max for name in ("rm", "prm") for key in ("accuracy", "eval_accuracy")},
-    "rm/margin": max,
-    "kd/loss": min,
-    "kd/eval_loss": min,
     "kd/kl": min,
     "kd/eval_kl": min,
     "kd/teacher_entropy": None,
