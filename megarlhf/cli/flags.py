@@ -9,14 +9,8 @@ from megarlhf.config.openrlhf_flags import OPENRLHF_FLAGS, meaning
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, SFTConfig, SupervisedConfig
 
-PROGRAMS: dict[str, type[SupervisedConfig]] = {
-    "sft": SFTConfig,
-    "rm": RMConfig,
-    "prm": PRMConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "kd": KDConfig,
-}
+_CONFIGS: tuple[type[SupervisedConfig], ...] = (SFTConfig, RMConfig, PRMConfig, DPOConfig, KTOConfig, KDConfig)
+PROGRAMS = {config.program: config for config in _CONFIGS}
 _USAGE = "usage: megarlhf flags [sft|rm|prm|dpo|kto|kd ...]\n\nWhat each flag of OpenRLHF 0.5.3's programs means here."
 
 

@@ -10,11 +10,11 @@ from megarlhf.config.command_line import parse
 from megarlhf.config.supervised_arguments import SupervisedConfig
 
 
-def run_program(program: str, config_class: type[SupervisedConfig], argv: Sequence[str] | None) -> int:
+def run_program(config_class: type[SupervisedConfig], argv: Sequence[str] | None = None) -> int:
     """Parse and check, then run as one rank, or start the local ranks; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    config, dry_run = parse(config_class, arguments, prog=f"megarlhf {program}")
-    return report_errors(f"megarlhf {program}", lambda: checked_run(config, arguments, dry_run=dry_run))
+    arguments, prog = list(sys.argv[1:] if argv is None else argv), f"megarlhf {config_class.program}"
+    config, dry_run = parse(config_class, arguments, prog=prog)
+    return report_errors(prog, lambda: checked_run(config, arguments, dry_run=dry_run))
 
 
 def checked_run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int:

@@ -1,16 +1,12 @@
 """Direct preference optimisation: `megarlhf dpo`, `python -m megarlhf.cli.train_dpo`, or the latter under torchrun."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from megarlhf.cli.supervised import run_program
 from megarlhf.config.supervised_arguments import DPOConfig
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status."""
-    return run_program("dpo", DPOConfig, argv)
-
+main = partial(run_program, DPOConfig)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,16 +1,12 @@
 """Supervised fine-tuning: `megarlhf sft`, `python -m megarlhf.cli.train_sft`, or the latter under torchrun."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from megarlhf.cli.supervised import run_program
 from megarlhf.config.supervised_arguments import SFTConfig
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status."""
-    return run_program("sft", SFTConfig, argv)
-
+main = partial(run_program, SFTConfig)
 
 if __name__ == "__main__":
     sys.exit(main())

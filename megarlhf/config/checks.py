@@ -32,10 +32,9 @@ from megarlhf.config.reward_model_arguments import RMConfig
 from megarlhf.config.roles import megatron_roles
 from megarlhf.config.supervised_arguments import (
     DPOConfig,
-    KTOConfig,
+    KTODataArguments,
     PairsConfig,
     ParityConfig,
-    SFTConfig,
     SFTDataArguments,
     SupervisedConfig,
     SupervisedDataArguments,
@@ -92,10 +91,8 @@ def check_supervised(config: SupervisedConfig) -> list[str]:
     decay = config.optimizer.ema_decay
     ignored = decay != SupervisedOptimizerArguments.ema_decay and not config.optimizer.enable_ema
     errors += broken({f"ema_decay={decay} is ignored with enable_ema=False: set it, or leave ema_decay out": ignored})
-    if isinstance(config, SFTConfig):
-        errors += _sft_errors(config)
-    if isinstance(config, KTOConfig):
-        errors += _kto_errors(config)
+    if isinstance(data, SFTDataArguments | KTODataArguments):
+        errors += _answer_errors(data)
     if isinstance(config, PairsConfig):
         errors += _pairs_errors(config)
     if isinstance(config, DPOConfig):
@@ -128,29 +125,20 @@ def _data_errors(data: SupervisedDataArguments) -> list[str]:
     )
 
 
-def _sft_errors(config: SFTConfig) -> list[str]:
-    data = config.data
-    return broken(
-        {
-            f"output_key=None means that input_key={data.input_key} holds whole conversations: set output_key, "
-            "apply_chat_template, or pretrain_mode for plain text": (
-                data.output_key is None and not data.apply_chat_template and not data.pretrain_mode
-            ),
-            "multiturn=True needs apply_chat_template (turns are those of a chat): set it, or leave multiturn out": (
-                data.multiturn and not data.apply_chat_template
-            ),
-            "multiturn=True with pretrain_mode=True (one trains on the assistant's turns, the other on all): leave one "
-            "out": data.multiturn and data.pretrain_mode,
-        }
-    )
-
-
-def _kto_errors(config: KTOConfig) -> list[str]:
-    data = config.data
+def _answer_errors(data: SFTDataArguments | KTODataArguments) -> list[str]:
+    sft = isinstance(data, SFTDataArguments)
+    plain, multiturn = (data.pretrain_mode, data.multiturn) if isinstance(data, SFTDataArguments) else (False, False)
     return broken(
         {
             f"output_key=None means that input_key={data.input_key} holds whole conversations: set output_key or "
-            "apply_chat_template": data.output_key is None and not data.apply_chat_template
+            f"apply_chat_template{', or pretrain_mode for plain text' if sft else ''}": (
+                data.output_key is None and not data.apply_chat_template and not plain
+            ),
+            "multiturn=True needs apply_chat_template (turns are those of a chat): set it, or leave multiturn out": (
+                multiturn and not data.apply_chat_template
+            ),
+            "multiturn=True with pretrain_mode=True (one trains on the assistant's turns, the other on all): leave one "
+            "out": multiturn and plain,
         }
     )
 

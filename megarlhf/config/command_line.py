@@ -52,12 +52,18 @@ class Option(NamedTuple):
 def options_of(config_class: type[ConfigT]) -> dict[str, Option]:
     """Every field of every group by its flat name, in the order of the declarations."""
     options: dict[str, Option] = {}
-    for group, group_class in get_type_hints(config_class).items():
+    for group, group_class in _groups(config_class).items():
         hints = get_type_hints(group_class)
         for f in dataclasses.fields(group_class):
             required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             options[f.name] = Option(group, hints[f.name], required)
     return options
+
+
+def _groups(config_class: type[ConfigT]) -> dict[str, Any]:
+    """The classes of a configuration's groups by their attributes."""
+    hints = get_type_hints(config_class)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config_class)}
 
 
 def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> tuple[ConfigT, bool]:
@@ -300,5 +306,5 @@ def _build(config_class: type[ConfigT], values: Mapping[str, Any], *, absent: An
         group = arguments.setdefault(option.group, {})
         if name in values or option.required:
             group[name] = values.get(name, absent)
-    classes = get_type_hints(config_class)
+    classes = _groups(config_class)
     return config_class(**{group: classes[group](**given) for group, given in arguments.items()})

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megarlhf.config.supervised_arguments import SFTConfig, SFTDataArguments, SupervisedBatchArguments
+from megarlhf.config.supervised_arguments import OneEpochBatchArguments, SFTConfig, SFTDataArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,14 +12,6 @@ class KDDataArguments(SFTDataArguments):
 
     output_key: str | None = "output"
     """Column with the response. None: input_key holds the whole conversation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KDBatchArguments(SupervisedBatchArguments):
-    """How much work a step is."""
-
-    max_epochs: int = 1
-    """Passes over the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +36,10 @@ class KDArguments:
 class KDConfig(SFTConfig):
     """Knowledge distillation: supervised fine-tuning beside a teacher."""
 
-    batch: KDBatchArguments = field(default_factory=KDBatchArguments)
+    program = "kd"
+    batch: OneEpochBatchArguments = field(default_factory=OneEpochBatchArguments)
     data: KDDataArguments
     kd: KDArguments
-
-    @property
-    def program(self) -> str:
-        """Name of the command, and of its metrics before the slash."""
-        return "kd"
 
     @property
     def other_models(self) -> dict[str, str]:

@@ -1,12 +1,11 @@
 """Options of `megarlhf rm` and `megarlhf prm`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from megarlhf.config.supervised_arguments import (
+    OneEpochBatchArguments,
     PairBatchArguments,
     PairsConfig,
-    SupervisedBatchArguments,
     SupervisedConfig,
     SupervisedDataArguments,
     SupervisedOptimizerArguments,
@@ -14,11 +13,9 @@ from megarlhf.config.supervised_arguments import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PRMBatchArguments(SupervisedBatchArguments):
+class PRMBatchArguments(OneEpochBatchArguments):
     """How much work a step is."""
 
-    max_epochs: int = 1
-    """Passes over the data."""
     micro_batch_size: int = 1
     """Sequences of full length in one forward and backward pass of a rank. Sequences are packed without padding."""
 
@@ -50,14 +47,10 @@ class ProcessRewardDataArguments(SupervisedDataArguments):
 class PRMConfig(SupervisedConfig):
     """Process reward model: a judgement of each step of a solution."""
 
+    program = "prm"
     batch: PRMBatchArguments = field(default_factory=PRMBatchArguments)
     optimizer: PRMOptimizerArguments = field(default_factory=PRMOptimizerArguments)
     data: ProcessRewardDataArguments
-
-    @property
-    def program(self) -> str:
-        """Name of the command, and of its metrics before the slash."""
-        return "prm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +83,8 @@ class RMArguments:
 class RMConfig(PairsConfig):
     """Reward model: one value for an answer, the larger one for the chosen of two."""
 
+    program = "rm"
+    head = "value"
     batch: RMBatchArguments = field(default_factory=RMBatchArguments)
     optimizer: RMOptimizerArguments = field(default_factory=RMOptimizerArguments)
     rm: RMArguments = field(default_factory=RMArguments)
-
-    @property
-    def program(self) -> str:
-        """Name of the command, and of its metrics before the slash."""
-        return "rm"
-
-    @property
-    def head(self) -> Literal["lm", "value"]:
-        """One value a token, of which that of the EOS is the reward."""
-        return "value"

@@ -3,13 +3,15 @@
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megarlhf.config.arguments import LoggingArguments, ModelArguments, RenderingArguments, SharedOptimizerArguments
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import MegatronPassedArguments
 from megarlhf.formats.blends import parse_split
+
+ObjectiveName = Literal["sft", "actor", "critic", "rm", "prm", "dpo", "ipo", "kto", "kd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +59,21 @@ class SupervisedOptimizerArguments(SharedOptimizerArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairBatchArguments(SupervisedBatchArguments):
-    """How much work a step is; sequences are pairs of answers here."""
-
-    max_epochs: int = 1
-    """Passes over the data."""
-    max_len: int = 512
-    """Longest sequence in tokens, prompt and one response together."""
-    share_prompt_prefix: bool | None = None
-    """Compute the prompt once for both answers. None: on where the layout allows it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KTOBatchArguments(SupervisedBatchArguments):
+class OneEpochBatchArguments(SupervisedBatchArguments):
     """How much work a step is."""
 
     max_epochs: int = 1
     """Passes over the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatchArguments(OneEpochBatchArguments):
+    """How much work a step is; sequences are pairs of answers here."""
+
+    max_len: int = 512
+    """Longest sequence in tokens, prompt and one response together."""
+    share_prompt_prefix: bool | None = None
+    """Compute the prompt once for both answers. None: on where the layout allows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,6 @@ class SupervisedDataArguments(RenderingArguments):
     eval_split: str | None = None
     """Split to evaluate on; or a part such as 0.03, which is drawn from the training data and taken out of it. None: no
     evaluation, or the only split of eval_dataset."""
-
 
     data_cache_path: str | None = None
     """Directory that keeps tokenized data: a later run with the same files and options reads it there. None: tokenize
@@ -216,11 +215,7 @@ class ParityArguments:
     num_gpus_per_node: int | None = None
     """Ranks of the layout, all on this machine: one GPU each, or one process each. None: as few as the layout takes,
     TP * PP * CP, or the next multiple of it that EP * ETP * PP divides. Give twice as many to see data parallelism."""
-    objectives: tuple[Literal["sft", "actor", "critic", "rm", "prm", "dpo", "ipo", "kto", "kd"], ...] = (
-        "sft",
-        "actor",
-        "critic",
-    )
+    objectives: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")
     """Losses to run: supervised, the PPO policy's, the critic's, those of reward models and of preferences, and kd,
     distillation from a teacher that is drawn."""
     num_groups: int = 3
@@ -260,8 +255,17 @@ class ParityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    """What all supervised programs have; each adds its data and its loss."""
+    """What all supervised programs have; each adds its data and its loss.
 
+    Attributes:
+        program: name of the command, and of its metrics before the slash.
+        head: what the trained model computes: vocabulary logits, or one value a token.
+        rows_per_unit: rows that stay together in a micro-batch.
+    """
+
+    program: ClassVar[str]
+    head: ClassVar[Literal["lm", "value"]] = "lm"
+    rows_per_unit: ClassVar[int] = 1
     model: ModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     kernels: KernelArguments = field(default_factory=KernelArguments)
@@ -272,16 +276,6 @@ class SupervisedConfig:
     data: SupervisedDataArguments
     logging: LoggingArguments
     passed: MegatronPassedArguments = field(default_factory=MegatronPassedArguments)
-
-    @property
-    def program(self) -> str:
-        """Name of the command, and of its metrics before the slash."""
-        raise NotImplementedError
-
-    @property
-    def head(self) -> Literal["lm", "value"]:
-        """What the trained model computes: vocabulary logits, or one value a token."""
-        return "lm"
 
     @property
     def share_prompt_prefix(self) -> bool:
@@ -310,11 +304,6 @@ class SupervisedConfig:
         return int(started) if started.isdecimal() else self.ranks.num_gpus_per_node
 
     @property
-    def rows_per_unit(self) -> int:
-        """Rows that stay together in a micro-batch."""
-        return 1
-
-    @property
     def max_row_tokens(self) -> int:
         """Tokens of the longest row, or of the longest rows that stay together."""
         return self.rows_per_unit * self.batch.max_len
@@ -329,18 +318,15 @@ class SupervisedConfig:
 class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning."""
 
+    program = "sft"
     data: SFTDataArguments
-
-    @property
-    def program(self) -> str:
-        """Name of the command, and of its metrics before the slash."""
-        return "sft"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(SupervisedConfig):
     """What the programs have that train on pairs of a chosen and a rejected answer."""
 
+    rows_per_unit = 2
     batch: PairBatchArguments = field(default_factory=PairBatchArguments)
     data: PreferenceDataArguments
 
@@ -349,23 +335,14 @@ class PairsConfig(SupervisedConfig):
         """Whether the two answers share their prompt's computation, once that is decided."""
         return bool(self.batch.share_prompt_prefix)
 
-    @property
-    def rows_per_unit(self) -> int:
-        """Chosen and rejected."""
-        return 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(PairsConfig):
     """Direct preference optimisation: DPO, cDPO and IPO."""
 
+    program = "dpo"
     optimizer: PreferenceOptimizerArguments = field(default_factory=PreferenceOptimizerArguments)
     dpo: DPOArguments = field(default_factory=DPOArguments)
-
-    @property
-    def program(self) -> str:
-        """Name of the command, and of its metrics before the slash."""
-        return "dpo"
 
     @property
     def ref_pretrain(self) -> str | None:
@@ -382,17 +359,9 @@ class DPOConfig(PairsConfig):
 class KTOConfig(SupervisedConfig):
     """Kahneman-Tversky optimisation from labelled answers."""
 
-    batch: KTOBatchArguments = field(default_factory=KTOBatchArguments)
+    program = "kto"
+    keeps_reference = True
+    batch: OneEpochBatchArguments = field(default_factory=OneEpochBatchArguments)
     optimizer: PreferenceOptimizerArguments = field(default_factory=PreferenceOptimizerArguments)
     data: KTODataArguments
     kto: KTOArguments = field(default_factory=KTOArguments)
-
-    @property
-    def program(self) -> str:
-        """Name of the command, and of its metrics before the slash."""
-        return "kto"
-
-    @property
-    def keeps_reference(self) -> bool:
-        """Whether the start's weights stay beside those that are trained."""
-        return True

@@ -168,7 +168,7 @@ class Programs:
     def rows(self, save: str) -> dict[int, dict[str, float]]:
         """Logged numbers of each step, without those of the clock and of memory."""
         rows = map(json.loads, (self.root / save / "metrics.jsonl").read_text().splitlines())
-        kept = (self.case.config.program.fget(None), "data")  # type: ignore[attr-defined]
+        kept = (self.case.config.program, "data")
         return {row["step"]: {key: value for key, value in row.items() if key.startswith(kept)} for row in rows}
 
     def weights(self, save: str) -> dict[str, torch.Tensor]:
