@@ -17,13 +17,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megarlhf.config.supervised_arguments import ObjectiveName
 from megarlhf.data.types import TrainingRows
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import main_weight
 from megarlhf.engine.schedule import sum_gradients
 from megarlhf.formats.safetensors_file import TensorFile
 from megarlhf.parallel.device import current_device
-from megarlhf.trainers.parity_cases import ObjectiveName, anchored, fitting, parity_case
+from megarlhf.trainers.parity_cases import anchored, fitting, parity_case
 
 QUANTITIES = (
     *("forward", "training", "loss", "metrics", "gradients", "by tensor", "grad norm"),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megarlhf.config.supervised_arguments import ObjectiveName
 from megarlhf.data.planning import prompt_units
 from megarlhf.data.types import TrainingRows, training_rows
 from megarlhf.engine.engine import MegatronEngine
@@ -23,7 +24,6 @@ from megarlhf.trainers.reward_model import reward_objective
 from megarlhf.trainers.sft import sft_objective
 from megarlhf.trainers.value import value_objective
 
-ObjectiveName = Literal["sft", "actor", "critic", "rm", "prm", "dpo", "ipo", "kto", "kd"]
 OBJECTIVES: tuple[ObjectiveName, ...] = ("sft", "actor", "critic")  # sums over tokens, tested in every layout
 # And of sequences or models, tested in layouts that matter.
 OF_SEQUENCES: tuple[ObjectiveName, ...] = ("rm", "prm", "dpo", "ipo", "kto", "kd")
@@ -107,11 +107,6 @@ def _drawn_teacher(layer: OutputLayer) -> tuple[Tensor, OutputDistribution]:
 def _chats(rows: TrainingRows) -> TrainingRows:
     """Rows of their own, with a loss on some of their targets, as of chats whose every turn is trained."""
     return replace(rows, unit_ids=np.arange(len(rows)), loss_mask=np.arange(rows.num_targets.sum()) % 4 != 1)
-
-
-def parity_objective(name: ObjectiveName) -> Objective:
-    """A trainer's loss with every term switched on."""
-    return parity_case(name).objective
 
 
 def _with_margins(rows: TrainingRows) -> TrainingRows:

@@ -26,7 +26,7 @@ from megarlhf.conversion.to_megatron import hf_to_megatron
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.export import export_hf
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
@@ -303,7 +303,7 @@ def train_and_save(
 
     with world(layout, rank, init_method):
         engine = build(layout, model_dir, head=head)
-        engine.train_step(make_rows(), parity_objective("critic" if head == "value" else "sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("critic" if head == "value" else "sft").objective, denominator=50.0)
         if rank == 0:
             (run / "checkpoints" / "iter_0000010").mkdir(parents=True)
             (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("10")

@@ -12,7 +12,7 @@ from megarlhf.engine.sharing import SharedWeights
 from megarlhf.parallel import groups
 from megarlhf.parallel.device import freeze_garbage_collector
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, Layout, build, world
@@ -42,7 +42,7 @@ def live(layout: Layout, rank: int, root: Path, model_dir: Path, *, frozen: bool
         if whole:
             engine.keep_reference()
             shared = SharedWeights(engine)
-        engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0)
         if whole:
             save_engine(engine, root / "checkpoint")
             load_engine(engine, root / "checkpoint")

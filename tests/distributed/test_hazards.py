@@ -16,7 +16,7 @@ from megarlhf.trainers.parity import (
     write_reference,
 )
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import build_for, make_rows, parts
 from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, world
@@ -115,7 +115,7 @@ def resumed_weights(
     """Two steps, a save, then a third step without and with a detour over the checkpoint."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    layout, objective = LAYOUTS["DP2-distopt"], parity_objective("sft")
+    layout, objective = LAYOUTS["DP2-distopt"], parity_case("sft").objective
     with world(layout, rank, init_method):
         engine = build_for("sft", layout, model_dir)
         for _ in range(2):
@@ -163,7 +163,7 @@ def stale_head(rank: int, world_size: int, init_method: str, model_dir: Path, ti
             engine.config.finalize_model_grads_func = lambda model, tokens=None, **_: [
                 c.finish_grad_sync() for c in model
             ]
-        engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0)
         weight = engine.chunks[0].shared_embedding_or_output_weight().data
         copies = [torch.empty_like(weight) for _ in range(2)]
         dist.all_gather(copies, weight.contiguous(), group=parallel_state.get_embedding_group())

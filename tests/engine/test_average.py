@@ -9,7 +9,7 @@ import torch
 from megarlhf.engine.average import WeightAverage
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.trainers.parity import main_parts
-from megarlhf.trainers.parity_cases import parity_objective
+from megarlhf.trainers.parity_cases import parity_case
 from tests.distributed.cases import Parts, assemble, make_rows, parts
 from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
@@ -32,7 +32,7 @@ def train(
         average = WeightAverage(engine, DECAY)
         seen, norms = [main(engine)], []
         for _ in range(STEPS):
-            norms.append(engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0).grad_norm)
+            norms.append(engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0).grad_norm)
             average.update()
             seen.append(main(engine))
         own = parts(engine, gradients=False)
@@ -41,7 +41,7 @@ def train(
             found = parts(engine, gradients=False)
         after = parts(engine, gradients=False)
         assert all(torch.equal(a[2], b[2]) for a, b in zip(after, own, strict=True))
-        later = engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0).grad_norm
+        later = engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0).grad_norm
         assert later == pytest.approx(norms[-1], rel=0.3), "training goes on after a save"
         return seen, found
 

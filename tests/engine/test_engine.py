@@ -17,7 +17,7 @@ from megarlhf.trainers.parity import (
     whole_gradients,
 )
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import assemble, make_rows, parts, sequences
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
@@ -34,9 +34,9 @@ def save_after(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
         for _ in range(steps):
-            engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
+            engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0)
         save_engine(engine, target)
-        step = engine.train_step(make_rows(seed=6), parity_objective("sft"), denominator=50.0)
+        step = engine.train_step(make_rows(seed=6), parity_case("sft").objective, denominator=50.0)
         return parts(engine, gradients=False), step.learning_rate
 
 
@@ -47,7 +47,7 @@ def load_and_step(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
         load_engine(engine, source)
-        step = engine.train_step(make_rows(seed=6), parity_objective("sft"), denominator=50.0)
+        step = engine.train_step(make_rows(seed=6), parity_case("sft").objective, denominator=50.0)
         return parts(engine, gradients=False), step.learning_rate
 
 
@@ -144,7 +144,7 @@ def save_weights(
     """Train, save, and return the weights."""
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
-        engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0)
         save_engine(engine, target)
         return parts(engine, gradients=False)
 
@@ -159,7 +159,7 @@ def load_weights(
         loaded = parts(engine, gradients=False)
         save_engine(engine, source.with_name("again"))
         assert engine.scheduler.num_steps == 1
-        return loaded, engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0).learning_rate
+        return loaded, engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0).learning_rate
 
 
 def balance_gradients(
@@ -170,7 +170,7 @@ def balance_gradients(
         engine, rows = build(layout, model_dir), balanced_rows()
         with whole_gradients(engine):
             batches = engine.micro_batches(rows)
-            _, metrics, _ = engine.accumulate_gradients(batches, parity_objective("sft"), denominator=30.0)
+            _, metrics, _ = engine.accumulate_gradients(batches, parity_case("sft").objective, denominator=30.0)
         return parts(engine, gradients=True), metrics
 
 
@@ -232,7 +232,7 @@ def poisoned_step(rank: int, world_size: int, init_method: str, model_dir: Path)
         rows.fields["advantages"][20] = np.nan
         before = [p.detach().clone() for _, p in engine.named_parameters()]
         with pytest.raises(NonFiniteError) as raised:
-            engine.train_step(rows, parity_objective("actor"), denominator=9.0)
+            engine.train_step(rows, parity_case("actor").objective, denominator=9.0)
         return str(raised.value), all(
             torch.equal(a, b) for a, b in zip(before, (p for _, p in engine.named_parameters()), strict=True)
         )

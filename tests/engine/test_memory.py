@@ -21,7 +21,7 @@ from megarlhf.engine.schedule import run_forward
 from megarlhf.engine.sharing import SharedWeights
 from megarlhf.parallel.device import device_kind, release_memory
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
@@ -85,7 +85,7 @@ def whole(engine: MegatronEngine, part: Part) -> list[Tensor]:
 
 def step(engine: MegatronEngine, seed: int) -> list[Tensor]:
     """A step, and what it and the reference give."""
-    result = engine.train_step(make_rows(seed=seed), parity_objective("sft"), denominator=50.0)
+    result = engine.train_step(make_rows(seed=seed), parity_case("sft").objective, denominator=50.0)
     with engine.reference_weights():
         reference = engine.log_probs(make_rows()).values
     found = (reference, engine.log_probs(make_rows()).values)
@@ -217,11 +217,11 @@ def refused(rank: int, world_size: int, init_method: str, model_dir: Path) -> No
         engine.wake("parameters")
         engine.sleep("optimizer")
         with pytest.raises(RuntimeError, match="^optimizer asleep"):
-            engine.train_step(rows, parity_objective("sft"), denominator=1.0)
+            engine.train_step(rows, parity_case("sft").objective, denominator=1.0)
         engine.wake("optimizer")
         rows.fields["advantages"][20] = np.nan
         with pytest.raises(engine_module.NonFiniteError):
-            engine.train_step(rows, parity_objective("actor"), denominator=9.0)
+            engine.train_step(rows, parity_case("actor").objective, denominator=9.0)
         assert engine.memory.num_bytes()["gradients"] == 0, "also after a step that was refused"
 
 
@@ -261,7 +261,7 @@ def shared(rank: int, world_size: int, init_method: str, model_dir: Path, layout
         assert not vars(engine.memory)["_host"]["parameters"], "the copy from before they moved is gone"
         assert weights.refresh() == digests
         engine.wake(*PARTS)
-        engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0)
         assert weights.refresh() != digests, "and training goes on there"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megarlhf.engine.sharing import SharedWeights
 from megarlhf.formats import shared_memory
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import make_rows, read_shared
 from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
@@ -39,7 +39,7 @@ def train(rank: int, world_size: int, init_method: str, layout: Layout, model_di
         engine = build(layout, model_dir)
         engine.keep_reference()
         for step in range(3):
-            engine.train_step(make_rows(seed=step), parity_objective("sft"), denominator=50.0)
+            engine.train_step(make_rows(seed=step), parity_case("sft").objective, denominator=50.0)
             with engine.reference_weights():
                 engine.log_probs(make_rows())
             if step == 0 and share:

@@ -22,7 +22,7 @@ from megarlhf.trainers.parity import (
 from megarlhf.trainers.parity_cases import (
     ObjectiveName,
     fitting,
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import Parts, assemble, by_row, compare_case, make_rows, reference_case
 from tests.distributed.layouts import SINGLE, Layout, build, world
@@ -47,7 +47,7 @@ def engine_results(rank: int, world_size: int, init_method: str, layout: Layout,
         engine = build(layout, model_dir, temperature=TEMPERATURE, options=OPTIONS)
         assert {p.device for _, p in engine.named_parameters()} == {current_device()}
         rows = fitting(engine, make_rows())
-        denominator, objective = float(rows.num_targets.sum()), parity_objective("sft")
+        denominator, objective = float(rows.num_targets.sum()), parity_case("sft").objective
         before = engine.log_probs(rows)
         loss, _, _ = engine.accumulate_gradients(engine.micro_batches(rows), objective, denominator=denominator)
         gradients = on_host([*hf_parts(engine, gradients=True)])

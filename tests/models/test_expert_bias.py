@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megarlhf.engine.export import export_hf
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LATENT_LAYOUTS, SINGLE, Layout, build, world
@@ -25,7 +25,7 @@ def train_and_export(
     """The biases that this rank's routers compute with after a step, and on rank 0 those that a stream brings."""
     with world(layout, rank, init_method):
         engine = build(layout, source)
-        engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0)
         export_hf(engine, target)
         live = [b.clone() for chunk in engine.chunks for name, b in chunk.named_buffers() if "expert_bias" in name]
         return live, {name: t.clone() for name, t in engine.weights.iter_hf_weights() if name.endswith(BIAS)}

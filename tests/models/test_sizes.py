@@ -21,7 +21,7 @@ from megarlhf.models.sizes import engine_sizes, kv_numbers_per_token, layer_widt
 from megarlhf.parallel.groups import ParallelSizes, fake_world
 from megarlhf.planner.memory import Work, rank_bytes
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LARGE_LAYOUTS, LARGE_MOE_LAYOUTS, LAYOUTS, MOE_LAYOUTS, Layout, build, world
@@ -91,7 +91,7 @@ def built(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir, head=head)
         engine.keep_reference()
-        engine.train_step(make_rows(), parity_objective("critic" if head == "value" else "sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("critic" if head == "value" else "sft").objective, denominator=50.0)
         return engine.ranks.pp_rank, [of_chunk(chunk) for chunk in engine.chunks], measured(engine)
 
 
@@ -168,7 +168,7 @@ def with_adapters(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir, head=head, lora=lora)
         engine.keep_reference()
-        engine.train_step(make_rows(), parity_objective("critic" if head == "value" else "sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("critic" if head == "value" else "sft").objective, denominator=50.0)
         with engine.reference_weights():
             engine.forward(engine.micro_batches(make_rows()))
         return engine.ranks.pp_rank, dict(engine.memory.largest_bytes()), dict(engine.memory.num_bytes())
@@ -221,7 +221,7 @@ def kept_for_the_backward_pass(
 
             (batch,) = engine.micro_batches(make_rows())
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                engine.step([batch], parity_objective("sft"), denominator=50.0)
+                engine.step([batch], parity_case("sft").objective, denominator=50.0)
             totals.append(sum(storages.values()) / 4 / len(batch.tokens))
     return totals[1] - totals[0]
 

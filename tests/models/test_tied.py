@@ -14,7 +14,7 @@ from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.models.names import check_names
 from megarlhf.models.registry import check_engine_head, find_architecture
 from megarlhf.trainers.parity_cases import (
-    parity_objective,
+    parity_case,
 )
 from tests.distributed.cases import by_row, make_rows, sequences
 from tests.distributed.layouts import LAYOUTS, Layout, build, world
@@ -79,7 +79,7 @@ def log_probs_and_export(
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
         found = engine.log_probs(make_rows())
-        engine.train_step(make_rows(), parity_objective("sft"), denominator=50.0)
+        engine.train_step(make_rows(), parity_case("sft").objective, denominator=50.0)
         export_hf(engine, target)
         held = by_row(make_rows(), found) if engine.ranks.holds_results else {}
         return held, engine.weights.hf_names()
