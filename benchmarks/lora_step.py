@@ -14,7 +14,6 @@ other work is on the machine.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,8 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.sides import ROOT, run_side
+
 RANKS = {"all weights": 0, "LoRA, attention": 16, "LoRA, all-linear": 16}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PARTS = ("parameters", "gradients", "optimizer")
@@ -92,19 +92,9 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 def compare(options: argparse.Namespace) -> None:
     """Sides in turns, then the table; ratios are medians of rounds."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in RANKS}
-    cores = sorted(os.sched_getaffinity(0))[: options.threads]
     for number in range(1, options.rounds + 1):
         for side, runs in found.items():
-            done = subprocess.run(
-                [sys.executable, __file__, "--side", side]
-                + [f"--{name}={getattr(options, name)}" for name in ("model", "rows", "length", "steps", "threads")],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
-                preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            )
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            runs.append(run_side(__file__, side, options, ("model", "rows", "length", "steps", "threads")))
             listed = ", ".join(f"{one:.2f}" for one in runs[-1]["seconds"])
             print(f"round {number}, {side}: {listed} s", flush=True)
     baseline, *_ = found.values()

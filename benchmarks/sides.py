@@ -1,4 +1,4 @@
-"""What the comparisons with TRL's supervised trainers share: texts, sides in turn, the machine's matrix products."""
+"""What comparisons of sides share: texts, sides in turn, the machine's matrix products."""
 
 import argparse
 import json
@@ -110,11 +110,11 @@ def main(script: str, doc: str | None, runs: Mapping[str, Run]) -> None:
 
 
 def _compare(script: str, sides: Sequence[str], options: argparse.Namespace) -> None:
-    """Sides in turns, then the table and the share of the machine."""
+    """Sides in turns, without the first step of each, which warms up; then the table and the share of the machine."""
     steps: dict[str, list[Step]] = {side: [] for side in sides}
     for number in range(1, options.rounds + 1):
         for side in sides:
-            measured = _run_side(script, side, options)
+            measured = run_side(script, side, options, ("model", "steps", "threads", "words", "max_len"))[1:]
             steps[side] += measured
             listed = ", ".join(f"{step['seconds']:.2f}" for step in measured)
             print(f"round {number}, {side}: {listed} s", flush=True)
@@ -134,10 +134,9 @@ def _compare(script: str, sides: Sequence[str], options: argparse.Namespace) -> 
     print(f"{ours}'s step: {operations / rate:.0%} of this machine's {rate / 1e9:.0f} GFLOP/s in matrix products")
 
 
-def _run_side(script: str, side: str, options: argparse.Namespace) -> list[Step]:
-    """A side in a fresh process on the first cores; its steps but the first, which warms up."""
+def run_side(script: str, side: str, options: argparse.Namespace, names: Sequence[str]) -> Any:
+    """What a side with these options prints as JSON on its last line, in a fresh process on the first cores."""
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
-    names = ("model", "steps", "threads", "words", "max_len")
     done = subprocess.run(
         [sys.executable, script, "--side", side, *(f"--{name}={getattr(options, name)}" for name in names)],
         stdout=subprocess.PIPE,
@@ -146,5 +145,4 @@ def _run_side(script: str, side: str, options: argparse.Namespace) -> list[Step]
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads)},
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
-    steps: list[Step] = json.loads(done.stdout.splitlines()[-1])
-    return steps[1:]
+    return json.loads(done.stdout.splitlines()[-1])
