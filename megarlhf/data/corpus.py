@@ -1,14 +1,12 @@
 """Documents of a .jsonl file as tokens, in parallel and in their order; the file is never whole in memory."""
 
-import codecs
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +14,7 @@ import numpy as np
 from megarlhf.data.rows import check_text
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.data.types import Ints, TokenIds
+from megarlhf.formats.json_files import json_lines, json_row
 
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]
 
@@ -102,15 +101,14 @@ class Encoder:
         errors = []
         for number, line in lines:
             try:
-                value = _object(line)
+                value = json_row(line)
                 for key in self.keys:
                     ids = np.array(tokenizer.encode(_text(value, key)), dtype=np.int32)
                     if not len(ids):
                         raise ValueError(f"json_keys: {key!r} is empty: remove the row")
                     found[key].append(ids if self.eod is None else np.append(ids, np.int32(self.eod)))
             except ValueError as error:
-                cut = "" if line.endswith(b"\n") else " (the file ends in this line: was it cut off?)"
-                errors.append(f"line {number} of {self.path}: {error}{cut}")
+                errors.append(f"line {number} of {self.path}: {error}")
         none = np.empty(0, dtype=np.int32)
         return Documents(
             ids={key: np.concatenate([none, *parts]) for key, parts in found.items()},
@@ -155,28 +153,9 @@ def _encoded(encoder: Encoder, workers: int) -> Iterator[Documents]:
 
 
 def _chunks(path: str) -> Iterator[list[tuple[int, bytes]]]:
-    """Lines that are not blank, with their numbers from 1 on."""
-    chunk: list[tuple[int, bytes]] = []
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if text.strip():
-                chunk.append((number, text))
-            if len(chunk) == _CHUNK_LINES:
-                yield chunk
-                chunk = []
-    if chunk:
+    lines = json_lines(path)
+    while chunk := list(islice(lines, _CHUNK_LINES)):
         yield chunk
-
-
-def _object(line: bytes) -> dict[str, object]:
-    try:
-        value = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"it is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"it is a {type(value).__name__}, not an object with named fields")
-    return value
 
 
 def _text(value: dict[str, object], key: str) -> str:

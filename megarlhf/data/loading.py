@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from megarlhf.data.readers import FILE_KINDS, read_file, read_saved
-from megarlhf.data.rows import Rows
+from megarlhf.data.rows import Row, Rows
 from megarlhf.formats.data_names import SUFFIXES, DataName, data_names
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class DataSource:
         probs: of each data set, by which rows are drawn from them in turn until one of them has no more, as
             `datasets.interleave_datasets` does it; None takes all rows, one data set behind the other.
         split: of each data set; one without splits is its own "train". None: the only one that there is.
-        held_out: this part of each data set is for evaluation, by content: rows that are equal stay together.
+        held_out: this part of each data set is for evaluation, by content: rows that are equal stay together, also
+            those of several data sets.
         is_held_out: take that part, and not the rest.
         seed: of what is drawn and held out.
     """
@@ -57,9 +58,9 @@ def load_rows(source: str | DataSource, *, columns: Sequence[str] | None = None,
     """Rows of a file, a directory or several of them, in their order there.
 
     Args:
-        source: .jsonl (one object a line), .json (a list of objects), .csv (with a header), .parquet or .arrow files;
-            directories of such files, all of one kind or chosen by `type@directory`; directories written by
-            `save_to_disk` of a `datasets.Dataset` or `DatasetDict`. The case of a suffix does not matter.
+        source: .jsonl (one object a line), .json (a list of objects, or as .jsonl), .csv (with a header), .parquet or
+            .arrow files; directories of such files, all of one kind or chosen by `type@directory`; directories written
+            by `save_to_disk` of a `datasets.Dataset` or `DatasetDict`. The case of a suffix does not matter.
         columns: those that are needed; others need not be read. None reads all.
         limit: read only the first so many rows of each data set, and no more of their mixture; None reads all.
     Returns:
@@ -73,12 +74,13 @@ def load_rows(source: str | DataSource, *, columns: Sequence[str] | None = None,
     errors: list[str] = []
     for name in data_names(whole.names):
         try:
-            rows = _load_split(name, whole.split, columns, limit)
-            parts.append(_divided(rows, whole, columns) if whole.held_out else rows)
+            parts.append(_load_split(name, whole.split, columns, limit))
         except ValueError as error:
             errors.append(str(error))
     if errors:
         raise ValueError("\n".join(errors))
+    if whole.held_out:
+        parts = _divided(parts, whole, columns)
     if whole.probs is None:
         return _first(_one_behind_the_other(whole.names, parts), limit)
     return _first(_mixed(whole.names, parts, whole.probs, whole.seed), limit)
@@ -113,30 +115,36 @@ def _mixed(path: str, parts: Sequence[Rows], probs: Sequence[float], seed: int) 
     return Rows.joined(path, parts, part_ids, order - starts[part_ids])
 
 
-def _divided(rows: Rows, source: DataSource, columns: Sequence[str] | None) -> Rows:
-    """The part of a data set that is held out, or the rest of it; equal rows are on one side."""
-    contents = [
-        hashlib.blake2b(
-            json.dumps({key: row.get(key) for key in columns or row}, sort_keys=True, default=str).encode(),
-            digest_size=16,
-        ).digest()
-        for row in rows.rows
-    ]
-    distinct = list(dict.fromkeys(contents))
-    number = max(1, round(source.held_out * len(distinct)))
-    if number >= len(distinct):
-        raise ValueError(
-            f"data path={rows.path} has {len(distinct)} different rows, of which {number} are held out "
-            f"(eval_split={source.held_out:g}) and none is left to train on: use more data, or eval_dataset"
-        )
-    chosen = {distinct[index] for index in np.random.default_rng(source.seed).permutation(len(distinct))[:number]}
-    return rows.take(np.flatnonzero([(content in chosen) == source.is_held_out for content in contents]))
+def _divided(parts: Sequence[Rows], source: DataSource, columns: Sequence[str] | None) -> list[Rows]:
+    """The part of each data set that is held out, or the rest of it; equal rows are on one side in all of them."""
+    contents = [[_content(row, columns) for row in part.rows] for part in parts]
+    chosen: set[bytes] = set()
+    for each in contents:
+        distinct = list(dict.fromkeys(each))
+        order = np.random.default_rng(source.seed).permutation(len(distinct))
+        chosen.update(distinct[index] for index in order[: max(1, round(source.held_out * len(distinct)))])
+    divided = []
+    for part, each in zip(parts, contents, strict=True):
+        sides = np.array([content in chosen for content in each])
+        if sides.all():
+            number = len(set(each))
+            raise ValueError(
+                f"data path={part.path} has {number} different rows, of which {number} are held out "
+                f"(eval_split={source.held_out:g}) and none is left to train on: use more data, or eval_dataset"
+            )
+        divided.append(part.take(np.flatnonzero(sides == source.is_held_out)))
+    return divided
+
+
+def _content(row: Row, columns: Sequence[str] | None) -> bytes:
+    text = json.dumps({key: row.get(key) for key in columns or row}, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _load_split(name: DataName, split: str | None, columns: Sequence[str] | None, limit: int | None) -> Rows:
     """Rows of one data set; `split` as for DataSource."""
     readers = _splits(name)
-    wanted = _SPLITS.get(split or "", split)
+    wanted = split if split in readers else _SPLITS.get(split or "", split)
     if wanted is None and len(readers) == 1:
         (wanted,) = readers
     if wanted not in readers:

@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from megarlhf.data.rows import Row, RowErrors, Rows
-from megarlhf.formats.json_files import one_line
+from megarlhf.formats.json_files import as_object, json_lines, json_row, one_line, parse_json
 
 _ARROW_FILE = b"ARROW1"
 
@@ -55,55 +55,36 @@ def _read_jsonl(path: Path, columns: Sequence[str] | None, limit: int | None) ->
     rows: list[Row] = []
     lines: list[int] = []
     errors = RowErrors(str(path))
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not text.strip():
-                continue
-            if limit is not None and len(lines) == limit:
-                break
-            lines.append(number)
-            try:
-                rows.append(_as_row(_parse(text.rstrip())))
-            except ValueError as error:
-                cut = "" if line.endswith(b"\n") else " (the file ends in this line: was it cut off?)"
-                errors.add(f"data path={path}, line {number} {error}{cut}")
+    for number, line in itertools.islice(json_lines(path), limit):
+        lines.append(number)
+        try:
+            rows.append(json_row(line))
+        except ValueError as error:
+            errors.add(f"data path={path}, line {number}: {error}")
     errors.raise_if_any()
     return Rows(path=str(path), rows=rows, lines=lines)
 
 
 def _read_json(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:
     try:
-        values = _parse(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        values = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
-        raise ValueError(f"data path={path} {error}; one object a line is a .jsonl file") from error
+        cause = error.__cause__
+        if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
+            if "\n" not in cause.doc[: cause.pos].strip():
+                return _read_jsonl(path, columns, limit)
+        raise ValueError(f"data path={path}: {error}") from error
     if not isinstance(values, list):
         raise ValueError(f"data path={path} holds a {type(values).__name__}, not a list of objects")
     rows: list[Row] = []
     errors = RowErrors(str(path))
     for index, value in enumerate(values[:limit]):
         try:
-            rows.append(_as_row(value))
+            rows.append(as_object(value))
         except ValueError as error:
-            errors.add(f"data path={path}, entry {index} {error}")
+            errors.add(f"data path={path}, entry {index}: {error}")
     errors.raise_if_any()
     return Rows(path=str(path), rows=rows)
-
-
-def _parse(text: bytes) -> object:
-    """A JSON value, or ValueError with a predicate that goes on from its place."""
-    try:
-        return json.loads(text.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:  # also numbers of more than 4,300 digits, and thousands of brackets
-        raise ValueError(f"is not JSON: {error}") from error
-
-
-def _as_row(value: object) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"is a {type(value).__name__}, not an object with named fields")
-    return value
 
 
 def _read_csv(path: Path, columns: Sequence[str] | None, limit: int | None) -> Rows:

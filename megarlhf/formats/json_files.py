@@ -1,7 +1,9 @@
-"""The small JSON files of a checkpoint."""
+"""The small JSON files of a checkpoint, and the lines of large files of data."""
 
+import codecs
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,41 @@ def read_json_object(path: Path, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}; {path.name} cannot be read as JSON ({error}): repair it") from error
     if not isinstance(value, dict):
         raise ValueError(f"{source}; {path.name} holds no JSON object: repair it")
+    return value
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers from 1 on; a byte-order mark is none of the text."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield number, text
+
+
+def json_row(line: bytes) -> dict[str, Any]:
+    """The object that is written on a line, else ValueError with a sentence about `it`."""
+    try:
+        return as_object(parse_json(line.rstrip()))
+    except ValueError as error:
+        cut = "" if line.endswith(b"\n") else " (the file ends in this line: was it cut off?)"
+        raise ValueError(f"{error}{cut}") from error
+
+
+def parse_json(text: bytes) -> Any:
+    """The JSON value of a text, else ValueError with a sentence about `it`."""
+    try:
+        return json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # also numbers of more than 4,300 digits, and thousands of brackets
+        raise ValueError(f"it is not JSON: {error}") from error
+
+
+def as_object(value: object) -> dict[str, Any]:
+    """A JSON value that is an object, else ValueError with a sentence about `it`."""
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}, not an object with named fields")
     return value
 
 

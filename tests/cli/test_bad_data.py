@@ -32,7 +32,7 @@ OWN = {
 }
 CHAT = ["--tokenizer", "{chat}", "--apply_chat_template"]
 PLACE = "row 2 (line 3) of {}: "
-LINE = "data path={}, line 3 "
+LINE = "data path={}, line 3: it "
 FIRST = {name: next(iter(row)) for name, row in GOOD.items()} | {"kto": "label"}  # the column that is looked for first
 EVERY: list[tuple[str | Row, list[str], str]] = [  # third line, flags, what is said
     ({"x": 1}, [], PLACE + "{first} is not there; the keys are 'x': set "),
@@ -49,7 +49,7 @@ EVERY: list[tuple[str | Row, list[str], str]] = [  # third line, flags, what is 
     ("", ["--lora_rank", "2", "--target_modules", "q_prj", "v_proj"], "target_modules=q_prj; this model has no such"),
     ("", ["--train_split", "trian"], "{} holds the splits train; not trian"),
     ("", ["--max_len", "1"], "max_len=1 drops all 2 rows of {}, the shortest of which has "),
-    ("", ["--eval_dataset", "{broken}"], "data path={broken}, line 1 is not JSON"),
+    ("", ["--eval_dataset", "{broken}"], "data path={broken}, line 1: it is not JSON"),
 ]
 ENDLESS = [(name, "", ["--tokenizer", "{endless}"], "tokenizer={endless} has no EOS") for name in GOOD if name != "prm"]
 SINGLE: list[tuple[str, str | Row | None, list[str], str]] = [  # a third line of None: no lines

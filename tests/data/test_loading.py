@@ -1,6 +1,7 @@
 """Rows come back as they were written, from every kind of file; broken files say where."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def write(tmp_path: Path, kind: str) -> str:
         path.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     elif kind == ".json":
         path.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif kind == "_lines.json":
+        path.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     elif kind == ".csv":
         path.write_text('input,label\n"a, b",007\n"line\n""two""",1\n', encoding="utf-8")
     elif kind == ".parquet":
@@ -35,7 +38,10 @@ def write(tmp_path: Path, kind: str) -> str:
     return str(path) if kind != "_stream" else str(path / "data-00000-of-00001.arrow")
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".arrow", "_stream", "_directory"])
+KINDS = [".jsonl", ".json", "_lines.json", ".csv", ".parquet", ".arrow", "_stream", "_directory"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind)
     assert load_rows(path).rows == ROWS
@@ -52,17 +58,18 @@ def test_json_values_keep_their_own_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n', r"line 2 is not JSON: [^(]*\(char 5\)$"),
-        ("a.jsonl", '{"a": 1}\n{"a": ', r"line 2 is not JSON: .*\(the file ends in this line: was it cut off\?\)"),
-        ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is a list"),
-        ("a.jsonl", '{"a": 1}\n\n[1]\n{"a"\n', "(?s)line 3 is a list.*line 4 is not JSON"),
-        ("a.jsonl", "[1]\n" * 8, "(?s)line 5 is a list.*a.jsonl: 3 more rows"),
-        ("a.jsonl", '{"a": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds the limit"),
-        ("a.jsonl", "[" * 100_000, "line 1 is not JSON: maximum recursion"),
-        ("a.json", '[{"a": 1}, 2, 3]', "(?s)entry 1 is a int.*entry 2 is a int"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"line 2: it is not JSON: [^(]*\(char 5\)$"),
+        ("a.jsonl", '{"a": 1}\n{"a": ', r"line 2: it is not JSON: .*\(the file ends in this line: was it cut off\?\)"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "line 2: it is a list"),
+        ("a.jsonl", '{"a": 1}\n\n[1]\n{"a"\n', "(?s)line 3: it is a list.*line 4: it is not JSON"),
+        ("a.jsonl", "[1]\n" * 8, "(?s)line 5: it is a list.*a.jsonl: 3 more rows"),
+        ("a.jsonl", '{"a": ' + "1" * 5000 + "}", "line 1: it is not JSON: Exceeds the limit"),
+        ("a.jsonl", "[" * 100_000, "line 1: it is not JSON: maximum recursion"),
+        ("a.json", '[{"a": 1}, 2, 3]', "(?s)entry 1: it is a int.*entry 2: it is a int"),
         ("a.csv", "a,a\n1,2\n", "several columns named 'a'"),
         ("a.json", '{"a": 1}', "holds a dict, not a list"),
-        ("a.json", '{"a": 1}\n{"a": 2}', "is a .jsonl file"),
+        ("a.json", '{"a": 1}\n{"a": 2', r"line 2: it is not JSON: .*\(the file ends in this line"),
+        ("a.json", '[\n{"a": 1}\n]\n{"a": 2}\n', "a.json: it is not JSON: Extra data: line 4"),
         ("a.csv", "a,b\n1,2\n3\n", "line 3: the header has 2 columns"),
         ("a.csv", 'a,b\n1,"2\n', "is not CSV"),
         ("a.csv", "a,b\n", "no rows"),
@@ -93,7 +100,7 @@ def test_missing_path_other_directory_and_several_splits(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "before", "where"),
     [
-        ("a.jsonl", b'{"a": "x"}\n{"a": "', "line 2 is not UTF-8"),
+        ("a.jsonl", b'{"a": "x"}\n{"a": "', "line 2: it is not UTF-8"),
         ("a.json", b'[{"a": "', "at byte 11"),
         ("a.csv", b"a\n", ""),
     ],
@@ -233,9 +240,10 @@ def test_a_file_and_a_directory_without_splits_are_train(tmp_path: Path) -> None
 
 
 def test_saved_splits(tmp_path: Path) -> None:
-    splits = {name: datasets.Dataset.from_list([{"n": n}]) for n, name in enumerate(("train", "other"))}
+    splits = {name: datasets.Dataset.from_list([{"n": n}]) for n, name in enumerate(("train", "other", "dev", "val"))}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
-    assert numbers(DataSource(names=str(tmp_path / "saved"), split="other")) == [1]
+    found = [numbers(DataSource(names=str(tmp_path / "saved"), split=name)) for name in splits]
+    assert found == [[0], [1], [2], [3]]
     (tmp_path / "saved" / "dataset_dict.json").write_text("[]")
     with pytest.raises(ValueError, match="is not a directory that datasets' save_to_disk wrote"):
         load_rows(str(tmp_path / "saved"))
@@ -262,7 +270,7 @@ def test_what_is_wrong_with_each_of_several_data_sets_comes_together(tmp_path: P
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": ')
     (tmp_path / "b.csv").write_text("n,n\n1,2\n")
     numbered(tmp_path / "c.jsonl", range(2))
-    with pytest.raises(ValueError, match="(?s)a.jsonl, line 2 is not JSON.*b.csv has several columns named 'n'"):
+    with pytest.raises(ValueError, match="(?s)a.jsonl, line 2: it is not JSON.*b.csv has several columns named 'n'"):
         load_rows(",".join(str(tmp_path / name) for name in ("a.jsonl", "b.csv", "c.jsonl")))
 
 
@@ -281,3 +289,14 @@ def test_what_is_held_out_is_in_no_training_row(tmp_path: Path) -> None:
     assert len(numbers(DataSource(names=str(path), held_out=0.001, is_held_out=True), columns=("n",))) == 3
     with pytest.raises(ValueError, match="has 1 different rows, of which 1 are held out"):
         load_rows(DataSource(names=numbered(tmp_path / "b.jsonl", range(1)), held_out=0.5))
+
+
+def test_what_is_held_out_is_in_no_other_data_set_either(tmp_path: Path) -> None:
+    names = [numbered(tmp_path / "a.jsonl", range(60)), numbered(tmp_path / "b.jsonl", range(40, 90))]
+    source = DataSource(names=",".join(names), held_out=0.2)
+    training, evaluation = numbers(source), numbers(replace(source, is_held_out=True))
+    assert not set(training) & set(evaluation) and len(training) + len(evaluation) == 110
+    assert len(set(evaluation)) >= 20 and {"a" if n < 40 else "b" for n in evaluation} == {"a", "b"}
+    names.append(numbered(tmp_path / "c.jsonl", range(evaluation[0], evaluation[0] + 1)))
+    with pytest.raises(ValueError, match="c.jsonl has 1 different rows, of which 1 are held out"):
+        load_rows(replace(source, names=",".join(names)))
