@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megarlhf.data.cache import cached, file_stamps
 from megarlhf.data.loading import DataSource
 from megarlhf.data.preferences import load_preference_rows
 from megarlhf.data.process_rewards import load_process_reward_rows
+from megarlhf.data.row_options import RowOptions
 from megarlhf.data.sft import load_sft_rows
 from megarlhf.data.supervised import SupervisedData, Units, data_lines
 from megarlhf.data.tokenizer import check_same_vocabulary, load_tokenizer
@@ -23,9 +24,23 @@ from megarlhf.data.unpaired import balance_warning, load_labelled_rows
 from megarlhf.formats.data_names import data_names, held_out_part, probabilities
 from megarlhf.formats.huggingface import read_config
 
+# Options of data that a DataSource holds the part of that its rows depend on, or that they do not depend on.
+_OF_SOURCE = ("dataset", "dataset_probs", "train_split", "eval_dataset", "eval_split", "data_cache_path")
+
 
 def data_loaders(config: SupervisedConfig) -> list[Callable[[], Units]]:
     """What loads the training data, and, if there is any, the evaluation data."""
+    training, *evaluation = _loaders(config)
+
+    def checked() -> Units:
+        if isinstance(config, KDConfig):
+            check_same_vocabulary(_tokenizer(config), config.kd.teacher_model)
+        return training()
+
+    return [checked, *evaluation]
+
+
+def _loaders(config: SupervisedConfig) -> list[Callable[[], Units]]:
     data, batch = config.data, config.batch
     if not (isinstance(data, SFTDataArguments) and data.data_path):
         return [partial(load_data, config, source) for source in data_sources(config)]
@@ -62,9 +77,9 @@ def data_text(data: Units, evaluation: Units | None) -> str:
 
 def data_sources(config: SupervisedConfig) -> list[DataSource]:
     """What is trained on, and, if there is any, what is evaluated on."""
-    data, seed = config.data, config.model.seed
+    data, probs = config.data, probabilities(config.data.dataset_probs)
     part = held_out_part(data.eval_split) or 0.0
-    probs = probabilities(data.dataset_probs)
+    seed = config.model.seed if part or probs else 0
     training = DataSource(names=data.dataset, probs=probs, split=data.train_split, held_out=part, seed=seed)
     if not data.evaluates:
         return [training]
@@ -79,99 +94,77 @@ def load_data(config: SupervisedConfig, source: DataSource) -> SupervisedData:
     Raises:
         ValueError: rows that cannot be used.
     """
-    model, directory = config.model, config.data.data_cache_path
-    tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=config.data.tokenizer_chat_template)
-    if isinstance(config, KDConfig):
-        check_same_vocabulary(tokenizer, config.kd.teacher_model)
-    make = partial(_load_rows, config, source, tokenizer)
+    data, directory = config.data, config.data.data_cache_path
+    options = RowOptions(
+        source=source,
+        tokenizer=_tokenizer(config),
+        apply_chat_template=data.apply_chat_template,
+        input_template=data.input_template,
+        max_len=config.batch.max_len,
+        max_samples=data.max_samples,
+        vocab_size=read_config(config.model.pretrain).vocab_size,
+    )
     if directory is None:
-        return make()
-    data, place = cached(directory, _key(config, source, tokenizer), make)
-    print(f"tokenized data of {source} is in {place}", file=sys.stderr)
-    return data
+        found = _load_rows(config, options)
+    else:
+        found, place = cached(directory, _key(config, source, options), partial(_load_rows, config, options))
+        print(f"tokenized data of {source} is in {place}", file=sys.stderr)
+    if isinstance(config, KTOConfig) and source == data_sources(config)[0]:
+        weights = config.kto.desirable_loss_weight, config.kto.undesirable_loss_weight
+        if warning := balance_warning(found, desirable_weight=weights[0], undesirable_weight=weights[1]):
+            print(f"warning: {warning}", file=sys.stderr)
+    return found
 
 
-def _key(config: SupervisedConfig, source: DataSource, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that rows in tokens depend on: the files, the tokenizer's files, and what each program has of its own."""
-    model, batch = config.model, config.batch
-    shared = {group.name for group in fields(SupervisedConfig)} - {"data"}
-    own = {group.name: asdict(getattr(config, group.name)) for group in fields(config) if group.name not in shared}
-    del own["data"]["data_cache_path"]
+def _tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:
+    model = config.model
+    return load_tokenizer(model.tokenizer or model.pretrain, chat_template=config.data.tokenizer_chat_template)
+
+
+def _key(config: SupervisedConfig, source: DataSource, options: RowOptions) -> dict[str, Any]:
+    """All that rows in tokens depend on: the files, the tokenizer's files, and options."""
+    own = {name: value for name, value in asdict(config.data).items() if name not in _OF_SOURCE}
     return own | {
         "program": config.program,
+        "margin_loss": isinstance(config, RMConfig) and config.rm.margin_loss,
         "source": asdict(source),
         "files": file_stamps(name.path for name in data_names(source.names)),
-        "tokenizer": file_stamps([model.tokenizer or model.pretrain]),
-        "chat_template": tokenizer.chat_template,
-        "vocab_size": read_config(model.pretrain).vocab_size,
-        "seed": model.seed,
-        "max_len": batch.max_len,
-        "micro_batch_tokens": config.micro_batch_tokens,
+        "tokenizer": file_stamps([config.model.tokenizer or config.model.pretrain]),
+        "tokenizer_chat_template": options.tokenizer.chat_template,
+        "vocab_size": options.vocab_size,
+        "max_len": options.max_len,
     }
 
 
-def _load_rows(config: SupervisedConfig, source: DataSource, tokenizer: PreTrainedTokenizerBase) -> SupervisedData:
-    max_len, vocab_size = config.batch.max_len, read_config(config.model.pretrain).vocab_size
+def _load_rows(config: SupervisedConfig, options: RowOptions) -> SupervisedData:
     match config:
         case SFTConfig(data=data):
             return load_sft_rows(
-                source,
-                tokenizer,
+                options,
                 input_key=data.input_key,
                 output_key=data.output_key,
-                apply_chat_template=data.apply_chat_template,
-                input_template=data.input_template,
-                max_len=max_len,
                 pretrain_mode=data.pretrain_mode,
                 multiturn=data.multiturn,
-                max_samples=data.max_samples,
-                vocab_size=vocab_size,
             )
         case PRMConfig(data=data):
             return load_process_reward_rows(
-                source,
-                tokenizer,
+                options,
                 input_key=data.input_key,
                 label_key=data.label_key,
                 placeholder_token=data.placeholder_token,
                 reward_tokens=data.reward_tokens,
-                apply_chat_template=data.apply_chat_template,
-                input_template=data.input_template,
-                max_len=max_len,
-                max_samples=data.max_samples,
-                vocab_size=vocab_size,
             )
         case PairsConfig(data=data):
             return load_preference_rows(
-                source,
-                tokenizer,
+                options,
                 prompt_key=data.prompt_key,
                 chosen_key=data.chosen_key,
                 rejected_key=data.rejected_key,
                 margin=isinstance(config, RMConfig) and config.rm.margin_loss,
-                input_template=data.input_template,
-                apply_chat_template=data.apply_chat_template,
-                max_len=max_len,
-                max_samples=data.max_samples,
-                vocab_size=vocab_size,
                 values=config.head == "value",
             )
-        case KTOConfig(data=data, kto=kto):
-            found = load_labelled_rows(
-                source,
-                tokenizer,
-                input_key=data.input_key,
-                output_key=data.output_key,
-                label_key=data.label_key,
-                apply_chat_template=data.apply_chat_template,
-                input_template=data.input_template,
-                max_len=max_len,
-                max_samples=data.max_samples,
-                vocab_size=vocab_size,
+        case KTOConfig(data=data):
+            return load_labelled_rows(
+                options, input_key=data.input_key, output_key=data.output_key, label_key=data.label_key
             )
-            weights = kto.desirable_loss_weight, kto.undesirable_loss_weight
-            warning = balance_warning(found, desirable_weight=weights[0], undesirable_weight=weights[1])
-            if warning and source == data_sources(config)[0]:
-                print(f"warning: {warning}", file=sys.stderr)
-            return found
     raise AssertionError(f"{type(config).__name__} has no data")

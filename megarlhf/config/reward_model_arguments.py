@@ -42,6 +42,11 @@ class ProcessRewardDataArguments(SupervisedDataArguments):
     """Tokens between which the model decides, the good one first where labels are probabilities. None: between all
     tokens of the vocabulary, of which each label is one."""
 
+    @property
+    def appends_eos(self) -> bool:
+        """No: a row ends with its last step."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class PRMConfig(SupervisedConfig):

@@ -1,41 +1,28 @@
 """Rows of preferences: pairs of a chosen and a rejected answer to one prompt."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from megarlhf.data.answers import check_eos, encode_pairs, render_answer, with_one_eos
-from megarlhf.data.loading import DataSource, load_rows
+from megarlhf.data.answers import encode_pairs, load_answers, render_answer, with_one_eos
+from megarlhf.data.row_options import RowOptions
 from megarlhf.data.rows import Rows
-from megarlhf.data.supervised import SupervisedData, too_long
-from megarlhf.data.templates import TOOLS, Renderer, make_renderer, prompt_arrays, row_tools
-from megarlhf.data.token_ids import check_vocabulary
+from megarlhf.data.supervised import SupervisedData
+from megarlhf.data.templates import Renderer, encode_prompts, row_tools, special_prefix
 from megarlhf.data.types import TrainingRows, training_rows
 
 EQUAL = "with chosen equal to rejected"
-_MARGIN = "margin"
+_MARGIN, _PROMPT = "margin", "prompt"
 Encoded = tuple[list[int], list[int]]  # tokens of a prompt, and of an answer with its EOS
 
 
 def load_preference_rows(
-    source: str | DataSource,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt_key: str | None,
-    chosen_key: str,
-    rejected_key: str,
-    margin: bool,
-    input_template: str | None,
-    apply_chat_template: bool,
-    max_len: int,
-    max_samples: int | None,
-    vocab_size: int,
-    values: bool,
+    options: RowOptions, *, prompt_key: str | None, chosen_key: str, rejected_key: str, margin: bool, values: bool
 ) -> SupervisedData:
-    """Read, render and tokenize a file of preferences; arguments as for `load_sft_rows`, and:
+    """Read, render and tokenize preferences.
 
     Each row of the file becomes a unit of two rows, chosen (even) and rejected (odd), which begin with the same prompt
     tokens and end with one EOS each. A pair of the same tokens is dropped and counted, and so is one with a row longer
@@ -55,17 +42,13 @@ def load_preference_rows(
         ValueError: a missing or empty value, prompts that differ, a margin that is no number, a tokenizer without EOS,
             no pair left, or a token that the model has no embedding for.
     """
-    renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
-    check_eos(tokenizer)
-    options = {"chosen_key": chosen_key, "rejected_key": rejected_key}
-    more = ([] if prompt_key is None else [prompt_key]) + ([_MARGIN] if margin else [])
-    more += [TOOLS] if apply_chat_template else []
-    rows = load_rows(source, columns=[*options.values(), *more], limit=max_samples)
+    renderer, keys = options.renderer, {"chosen_key": chosen_key, "rejected_key": rejected_key}
+    rows = load_answers(options, *keys.values(), prompt_key, _MARGIN if margin else None)
 
     def render(index: int) -> list[list[str]]:
-        tools = row_tools(rows, index) if apply_chat_template else None
+        tools = row_tools(rows, index) if renderer.apply_chat_template else None
         prompt = None if prompt_key is None else rows.value(index, prompt_key, option="prompt_key")
-        answers = {f"{option}={key}": rows.value(index, key, option=option) for option, key in options.items()}
+        answers = {f"{option}={key}": rows.value(index, key, option=option) for option, key in keys.items()}
         pair = [render_answer(renderer, prompt, answer, option, tools=tools) for option, answer in answers.items()]
         if pair[0][0] != pair[1][0]:
             raise ValueError(
@@ -75,29 +58,28 @@ def load_preference_rows(
         return pair
 
     rendered = rows.collect(render)
-    chosen, rejected = (
-        _encode(tokenizer, [pair[place] for pair in rendered], renderer, whole_texts=prompt_key is None, rows=rows)
-        for place in (0, 1)
-    )
-    pairs = rows.collect(lambda index: _same_prompt(chosen[index], rejected[index], prompt_key))
+    whole_texts = prompt_key is None and not renderer.apply_chat_template
+    encode = _encode_whole if whole_texts else encode_pairs
+    chosen, rejected = (encode(renderer, [pair[place] for pair in rendered], rows=rows) for place in (0, 1))
+    pairs = [*zip(chosen, rejected, strict=True)]
+    if whole_texts:
+        first = len(special_prefix(options.tokenizer))
+        pairs = rows.collect(lambda index: _common_prompt(*pairs[index], first, rows.names(index)))
     margins = rows.collect(lambda index: _number(rows.rows[index].get(_MARGIN)) if margin else 0.0)
     differ = [index for index, ((_, first), (_, second)) in enumerate(pairs) if first != second]
     if not differ:
         raise ValueError(f"{rows.path}: each of its {len(rows)} rows is one {EQUAL}: nothing is preferred to anything")
     sizes = {index: max(len(prompt) + len(answer) for prompt, answer in pairs[index]) for index in differ}
-    kept = [index for index in differ if sizes[index] <= max_len]
-    if not kept:
-        raise rows.all_too_long("max_len", max_len, shortest=min(sizes.values()))
-
-    found = _pair_rows([pairs[index] for index in kept], filler=[int(tokenizer.eos_token_id)] if values else [])
-    places = np.repeat(kept, 2).tolist()
-    check_vocabulary(found.input_ids, np.cumsum(found.lengths), places, tokenizer, rows=rows, vocab_size=vocab_size)
+    kept = options.fitting(rows, sizes)
+    filler = [int(options.tokenizer.eos_token_id)] if values else []
+    found = _pair_rows([pairs[index] for index in kept], filler=filler)
+    options.check_tokens(rows, found, np.repeat(kept, 2).tolist())
     if margin:
         each = np.array([margins[index] for index in kept], dtype=np.float32)
         found = found.with_fields({}, scalars={_MARGIN: np.repeat(each, 2)})
     return SupervisedData(
         rows=_last_target_only(found) if values else found,
-        dropped={EQUAL: len(rows) - len(differ), too_long(max_len): len(differ) - len(kept)},
+        dropped={EQUAL: len(rows) - len(differ), options.too_long: len(differ) - len(kept)},
     )
 
 
@@ -111,31 +93,28 @@ def _pair_rows(pairs: list[tuple[Encoded, Encoded]], *, filler: list[int]) -> Tr
     )
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[list[str]],
-    renderer: Renderer,
-    *,
-    whole_texts: bool,
-    rows: Rows,
-) -> list[Encoded]:
-    if renderer.apply_chat_template or not whole_texts:
-        return encode_pairs(tokenizer, pairs, apply_chat_template=renderer.apply_chat_template, rows=rows)
-    texts = prompt_arrays(tokenizer, [text for _, text in pairs], apply_chat_template=False, rows=rows)
-    return [([], with_one_eos(ids, tokenizer).tolist()) for ids in texts]
+def _encode_whole(renderer: Renderer, texts: list[list[str]], *, rows: Rows) -> list[Encoded]:
+    """Tokens of texts whose prompts are not known yet."""
+    encoded = encode_prompts(renderer, [text for _, text in texts], rows=rows)
+    return [([], with_one_eos(ids, renderer.tokenizer).tolist()) for ids in encoded]
 
 
-def _same_prompt(chosen: Encoded, rejected: Encoded, prompt_key: str | None) -> tuple[Encoded, Encoded]:
-    """Both with one prompt, which is what whole texts begin with in common."""
-    if not chosen[0] and prompt_key is None:
-        pairs = zip(chosen[1], rejected[1], strict=False)
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        # Where the texts are the same the pair goes, and where one goes on behind the other its EOS differs.
-        chosen, rejected = (([*ids[:shared]], ids[shared:]) for _, ids in (chosen, rejected))
-    if not chosen[0]:
-        what = "the texts have no common beginning" if prompt_key is None else f"prompt_key={prompt_key} is empty"
-        raise ValueError(f"{what}, so there is no prompt to answer: set prompt_key, or remove the row")
-    return chosen, rejected
+def _common_prompt(
+    chosen: Encoded, rejected: Encoded, first: int, columns: Sequence[str]
+) -> tuple[Encoded, Encoded]:
+    """Both with what they begin with in common as their prompt: more than the `first` tokens of every text.
+
+    Where the texts are the same the pair goes, and where one goes on behind the other its EOS differs.
+    """
+    both = zip(chosen[1], rejected[1], strict=False)
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], both)))
+    if shared <= first:
+        near = f" (there is a column {_PROMPT!r})" if _PROMPT in columns else ""
+        raise ValueError(
+            f"the texts have no common beginning, so there is no prompt to answer: set prompt_key{near}, or remove the "
+            "row"
+        )
+    return (chosen[1][:shared], chosen[1][shared:]), (rejected[1][:shared], rejected[1][shared:])
 
 
 def _number(value: object) -> float:

@@ -6,28 +6,21 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megarlhf.data.loading import DataSource, load_rows
-from megarlhf.data.supervised import SupervisedData, too_long
-from megarlhf.data.templates import encode_prompts, make_renderer
-from megarlhf.data.token_ids import check_vocabulary
+from megarlhf.data.row_options import RowOptions
+from megarlhf.data.supervised import SupervisedData
+from megarlhf.data.templates import encode_prompts, row_tools
 from megarlhf.data.types import Floats, TokenIds, TrainingRows, training_rows
 
 
 def load_process_reward_rows(
-    source: str | DataSource,
-    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
     *,
     input_key: str,
     label_key: str,
     placeholder_token: str,
     reward_tokens: Sequence[str] | None,
-    apply_chat_template: bool,
-    input_template: str | None,
-    max_len: int,
-    max_samples: int | None,
-    vocab_size: int,
 ) -> SupervisedData:
-    """Read, render and tokenize solutions with a label for each placeholder; arguments as for `load_sft_rows`, and:
+    """Read, render and tokenize solutions with a label for each placeholder.
 
     What the model predicts at a placeholder is its judgement of the step, so the loss looks at the target behind each
     placeholder and at no other. Where a placeholder is the last token, another one stands behind it, which `max_len`
@@ -47,23 +40,23 @@ def load_process_reward_rows(
         ValueError: a missing value, no placeholder, labels that are not as many or not of these kinds, a text that is
             not one token, every row too long, or a token that the model has no embedding for.
     """
+    tokenizer, vocab_size = options.tokenizer, options.vocab_size
     placeholder = one_token(tokenizer, "placeholder_token", placeholder_token, vocab_size)
     choices = reward_token_ids(tokenizer, reward_tokens, vocab_size)
-    renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
-    rows = load_rows(source, columns=(input_key, label_key), limit=max_samples)
+    renderer, rows = options.renderer, options.load(input_key, label_key)
 
     def render(index: int) -> str:
         value = rows.value(index, input_key, option="input_key")
-        if apply_chat_template:
-            return renderer.chat(renderer.messages(value, role="user"), add_generation_prompt=False)
+        if renderer.apply_chat_template:
+            messages, tools = renderer.messages(value, role="user"), row_tools(rows, index)
+            return renderer.chat(messages, add_generation_prompt=False, tools=tools)
         return renderer.prompt(value)
 
-    texts = rows.collect(render)
-    encoded = encode_prompts(tokenizer, texts, apply_chat_template=apply_chat_template, rows=rows)
+    encoded = encode_prompts(renderer, rows.collect(render), rows=rows)
 
     def labels(index: int) -> list[Floats]:
         found = rows.value(index, label_key, option="label_key")
-        count = encoded[index].count(placeholder)
+        count = int((encoded[index] == placeholder).sum())
         if not isinstance(found, list):
             raise ValueError(f"label_key={label_key} holds a {type(found).__name__}, not a list of labels")
         if not count or len(found) != count:
@@ -79,16 +72,13 @@ def load_process_reward_rows(
             raise ValueError(f"label_key={label_key}: {error}") from error
 
     every_label = rows.collect(labels)
-    kept = [index for index, ids in enumerate(encoded) if len(ids) <= max_len]
-    if not kept:
-        raise rows.all_too_long("max_len", max_len, shortest=min(map(len, encoded)))
+    kept = options.fitting(rows, dict(enumerate(map(len, encoded))))
     sequences = [[*ids, placeholder] if ids[-1] == placeholder else ids for ids in (encoded[index] for index in kept)]
     found = training_rows(sequences, [1] * len(kept))
-    ends = np.cumsum(found.lengths)
-    check_vocabulary(found.input_ids, ends, kept, tokenizer, rows=rows, vocab_size=vocab_size)
+    options.check_tokens(rows, found, kept)
     given = np.stack([label for index in kept for label in every_label[index]])
     found = _labelled(found, placeholder, given, name="label_ids" if choices is None else "shares")
-    return SupervisedData(rows=found, dropped={too_long(max_len): len(rows) - len(kept)})
+    return SupervisedData(rows=found, dropped={options.too_long: len(rows) - len(kept)})
 
 
 def _labelled(rows: TrainingRows, placeholder: int, given: Floats, *, name: str) -> TrainingRows:

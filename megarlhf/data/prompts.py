@@ -76,17 +76,15 @@ def load_prompts(
         if needs_label:
             raise ValueError(f"label_key={label_key} is in no row of {rows.path}: set label_key to the answer's column")
         logger.info("label_key=%s is in no row of %s: every label is None", label_key, rows.path)
-    encoded = encode_prompts(
-        tokenizer, [text for text, _ in rendered], apply_chat_template=apply_chat_template, rows=rows
-    )
+    encoded = encode_prompts(renderer, [text for text, _ in rendered], rows=rows)
 
     def check(index: int) -> None:
-        if not encoded[index]:
+        if not len(encoded[index]):
             raise ValueError(f"input_key={input_key} is empty: nothing to continue, remove it")
 
     rows.collect(check)
     prompts = [
-        Prompt(index=index, text=text, token_ids=np.array(ids, dtype=np.int32), label=label)
+        Prompt(index=index, text=text, token_ids=ids, label=label)
         for index, ((text, label), ids) in enumerate(zip(rendered, encoded, strict=True))
         if len(ids) <= prompt_max_len
     ]

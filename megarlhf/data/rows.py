@@ -78,11 +78,12 @@ class Rows:
         part, origin = self.origins[index]
         return self.parts[part], int(origin)
 
-    def _columns(self, index: int) -> tuple[str, ...] | None:
+    def names(self, index: int) -> tuple[str, ...]:
+        """Names of a row's columns, also of those that were not read where the file has a header or schema."""
         if self.origins is None:
-            return self.columns
+            return self.columns or tuple(self.rows[index])
         part, origin = self._origin(index)
-        return part._columns(origin)
+        return part.names(origin)
 
     def collect(self, function: Callable[[int], T]) -> list[T]:
         """`function` of each row's index.
@@ -110,7 +111,7 @@ class Rows:
         """What a row has in a column that it must have, else ValueError; `option` is the setting that holds `key`."""
         row = self.rows[index]
         if key not in row:
-            keys = ", ".join(map(repr, self._columns(index) or row)) or "none, for the row is empty"
+            keys = ", ".join(map(repr, self.names(index))) or "none, for the row is empty"
             raise ValueError(f"{option}={key} is not there; the keys are {keys}: set {option}")
         if row[key] is None:
             raise ValueError(f"{option}={key} has no value: remove the row")

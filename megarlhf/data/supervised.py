@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -113,15 +113,17 @@ class SupervisedData:
 
 
 def rows_in_both(training: TrainingRows, evaluation: TrainingRows) -> int:
-    """Rows of the evaluation that are trained on too, token for token: what they show is memory."""
-    trained = set(_row_bytes(training))
-    return sum(row in trained for row in _row_bytes(evaluation))
+    """Units of the evaluation that are trained on too, token for token: what they show is memory."""
+    trained = set(_unit_digests(training))
+    return sum(unit in trained for unit in _unit_digests(evaluation))
 
 
-def _row_bytes(rows: TrainingRows) -> Iterator[bytes]:
-    for start, length in zip(starts_of(rows.lengths).tolist(), rows.lengths.tolist(), strict=True):
+def _unit_digests(rows: TrainingRows) -> list[bytes]:
+    digests = [hashlib.blake2b(digest_size=16) for _ in range(rows.num_units)]
+    for start, length, unit in zip(starts_of(rows.lengths), rows.lengths, rows.unit_ids, strict=True):
         ids = rows.input_ids[start : start + length].astype("<i4")
-        yield hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+        digests[unit].update(length.tobytes() + ids.tobytes())
+    return [digest.digest() for digest in digests]
 
 
 def data_lines(data: SupervisedData, evaluation: SupervisedData | None) -> str:
@@ -134,8 +136,8 @@ def data_lines(data: SupervisedData, evaluation: SupervisedData | None) -> str:
     ]
     if evaluation is not None and (both := rows_in_both(data.rows, evaluation.rows)):
         lines.append(
-            f"warning: {both} of {len(evaluation.rows)} evaluation rows are trained on too (the evaluation flatters): "
-            "remove them from either, or let eval_split=0.03 hold rows out"
+            f"warning: {both} of {evaluation.num_units} evaluation rows are trained on too (the evaluation flatters): "
+            "remove them from either"
         )
     return "\n".join(lines)
 
@@ -144,11 +146,6 @@ def _count(data: SupervisedData) -> str:
     """Rows of the data files, which may be several sequences each."""
     sequences = "" if data.num_units == len(data) else f" ({len(data)} sequences)"
     return f"{data.num_units} rows{sequences}"
-
-
-def too_long(max_len: int) -> str:
-    """The cause of rows that are dropped for their length."""
-    return f"longer than max_len={max_len}"
 
 
 def dropped_line(data: Units) -> str:

@@ -286,24 +286,17 @@ def _part_text(part: object) -> str:
     raise ValueError(f"content has the part {part!r:.100}; the model reads text, as {{'type': 'text', 'text': '...'}}")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, rows: Rows) -> list[list[int]]:
-    """Token ids of each row's text, with nothing added before or after.
-
-    Raises:
-        ValueError: texts that the tokenizer fails at, with the places of their rows.
-    """
-    return [ids.tolist() for ids in encode_arrays(tokenizer, texts, rows=rows)]
-
-
 def encode_arrays(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, rows: Rows, owners: Sequence[int] | None = None
 ) -> list[TokenIds]:
-    """As `encode`, in arrays, which take a tenth of the memory; a terminal shows the progress of large data.
+    """Token ids of each row's text, with nothing added before or after; a terminal shows the progress of large data.
 
     The tokenizers library works on all cores, one text on each.
 
     Args:
         owners: index of the row that each text is of; None: one text for each row.
+    Raises:
+        ValueError: texts that the tokenizer fails at, with the places of their rows.
     """
     encoded: list[TokenIds] = []
     console = Console(stderr=True)
@@ -336,31 +329,20 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, apply_chat_template: bool, rows: Rows
-) -> list[list[int]]:
-    """Token ids of each row's text as the start of a sequence.
+    renderer: Renderer, texts: Sequence[str], *, rows: Rows, owners: Sequence[int] | None = None
+) -> list[TokenIds]:
+    """Token ids of texts as the start of a sequence; `owners` as for `encode_arrays`.
 
     The text of a chat template already holds BOS where the model wants one. Other text gets what the tokenizer puts
     before a sequence; what it puts after one, EOS, would end the prompt and is left out.
     """
-    return [ids.tolist() for ids in prompt_arrays(tokenizer, texts, apply_chat_template=apply_chat_template, rows=rows)]
-
-
-def prompt_arrays(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    apply_chat_template: bool,
-    rows: Rows,
-    owners: Sequence[int] | None = None,
-) -> list[TokenIds]:
-    """As `encode_prompts`, in arrays; `owners` as for `encode_arrays`."""
-    encoded = encode_arrays(tokenizer, texts, rows=rows, owners=owners)
-    prefix = np.array([] if apply_chat_template else _special_prefix(tokenizer), dtype=np.int32)
+    encoded = encode_arrays(renderer.tokenizer, texts, rows=rows, owners=owners)
+    prefix = np.array([] if renderer.apply_chat_template else special_prefix(renderer.tokenizer), dtype=np.int32)
     return [ids if np.array_equal(ids[: len(prefix)], prefix) else np.concatenate([prefix, ids]) for ids in encoded]
 
 
-def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every sequence."""
     plain = _encode(tokenizer, ["a"])[0]
     full: list[int] = tokenizer.encode("a", add_special_tokens=True)
     starts = [start for start in range(len(full)) if full[start : start + len(plain)] == plain]

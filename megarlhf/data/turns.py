@@ -16,11 +16,12 @@ def last_turn(
     Args:
         answer: empty where `messages` holds the whole chat, whose last message it then is.
     Raises:
-        ValueError: no answer, or a template that renders the prompt otherwise before it.
+        ValueError: no answer, an empty one, or a template that renders the prompt otherwise before it.
     """
     if not answer:
         _check_whole(messages)
         messages, answer = messages[:-1], messages[-1:]
+    _check_answer(answer[-1])
     before = renderer.chat(messages, add_generation_prompt=True, tools=tools)
     whole = renderer.chat(messages + answer, add_generation_prompt=False, tools=tools)
     if not whole.startswith(before):
@@ -41,6 +42,7 @@ def every_turn(
     """
     messages = messages + answer
     _check_whole(messages)
+    _check_answer(messages[-1])
     if renderer.marks_turns:
         whole, spans = renderer.marked_turns(messages, tools=tools)
         if not spans:
@@ -74,3 +76,10 @@ def _span(
 def _check_whole(messages: list[Message]) -> None:
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("a whole chat ends with the assistant's message, after at least one other")
+
+
+def _check_answer(message: Message) -> None:
+    content = message["content"]
+    said = content if isinstance(content, str | None) else "".join(part["text"] for part in content)
+    if not said and not message.get("tool_calls"):
+        raise ValueError("the last message is empty: remove the row")

@@ -54,7 +54,9 @@ EVERY: list[tuple[str | Row, list[str], str]] = [  # third line, flags, what is 
 ENDLESS = [(name, "", ["--tokenizer", "{endless}"], "tokenizer={endless} has no EOS") for name in GOOD if name != "prm"]
 SINGLE: list[tuple[str, str | Row | None, list[str], str]] = [  # a third line of None: no lines
     ("sft", None, [], "data path={} has no rows"),
-    ("sft", {"input": "1", "output": ""}, [], PLACE + "it has nothing to train on but the EOS"),
+    ("sft", {"input": "1", "output": ""}, [], PLACE + "output_key=output is empty: remove the row"),
+    ("sft", {"input": "", "output": "1"}, [], PLACE + "its prompt is empty: remove the row"),
+    ("sft", {"input": "1", "output": ""}, CHAT, PLACE + "output_key=output: the last message is empty"),
     ("sft", {"input": 5, "output": "1"}, [], PLACE + "its prompt holds a int, not a string"),
     ("sft", "", ["--eval_split", "0.5", "--max_samples", "1"], "{} has 1 different rows, of which"),
     (
@@ -76,9 +78,12 @@ SINGLE: list[tuple[str, str | Row | None, list[str], str]] = [  # a third line o
         ["--margin_loss"],
         "row 0 (line 1) of {}: margin=None is not a number: correct it, or leave out margin_loss",
     ),
-    ("dpo", {"prompt": "", "chosen": "1", "rejected": "2"}, [], PLACE + "prompt_key=prompt is empty"),
+    ("dpo", {"prompt": "", "chosen": "1", "rejected": "2"}, [], PLACE + "its prompt is empty"),
+    ("dpo", {"prompt": "1", "chosen": "", "rejected": "2"}, [], PLACE + "chosen_key=chosen is empty: remove the row"),
+    ("rm", {"prompt": "1", "chosen": "1", "rejected": ""}, CHAT, PLACE + "rejected_key=rejected: the last message is"),
+    ("kto", {"input": "1", "output": "", "label": 1}, [], PLACE + "output_key=output is empty: remove the row"),
     ("kto", {"input": "1", "output": "2", "label": 5}, [], PLACE + "label_key=label holds 5: a label is 1, 0, true or"),
-    ("kto", "", ["--max_samples", "1"], "row 0 (line 1) of {}: no answer to another prompt"),
+    ("kto", "", ["--max_samples", "1"], "{}: for none of 1 rows an answer to another prompt differs from those to"),
     (
         "prm",
         {"input": "1z2z", "label": ["y"]},

@@ -82,10 +82,10 @@ import os, sys
 if "megarlhf.cli.train_sft" in sys.orig_argv:
     from megarlhf.data import sft
     load = sft.load_sft_rows
-    def counted(path, *arguments, **options):
+    def counted(options, **more):
         with open(os.environ["READINGS"], "a") as file:
-            file.write(os.environ.get("RANK", "parent") + " " + os.path.basename(str(path)) + chr(10))
-        return load(path, *arguments, **options)
+            file.write(os.environ.get("RANK", "parent") + " " + os.path.basename(str(options.source)) + chr(10))
+        return load(options, **more)
     sft.load_sft_rows = counted
 """
 

@@ -18,6 +18,7 @@ from megarlhf.data.sft import load_sft_rows
 from megarlhf.data.types import TrainingRows
 from megarlhf.trainers.parity import whole_gradients
 from megarlhf.trainers.sft import sft_objective
+from tests.data.rows import load_with
 from tests.distributed.cases import Parts, assemble, parts
 from tests.distributed.layouts import SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
@@ -35,17 +36,16 @@ CHATS = [
 
 
 def load(path: str, tokenizer: PreTrainedTokenizerBase, *, multiturn: bool) -> TrainingRows:
-    return load_sft_rows(
+    return load_with(
+        load_sft_rows,
         path,
         tokenizer,
         input_key="messages",
         output_key=None,
         apply_chat_template=True,
-        input_template=None,
         max_len=64,
         pretrain_mode=False,
         multiturn=multiturn,
-        max_samples=None,
         vocab_size=len(tokenizer),
     ).rows
 

@@ -1,10 +1,31 @@
-"""Rows for the tests of planning, packing and partitioning."""
+"""Rows for the tests of planning, packing and partitioning, and options for those of loading."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
 
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
+from megarlhf.data.row_options import RowOptions
+from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import TrainingRows, training_rows
+
+COMMON: dict[str, Any] = {
+    **{"apply_chat_template": False, "input_template": None},
+    **{"max_len": 100, "max_samples": None, "vocab_size": 1000},
+}
+
+
+def load_with(
+    loader: Callable[..., SupervisedData], path: str, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> SupervisedData:
+    """What a loader makes of a file; settings that it does not take itself are those of RowOptions."""
+    names = {field.name for field in fields(RowOptions)}
+    common = COMMON | {name: value for name, value in settings.items() if name in names}
+    own = {name: value for name, value in settings.items() if name not in names}
+    return loader(RowOptions(source=path, tokenizer=tokenizer, **common), **own)
+
 
 Row = tuple[list[int], list[int], int]  # prompt, response, unit_id
 

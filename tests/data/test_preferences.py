@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.preferences import EQUAL, load_preference_rows
 from megarlhf.data.supervised import SupervisedData
+from tests.data.rows import load_with
 from tests.data.test_sft import split
 
 Write = Callable[[list[Any]], str]
@@ -20,14 +21,9 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Super
         "chosen_key": "chosen",
         "rejected_key": "rejected",
         "margin": False,
-        "input_template": None,
-        "apply_chat_template": False,
-        "max_len": 100,
-        "max_samples": None,
-        "vocab_size": 1000,
         "values": False,
     }
-    return load_preference_rows(path, tokenizer, **(settings | changes))
+    return load_with(load_preference_rows, path, tokenizer, **(settings | changes))
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
@@ -37,13 +33,13 @@ def chat(*turns: str) -> list[dict[str, str]]:
 
 def test_chosen_and_rejected_follow_one_prompt(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_jsonl(
-        [{"prompt": "a", "chosen": "b", "rejected": "cd"}, {"prompt": "", "chosen": "", "rejected": "a"}]
+        [{"prompt": "a", "chosen": "b", "rejected": "cd"}, {"prompt": "", "chosen": "b", "rejected": "a"}]
     )
     rows = load(path, tokenizer, input_template="{}:").rows
     assert split(tokenizer, rows) == [
         (["<s>", "a", ":"], ["b", "</s>"]),
         (["<s>", "a", ":"], ["c", "d", "</s>"]),
-        (["<s>", ":"], ["</s>"]),
+        (["<s>", ":"], ["b", "</s>"]),
         (["<s>", ":"], ["a", "</s>"]),
     ]
     assert (rows.unit_ids.tolist(), rows.loss_mask, rows.fields, rows.scalars) == ([0, 0, 1, 1], None, {}, {})
@@ -125,6 +121,10 @@ def test_values_are_read_at_the_eos(write_jsonl: Write, tokenizer: PreTrainedTok
         ({"margin": True}, {"margin": True}, "row 0 .*: margin=True is not a number: correct it"),
         ({"margin": "much"}, {"margin": True}, "margin='much' is not a number"),
         ({}, {"margin": True}, "margin=None is not a number"),
+        ({"chosen": ""}, {}, "row 0 .*: chosen_key=chosen is empty: remove the row"),
+        ({"rejected": ""}, {"apply_chat_template": True}, "rejected_key=rejected: the last message is empty"),
+        ({"prompt": ""}, {}, "row 0 .*: its prompt is empty"),
+        ({}, {"prompt_key": None}, r"the texts have no common .* set prompt_key \(there is a column 'prompt'\), or"),
     ],
 )
 def test_bad_rows_are_refused(
@@ -138,9 +138,10 @@ def test_bad_rows_are_refused(
 def test_without_a_first_token_texts_must_begin_alike(
     write_jsonl: Write, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megarlhf.data.templates._special_prefix", lambda _: [])
+    monkeypatch.setattr("megarlhf.data.templates.special_prefix", lambda _: [])
+    monkeypatch.setattr("megarlhf.data.preferences.special_prefix", lambda _: [])
     path = write_jsonl([{"prompt": "", "chosen": "b", "rejected": "c"}])
     with pytest.raises(ValueError, match="row 0 .*: the texts have no common beginning"):
         load(path, tokenizer, prompt_key=None)
-    with pytest.raises(ValueError, match="row 0 .*: prompt_key=prompt is empty"):
+    with pytest.raises(ValueError, match="row 0 .*: its prompt is empty"):
         load(path, tokenizer)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.process_rewards import load_process_reward_rows
 from megarlhf.data.supervised import SupervisedData
+from tests.data.rows import load_with
 
 Write = Callable[[list[Any]], str]
 
@@ -19,13 +20,8 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Super
         "label_key": "label",
         "placeholder_token": "#",
         "reward_tokens": ("+", "-"),
-        "apply_chat_template": False,
-        "input_template": None,
-        "max_len": 100,
-        "max_samples": None,
-        "vocab_size": 1000,
     }
-    return load_process_reward_rows(path, tokenizer, **(settings | changes))
+    return load_with(load_process_reward_rows, path, tokenizer, **(settings | changes))
 
 
 def judged(tokenizer: PreTrainedTokenizerBase, data: SupervisedData, field: str) -> list[tuple[str, str, Any]]:
@@ -71,6 +67,9 @@ def test_chats_are_rendered_whole(write_jsonl: Write, tokenizer: PreTrainedToken
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b#"}]
     data = load(write_jsonl([{"input": chat, "label": ["+"]}]), tokenizer, apply_chat_template=True)
     assert judged(tokenizer, data, "shares") == [("#", "<s><|user|>a</s>Ċ<|assistant|>b", [1.0, 0.0])]
+    path = write_jsonl([{"input": chat, "label": ["+"], "tools": [{"name": "f"}]}])
+    with pytest.raises(ValueError, match="row 0 .*: it has tools, which the chat template leaves out"):
+        load(path, tokenizer, apply_chat_template=True)
     path = write_jsonl([{"input": "a#", "label": ["+"]}])
     assert judged(tokenizer, load(path, tokenizer, input_template="q{}b"), "shares") == [("#", "<s>qa", [1.0, 0.0])]
 

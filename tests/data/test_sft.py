@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megarlhf.data.sft import load_sft_rows
 from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import TrainingRows
+from tests.data.rows import load_with
 
 Write = Callable[[list[Any]], str]
 
@@ -19,15 +20,10 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Super
     settings: dict[str, Any] = {
         "input_key": "input",
         "output_key": "output",
-        "apply_chat_template": False,
-        "input_template": None,
-        "max_len": 100,
         "pretrain_mode": False,
         "multiturn": False,
-        "max_samples": None,
-        "vocab_size": 1000,
     }
-    return load_sft_rows(path, tokenizer, **(settings | changes))
+    return load_with(load_sft_rows, path, tokenizer, **(settings | changes))
 
 
 def split(tokenizer: PreTrainedTokenizerBase, rows: TrainingRows) -> list[tuple[list[str], list[str]]]:
@@ -108,8 +104,11 @@ def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTra
     [
         ({"input": "a"}, {}, "row 0 .*: output_key=output is not there; the keys are 'input'"),
         ({}, {}, "row 0 .*: input_key=input is not there; the keys are none, for the row is empty"),
-        ({"input": "", "output": ""}, {}, "row 0 .*: it has nothing to train on but the EOS"),
-        ({"input": "", "output": ""}, {"pretrain_mode": True}, "row 0 .*: it has nothing to train on but the EOS"),
+        ({"input": "a", "output": ""}, {}, "row 0 .*: output_key=output is empty: remove the row"),
+        ({"input": "a", "output": ""}, {"apply_chat_template": True}, "output_key=output: the last message is empty"),
+        ({"input": "", "output": "b"}, {}, "row 0 .*: its prompt is empty: remove the row"),
+        ({"input": ""}, {"output_key": None, "pretrain_mode": True}, "row 0 .*: its prompt is empty"),
+        ({"input": "a", "output": "</s>"}, {}, "row 0 .*: it has nothing to train on but the EOS"),
         ({"input": "a", "output": "</s>"}, {"apply_chat_template": True}, "nothing to train on but the EOS"),
         ({"input": "a", "output": 3}, {}, "output_key=output holds a int"),
         ({"input": "a"}, {"output_key": None, "apply_chat_template": True}, "ends with the assistant's message"),

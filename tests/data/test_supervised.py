@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megarlhf.data.supervised import SupervisedData
+from megarlhf.data.supervised import SupervisedData, data_lines, rows_in_both
 from megarlhf.data.types import training_rows
 
 
@@ -31,3 +31,13 @@ def test_opened_rows_outlive_their_directory(tmp_path: Path) -> None:
     for file in (tmp_path / "rows" / "rows").iterdir():
         file.unlink()
     assert opened.rows.take([0]).input_ids.tolist() == [5, 6]
+
+
+def test_units_are_trained_on_where_all_of_their_rows_are() -> None:
+    """Several rejected answers to one chosen one share it; a border is no token."""
+    first, second, third = ([[1, 2], [1, rejected]] for rejected in (3, 4, 5))
+    training = training_rows([*first, *second], [1] * 4, unit_ids=[0, 0, 1, 1])
+    evaluation = training_rows([*second, *third, [1, 2, 1, 3]], [1] * 5, unit_ids=[0, 0, 1, 1, 2])
+    assert rows_in_both(training, training) == 2 and rows_in_both(training, evaluation) == 1
+    told = data_lines(SupervisedData(rows=training), SupervisedData(rows=evaluation))
+    assert "warning: 1 of 3 evaluation rows are trained on too" in told and "eval_split" not in told

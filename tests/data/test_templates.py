@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from megarlhf.data.prompts import load_prompts
 from megarlhf.data.sft import load_sft_rows
 from megarlhf.data.templates import Renderer, make_renderer
+from tests.data.rows import load_with
 
 Write = Callable[[list[Any]], str]
 
@@ -78,18 +79,9 @@ def test_text_parts_are_read_as_the_template_can(
     wanted = [f"<|user|>{text}</s>" for text in (joined, "hi", "hi", "")]
     assert prompts(path, own) == wanted
     chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "c"}]}]
-    rows = load_sft_rows(
-        write_jsonl([{"input": chat}]),
-        own,
-        input_key="input",
-        output_key=None,
-        apply_chat_template=True,
-        input_template=None,
-        max_len=99,
-        pretrain_mode=False,
-        multiturn=False,
-        max_samples=None,
-        vocab_size=1000,
+    path, keys = write_jsonl([{"input": chat}]), {"input_key": "input", "output_key": None}
+    rows = load_with(
+        load_sft_rows, path, own, **keys, apply_chat_template=True, pretrain_mode=False, multiturn=False
     ).rows
     assert (
         "".join(own.convert_ids_to_tokens(rows.input_ids.tolist())).replace("Ċ", "\n")
@@ -260,18 +252,15 @@ def test_half_a_surrogate_pair_in_an_answer_is_refused(tokenizer: PreTrainedToke
     path = write_jsonl([{"input": "a", "output": "b"}, {"input": "a", "output": "\ud83d"}])
     for chat in (True, False):
         with pytest.raises(ValueError, match=r"row 1 \(line 2\) of .*half of a surrogate pair"):
-            load_sft_rows(
+            load_with(
+                load_sft_rows,
                 path,
                 tokenizer,
                 input_key="input",
                 output_key="output",
                 apply_chat_template=chat,
-                input_template=None,
-                max_len=99,
                 pretrain_mode=False,
                 multiturn=False,
-                max_samples=None,
-                vocab_size=1000,
             )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megarlhf.data.sft import load_sft_rows
 from megarlhf.data.templates import TOOLS
 from megarlhf.data.types import TrainingRows
+from tests.data.rows import load_with
 
 Write = Callable[[list[Any]], str]
 
@@ -54,10 +55,10 @@ def own(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> 
 
 def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> TrainingRows:
     settings: dict[str, Any] = {
-        **{"input_key": "input", "output_key": None, "apply_chat_template": True, "input_template": None},
-        **{"max_len": 200, "pretrain_mode": False, "multiturn": True, "max_samples": None, "vocab_size": 1000},
+        **{"input_key": "input", "output_key": None, "apply_chat_template": True},
+        **{"max_len": 200, "pretrain_mode": False, "multiturn": True},
     }
-    return load_sft_rows(path, tokenizer, **(settings | changes)).rows
+    return load_with(load_sft_rows, path, tokenizer, **(settings | changes)).rows
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> str:
@@ -99,6 +100,19 @@ def test_the_last_turn_alone_is_trained_without_multiturn(own: PreTrainedTokeniz
     (mask,) = trained(every)
     start = int(last.prompt_lengths[0])
     assert all(mask[start:]) and any(mask[:start]) and last.loss_mask is None
+
+
+@pytest.mark.parametrize("multiturn", [True, False])
+def test_an_empty_last_message_is_refused_unless_it_calls_tools(
+    own: PreTrainedTokenizerBase, write_jsonl: Write, multiturn: bool
+) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    own.chat_template = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] or m['tool_calls'] or '' }}", 1)
+    assert len(load(write_jsonl([{"input": [*CHAT[:-1], call]}]), own, multiturn=multiturn)) == 1
+    for content in ("", [{"type": "text", "text": ""}]):
+        path = write_jsonl([{"input": [*CHAT[:-1], {"role": "assistant", "content": content}]}])
+        with pytest.raises(ValueError, match="row 0 .*: input_key=input: the last message is empty: remove the row"):
+            load(path, own, multiturn=multiturn)
 
 
 def test_a_turn_in_a_column_of_its_own(own: PreTrainedTokenizerBase, write_jsonl: Write) -> None:

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from megarlhf.data.supervised import SupervisedData
-from megarlhf.data.unpaired import balance_warning, load_labelled_rows, unmatched_answers
+from megarlhf.data.unpaired import UNMATCHED, balance_warning, load_labelled_rows, unmatched_answers
+from tests.data.rows import load_with
 from tests.data.test_sft import split
 
 Write = Callable[[list[Any]], str]
@@ -20,13 +21,8 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Super
         "input_key": "input",
         "output_key": "output",
         "label_key": "label",
-        "input_template": None,
-        "apply_chat_template": False,
-        "max_len": 100,
-        "max_samples": None,
-        "vocab_size": 1000,
     }
-    return load_labelled_rows(path, tokenizer, **(settings | changes))
+    return load_with(load_labelled_rows, path, tokenizer, **(settings | changes))
 
 
 def test_labels_of_every_spelling(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -65,10 +61,22 @@ def test_unmatched_answers_fit() -> None:
     assert unmatched_answers([([1], [2]), ([3], [2])], max_len=9) == [None, None]
 
 
+def test_rows_without_an_unmatched_answer_are_dropped_and_counted(
+    write_jsonl: Write, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Behind the long prompt only its own answer fits, which remains an answer to another."""
+    rows = [{"input": "aaa", "output": "b", "label": 0}, {"input": "c", "output": "dd", "label": 1}]
+    data = load(write_jsonl(rows), tokenizer, max_len=6)
+    assert data.dropped == {"longer than max_len=6": 0, UNMATCHED: 1} and data.unmatched is not None
+    assert split(tokenizer, data.rows) == [(["<s>", "c"], ["d", "d", "</s>"])]
+    assert data.rows.scalars["desirable"].tolist() == [1]
+    assert split(tokenizer, data.unmatched) == [(["<s>", "c"], ["b", "</s>"])]
+
+
 def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_jsonl([{"input": f"{n}", "output": "b" * n, "label": n % 2} for n in (1, 2, 9)])
     data = load(path, tokenizer, max_len=6)
-    assert (len(data.rows), data.dropped) == (2, {"longer than max_len=6": 1})
+    assert (len(data.rows), data.dropped) == (2, {"longer than max_len=6": 1, UNMATCHED: 0})
     assert data.rows.scalars["desirable"].tolist() == [1, 0]
 
 
@@ -81,7 +89,10 @@ def test_long_rows_are_dropped_and_counted(write_jsonl: Write, tokenizer: PreTra
         ({}, {"label_key": "mark"}, "label_key=mark is not there; the keys are 'input', 'output', 'label'"),
         ({"output": 3}, {}, "output_key=output holds a int, not a string"),
         ({}, {"output_key": None, "apply_chat_template": True}, "input_key=input: a whole chat ends with"),
-        ({"input": "x"}, {}, "row 0 .*: no answer to another prompt differs .* and fits into max_len=100"),
+        ({"input": "x"}, {}, "for none of 2 rows an answer to another prompt differs .* and fits into max_len=100"),
+        ({"output": ""}, {}, "row 0 .*: output_key=output is empty"),
+        ({"output": ""}, {"apply_chat_template": True}, "row 0 .*: output_key=output: the last message is empty"),
+        ({"input": ""}, {}, "row 0 .*: its prompt is empty"),
     ],
 )
 def test_bad_rows_are_refused(
