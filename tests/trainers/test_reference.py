@@ -57,6 +57,7 @@ def case(
         rows, every = pairs(), np.arange(6)
         found: dict[str, Any] = {"kl": unmatched_kl(engine, labelled(), every)}
         found["kl of some"] = unmatched_kl(engine, labelled(), every[3:5])
+        found["kl below 0"] = unmatched_kl(engine, labelled(), every[1:3])
         prepare = reference_log_probs(engine)
         found["ref"] = {}
         for indices in (every[:2], every[2:]):  # one pair alone: a data-parallel rank has none
@@ -114,12 +115,14 @@ def test_reference_is_the_other_model_in_every_layout(
     others = labelled().unmatched
     assert others is not None
     sums = [float((a - b).sum()) for a, b in zip(*(log_probs(directory, others) for directory in models), strict=True)]
+    assert sums[1] + sums[2] < -1
     for name in NAMES:
         layout = SINGLE if name == "single" else LAYOUTS[name]
         results = ranks.run(layout.world_size, case, layout, *models, tmp_path / name)
         for found in results:
             assert found["kl"] == pytest.approx(max(0.0, sum(sums) / 6), abs=1e-4), name
             assert found["kl of some"] == pytest.approx(max(0.0, (sums[3] + sums[4]) / 2), abs=1e-4), name
+            assert found["kl below 0"] == 0, name
             np.testing.assert_allclose(found["once"], torch.cat(reference), atol=1e-5)
             np.testing.assert_allclose(found["of the start"], torch.cat(own), atol=1e-5)
         for key, wanted in (("ref", reference), ("own", own)):
