@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megarlhf.cli.run import open_run_directory
+from megarlhf.cli.run import open_run_directory, open_sinks, resumed_step
+from megarlhf.config.arguments import LoggingArguments
 
 
 def test_every_start_keeps_its_configuration(tmp_path: Path) -> None:
@@ -16,3 +17,13 @@ def test_every_start_keeps_its_configuration(tmp_path: Path) -> None:
     kept = {path.name: path.read_text() for path in save.glob("config-start-[0-9]*.yaml")}
     assert kept == {f"config-start-{n}.yaml": f"start: {n}\n" for n in range(1, 13) if n != 3}
     assert not (save / "config.yaml.partial").exists()
+
+
+def test_steps_of_a_start_without_a_checkpoint_are_logged_again(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"step": 2}\n')
+    logging = LoggingArguments(save=str(tmp_path), load_checkpoint=True).continued()
+    sinks = open_sinks(logging, {}, total_steps=3, resumed_step=resumed_step(logging, {}))
+    sinks.log(1, {})
+    sinks.close()
+    assert metrics.read_text() == '{"step": 1}\n'
