@@ -43,7 +43,9 @@ def loss(outputs: TokenOutputs, batch: MicroBatch) -> tuple[Tensor, Metrics]:
     rows, sums = sequence_sums(outputs.log_probs, batch)
     assert len(rows) == len(sums)
     total = sequence_loss(rows, sums).sum()
-    return total, {"row": (rows.sum(), 1), "sum": (sums.detach().sum(), len(sums))}
+    _, lengths = sequence_sums(torch.ones_like(outputs.log_probs), batch)  # not 0 where the loss does not look
+    means = {"sum": (sums.detach().sum(), len(sums)), "length": (lengths.sum(), len(sums))}
+    return total, {"row": (rows.sum(), 1)} | means
 
 
 def case(rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path) -> tuple[float, Any, Parts]:
@@ -51,7 +53,7 @@ def case(rank: int, world_size: int, init_method: str, layout: Layout, model_dir
     with world(layout, rank, init_method):
         engine = build(layout, model_dir)
         batches = engine.micro_batches(fitting(engine, rows_with_mask()))
-        objective = Objective(loss=loss, metric_names=("row", "sum"))
+        objective = Objective(loss=loss, metric_names=("row", "sum", "length"))
         with whole_gradients(engine):
             found, metrics, _ = engine.accumulate_gradients(batches, objective, denominator=DENOMINATOR)
         return found, metrics, parts(engine, gradients=True)
@@ -91,6 +93,7 @@ def test_a_sequence_counts_once_wherever_its_tokens_lie(
     for found, metrics, _ in results:
         assert found == pytest.approx(wanted, rel=1e-5)
         assert metrics["sum"] == pytest.approx(sum(sums) / len(sums), rel=1e-5)
+        assert metrics["length"] == pytest.approx(rows_with_mask().num_loss_targets.sum() / len(sums))
     found_gradients = assemble([own for _, _, own in results])
     assert found_gradients.keys() == gradients.keys()
     for weight, gradient in gradients.items():
