@@ -193,6 +193,11 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(
     evaluated = [step for step, row in rows.items() if f"{name.split()[0]}/eval_loss" in row]
     assert evaluated == [3, TOTAL], "at the end of the epoch and of the run"
     assert len(losses) == TOTAL, "each step changes the model"
+    if case.config is RMConfig:
+        file = "config_entries.json" if "LoRA" in name else "config.json"
+        entries = json.loads((tmp_path / "parts" / "hf" / file).read_text())
+        measured = [rows[TOTAL][f"rm/eval_reward_{moment}"] for moment in ("mean", "std")]
+        assert [entries["mean"], entries["std"]] == measured
     resumed, elsewhere = programs.weights("parts"), programs.weights("elsewhere")
     assert programs.rows("parts") == rows | {STOP: programs.rows("parts")[STOP]}
     assert resumed.keys() == elsewhere.keys() == weights.keys()
