@@ -111,9 +111,12 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
     )
     identity |= {"data": data_identity(len(data), data.fingerprint)} | _objective_identity(config)
     resumed_step(config.logging, identity)  # again, now that the data and other models can be read
+    total, batch = _total_steps(config, data), config.batch
     with machine_checks(dry_run=dry_run):
-        check_disk_space(config, models[:1], first_step=continued or 0, last_step=_total_steps(config, data))
-    told = data_text(data, evaluation[0] if evaluation else None)
+        check_disk_space(config, models[:1], first_step=continued or 0, last_step=total)
+    steps = f"{total} optimizer steps, {total * batch.global_batch_size / data.num_units:.3g} epochs"
+    steps += "" if batch.train_iters is None else f" (train_iters; max_epochs={batch.max_epochs} does not count)"
+    told = f"{data_text(data, evaluation[0] if evaluation else None)}\n{steps}"
     kernels = kernel_lines(config.kernels, [model.config for model in models], device=device)
     decided = f"{told}\n\n{kernels}\n\n{memory.text()}"
     return [data, *evaluation], {"decided": decided, "identity": identity, "continued": continued}

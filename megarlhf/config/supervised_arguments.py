@@ -30,7 +30,7 @@ class SupervisedBatchArguments:
     """How much work a step is."""
 
     train_iters: int | None = None
-    """Optimizer steps to run. None: as many as max_epochs makes."""
+    """Optimizer steps to run, whatever max_epochs is. None: as many as that makes."""
     max_epochs: int = 2
     """Passes over the data."""
     global_batch_size: int = 128

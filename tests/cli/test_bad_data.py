@@ -164,6 +164,9 @@ def test_equal_pairs_are_dropped_and_counted(
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "training: 1 rows (2 sequences), " in said and "2 rows dropped: 2 with chosen equal to rejected" in said
+    assert "\n1 optimizer steps, 1 epochs\n" in said
+    assert main([*words, "--dry-run", "--train_iters", "3"]) == 0
+    assert "\n3 optimizer steps, 3 epochs (train_iters; max_epochs=1 does not count)\n" in capsys.readouterr().out
     path.write_text(json.dumps(equal) + "\n")
     assert f"{path}: each of its 1 rows is one with chosen equal to rejected" in fail(words, capsys)
 
