@@ -14,7 +14,7 @@ demo: setup
 	@bash examples/demo/run.sh
 
 test: setup
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+	.venv/bin/python -m pytest -m "not slow and not gpu" --durations 25
 
 test-slow: setup
 	.venv/bin/python -m pytest -m "slow and not gpu" $(if $(SHARE),--slow-share $(SHARE))

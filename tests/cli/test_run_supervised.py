@@ -55,14 +55,14 @@ KD = SFT | {"teacher_model": "{}/teacher"}
 CASES = {
     "sft": Case(config=SFTConfig, own=SFT, layout=DP2, other=TP2),
     "rm": Case(config=RMConfig, own=PAIRS, layout=ONE, other=TP2),
-    "prm": Case(config=PRMConfig, own=PRM, layout=ONE, other=PP2),
     "dpo": Case(config=DPOConfig, own=PAIRS, layout=ONE, other=PP2),
     "kto": Case(config=KTOConfig, own=KTO, layout=ONE, other=DP2),
-    "kd": Case(config=KDConfig, own=KD, layout=ONE, other=PP2),
-    "rm with LoRA": Case(config=RMConfig, own=PAIRS | LORA, layout=ONE, other=PP2),
     "dpo with LoRA": Case(config=DPOConfig, own=PAIRS | LORA, layout=PP2, other=ONE),
 }
 SLOW = {
+    "prm": Case(config=PRMConfig, own=PRM, layout=ONE, other=PP2),
+    "kd": Case(config=KDConfig, own=KD, layout=ONE, other=PP2),
+    "rm with LoRA": Case(config=RMConfig, own=PAIRS | LORA, layout=ONE, other=PP2),
     "sft with LoRA": Case(config=SFTConfig, own=SFT | LORA, layout=ONE, other=CP2),
     "prm with LoRA": Case(config=PRMConfig, own=PRM | LORA, layout=ONE, other=TP2),
     "kto with LoRA": Case(config=KTOConfig, own=KTO | LORA, layout=ONE, other=PP2),
@@ -194,7 +194,7 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(
     assert evaluated == [3, TOTAL], "at the end of the epoch and of the run"
     assert len(losses) == TOTAL, "each step changes the model"
     if case.config is RMConfig:
-        file = "config_entries.json" if "LoRA" in name else "config.json"
+        file = "config_entries.json" if "lora_rank" in case.own else "config.json"
         entries = json.loads((tmp_path / "parts" / "hf" / file).read_text())
         measured = [rows[TOTAL][f"rm/eval_reward_{moment}"] for moment in ("mean", "std")]
         assert [entries["mean"], entries["std"]] == measured
