@@ -77,8 +77,15 @@ def run_trl(options: argparse.Namespace, directory: Path) -> list[Step]:
 
 def run_megarlhf(options: argparse.Namespace, directory: Path) -> list[Step]:
     """Steps of `megarlhf dpo`."""
-    data = directory / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in preferences(options)))
+    from transformers import AutoTokenizer
+
+    data, pairs = directory / "pairs.jsonl", preferences(options)
+    data.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    once, answers = (
+        sum(len(tokenizer(pair[key])["input_ids"]) for pair in pairs for key in keys)
+        for keys in (("prompt",), ("chosen", "rejected"))
+    )
     flags = {
         "--pretrain": options.model,
         "--dataset": str(data),
@@ -91,7 +98,8 @@ def run_megarlhf(options: argparse.Namespace, directory: Path) -> list[Step]:
     }
     rows = run_ours("train_dpo", flags, [], directory / "run")
     tokens = [row["perf/tokens_per_second"] * row["time/step_seconds"] for row in rows]
-    each = 8 * num_parameters(options.model)  # forward and backward passes, and the reference's forward pass
+    # forward and backward passes, and the reference's forward pass, of each token that is computed
+    each = 8 * num_parameters(options.model) * (once + answers) / (2 * once + answers)
     return [
         {"seconds": row["time/train_seconds"], "tokens": count, "operations": each * count}
         for row, count in zip(rows, tokens, strict=True)
