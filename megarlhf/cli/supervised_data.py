@@ -24,7 +24,7 @@ from megarlhf.data.unpaired import balance_warning, load_labelled_rows
 from megarlhf.formats.data_names import data_names, held_out_part, probabilities
 from megarlhf.formats.huggingface import read_config
 
-# Options of data that a DataSource holds the part of that its rows depend on, or that they do not depend on.
+# Not in the key of kept data: a DataSource stands for these options, or no row depends on them.
 _OF_SOURCE = ("dataset", "dataset_probs", "train_split", "eval_dataset", "eval_split", "data_cache_path")
 
 

@@ -58,7 +58,7 @@ def pack_rows(
     if padding:
         padded, firsts = np.append(padded, padding), np.append(firsts, 0)
     own_rows = owners[owners >= 0]
-    counts = rows.lengths[own_rows] - rows.prompt_lengths[own_rows]
+    counts = rows.num_targets[own_rows]
     positions = (begins + lengths)[owners >= 0] - counts
     starts = rows.target_starts[own_rows]
     places = TargetPlaces(rows=own_rows, positions=positions, starts=starts, lengths=counts)

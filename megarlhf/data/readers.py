@@ -70,9 +70,12 @@ def _read_json(path: Path, columns: Sequence[str] | None, limit: int | None) -> 
         values = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
         cause = error.__cause__
-        if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
-            if "\n" not in cause.doc[: cause.pos].strip():
-                return _read_jsonl(path, columns, limit)
+        if (
+            isinstance(cause, json.JSONDecodeError)
+            and cause.msg == "Extra data"
+            and "\n" not in cause.doc[: cause.pos].strip()
+        ):
+            return _read_jsonl(path, columns, limit)
         raise ValueError(f"data path={path}: {error}") from error
     if not isinstance(values, list):
         raise ValueError(f"data path={path} holds a {type(values).__name__}, not a list of objects")

@@ -92,7 +92,7 @@ class TrainingRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
     def num_targets(self) -> Ints:
         """[n] targets of each row."""
         return self.lengths - self.prompt_lengths

@@ -133,9 +133,7 @@ def train(
         stopping = agree(should_stop())
         last = step == total_steps or stopping
         found: dict[str, float] = {}
-        ends_epoch = sampler.epoch(step) // 1 > sampler.epoch(step - 1) // 1
-        due = ends_epoch if logging.eval_interval is None else _is_due(step, logging.eval_interval)
-        if evaluation is not None and (last or due):
+        if evaluation is not None and (last or _evaluation_is_due(step, sampler, logging.eval_interval)):
             with timers("eval"):
                 found = evaluate(engine, task, evaluation, config.batch.global_batch_size)
                 metrics |= {f"{task.name}/eval_{name}": value for name, value in found.items()}
@@ -152,6 +150,13 @@ def train(
         if stopping:
             break
     return entries
+
+
+def _evaluation_is_due(step: int, sampler: PromptSampler, interval: int | None) -> bool:
+    """After so many steps, or without an interval where an epoch ends."""
+    if interval is None:
+        return int(sampler.epoch(step)) > int(sampler.epoch(step - 1))
+    return _is_due(step, interval)
 
 
 def _sampler(config: SupervisedConfig, data: Units, progress: Progress) -> PromptSampler:

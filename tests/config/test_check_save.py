@@ -76,7 +76,7 @@ def test_whatever_the_system_answers(place: Path, monkeypatch: pytest.MonkeyPatc
     assert contents(place) == {"file", "dangling", "loop"}
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "hf", "logs", "tensorboard", "config.yaml", "report.html"])
+@pytest.mark.parametrize("name", ["checkpoints", "hf", "hf_ema", "logs", "tensorboard", "config.yaml", "report.html"])
 def test_what_is_in_the_directory_already_is_tried_too(place: Path, name: str) -> None:
     (place / "run").mkdir()
     (place / "run" / name).symlink_to(place / "nowhere" / "else")
