@@ -26,6 +26,7 @@ from megarlhf.cli.run import (
 from megarlhf.config.arguments import PPOConfig, PromptDataArguments
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
+from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.config.roles import layout_lines, megatron_roles
 from megarlhf.data.loading import DataSource
 from megarlhf.data.prompts import PromptData, load_prompts, prompts_in_both
@@ -37,6 +38,7 @@ from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.placement import Machine, object_store_bytes, plan_placement
 from megarlhf.reward.scorer import RewardScorer
+from megarlhf.reward.sources import RewardSource, SumOfSources
 from megarlhf.trainers import rl
 from megarlhf.trainers.state import LoopState
 
@@ -47,10 +49,9 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     """Fill in what was left open.
 
     Prompts are shared where several samples of one are trained together, if layers can: TransformerEngine's attention
-    has no mask of a shared prompt. A rule, which keeps nothing between its calls, runs on all cores. What vLLM sampled
-    is weighed under bf16.
+    has no mask of a shared prompt. What vLLM sampled is weighed under bf16.
     """
-    batch, reward = config.batch, config.reward
+    batch = config.batch
     share = (
         batch.n_samples_per_prompt > 1
         and batch.global_batch_size % batch.n_samples_per_prompt == 0
@@ -59,11 +60,8 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     )
     if batch.share_prompt_prefix is None:
         batch = replace(batch, share_prompt_prefix=share)
-    if reward.reward_num_workers is None:
-        workers = 1 if reward.reward_rule is None else min(MAX_RULE_WORKERS, num_cores())
-        reward = replace(reward, reward_num_workers=workers)
     algorithm = replace(config.algorithm, use_tis=config.uses_tis)
-    return replace(config, algorithm=algorithm, batch=batch, reward=reward)
+    return replace(config, algorithm=algorithm, batch=batch)
 
 
 def resolve_special_tokens(config: PPOConfig, labels: Sequence[Any]) -> PPOConfig:
@@ -154,6 +152,27 @@ def _check_models(
     return models, memory
 
 
+def reward_sources(reward: RewardArguments) -> list[RewardSource]:
+    """Each that scores, in the order of their weights; nothing runs yet."""
+    sources: list[RewardSource] = []
+    for function, rule in ((reward.reward_function, None), (None, reward.reward_rule)):
+        if function is None and rule is None:
+            continue
+        workers = 1 if rule is None else min(MAX_RULE_WORKERS, num_cores())
+        sources.append(
+            RewardScorer(
+                function_path=function,
+                rule=rule,
+                rule_pattern=reward.reward_format,
+                timeout_seconds=reward.reward_timeout_seconds,
+                num_workers=reward.reward_num_workers or workers,
+                chunk_size=reward.reward_chunk_size,
+                passed_variables=reward.reward_env,
+            )
+        )
+    return sources
+
+
 class Inputs(NamedTuple):
     """What a run reads before anything starts."""
 
@@ -166,7 +185,7 @@ class Inputs(NamedTuple):
     memory: MemoryPlan
 
 
-def load_inputs(config: PPOConfig, reward: RewardScorer, transformer_impl: TransformerImpl, *, dry_run: bool) -> Inputs:
+def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: TransformerImpl, *, dry_run: bool) -> Inputs:
     """Read and check all of it, for a dry run too.
 
     Raises:
@@ -202,16 +221,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=machine.kind)
     config = resolve(config, transformer_impl)
     plan = plan_placement(config, machine)
-    assert config.reward.reward_num_workers is not None  # resolved
-    reward = RewardScorer(
-        function_path=config.reward.reward_function,
-        rule=config.reward.reward_rule,
-        rule_pattern=config.reward.reward_format,
-        timeout_seconds=config.reward.reward_timeout_seconds,
-        num_workers=config.reward.reward_num_workers,
-        chunk_size=config.reward.reward_chunk_size,
-        passed_variables=config.reward.reward_env,
-    )
+    reward = SumOfSources(reward_sources(config.reward))
     inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
     kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
     decided = "\n".join([plan.table(), *layout_lines(config), f"{kernels}\n", inputs.memory.text()])

@@ -92,9 +92,9 @@ class RolloutGroup:
         """See RolloutRole."""
         return self._generate(prompts, self.n_samples, step, greedy=False)
 
-    def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
+    def generate_greedy(self, prompts: Sequence[Prompt]) -> Rollout:
         """See RolloutRole."""
-        return self._generate(prompts, 1, 0, greedy=True).samples
+        return self._generate(prompts, 1, 0, greedy=True)
 
     def _generate(self, prompts: Sequence[Prompt], n_samples: int, step: int, *, greedy: bool) -> Rollout:
         refs, order, count = [], [], len(self.workers.handles)

@@ -274,7 +274,7 @@ class RolloutWorker:
             step=step,
             greedy=greedy,
         )
-        return [(replace(group, tokens=None), None if greedy else ray.put(group.tokens)) for group in groups]
+        return [(replace(group, tokens=None), ray.put(group.tokens)) for group in groups]
 
     def connect_weights(self, blocks: Sequence[Block]) -> None:
         """See RolloutEngine.connect_weights."""

@@ -10,12 +10,12 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megarlhf.config.algorithm_arguments import AlgorithmArguments
 from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments
+from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.formats.run_checkpoints import LATEST
-
-AdvantageEstimator = Literal["gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,57 +137,6 @@ class OptimizerArguments(SharedOptimizerArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlgorithmArguments:
-    """What is optimized."""
-
-    advantage_estimator: AdvantageEstimator = "gae"
-    """gae is PPO with a critic. Without one: reinforce (REINFORCE++), reinforce_baseline (minus the prompt's mean
-    reward), rloo (minus the mean of the prompt's other samples), group_norm (GRPO), dr_grpo (GRPO without the std)."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lambd: float = 0.95
-    """Lambda of generalized advantage estimation."""
-    init_kl_coef: float = 0.01
-    """Weight of the KL divergence from the reference model, at the start. 0: no KL term."""
-    kl_target: float | None = None
-    """KL per token (kl/mean) that an adaptive weight steers to. None: the weight stays at init_kl_coef."""
-    kl_horizon: int = 10000
-    """Samples over which the adaptive weight moves."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimate of the KL from one token, r = log(policy / reference): k1 is r, k2 is r^2 / 2, k3 is exp(-r) - 1 + r."""
-    use_kl_loss: bool = False
-    """Put the KL term into the loss instead of the reward."""
-    eps_clip: float = 0.2
-    """Policy ratios below 1 - eps_clip (and above 1 + eps_clip) earn no further gain."""
-    eps_clip_high: float | None = None
-    """Clip range above 1, if it differs. None: the same as eps_clip."""
-    dual_clip: float | None = None
-    """Bound on the ratio where the advantage is negative, above 1 (dual-clip PPO). None: no bound."""
-    use_tis: bool | None = None
-    """Weigh each token's policy loss by p(trainer) / p(vLLM) under the weights that sampled it, bounded by tis_cap
-    (truncated importance sampling) or tis_mask_range. None: on with bf16."""
-    tis_cap: float = 2.0
-    """Largest such weight, at least 1."""
-    tis_mask_range: tuple[float, float] | None = None
-    """Leave tokens out of the policy loss whose weight is outside of these two bounds (IcePop) instead of capping it,
-    such as 0.5 5. None: cap."""
-    value_clip: float = 0.2
-    """Range around the rollout's values within which the critic's loss follows its prediction."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    reward_clip_range: tuple[float, float] = (-10.0, 10.0)
-    """Lowest and highest reward; others are clamped."""
-    normalize_reward: bool = False
-    """Subtract the running mean of rewards and divide by their running std."""
-    normalize_advantages: bool = True
-    """Shift and scale advantages to mean 0 and std 1 over all response tokens of a step."""
-    loss_aggregation: Literal["token", "sequence"] = "token"
-    """Average of the policy loss: over all tokens of a batch, or over each response first and then over responses."""
-    critic_loss_aggregation: Literal["token", "sequence"] = "token"
-    """The same of the critic's loss (gae only)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RolloutArguments:
     """How responses are generated (vLLM)."""
 
@@ -250,43 +199,6 @@ class PromptDataArguments(RenderingArguments):
     """Column with the prompt: text, or a list of chat messages."""
     label_key: str = "label"
     """Column with the reference answer for the reward, any JSON value; may be absent where the reward needs none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardArguments:
-    """Who scores the responses: exactly one of reward_function and reward_rule."""
-
-    reward_function: str | None = None
-    """Python file that defines reward_func(queries, prompts, labels) and returns one number per query. Labels are as in
-    the data: text, numbers, lists, ..."""
-    reward_rule: Literal["math", "exact_match", "format"] | None = None
-    """Built-in rule: math compares the final answer, in the last \\boxed{} if there is one, with the label, exact_match
-    the whole text, format a pattern. Of a label that is a list any element is right."""
-    reward_format: str | None = None
-    """Regular expression that a response must match for reward_rule=format."""
-    min_result_fraction: float = 0.5
-    """Least part of a step's samples that must have a usable result. Below it the step is not trained. Above it a step
-    with fewer results makes fewer optimizer steps, in proportion."""
-    max_untrained_steps: int = 3
-    """Steps in a row that may go untrained for that reason; then the run saves and stops."""
-    reward_timeout_seconds: float = 30.0
-    """Seconds for one call of the reward code. Past it the responses of the call are scored one by one, each within the
-    same limit. All responses of a step together have this limit for each call that one process gets, ten times the
-    limit for what is scored one by one, and 120 seconds; a response that has no reward by then is left out of
-    training."""
-    reward_num_workers: int | None = None
-    """Processes that run the reward code side by side; what it keeps in memory each has for itself. None: 1 for
-    reward_function, one for each core of this machine, but at most 8, for reward_rule."""
-    reward_chunk_size: int = 1024
-    """Responses in one call of the reward code, at most; with several processes a step's responses are also divided
-    among them. The responses to a prompt are in one call unless they are more than this."""
-    reward_env: tuple[str, ...] = ()
-    """Names of environment variables that the reward code sees, such as the key of a service that it calls, besides
-    those that programs need (PATH, HOME, LANG, PYTHONPATH, HF_HOME, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, ...)."""
-    reward_skip_special_tokens: bool | None = None
-    """Leave special tokens out of the responses that rewards read. With --no_reward_skip_special_tokens they are in,
-    the end-of-turn token too, as in OpenRLHF's queries; rules look at what stands before that. None: they are in where
-    a label holds one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ by `limit_errors`, and passed over by the rest.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megarlhf.config.arguments import AlgorithmArguments, BatchArguments, PPOConfig, RolloutArguments
+from megarlhf.config.algorithm_arguments import AlgorithmArguments
+from megarlhf.config.arguments import BatchArguments, PPOConfig, RolloutArguments
 from megarlhf.config.check_layout import broken, one_of, size
 from megarlhf.config.lora import LoraArguments
 

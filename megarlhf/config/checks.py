@@ -5,12 +5,11 @@ starts anything; models are judged by their config.json.
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from megarlhf.config.arguments import LoggingArguments, PPOConfig, PromptDataArguments, RewardArguments
+from megarlhf.config.arguments import LoggingArguments, PPOConfig, PromptDataArguments
 from megarlhf.config.check_files import file_for_text_errors, place_errors, read_model, token_errors
 from megarlhf.config.check_layout import broken, cluster_errors, layout_errors, role_errors, shared_errors, world_errors
 from megarlhf.config.check_numbers import (
@@ -25,6 +24,7 @@ from megarlhf.config.check_numbers import (
     sampling_errors,
     shared_prefix_errors,
 )
+from megarlhf.config.check_rewards import reward_errors
 from megarlhf.config.check_save import ckpt_errors, save_errors
 from megarlhf.config.command_line import to_dict
 from megarlhf.config.kd_arguments import KDConfig
@@ -71,7 +71,7 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
     errors += correction_errors(config) + adapter_errors(config.lora)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
-    errors += sampling_errors(config.rollout) + _template_errors(config.data) + _reward_errors(config.reward)
+    errors += sampling_errors(config.rollout) + _template_errors(config.data) + reward_errors(config.reward)
     errors += probability_errors(
         "prompt_data_probs", config.data.prompt_data_probs, "prompt_data", config.data.prompt_data
     )
@@ -274,33 +274,6 @@ def _template_errors(data: PromptDataArguments | SupervisedDataArguments) -> lis
         }
     )
     return errors + file_for_text_errors("input_template", template)
-
-
-def _reward_errors(reward: RewardArguments) -> list[str]:
-    function, rule, pattern = reward.reward_function, reward.reward_rule, reward.reward_format
-    errors = broken(
-        {
-            f"reward_function={function} and reward_rule={rule} (exactly one of them scores): set reward_function to a "
-            "Python file, or reward_rule to math, exact_match or format": (function is None) == (rule is None),
-            "reward_format=None with reward_rule=format (it is the pattern to match): set reward_format": (
-                rule == "format" and pattern is None
-            ),
-            f"reward_format={pattern!r} is ignored with reward_rule={rule}: set reward_rule=format": (
-                rule != "format" and pattern is not None
-            ),
-        }
-        | {
-            f"reward_env={name} is not a variable of this environment (reward code is to see it): set it, and give its "
-            "name": name not in os.environ
-            for name in reward.reward_env
-        }
-    )
-    errors += file_for_text_errors("reward_format", pattern)
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        errors.append(f"reward_format={pattern!r} is not a regular expression ({error}): correct it")
-    return errors
 
 
 def _logging_errors(

@@ -63,6 +63,7 @@ class Sample:
     finish_reason: FinishReason  # "stop": a stop token came; "length": cut at the limit
     weight_version: int  # policy version that generated it
     reward: float | None = None  # outcome reward; None: no result (never a silent 0)
+    parts: Mapping[str, float | None] = field(default_factory=dict)  # of it, by source; more of a source by SOURCE/NAME
     stop_text: str = ""  # the stop token at the end of response_text, where special tokens are in it
 
 

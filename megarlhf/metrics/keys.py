@@ -40,6 +40,8 @@ METRICS: dict[str, str] = {
     "reward/mean": "Mean outcome reward of the step's samples, before the KL penalty (reward units)",
     "reward/std": "Standard deviation of that reward over the samples (reward units)",
     "reward/no_result_count": "Samples that the reward gave no result for, left out of training (samples)",
+    "reward/SOURCE/mean": "Mean of one source of the reward, or of a further number of it, before weights (its units)",
+    "reward/SOURCE/no_result_count": "Samples that it gave no result for (samples)",
     "reward/untrained_steps": "Steps so far that were not trained as too few rewards gave a result (steps)",
     "kl/mean": "Estimated KL of the policy to the reference, mean over response tokens (nats per token)",
     "kl/coef": "Coefficient of the KL penalty in this step (reward units per nat)",
@@ -136,10 +138,16 @@ METRICS: dict[str, str] = {
 }
 
 
+def _general(key: str) -> str:
+    """The name in METRICS of a key that has a role's or a source's name in it."""
+    key = re.sub("^memory/[a-z_0-9]+/", "memory/ROLE/", key)
+    return re.sub("^reward/.+/(mean|no_result_count)$", r"reward/SOURCE/\1", key)
+
+
 def check_metrics(metrics: Mapping[str, float]) -> None:
     """Raises ValueError for a name outside METRICS, with the nearest known one."""
     for key in metrics:
-        if re.sub("^memory/[a-z]+/", "memory/ROLE/", key) not in METRICS:
+        if _general(key) not in METRICS:
             nearest = difflib.get_close_matches(key, METRICS, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"metric {key!r} is not in the table of metrics, megarlhf/metrics/keys.py; did you mean {nearest!r}?"

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 from megarlhf.data.types import Prompt, Sample
 from megarlhf.reward.process import RewardProcess, WorkerLostError
+from megarlhf.reward.sources import Outcome
 
 # Importing the reward code may load a model or a large library, which the limit of one call need not allow for.
 LOAD_TIMEOUT_SECONDS = 120.0
 # Single samples whose calls hang or kill the process one after the other; then the rest of the chunk is given up.
 MAX_CONSECUTIVE_LOSSES = 3
 _MAX_REASON = 1000  # characters
-
-Outcome = tuple[float | None, str | None]  # a sample's reward, or why it has none
 
 
 class TimeLimit:

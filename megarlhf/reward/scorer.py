@@ -2,14 +2,13 @@
 
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
-from megarlhf.data.types import Sample
-from megarlhf.reward.pool import LOAD_TIMEOUT_SECONDS, ChunkScores, Outcome, PoolWorker, TimeLimit, chunks
+from megarlhf.data.types import Rollout
+from megarlhf.reward.pool import LOAD_TIMEOUT_SECONDS, ChunkScores, PoolWorker, TimeLimit, chunks
 from megarlhf.reward.process import RewardProcess
+from megarlhf.reward.sources import Outcome, SourceResult
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ class RewardScorer:
             chunk_size: samples in one call, at most.
             passed_variables: environment variables that the code sees besides PASSED_VARIABLES.
         """
+        self.name = "function" if rule is None else "rule"
         self.last_failures: list[str] = []  # what went wrong in the last `score`; a sample's entry names its place
         self._source = f"reward_function={function_path}" if rule is None else f"reward_rule={rule}"
         self._timeout_seconds = timeout_seconds
@@ -68,6 +68,7 @@ class RewardScorer:
         processes = [RewardProcess(passed_variables) for _ in range(num_workers)]
         self._workers = [PoolWorker(process, settings, timeout_seconds=timeout_seconds) for process in processes]
         self._has_said_separation = False
+        self._limit = TimeLimit(0.0)  # of the last `score`
         weakref.finalize(self, _end, processes)
 
     def check(self) -> None:
@@ -92,17 +93,17 @@ class RewardScorer:
                 f"{reasons[0]}; set fewer"
             )
 
-    def score(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples, in their order, with `reward` set; None where there is no result, whatever the reward code did.
+    def score(self, rollout: Rollout) -> SourceResult:
+        """Reward of each sample, in their order; None where there is no result, whatever the reward code did.
 
         It takes no longer than LOAD_TIMEOUT_SECONDS, and the limit of a call for each of the chunks that one process
         has to score and SINGLE_CALLS times more.
         """
-        self.last_failures = []
+        self.last_failures, samples = [], rollout.samples
         size = min(self._chunk_size, -(-len(samples) // len(self._workers)))
         parts = list(chunks(samples, size=size, max_size=self._chunk_size))
         turns = -(-len(parts) // len(self._workers))
-        limit = TimeLimit(LOAD_TIMEOUT_SECONDS + (turns + SINGLE_CALLS) * self._timeout_seconds)
+        limit = self._limit = TimeLimit(LOAD_TIMEOUT_SECONDS + (turns + SINGLE_CALLS) * self._timeout_seconds)
         scores: dict[int, ChunkScores] = {}
         left = iter(enumerate(parts))  # shared: whichever process is free takes the next
 
@@ -125,11 +126,12 @@ class RewardScorer:
         if self.last_failures:
             said = len(self.last_failures), len(parts), self.last_failures[0]
             logger.warning("%d of %d calls failed, whose samples were scored one by one; %s", *said)
-        self._say_losses(outcomes)
-        return [replace(sample, reward=reward) for sample, (reward, _) in zip(samples, outcomes, strict=True)]
+        self.last_failures += [f"sample {i}: {reason}" for i, (_, reason) in enumerate(outcomes) if reason is not None]
+        return SourceResult(outcomes=outcomes)
 
     def close(self) -> None:
-        """End the processes and what they started. Scoring again starts others."""
+        """End the processes and what they started, also under a `score` of another thread. Scoring starts others."""
+        self._limit.stop()
         _end([worker.process for worker in self._workers])
 
     def _in_threads(self, function: Callable[[PoolWorker], None], limit: TimeLimit) -> None:
@@ -149,13 +151,6 @@ class RewardScorer:
             kind, reason = said
             if kind != "namespaces":
                 logger.warning("reward code can %s (%s); see docs/limits.md", _NOT_KEPT_FROM[kind], reason)
-
-    def _say_losses(self, outcomes: Sequence[Outcome]) -> None:
-        reasons = [reason for _, reason in outcomes if reason is not None]
-        self.last_failures += [f"sample {i}: {reason}" for i, (_, reason) in enumerate(outcomes) if reason is not None]
-        if reasons:
-            listed = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
-            logger.warning("%d of %d samples have no reward: %s", len(reasons), len(outcomes), listed)
 
 
 def _end(processes: Sequence[RewardProcess]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.sampling import PromptSampler
-from megarlhf.data.types import Prompt, Rollout, Sample
+from megarlhf.data.types import Prompt, Rollout
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import summary
@@ -60,7 +60,7 @@ def train(
             with phases.rollout():
                 generated = of_version(roles.rollout.generate(chosen, step=step), state.step)
             with phases.reward():
-                scored = replace(generated, samples=roles.reward.score(generated.samples))
+                scored = replace(generated, samples=roles.reward.score(generated))
             with phases.train():
                 metrics = train_step(config, roles, scored, state, consumed=sampler.consumed(step))
             with phases.sync():
@@ -155,7 +155,7 @@ def evaluate(roles: Roles, prompts: Sequence[Prompt] | None) -> dict[str, float]
     if not prompts:
         return {}
     with roles.phases.evaluate():
-        scored: list[Sample] = roles.reward.score(roles.rollout.generate_greedy(prompts))
+        scored = roles.reward.score(roles.rollout.generate_greedy(prompts))
     rewards = [sample.reward for sample in scored if sample.reward is not None]
     metrics = {
         "eval/response_length_mean": sum(sample.response_length for sample in scored) / len(scored),

@@ -73,15 +73,15 @@ class RolloutRole(Protocol):
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         """n_samples_per_prompt samples of each prompt; seeds depend on (run seed, step, place, sample) alone."""
 
-    def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
+    def generate_greedy(self, prompts: Sequence[Prompt]) -> Rollout:
         """One most likely response of each prompt."""
 
 
 class RewardRole(Protocol):
     """What scores responses."""
 
-    def score(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples with their rewards; None where there is no result."""
+    def score(self, rollout: Rollout) -> list[Sample]:
+        """The samples with their rewards and what these are the sum of; None where there is no result."""
 
 
 class TrainingRole(Protocol):

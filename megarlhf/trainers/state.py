@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megarlhf.algos.kl import KLController
-from megarlhf.config.arguments import AlgorithmArguments
+from megarlhf.config.algorithm_arguments import AlgorithmArguments
 from megarlhf.trainers.roles import RoleFailedError, Roles
 
 

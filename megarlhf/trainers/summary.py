@@ -34,11 +34,23 @@ def sample_metrics(scored: Sequence[Sample], usable: Sequence[Sample]) -> dict[s
         moments = {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std(correction=0))}
     return moments | {
         "reward/no_result_count": float(sum(sample.reward is None for sample in scored)),
+        **_parts(scored),
         "rollout/response_length_mean": statistics.fmean(lengths),
         "rollout/response_length_max": float(max(lengths)),
         "rollout/prompt_length_mean": statistics.fmean(len(sample.prompt.token_ids) for sample in scored),
         "rollout/truncated_frac": sum(sample.finish_reason == "length" for sample in scored) / len(scored),
     }
+
+
+def _parts(scored: Sequence[Sample]) -> dict[str, float]:
+    """What each source of the reward gave to the samples that it has a result for, and to how many it gave none."""
+    metrics = {}
+    for name in scored[0].parts:
+        found = [part for sample in scored if (part := sample.parts[name]) is not None]
+        if found:
+            metrics[f"reward/{name}/mean"] = statistics.fmean(found)
+        metrics[f"reward/{name}/no_result_count"] = float(len(scored) - len(found))
+    return metrics
 
 
 def training_metrics(experience: Experience, updates: Updates) -> dict[str, float]:

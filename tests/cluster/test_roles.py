@@ -118,7 +118,7 @@ def test_prompts_go_to_engines_evenly_and_samples_come_back_in_order(number: int
 def test_greedy_answers_are_one_a_prompt() -> None:
     log: Log = []
     prompts = make_prompts(5)
-    samples = engines(log, 2).generate_greedy(prompts)
+    samples = engines(log, 2).generate_greedy(prompts).samples
     assert [(s.group_id, s.sample_id) for s in samples] == [(g, 0) for g in range(5)]
     check_samples(samples, prompts, step=0, greedy=True)
 

@@ -4,7 +4,6 @@ import json
 import os
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.passed import PREFIXES
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityConfig, SFTConfig, SupervisedConfig
+from megarlhf.data.types import Rollout
 from megarlhf.engine.indexed_data import CorpusWriter
 from megarlhf.metrics import sinks
+from megarlhf.reward.sources import SourceResult
 from megarlhf.trainers import assembly, experience, tasks
 from megarlhf.trainers import parity as comparison
 from tests.config.in_process import Trace, patch_torch_and_megatron, watched
@@ -253,6 +254,8 @@ Changes = tuple[tuple[str, Any], ...]  # option and value; a tuple, since runs a
 class FakeScorer:
     """Rewards that depend on prompt and response; some have none if a run asks for it by its rule's pattern."""
 
+    name = "function"
+
     def __init__(self, trace: Trace, **options: Any) -> None:
         self._trace = trace
         trace.given["reward"].append(options)
@@ -261,15 +264,16 @@ class FakeScorer:
 
     def close(self) -> None: ...
 
-    def score(self, samples: Sequence[Any]) -> list[Any]:
+    def score(self, rollout: Rollout) -> SourceResult:
+        samples = rollout.samples
         self._trace.given["scored"].append(samples)
         lost = self._trace.given["reward"][0]["rule_pattern"]
         keep = 1.0 if lost is None else float(lost)  # part of the samples with a result
         rewards = [(sum(map(ord, s.response_text)) % 7 + s.prompt.index) / 4 for s in samples]
-        return [
-            replace(s, reward=r if i < keep * len(samples) else None)
-            for i, (s, r) in enumerate(zip(samples, rewards, strict=True))
-        ]
+        lost_one = None, "lost"
+        return SourceResult(
+            outcomes=[(r, None) if i < keep * len(samples) else lost_one for i, r in enumerate(rewards)]
+        )
 
 
 def _spy(patch: pytest.MonkeyPatch, trace: Trace, module: types.ModuleType, name: str) -> None:

@@ -444,9 +444,10 @@ def test_a_file_where_the_text_itself_is_wanted(check: Check, tmp_path: Path) ->
     assert check(reward_rule="format", reward_format="a" * 9999) == []
 
 
-def test_only_one_scorer(check: Check, tmp_path: Path) -> None:
+def test_someone_scores(check: Check, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("reward_func = print\n")
-    assert "reward_rule=math (exactly one" in only(check(reward_function=str(tmp_path / "reward.py")))
+    assert check(reward_function=str(tmp_path / "reward.py")) == []  # beside a rule: the sum is the reward
+    assert "reward_rule=None (nothing scores)" in only(check(reward_rule=None))
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "nul\0byte", "file/inside", "loop"], ids=["long", "nul", "file", "loop"])

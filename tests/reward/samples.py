@@ -1,12 +1,13 @@
 """Samples to score."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from megarlhf.data.types import Prompt, Sample
+from megarlhf.data.types import Prompt, Rollout, Sample
 from megarlhf.reward.scorer import RewardScorer
+from megarlhf.reward.sources import RewardSource, SumOfSources
 
 MakeScorer = Callable[..., RewardScorer]  # of the text of a reward file and options, loaded (conftest.py)
 
@@ -27,3 +28,8 @@ def samples(*responses: str, label: Any = "7", stop_text: str = "") -> list[Samp
         )
         for index, response in enumerate(responses)
     ]
+
+
+def scored_by(source: RewardSource, given: Sequence[Sample]) -> list[Sample]:
+    """The samples as a run that has no other source scores them."""
+    return SumOfSources([source]).score(Rollout(samples=list(given), tokens=()))

@@ -17,7 +17,7 @@ from megarlhf.data.types import Prompt, Sample
 from megarlhf.reward.pool import chunks
 from megarlhf.reward.process import RewardProcess
 from megarlhf.reward.scorer import RewardScorer
-from tests.reward.samples import MakeScorer, samples
+from tests.reward.samples import MakeScorer, samples, scored_by
 
 # Rewards are lengths of responses; every call is noted in the file "calls" as its process and its responses.
 NOTES = """
@@ -44,7 +44,7 @@ def groups(*responses: Sequence[str]) -> list[Sample]:
 
 
 def rewards(scorer: RewardScorer, scored: Sequence[Sample]) -> list[float | None]:
-    return [sample.reward for sample in scorer.score(scored)]
+    return [sample.reward for sample in scored_by(scorer, scored)]
 
 
 def calls(tmp_path: Path) -> list[tuple[str, list[str]]]:
@@ -161,7 +161,7 @@ def test_an_interruption_ends_all_processes_at_once(make_scorer: MakeScorer) -> 
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     try:
         with pytest.raises(KeyboardInterrupt):
-            scorer.score(groups(["!time.sleep(60)"], ["!time.sleep(60)"]))
+            scored_by(scorer, groups(["!time.sleep(60)"], ["!time.sleep(60)"]))
     finally:
         signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - start < 5.0

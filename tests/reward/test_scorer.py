@@ -18,13 +18,13 @@ from megarlhf.reward import pool as pool_module
 from megarlhf.reward import process as process_module
 from megarlhf.reward import scorer as scorer_module
 from megarlhf.reward.scorer import RewardScorer
-from tests.reward.samples import MakeScorer, samples
+from tests.reward.samples import MakeScorer, samples, scored_by
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def rewards(scorer: RewardScorer, *responses: str) -> list[float | None]:
-    return [sample.reward for sample in scorer.score(samples(*responses))]
+    return [sample.reward for sample in scored_by(scorer, samples(*responses))]
 
 
 # A reward function whose verdict is in the response: it runs `exec` on it, or gives its length.
@@ -81,15 +81,15 @@ def test_scores_and_leaves_the_rest_of_the_sample_alone(make_scorer: MakeScorer)
         "    return {'rewards': [len(q) + 10 * len(p) + 100 * int(l) for q, p, l in zip(queries, prompts, labels)]}"
     )
     before = samples("a", "bc")
-    after = scorer.score(before)
+    after = scored_by(scorer, before)
     assert [sample.reward for sample in after] == [734.0, 735.0]
     assert [sample.response_text for sample in after] == ["a", "bc"]
     assert before[0].reward is None
     assert scorer.last_failures == []
-    assert scorer.score([]) == []
+    assert scored_by(scorer, []) == []
     other = replace(before[1].prompt, text="a longer prompt", label="9")  # each sample with its own prompt and label
     mixed = [before[0], replace(before[1], prompt=other)]
-    assert [sample.reward for sample in scorer.score(mixed)] == [734.0, 17 + 10 * 15 + 900.0]
+    assert [sample.reward for sample in scored_by(scorer, mixed)] == [734.0, 17 + 10 * 15 + 900.0]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_code_that_can_no_longer_be_loaded_gives_no_results_until_it_can(
     (tmp_path / "my_reward.py").write_text("import no_such_module")
     assert rewards(scorer, "a", "!os._exit(1)", "abc", "abc", "abc") == [None] * 5
     assert "the reward code cannot be loaded any more: ModuleNotFoundError" in scorer.last_failures[1]
-    assert "5 of 5 samples have no reward: 3 x the reward code cannot be loaded any more" in caplog.text
+    assert "5 of 5 samples have no reward from function: 3 x the reward code cannot be loaded any more" in caplog.text
     (tmp_path / "my_reward.py").write_text(PER_SAMPLE)
     assert rewards(scorer, "abc") == [3.0]
 
@@ -222,7 +222,7 @@ def test_the_limit_grows_with_the_chunks_of_one_process(
     monkeypatch.setattr(scorer_module, "LOAD_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(scorer_module, "SINGLE_CALLS", 0)
     slow = [replace(sample, group_id=i) for i, sample in enumerate(samples(*["!time.sleep(0.4)"] * 4))]
-    assert [sample.reward for sample in scorer.score(slow)] == [16.0] * 4
+    assert [sample.reward for sample in scored_by(scorer, slow)] == [16.0] * 4
 
 
 def test_gives_up_after_losses_in_a_row(make_scorer: MakeScorer) -> None:
@@ -251,7 +251,7 @@ def test_wrong_length_or_shape_leaves_the_batch_without_result(
     assert rewards(scorer, "a", "b") == [None, None]
     assert message in scorer.last_failures[0]
     assert len(caplog.records) == 1
-    assert "2 of 2 samples have no reward: 2 x" in caplog.text
+    assert "2 of 2 samples have no reward from function: 2 x" in caplog.text
 
 
 def test_prints_and_reads_do_not_reach_the_pipes(make_scorer: MakeScorer, capfd: pytest.CaptureFixture[str]) -> None:
@@ -356,13 +356,13 @@ def test_loading_has_a_limit(make_scorer: MakeScorer, monkeypatch: pytest.Monkey
 def test_rules_run_in_the_process() -> None:
     """Imports math-verify there, about a second each."""
     math = RewardScorer(function_path=None, rule="math", rule_pattern=None, timeout_seconds=20.0)
-    scored = math.score([*samples("it is 7", "8"), *samples("7", label="some words"), *samples("7", label=None)])
+    scored = scored_by(math, [*samples("it is 7", "8"), *samples("7", label="some words"), *samples("7", label=None)])
     assert [sample.reward for sample in scored] == [1.0, 0.0, None, None]
     assert [failure.split(":")[0] for failure in math.last_failures] == ["sample 2", "sample 3"]
     math.close()
     form = RewardScorer(function_path=None, rule="format", rule_pattern="a+", timeout_seconds=20.0)
     assert rewards(form, "aa", "ab") == [1.0, 0.0]
-    assert [sample.reward for sample in form.score(samples("aa</s>", stop_text="</s>"))] == [1.0]
+    assert [sample.reward for sample in scored_by(form, samples("aa</s>", stop_text="</s>"))] == [1.0]
     form.close()
 
 
@@ -370,7 +370,7 @@ def test_rules_do_not_judge_the_stop_token() -> None:
     exact = RewardScorer(function_path=None, rule="exact_match", rule_pattern=None, timeout_seconds=20.0)
     ended, labels = samples("<ans>7</s>", "7</s>", stop_text="</s>"), ("<ans>7", "<ans>7</s>", [8, "<ans>7"])
     for label in labels:
-        scored = exact.score([replace(s, prompt=replace(s.prompt, label=label)) for s in ended])
+        scored = scored_by(exact, [replace(s, prompt=replace(s.prompt, label=label)) for s in ended])
         assert [sample.reward for sample in scored] == [1.0, 0.0]
     exact.close()
 
@@ -380,7 +380,7 @@ def test_queries_are_the_prompt_and_all_of_the_response(make_scorer: MakeScorer)
         "def reward_func(queries, prompts, labels):\n"
         "    return [(q, p) == ('Q: <ans>7</s>', 'Q: ') for q, p in zip(queries, prompts)]"
     )
-    assert [sample.reward for sample in scorer.score(samples("<ans>7</s>", stop_text="</s>"))] == [1.0]
+    assert [sample.reward for sample in scored_by(scorer, samples("<ans>7</s>", stop_text="</s>"))] == [1.0]
 
 
 def test_rule_that_hangs_is_stopped() -> None:

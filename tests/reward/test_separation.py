@@ -16,7 +16,7 @@ import pytest
 
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.reward.separation import landlock_version
-from tests.reward.samples import samples
+from tests.reward.samples import samples, scored_by
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "named-by-nobody"
@@ -117,7 +117,7 @@ def test_reward_code_sees_its_own_processes_alone(
     needs("namespaces")
     monkeypatch.setenv("MEGARLHF_TEST", MARK)
     scorer = make_scorer(tmp_path / "look.py", LOOK)
-    assert [sample.reward for sample in scorer.score(samples("a", label=str(bystander)))] == [0.0]
+    assert [sample.reward for sample in scored_by(scorer, samples("a", label=str(bystander)))] == [0.0]
     assert caplog.records == []
     scorer.close()
 
@@ -172,13 +172,13 @@ def test_a_system_without_namespaces_is_said_once(tmp_path: Path) -> None:
 import logging, os, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 from megarlhf.reward.scorer import RewardScorer
-from tests.reward.samples import samples
+from tests.reward.samples import samples, scored_by
 scorer = RewardScorer(
     function_path={str(tmp_path / "look.py")!r}, rule=None, rule_pattern=None, timeout_seconds=20.0
 )
 for _ in range(2):
     scorer.check()
-    (sample,) = scorer.score(samples("a", label=str(os.getpid())))
+    (sample,) = scored_by(scorer, samples("a", label=str(os.getpid())))
     print("environment", sample.reward // 10 % 100)  # without thousands: other processes are in sight
     scorer.close()
 """,
@@ -219,5 +219,5 @@ def test_root_reads_the_files_of_others(tmp_path: Path) -> None:
         tmp_path / "read.py",
         f"def reward_func(q, p, l): return [float(open({str(tmp_path / 'answer')!r}).read())] * len(q)",
     )
-    assert [sample.reward for sample in scorer.score(samples("a"))] == [4.0]
+    assert [sample.reward for sample in scored_by(scorer, samples("a"))] == [4.0]
     scorer.close()

@@ -110,10 +110,11 @@ class PlainRoles:
         samples = [self._sample(p, g, s, step) for g, p in enumerate(prompts) for s in range(2)]
         return Rollout(samples=samples, tokens=tokens_of(samples))
 
-    def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
+    def generate_greedy(self, prompts: Sequence[Prompt]) -> Rollout:
         assert self.phase == "evaluate"
         self.events.append("evaluate")
-        return [self._sample(p, g, 0, 0) for g, p in enumerate(prompts)]
+        samples = [self._sample(p, g, 0, 0) for g, p in enumerate(prompts)]
+        return Rollout(samples=samples, tokens=tokens_of(samples))
 
     def _sample(self, prompt: Prompt, group: int, sample: int, step: int) -> Sample:
         return Sample(
@@ -126,11 +127,11 @@ class PlainRoles:
             weight_version=self.version,
         )
 
-    def score(self, samples: Sequence[Sample]) -> list[Sample]:
+    def score(self, rollout: Rollout) -> list[Sample]:
         assert self.phase in ("reward", "evaluate")
         return [
             replace(s, reward=None if (s.group_id, s.sample_id) in self._without_result else float(s.sample_id))
-            for s in samples
+            for s in rollout.samples
         ]
 
     def push(self, version: int) -> dict[str, float]:

@@ -200,9 +200,9 @@ def test_group_estimators_need_a_second_result_in_the_group() -> None:
 
 def test_evaluation_counts_correct_answers_among_those_with_a_result() -> None:
     class Judged(PlainRoles):
-        def score(self, samples: Sequence[Sample]) -> list[Sample]:
+        def score(self, rollout: Rollout) -> list[Sample]:
             rewards = [1.0, 0.99, None, 1.5, 0.0]
-            return [replace(s, reward=r) for s, r in zip(samples, rewards, strict=True)]
+            return [replace(s, reward=r) for s, r in zip(rollout.samples, rewards, strict=True)]
 
     plain, prompts = Judged(), make_prompts(5)
     metrics = evaluate(plain.roles(critic=False), prompts)

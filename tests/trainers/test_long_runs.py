@@ -33,9 +33,9 @@ class Failing(PlainRoles):
         if where == self._where and self._left == 0:
             raise self._error
 
-    def score(self, samples: Sequence[Sample]) -> list[Sample]:
+    def score(self, rollout: Rollout) -> list[Sample]:
         self._count("score")
-        return super().score(samples)
+        return super().score(rollout)
 
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         self._count("generate")
@@ -69,11 +69,11 @@ def test_steps_with_too_few_results_are_not_trained_and_end_the_run_saved(tmp_pa
 
 def test_a_trained_step_ends_the_row_of_untrained_ones(tmp_path: Path) -> None:
     class Flaky(PlainRoles):
-        def score(self, samples: Sequence[Sample]) -> list[Sample]:
+        def score(self, rollout: Rollout) -> list[Sample]:
             self._without_result = set(ALL) if "generate 3" not in self.events else set()
             if "generate 4" in self.events:
                 self._without_result = set(ALL)
-            return super().score(samples)
+            return super().score(rollout)
 
     plain = Flaky()
     rows = run(tmp_path, plain, batch={"train_iters": 5}, reward={"max_untrained_steps": 3})
@@ -190,7 +190,7 @@ def test_evaluation_and_saving_are_not_in_the_steps_time(tmp_path: Path, monkeyp
             self.now += 3.0
             return super().generate(prompts, step=step)
 
-        def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        def generate_greedy(self, prompts: Sequence[Prompt]) -> Rollout:
             self.now += 100.0
             return super().generate_greedy(prompts)
 
