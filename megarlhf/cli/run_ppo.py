@@ -1,5 +1,6 @@
 """The run of train_ppo.py, whose configuration is checked already: plan, load, start the cluster, train, export."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
 from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.config.roles import layout_lines, megatron_roles
+from megarlhf.config.urls import TOKEN_VARIABLE
 from megarlhf.data.loading import DataSource
 from megarlhf.data.prompts import PromptData, load_prompts, prompts_in_both
 from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens
@@ -37,6 +39,7 @@ from megarlhf.formats.huggingface import HFConfig, read_config
 from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.placement import Machine, object_store_bytes, plan_placement
+from megarlhf.reward.remote import RemoteOptions, RemoteReward
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.reward.sources import RewardSource, SumOfSources
 from megarlhf.trainers import rl
@@ -152,8 +155,8 @@ def _check_models(
     return models, memory
 
 
-def reward_sources(reward: RewardArguments) -> list[RewardSource]:
-    """Each that scores, in the order of their weights; nothing runs yet."""
+def reward_sources(reward: RewardArguments, *, dry_run: bool) -> list[RewardSource]:
+    """Each that scores, in the order of their weights; nothing runs yet. A dry run goes on where a server is not."""
     sources: list[RewardSource] = []
     for function, rule in ((reward.reward_function, None), (None, reward.reward_rule)):
         if function is None and rule is None:
@@ -170,6 +173,20 @@ def reward_sources(reward: RewardArguments) -> list[RewardSource]:
                 passed_variables=reward.reward_env,
             )
         )
+    options = RemoteOptions(
+        token=os.environ.get(TOKEN_VARIABLE) or None,
+        timeout_seconds=reward.remote_rm_timeout_seconds,
+        batch_size=reward.remote_rm_batch_size,
+        concurrency=reward.remote_rm_concurrency,
+        max_retries=reward.remote_rm_max_retries,
+        is_required=not dry_run,
+    )
+    servers = reward.remote_rm_url
+    for shared in (entry for entry in servers if "," in entry):
+        said = "with a space between them their rewards are summed, as OpenRLHF 0.5 did"
+        print(f"note: the servers of remote_rm_url={shared} share the requests; {said}", file=sys.stderr)
+    names = ["remote"] if len(servers) == 1 else [f"remote_{number}" for number in range(len(servers))]
+    sources += [RemoteReward(name, urls.split(","), options) for name, urls in zip(names, servers, strict=True)]
     return sources
 
 
@@ -221,7 +238,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=machine.kind)
     config = resolve(config, transformer_impl)
     plan = plan_placement(config, machine)
-    reward = SumOfSources(reward_sources(config.reward))
+    reward = SumOfSources(reward_sources(config.reward, dry_run=dry_run))
     inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
     kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
     decided = "\n".join([plan.table(), *layout_lines(config), f"{kernels}\n", inputs.memory.text()])

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: PPOConfig, *, dry_run: bool) -> int:
-    config = replace(config, logging=config.logging.continued())
+    config = replace(config, logging=config.logging.continued(), reward=config.reward.resolved())
     raise_if(check_ppo(config))
     from megarlhf.cli.run_ppo import run  # PyTorch and its like take seconds: mistakes are told before
 

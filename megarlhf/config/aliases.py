@@ -133,7 +133,7 @@ _REFUSED = {  # why, and what to set instead -> flags
     ),
     "averaged weights are not offered for RL in this version": "enable_ema",
     # Rewards, algorithm, data
-    "reward models are not offered yet: use --reward_function or --reward_rule": "reward_pretrain remote_rm_url "
+    "reward models are not offered yet: use --reward_function or --reward_rule": "reward_pretrain "
     "reward_num_nodes reward_num_gpus_per_node",
     "mixing in the pretraining loss is not offered in this version": "ptx_coef pretrain_data pretrain_data_probs "
     "pretrain_split",

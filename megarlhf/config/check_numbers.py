@@ -32,13 +32,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "n_samples_per_prompt global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens "
         "max_epochs max_len eval_iters prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "
-        "reward_chunk_size teacher_top_k lora_alpha",
+        "reward_chunk_size remote_rm_batch_size remote_rm_concurrency teacher_top_k lora_alpha",
     ),
     ("at least 3", lambda v: v >= 3, "longest"),
     (
         "above 0",
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
+        "remote_rm_timeout_seconds "
         "adam_eps value_clip beta kl_target temperature vllm_kv_cache_gib gpu_memory_gib "
         "logprob_diff_budget logprob_kl_budget max_ckpt_mem",
     ),
@@ -46,12 +47,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "0 or more",
         lambda v: v >= 0,
         "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef "
-        "moe_aux_loss_coeff nll_loss_coef desirable_loss_weight undesirable_loss_weight lora_rank",
+        "moe_aux_loss_coeff nll_loss_coef desirable_loss_weight undesirable_loss_weight lora_rank "
+        "remote_rm_max_retries",
     ),
     (
         "from 0 to 1",
         lambda v: 0 <= v <= 1,
-        "gamma lambd kd_coef ema_decay lr_warmup_ratio min_lr_ratio min_result_fraction",
+        "gamma lambd kd_coef ema_decay lr_warmup_ratio min_lr_ratio min_result_fraction "
+        "max_no_result_fraction",
     ),
     ("from 0 to below 0.5", lambda v: 0 <= v < 0.5, "label_smoothing"),
     ("from 0 to below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2 lora_dropout"),

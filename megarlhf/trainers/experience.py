@@ -61,6 +61,23 @@ def enough_results(usable: int, generated: int, least_fraction: float) -> bool:
     return usable > 0 and usable >= least_fraction * generated
 
 
+def check_results(scored: Sequence[Sample], config: PPOConfig, *, step: int) -> None:
+    """Stop before a step is trained on what a reward that fails has left of it.
+
+    Raises:
+        NoSamplesError: more than max_no_result_fraction of its samples have no result.
+    """
+    limit = config.reward.max_no_result_fraction
+    missing = sum(sample.reward is None for sample in scored)
+    if limit is not None and missing > limit * len(scored):
+        lost = [name for sample in scored for name, part in sample.parts.items() if part is None and "/" not in name]
+        sources = ", ".join(f"{name} for {count}" for name, count in Counter(lost).items())
+        raise NoSamplesError(
+            f"in step {step}, which is not trained, the reward gave no result for {missing} of {len(scored)} samples "
+            f"({sources}); max_no_result_fraction={limit:g} allows {int(limit * len(scored))}: the log says why"
+        )
+
+
 def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig) -> None:
     """End a run whose reward does not work.
 

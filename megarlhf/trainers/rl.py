@@ -13,6 +13,7 @@ from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import summary
 from megarlhf.trainers.experience import (
     Updates,
+    check_results,
     check_rewards,
     enough_results,
     make_experience,
@@ -61,6 +62,7 @@ def train(
                 generated = of_version(roles.rollout.generate(chosen, step=step), state.step)
             with phases.reward():
                 scored = replace(generated, samples=roles.reward.score(generated))
+            check_results(scored.samples, config, step=step)
             with phases.train():
                 metrics = train_step(config, roles, scored, state, consumed=sampler.consumed(step))
             with phases.sync():

@@ -22,6 +22,7 @@ from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityCon
 from megarlhf.data.types import Rollout
 from megarlhf.engine.indexed_data import CorpusWriter
 from megarlhf.metrics import sinks
+from megarlhf.reward.remote import RemoteOptions
 from megarlhf.reward.sources import SourceResult
 from megarlhf.trainers import assembly, experience, tasks
 from megarlhf.trainers import parity as comparison
@@ -104,6 +105,7 @@ class Programs:
                 patch.delenv(name, raising=False)
             patch.setenv("WANDB_MODE", "offline")
             patch.setenv("KEY_OF_A_SERVICE", "secret")
+            patch.setenv("MEGARLHF_RM_TOKEN", "secret too")
             patch_torch_and_megatron(patch, trace)
             _patch_metrics(patch, trace)
             run(patch, trace)
@@ -125,6 +127,7 @@ class Programs:
             patch_ray(patch, trace)
             patch_vllm(patch, trace)
             patch.setattr(run_ppo, "RewardScorer", lambda **options: FakeScorer(trace, **options))
+            patch.setattr(run_ppo, "RemoteReward", lambda *arguments: FakeRemote(trace, *arguments))
             patch.setattr(run_ppo, "write_report", lambda directory, title: ("page", "picture"))
             _spy(patch, trace, experience, "compute_advantages")
             _spy(patch, trace, assembly, "policy_objective")
@@ -274,6 +277,14 @@ class FakeScorer:
         return SourceResult(
             outcomes=[(r, None) if i < keep * len(samples) else lost_one for i, r in enumerate(rewards)]
         )
+
+
+class FakeRemote(FakeScorer):
+    """A server that scores as the code does."""
+
+    def __init__(self, trace: Trace, name: str, urls: Sequence[str], options: RemoteOptions) -> None:
+        self.name, self._trace = name, trace
+        trace.given["remote"].append({"name": name, "urls": list(urls)} | vars(options))
 
 
 def _spy(patch: pytest.MonkeyPatch, trace: Trace, module: types.ModuleType, name: str) -> None:

@@ -25,6 +25,8 @@ from tests.config.option_probes import (
 )
 
 RLOO = {"advantage_estimator": "rloo"}
+SERVER = "http://127.0.0.1:5000/get_reward"
+REMOTE = {"remote_rm_url": (SERVER,)}
 
 
 def given(what: str, name: str) -> Seen:
@@ -351,6 +353,38 @@ REWARD: dict[str, Probe] = {
         seen=given("reward", "rule_pattern"),
         also={"reward_function": None, "reward_rule": "format"},
         before={"reward_format": "0.875"},
+    ),
+    "remote_rm_url": Probe(
+        value=(f"{SERVER},http://[::1]:7/b", "https://rewards.example/c"),
+        seen=both(
+            lambda t: [(one["name"], one["urls"], one["token"]) for one in t.given["remote"]],
+            metric("reward/remote_1/no_result_count", 1),
+            lambda t: {s.response_text.endswith("</s>") for s in t.given["scored"][1] if s.finish_reason == "stop"},
+        ),
+        expected=(
+            [
+                ("remote_0", [SERVER, "http://[::1]:7/b"], "secret too"),
+                ("remote_1", ["https://rewards.example/c"], "secret too"),
+            ],
+            0.0,
+            {True},
+        ),
+    ),
+    "remote_rm_batch_size": Probe(value=7, seen=given("remote", "batch_size"), also=REMOTE),
+    "remote_rm_concurrency": Probe(value=3, seen=given("remote", "concurrency"), also=REMOTE),
+    "remote_rm_timeout_seconds": Probe(value=33.5, seen=given("remote", "timeout_seconds"), also=REMOTE),
+    "remote_rm_max_retries": Probe(value=0, seen=given("remote", "max_retries"), also=REMOTE),
+    "remote_rm_allow_http": Probe(
+        value=True,
+        seen=given("remote", "urls"),
+        expected=["http://10.1.2.3:5000/get_reward"],
+        also={"remote_rm_url": ("http://10.1.2.3:5000/get_reward",)},
+    ),
+    "max_no_result_fraction": Probe(
+        value=0.4,
+        seen=lambda t: "for 4 of 8 samples (function for 4); max_no_result_fraction=0.4 allows 3" in t.error,
+        expected=True,
+        also={"reward_function": None, "reward_rule": "format", "reward_format": "0.5"},
     ),
     "min_result_fraction": Probe(
         value=0.8,

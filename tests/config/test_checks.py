@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_layout import world_errors
+from megarlhf.config.check_rewards import reward_errors
 from megarlhf.config.checks import ConfigError, check_parity, check_ppo, check_supervised, raise_if
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.config.roles import ROLES
 from megarlhf.config.supervised_arguments import ParityConfig, SFTConfig
 
@@ -358,6 +361,18 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ({"reward_rule": None, "reward_function": "/nowhere.py"}, "reward_function=/nowhere.py is not a Python file"),
         ({"reward_rule": None, "reward_function": "/bin/sh"}, "reward_function=/bin/sh is not a Python file"),
         ({"reward_env": ["PATH", "NO_SUCH_NAME"]}, "reward_env=NO_SUCH_NAME is not a variable of this environment"),
+        ({"remote_rm_url": ["ftp://a/b"]}, "remote_rm_url=ftp://a/b is no http or https address: set http://HOST"),
+        ({"remote_rm_url": ["a.example:5000/b"]}, "remote_rm_url=a.example:5000/b is no http or https address"),
+        ({"remote_rm_url": ["http:///b"]}, "remote_rm_url=http:///b is no http or https address"),
+        ({"remote_rm_url": ["http://a:99999/b"]}, "remote_rm_url=http://a:99999/b is no address (Port out of range"),
+        ({"remote_rm_url": ["http://a/b,http://[::1/b"]}, "remote_rm_url=http://[::1/b is no address (Invalid IPv6"),
+        ({"remote_rm_url": ["http://me:pw@a/b"]}, "remote_rm_url: an address of a holds a password (other users can"),
+        ({"remote_rm_url": ["http://a:5"]}, "remote_rm_url=http://a:5 names no path: set http://a:5/get_reward, or"),
+        ({"remote_rm_url": ["a.py", "b.py"]}, "remote_rm_url=a.py b.py with reward_function=None (one reward function"),
+        ({"remote_rm_concurrency": 2}, "remote_rm_concurrency=2 is ignored without remote_rm_url"),
+        ({"remote_rm_url": ["http://a/"], "remote_rm_concurrency": 0}, "remote_rm_concurrency=0 must be at least 1"),
+        ({"remote_rm_url": ["http://a/"], "remote_rm_max_retries": -1}, "remote_rm_max_retries=-1 must be 0 or more"),
+        ({"max_no_result_fraction": 1.5}, "max_no_result_fraction=1.5 must be from 0 to 1"),
         ({"tokenizer_chat_template": "{{ messages }}"}, "tokenizer_chat_template is ignored"),
         ({"input_template": "no place"}, "input_template='no place'"),
         ({"input_template": "{} {x}"}, "input_template='{} {x}'"),
@@ -448,6 +463,44 @@ def test_someone_scores(check: Check, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("reward_func = print\n")
     assert check(reward_function=str(tmp_path / "reward.py")) == []  # beside a rule: the sum is the reward
     assert "reward_rule=None (nothing scores)" in only(check(reward_rule=None))
+
+
+@pytest.mark.parametrize(
+    ("url", "refused"),
+    [
+        ("http://10.1.2.3:5000/get_reward", True),
+        ("http://rewards.example/get_reward", True),
+        ("http://127.0.0.1.rewards.example/get_reward", True),
+        ("https://rewards.example/get_reward", False),
+        ("http://127.0.0.1:5000/get_reward", False),
+        ("http://[::1]:5000/get_reward", False),
+        ("http://LocalHost/get_reward", False),
+    ],
+)
+def test_a_token_crosses_no_network_in_the_open(
+    check: Check, monkeypatch: pytest.MonkeyPatch, url: str, refused: bool
+) -> None:
+    given = {"reward_rule": None, "remote_rm_url": [f"http://127.0.0.1/a,{url}"]}
+    monkeypatch.delenv("MEGARLHF_RM_TOKEN", raising=False)
+    assert check(**given) == []
+    monkeypatch.setenv("MEGARLHF_RM_TOKEN", "secret")
+    errors = check(**given)
+    assert len(errors) == refused and "secret" not in str(errors)
+    assert not refused or errors[0].startswith(f"remote_rm_url={url} would carry the token of MEGARLHF_RM_TOKEN unencr")
+    assert check(**given, remote_rm_allow_http=True) == []
+
+
+def test_what_remote_rm_url_decides() -> None:
+    url = "http://127.0.0.1/a"
+    assert RewardArguments().resolved() == RewardArguments()
+    servers = RewardArguments(remote_rm_url=(url,)).resolved()
+    assert (servers.reward_skip_special_tokens, servers.max_no_result_fraction) == (False, 0.1)
+    file = RewardArguments(remote_rm_url=("r.py",)).resolved()
+    assert file == RewardArguments(reward_function="r.py", reward_skip_special_tokens=False)
+    both = RewardArguments(remote_rm_url=(url, "r.py"), max_no_result_fraction=0.7, reward_skip_special_tokens=True)
+    assert both.resolved() == replace(both, remote_rm_url=(url,), reward_function="r.py")
+    two = RewardArguments(remote_rm_url=("r.py",), reward_function="s.py")
+    assert two.resolved().remote_rm_url == ("r.py",) and "r.py with reward_function=s.py" in reward_errors(two)[0]
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "nul\0byte", "file/inside", "loop"], ids=["long", "nul", "file", "loop"])

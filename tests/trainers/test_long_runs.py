@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,29 @@ def test_steps_with_too_few_results_are_not_trained_and_end_the_run_saved(tmp_pa
     assert [row.get("reward/untrained_steps") for row in rows] == [None, 1, 2]
     assert rows[2]["reward/no_result_count"] == 5 and rows[2]["reward/mean"] == pytest.approx(2 / 3)
     assert "policy/loss" not in rows[2] and "rollout/response_length_mean" in rows[2]
+
+
+@pytest.mark.parametrize(("limit", "stops"), [(0.37, True), (0.375, False), (0.0, True), (None, False)])
+def test_a_reward_that_fails_ends_the_run_before_it_trains_on_the_rest(
+    tmp_path: Path, limit: float | None, stops: bool
+) -> None:
+    class Failing(PlainRoles):
+        def score(self, rollout: Rollout) -> list[Sample]:
+            self._without_result = set(ALL[:3]) if "generate 3" in self.events else set()
+            parts = [replace(s, parts={"remote": s.reward, "rule": 1.0}) for s in super().score(rollout)]
+            return parts
+
+    plain = Failing()
+    given = {"batch": {"train_iters": 3}, "reward": {"max_no_result_fraction": limit}}
+    if not stops:
+        run(tmp_path, plain, **given)
+        return
+    said = r"in step 3, .* no result for 3 of 8 samples \(remote for 3\); max_no_result_fraction=0"
+    with pytest.raises(NoSamplesError, match=said) as failure:
+        run(tmp_path, plain, **given)
+    assert plain.events[-3:] == ["generate 3", "rescue", "save 2"]
+    assert plain.saved[2]["consumed_prompts"] == 8 and plain.saved[2]["untrained_steps"] == 0
+    assert "the state after step 2 is saved" in failure.value.__notes__[0]
 
 
 def test_a_trained_step_ends_the_row_of_untrained_ones(tmp_path: Path) -> None:
