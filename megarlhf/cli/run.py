@@ -226,6 +226,13 @@ def resumed_step(logging: LoggingArguments, identity: dict[str, Any]) -> int | N
     return step
 
 
+def check_best_metric(logging: LoggingArguments, reported: Sequence[str]) -> None:
+    """Raises ValueError for a best_metric that is not among what an evaluation of the run reports."""
+    name = logging.best_metric
+    if name is not None and name not in reported:
+        raise ValueError(f"best_metric={name} is no metric of an evaluation here: use one of {', '.join(reported)}")
+
+
 def data_identity(num_rows: int, fingerprint: str) -> str:
     """What a checkpoint and the training data must agree on: the rows and their order, as they are tokenized.
 

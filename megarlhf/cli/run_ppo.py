@@ -1,19 +1,18 @@
 """The run of train_ppo.py, whose configuration is checked already: plan, load, start the cluster, train, export."""
 
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megarlhf.cli.disk import check_disk_space, check_shared_memory
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.memory import MemoryPlan, fitting_memory
+from megarlhf.cli.prompt_data import load_data, resolve_special_tokens
 from megarlhf.cli.run import (
     Opened,
     StopSignal,
+    check_best_metric,
     check_weights,
     data_identity,
     kernel_lines,
@@ -24,18 +23,16 @@ from megarlhf.cli.run import (
     resolved_files,
     resumed_step,
 )
-from megarlhf.config.arguments import PPOConfig, PromptDataArguments
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
 from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.config.roles import layout_lines, megatron_roles
 from megarlhf.config.urls import TOKEN_VARIABLE
-from megarlhf.data.loading import DataSource
-from megarlhf.data.prompts import PromptData, load_prompts, prompts_in_both
-from megarlhf.data.tokenizer import load_tokenizer, special_token_in, stop_tokens
+from megarlhf.data.prompts import PromptData
 from megarlhf.data.types import Prompt
-from megarlhf.formats.data_names import probabilities
-from megarlhf.formats.huggingface import HFConfig, read_config
+from megarlhf.formats.data_names import named_sets
+from megarlhf.formats.huggingface import HFConfig
 from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.placement import Machine, object_store_bytes, plan_placement
@@ -43,6 +40,7 @@ from megarlhf.reward.remote import RemoteOptions, RemoteReward
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.reward.sources import RewardSource, SumOfSources
 from megarlhf.trainers import rl
+from megarlhf.trainers.evaluation import metric_names
 from megarlhf.trainers.state import LoopState
 
 MAX_RULE_WORKERS = 8  # processes that score by a rule, where the user gives no number
@@ -67,21 +65,6 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     return replace(config, algorithm=algorithm, batch=batch)
 
 
-def resolve_special_tokens(config: PPOConfig, labels: Sequence[Any]) -> PPOConfig:
-    """Decide, where that was left open, whether rewards read special tokens: where a label holds one."""
-    if config.reward.reward_skip_special_tokens is not None:
-        return config
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.pretrain, chat_template=None)
-    found = special_token_in(labels, tokenizer)
-    if found is not None:
-        print(
-            f"labels hold special tokens, such as {found}: rewards read those of the responses too "
-            "(--reward_skip_special_tokens leaves them out)",
-            file=sys.stderr,
-        )
-    return replace(config, reward=replace(config.reward, reward_skip_special_tokens=found is None))
-
-
 def find_machine(config: PPOConfig) -> Machine:
     """What each node of the run has: this machine, or the nodes of the Ray cluster that is joined.
 
@@ -94,49 +77,6 @@ def find_machine(config: PPOConfig) -> Machine:
 
         return joined_machine(address, nodes=nodes)
     return Machine(kind=device_kind(), nodes=nodes, gpus_per_node=num_local_gpus(), cores_per_node=num_cores())
-
-
-def load_data(config: PPOConfig) -> tuple[PromptData, list[Prompt] | None, tuple[int, ...]]:
-    """Training prompts, evaluation prompts and the tokens that end a response.
-
-    Raises:
-        ConfigError: what is wrong with either file.
-    """
-    data, model = config.data, config.model
-    # A label is optional under its default name; a rule that compares, or a name that the user chose, asks for it.
-    needs_label = config.reward.reward_rule in ("math", "exact_match")
-    needs_label |= data.label_key != PromptDataArguments.label_key
-    tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
-    hf_config = read_config(model.pretrain)
-
-    def load(source: DataSource) -> PromptData:
-        loaded = load_prompts(
-            source,
-            tokenizer,
-            input_key=data.input_key,
-            label_key=data.label_key,
-            apply_chat_template=data.apply_chat_template,
-            input_template=data.input_template,
-            prompt_max_len=config.rollout.prompt_max_len,
-            max_samples=data.max_samples,
-            vocab_size=hf_config.vocab_size,
-            needs_label=needs_label,
-        )
-        if loaded.num_dropped:
-            total = loaded.num_dropped + len(loaded.prompts)
-            longer = f"are longer than prompt_max_len={config.rollout.prompt_max_len} tokens"
-            print(f"{loaded.num_dropped} of {total} prompts of {source} {longer} and are left out", file=sys.stderr)
-        return loaded
-
-    probs = probabilities(data.prompt_data_probs)
-    sources = [DataSource(names=data.prompt_data, probs=probs, split=data.prompt_split, seed=model.seed)]
-    sources += [DataSource(names=data.eval_data)] if data.eval_data else []
-    find_stops = partial(stop_tokens, tokenizer, model.pretrain, hf_config)
-    stops, prompts, *evaluation = all_or_errors([find_stops, *[partial(load, source) for source in sources]])
-    if evaluation and (both := prompts_in_both(prompts, evaluation[0])):
-        number = len(evaluation[0].prompts)
-        print(f"warning: {both} of {number} prompts of {data.eval_data} are trained on too", file=sys.stderr)
-    return prompts, evaluation[0].prompts if evaluation else None, tuple(stop.token_id for stop in stops)
 
 
 def _check_models(
@@ -194,7 +134,7 @@ class Inputs(NamedTuple):
     """What a run reads before anything starts."""
 
     prompts: PromptData
-    eval_prompts: list[Prompt] | None
+    eval_sets: dict[str, list[Prompt]]  # by name
     stop_tokens: tuple[int, ...]
     models: list[HFConfig]  # of each role that is Megatron's
     identity: dict[str, Any]  # what a checkpoint must agree with
@@ -214,12 +154,14 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
     }
-    (prompts, eval_prompts, stop_tokens), continued, (models, memory), _ = all_or_errors(
+    names = metric_names([name for name, _ in named_sets(config.evaluation.eval_data or "")], config.evaluation)
+    (prompts, eval_sets, stop_tokens), continued, (models, memory), *_ = all_or_errors(
         [
             lambda: load_data(config),
             lambda: resumed_step(config.logging, identity),
             lambda: _check_models(config, transformer_impl, dry_run=dry_run),
             reward.check,
+            lambda: check_best_metric(config.logging, names),
         ]
     )
     identity |= {"data": data_identity(len(prompts.prompts), prompts.fingerprint)}
@@ -228,7 +170,7 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
         trained = [model for model, role in zip(models, roles, strict=True) if role.trains]
         check_disk_space(config, trained, first_step=continued or 0, last_step=config.batch.train_iters)
     configs = [model.config for model in models]
-    return Inputs(prompts, eval_prompts, stop_tokens, configs, identity, continued, memory)
+    return Inputs(prompts, eval_sets, stop_tokens, configs, identity, continued, memory)
 
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:
@@ -242,8 +184,9 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
     kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
     decided = "\n".join([plan.table(), *layout_lines(config), f"{kernels}\n", inputs.memory.text()])
-    prompts, eval_prompts, stops = inputs.prompts, inputs.eval_prompts, inputs.stop_tokens
-    config = resolve_special_tokens(config, [prompt.label for prompt in (*prompts.prompts, *(eval_prompts or ()))])
+    prompts, eval_sets, stops = inputs.prompts, inputs.eval_sets, inputs.stop_tokens
+    labels = [prompt.label for members in (prompts.prompts, *eval_sets.values()) for prompt in members]
+    config = resolve_special_tokens(config, labels)
     if dry_run:
         reward.close()
         print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n\n" + decided)
@@ -267,12 +210,16 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
             state = LoopState.fresh(config.algorithm)
             if config.logging.load is not None:
                 state.restore(cluster.load(Path(config.logging.load) / "checkpoints"))
-            rl.train(config, cluster.roles, prompts, eval_prompts, state, sinks, stop)
+            rl.train(config, cluster.roles, prompts, eval_sets, state, sinks, stop)
             cluster.export(directory / "hf")
+            if (best := state.best.directory(logging)) is not None:
+                cluster.export(directory / "hf_best", of=best)
     finally:
         sinks.close()
         reward.close()
     with running():
         page, picture = write_report(directory, f"megarlhf ppo: {directory.name}")
+    if best is not None:
+        print(f"best: {state.best}, {directory / 'hf_best'}")
     print(f"model: {directory / 'hf'}\nreport: {page} and {picture}")
     return 0

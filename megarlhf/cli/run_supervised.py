@@ -20,6 +20,7 @@ from megarlhf.cli.memory import MemoryPlan, fitting_memory
 from megarlhf.cli.run import (
     Opened,
     StopSignal,
+    check_best_metric,
     check_weights,
     data_identity,
     kernel_lines,
@@ -36,6 +37,7 @@ from megarlhf.config.reward_model_arguments import PRMConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, PairsConfig, SupervisedConfig
 from megarlhf.data.supervised import SupervisedData, Units, dropped_line
 from megarlhf.formats.huggingface import HFWeights
+from megarlhf.metrics.keys import METRICS
 from megarlhf.metrics.report import write_report
 from megarlhf.models.backend import resolve_transformer_impl
 from megarlhf.parallel.device import device_kind, num_cores
@@ -106,8 +108,14 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
         models = [adapted[0], *alone]
         return models, fitting_memory(config, [model.config for model in models])
 
-    continued, (models, memory), data, *evaluation = all_or_errors(
-        [partial(resumed_step, config.logging, identity), check_model, *loaders]
+    reported = [key for key in METRICS if key.startswith(f"{config.program}/eval_")]
+    continued, _, (models, memory), data, *evaluation = all_or_errors(
+        [
+            partial(resumed_step, config.logging, identity),
+            partial(check_best_metric, config.logging, reported),
+            check_model,
+            *loaders,
+        ]
     )
     identity |= {"data": data_identity(len(data), data.fingerprint)} | _objective_identity(config)
     resumed_step(config.logging, identity)  # again, now that the data and other models can be read
@@ -171,6 +179,7 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
 
     from megarlhf.data.planning import PackingOptions
     from megarlhf.engine.average import WeightAverage
+    from megarlhf.engine.checkpoint import load_engine
     from megarlhf.engine.engine import MegatronEngine
     from megarlhf.engine.export import export_hf
     from megarlhf.parallel.groups import destroy_groups, initialize_groups
@@ -214,7 +223,7 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
         sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=told["continued"])
     try:
         with running():
-            entries = supervised.train(
+            ended = supervised.train(
                 config,
                 engine,
                 task,
@@ -228,17 +237,23 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
                 average=average,
             )
             export = partial(export_hf, engine, tokenizer=tokenizer, chat_template=template)
-            export(directory / "hf", config_entries=entries)
+            export(directory / "hf", config_entries=ended.config_entries)
             if average is not None:  # what was measured is not of these weights
                 with average.in_place():
                     export(directory / "hf_ema")
+            if (best := ended.best.directory(config.logging)) is not None:
+                load_engine(engine, best / "actor", with_optimizer=False)
+                found = supervised.evaluate(engine, task, held_out[0], config.batch.global_batch_size)
+                export(directory / "hf_best", config_entries=task.config_entries(found) if task.config_entries else {})
     finally:
         if sinks is not None:
             sinks.close()
         destroy_groups()
     if rank == 0:
         measured = "evaluation data" if evaluation else f"first {supervised.MEASURED_UNITS} units of training data"
-        _report(config, data, {name: f"{value:.4g} of the {measured}" for name, value in entries.items()})
+        _report(config, data, {name: f"{value:.4g} of the {measured}" for name, value in ended.config_entries.items()})
+        if best is not None:
+            print(f"best: {ended.best}, {directory / 'hf_best'}")
     return 0
 
 

@@ -40,8 +40,15 @@ class Cluster:
     actor: WorkerGroup
     checkpoints: CheckpointGroup
 
-    def export(self, directory: Path) -> None:
-        """Write the actor as a Hugging Face checkpoint."""
+    def export(self, directory: Path, *, of: Path | None = None) -> None:
+        """Write the actor as a Hugging Face checkpoint.
+
+        Args:
+            of: checkpoint whose weights it takes first; None: as they are.
+        """
+        if of is not None:
+            with self.phases.load():
+                self.actor.call("load", str(of.absolute() / "actor"))
         with self.phases.export():
             self.actor.call("export", str(directory.absolute()))
 

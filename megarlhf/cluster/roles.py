@@ -90,19 +90,22 @@ class RolloutGroup:
 
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         """See RolloutRole."""
-        return self._generate(prompts, self.n_samples, step, greedy=False)
+        return self._generate(prompts, range(len(prompts)), self.n_samples, step, None)
 
-    def generate_greedy(self, prompts: Sequence[Prompt]) -> Rollout:
+    def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
         """See RolloutRole."""
-        return self._generate(prompts, 1, 0, greedy=True)
+        return self._generate(prompts, [prompt.index for prompt in prompts], n_samples, 0, temperature)
 
-    def _generate(self, prompts: Sequence[Prompt], n_samples: int, step: int, *, greedy: bool) -> Rollout:
+    def _generate(
+        self, prompts: Sequence[Prompt], places: Sequence[int], n_samples: int, step: int, temperature: float | None
+    ) -> Rollout:
+        """Samples whose seeds follow from the run's, the step and the prompts' places; None: the run's temperature."""
         refs, order, count = [], [], len(self.workers.handles)
         for engine, handle in enumerate(self.workers.handles[: len(prompts)]):
             groups = list(range(engine, len(prompts), count))
             order += groups
             tokens = [prompts[group].token_ids for group in groups]
-            refs.append(handle.generate.remote(tokens, groups, n_samples, step, greedy))
+            refs.append(handle.generate.remote(tokens, [places[g] for g in groups], n_samples, step, temperature))
         parts = self.workers.wait_for(refs, "generate")
         found = dict(zip(order, (group for part in parts for group in part), strict=True))
         samples = [

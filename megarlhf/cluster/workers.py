@@ -259,20 +259,25 @@ class RolloutWorker:
         )
 
     def generate(
-        self, prompts: Sequence[TokenIds], group_ids: Sequence[int], n_samples: int, step: int, greedy: bool
+        self,
+        prompts: Sequence[TokenIds],
+        group_ids: Sequence[int],
+        n_samples: int,
+        step: int,
+        temperature: float | None,
     ) -> list[tuple[GeneratedGroup, Any]]:
-        """Samples of each prompt, and a reference to their tokens."""
+        """Samples of each prompt, and a reference to their tokens; None: at the run's temperature, 0: greedy."""
         config = self.spec.config
         groups = self.engine.generate(
             prompts,
             group_ids=list(group_ids),
             n_samples=n_samples,
             max_tokens=config.rollout.generate_max_len,
-            temperature=config.rollout.temperature,
+            temperature=config.rollout.temperature if temperature is None else temperature,
             stop_token_ids=list(self.spec.stop_token_ids),
             run_seed=config.model.seed,
             step=step,
-            greedy=greedy,
+            greedy=temperature == 0,
         )
         return [(replace(group, tokens=None), ray.put(group.tokens)) for group in groups]
 

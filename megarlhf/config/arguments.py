@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megarlhf.config.algorithm_arguments import AlgorithmArguments
+from megarlhf.config.evaluation_arguments import EvaluationArguments
 from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments
@@ -181,7 +182,17 @@ class RenderingArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptDataArguments(RenderingArguments):
+class PromptColumnArguments(RenderingArguments):
+    """How rows become prompts."""
+
+    input_key: str = "input"
+    """Column with the prompt: text, or a list of chat messages."""
+    label_key: str = "label"
+    """Column with the reference answer for the reward, any JSON value; may be absent where the reward needs none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataArguments(PromptColumnArguments):
     """Prompts to generate from."""
 
     prompt_data: str
@@ -192,13 +203,6 @@ class PromptDataArguments(RenderingArguments):
     one has no more. None: all rows of all of them."""
     prompt_split: str = "train"
     """Split to take prompts from, of data sets that have several."""
-    eval_data: str | None = None
-    """Prompts of the evaluation, in the same formats: eval/accuracy is the fraction of them whose one greedy response
-    has a reward of at least 1, of those with a result. None: no evaluation."""
-    input_key: str = "input"
-    """Column with the prompt: text, or a list of chat messages."""
-    label_key: str = "label"
-    """Column with the reference answer for the reward, any JSON value; may be absent where the reward needs none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +225,13 @@ class LoggingArguments:
     save_interval: int | None = None
     """Steps between checkpoints. None: only after the last step."""
     eval_interval: int | None = None
-    """Steps between evaluations. One follows the last step in any case, and one comes before RL. None: only these, and
-    in supervised training one at the end of each epoch."""
+    """Steps between evaluations. One follows the last step in any case, and one comes before RL. None: these, and one
+    at the end of each epoch."""
+    best_metric: str | None = None
+    """Metric of an evaluation, such as eval/accuracy: the checkpoint of the step where it was best is saved and kept
+    besides max_ckpt_num others, checkpoints/best links to it, and its model comes to <save>/hf_best. None: no such."""
+    best_metric_mode: Literal["max", "min"] = "max"
+    """Whether the highest or the lowest is best."""
     log_interval: int = 1
     """Steps between lines on the console; metrics.jsonl gets every step."""
     max_ckpt_num: int = 3
@@ -265,6 +274,7 @@ class PPOConfig:
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
     data: PromptDataArguments
     reward: RewardArguments = field(default_factory=RewardArguments)
+    evaluation: EvaluationArguments = field(default_factory=EvaluationArguments)
     logging: LoggingArguments
     passed: PassedArguments = field(default_factory=PassedArguments)
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megarlhf.formats.data_names import name_errors
+from megarlhf.formats.data_names import name_errors, set_errors
 from megarlhf.formats.json_files import read_json_object
 
 _CHECKPOINT = (os.path.isdir, "is not a local directory (nothing is downloaded): give that of a downloaded checkpoint")
-_DATA = ("prompt_data", "eval_data", "dataset", "eval_dataset")
+_DATA = dict.fromkeys(("prompt_data", "dataset", "eval_dataset"), name_errors) | {"eval_data": set_errors}
 _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
     **dict.fromkeys(("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model", "tokenizer"), _CHECKPOINT),
     "load": (os.path.isdir, "is not a directory: give the run directory (save) of an earlier run"),
@@ -32,7 +32,7 @@ def place_errors(options: Mapping[str, Any]) -> list[str]:
         for key, (is_there, said) in _PLACES.items()
         if options.get(key) is not None and not is_there(options[key])
     ]
-    return errors + [error for key in _DATA if options.get(key) for error in name_errors(key, options[key])]
+    return errors + [error for key, found in _DATA.items() if options.get(key) for error in found(key, options[key])]
 
 
 def read_model(key: str, path: str) -> tuple[dict[str, Any], list[str]]:

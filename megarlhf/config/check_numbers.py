@@ -40,7 +40,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
         "remote_rm_timeout_seconds "
-        "adam_eps value_clip beta kl_target temperature vllm_kv_cache_gib gpu_memory_gib "
+        "adam_eps value_clip beta kl_target temperature eval_temperature vllm_kv_cache_gib gpu_memory_gib "
         "logprob_diff_budget logprob_kl_budget max_ckpt_mem",
     ),
     (
@@ -48,7 +48,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: v >= 0,
         "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef "
         "moe_aux_loss_coeff nll_loss_coef desirable_loss_weight undesirable_loss_weight lora_rank "
-        "remote_rm_max_retries",
+        "remote_rm_max_retries eval_n_samples_per_prompt",
     ),
     (
         "from 0 to 1",

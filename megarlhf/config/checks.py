@@ -27,6 +27,7 @@ from megarlhf.config.check_numbers import (
 from megarlhf.config.check_rewards import reward_errors
 from megarlhf.config.check_save import ckpt_errors, save_errors
 from megarlhf.config.command_line import to_dict
+from megarlhf.config.evaluation_arguments import EvaluationArguments
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.reward_model_arguments import RMConfig
 from megarlhf.config.roles import megatron_roles
@@ -75,7 +76,12 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += probability_errors(
         "prompt_data_probs", config.data.prompt_data_probs, "prompt_data", config.data.prompt_data
     )
-    evaluates = config.data.eval_data is not None
+    evaluates, given = config.evaluation.eval_data is not None, vars(config.evaluation)
+    unread = [] if evaluates else [name for name in given if given[name] != getattr(EvaluationArguments, name)]
+    errors += [f"{name}={given[name]} has nothing to evaluate on: set eval_data" for name in unread]
+    number, temperature = config.evaluation.eval_n_samples_per_prompt, config.evaluation.eval_temperature
+    said = f"eval_temperature={temperature} is ignored with eval_n_samples_per_prompt=0 (greedy responses have none): "
+    errors += broken({said + "set it, or leave it out": temperature is not None and not number})
     return errors + _logging_errors(config.logging, evaluation="eval_data", evaluates=evaluates)
 
 
@@ -290,6 +296,12 @@ def _logging_errors(
             ),
             f"eval_interval={logging.eval_interval} has nothing to evaluate on: set {evaluation}": (
                 logging.eval_interval is not None and not evaluates
+            ),
+            f"best_metric={logging.best_metric} has nothing to evaluate on: set {evaluation}": (
+                logging.best_metric is not None and not evaluates
+            ),
+            f"best_metric_mode={logging.best_metric_mode} is ignored without best_metric: set it, or leave it out": (
+                logging.best_metric_mode != LoggingArguments.best_metric_mode and logging.best_metric is None
             ),
             "use_wandb=True finds no key: set the environment variable WANDB_API_KEY, or WANDB_MODE=offline": (
                 logging.use_wandb and not has_key

@@ -1,6 +1,7 @@
 """Prompts for the RL loop."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -95,10 +96,10 @@ def load_prompts(
     return PromptData(prompts=prompts, num_dropped=len(rows) - len(prompts))
 
 
-def prompts_in_both(training: PromptData, evaluation: PromptData) -> int:
+def prompts_in_both(training: PromptData, evaluation: Sequence[Prompt]) -> int:
     """Prompts of the evaluation that are trained on too, token for token."""
     trained = {prompt.token_ids.tobytes() for prompt in training.prompts}
-    return sum(prompt.token_ids.tobytes() in trained for prompt in evaluation.prompts)
+    return sum(prompt.token_ids.tobytes() in trained for prompt in evaluation)
 
 
 def _flat(prompts: list[Prompt]) -> tuple[TokenIds, Ints]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 SUFFIXES = {"json": (".jsonl", ".json"), "csv": (".csv",), "parquet": (".parquet",), "arrow": (".arrow",)}
@@ -25,6 +26,31 @@ def data_names(text: str) -> list[DataName]:
 def _data_name(text: str) -> DataName:
     kind, at, path = text.partition("@")
     return DataName(text) if not at or os.path.exists(text) else DataName(path, kind)
+
+
+def named_sets(text: str) -> list[tuple[str, str]]:
+    """The data sets that an evaluation keeps apart, as (name, data set): NAME=PATH, or named for the file's stem.
+
+    A single one without a name is called "".
+    """
+    parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
+    pairs = [("", part) if os.path.exists(part) or "=" not in part else part.split("=", 1) for part in parts]
+    if len(pairs) == 1:
+        return [(pairs[0][0], pairs[0][1])]
+    return [(name or Path(_data_name(place).path).stem, place) for name, place in pairs]
+
+
+def set_errors(key: str, text: str) -> list[str]:
+    """What is wrong with the data sets that option `key` names for an evaluation, in sentences for the user."""
+    sets = named_sets(text)
+    names = [name for name, _ in sets]
+    errors = [error for _, place in sets for error in name_errors(key, place)]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            errors.append(f"{key}={text} has two sets of the name {name}: give names, as in math=PATH,code=PATH")
+        elif name and not re.fullmatch(r"[\w.-]+", name):
+            errors.append(f"{key}={text}; the name {name!r} takes letters, digits, _, . and -: give another")
+    return errors
 
 
 def probabilities(text: str | None) -> tuple[float, ...] | None:

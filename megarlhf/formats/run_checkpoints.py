@@ -3,6 +3,7 @@
     checkpoints/latest_checkpointed_iteration.txt
     checkpoints/iter_0000010/run_state.json          what the loop needs: step, coefficients, identity
     checkpoints/iter_0000010/actor/, critic/         torch_dist: weights, optimizer, schedule
+    checkpoints/best                                 with --best_metric a link to the iteration of the best evaluation
 
 A save goes to `iter_0000010.partial/`, is synced to disk and renamed; then the latest pointer is replaced, so that a
 process killed at any moment leaves the last complete checkpoint in place.
@@ -17,6 +18,7 @@ from megarlhf.formats.staging import replace_directory, sync
 
 OPTIMIZER_STATE = "optimizer_state"  # entry of an identity: what of the layout decides how optimizer state is kept
 LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best"
 
 
 def iteration_directory(root: Path, step: int) -> Path:
@@ -46,6 +48,7 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int, most_
     """Make the checkpoint under `begin`'s directory the latest one, then drop the oldest of its past.
 
     Args:
+        run_state: the step of its entry "best", if it has one, stays as well, and BEST links to it.
         keep: how many stay; 0: all.
         most_gib: what all together may take; the new one stays in any case.
     """
@@ -59,12 +62,26 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int, most_
     sync(pointer)
     pointer.rename(root / LATEST)
     sync(root)
+    best, besides = run_state.get("best", {}).get("step"), list[Path]()
+    if best is not None and (kept := iteration_directory(root, best)).is_dir():
+        _link(root / BEST, kept)
+        besides = [kept] if kept != final else []
     complete = sorted(path for path in root.glob("iter_*") if not path.name.endswith(".partial"))
-    past = complete[: complete.index(final) + 1]
+    past = [path for path in complete[: complete.index(final) + 1] if path not in besides]
     for number, old in enumerate(past[:-1]):
-        if 0 < keep < len(past) - number or (most_gib is not None and sum(map(_gib, past[number:])) > most_gib):
+        size = 0.0 if most_gib is None else sum(map(_gib, past[number:] + besides))
+        if 0 < keep < len(past) - number or (most_gib is not None and size > most_gib):
             shutil.rmtree(old)
     return final
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make a link beside its target, or point it elsewhere; at every moment it is there or was never."""
+    made = link.with_name(f"{link.name}.partial")
+    made.unlink(missing_ok=True)
+    made.symlink_to(target.name)
+    made.rename(link)
+    sync(link.parent)
 
 
 def _gib(directory: Path) -> float:

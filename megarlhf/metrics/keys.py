@@ -79,18 +79,21 @@ METRICS: dict[str, str] = {
     "memory/ROLE/optimizer_gib": "Running means and main weights of a role, the most on one device so far (GiB)",
     "memory/ROLE/reference_gib": "Reference beside a role, the most on one device; there while it computes alone (GiB)",
     "time/rollout_seconds": "Generating responses (seconds)",
-    "time/reward_seconds": "Scoring responses (seconds)",
+    "time/reward_seconds": "Scoring responses, an evaluation's too (seconds)",
     "time/experience_seconds": "Log-probs, reference log-probs and values of the samples (seconds)",
     "time/train_seconds": "Forward, backward and optimizer steps (seconds)",
     "time/sync_seconds": "Moving the weights to the inference engines (seconds)",
-    "time/eval_seconds": "Evaluation (seconds)",
+    "time/eval_seconds": "Evaluation, in RL without scoring (seconds)",
     "time/save_seconds": "Writing the checkpoint since the row before (seconds)",
     "time/step_seconds": "The whole step without evaluation and saving (seconds)",
     "perf/tokens_per_second": "RL: response tokens, else: all tokens of the step, over its time (tokens/s)",
     "perf/samples_per_second": "Samples trained on in the step over its time (samples/s)",
     "eval/accuracy": "Evaluation prompts whose one greedy response earns at least 1, of those with a result (fraction)",
-    "eval/no_result_count": "Evaluation responses that the reward gave no result for, left out (samples)",
-    "eval/response_length_mean": "Mean length of an evaluation response (tokens)",
+    "eval/reward_mean": "Mean reward of these greedy responses (reward units)",
+    "eval/pass@K": "Chance that of K sampled responses to a prompt one earns at least 1; of prompts with K (fraction)",
+    "eval/no_result_count": "Evaluation responses, greedy and sampled, without a result, left out (samples)",
+    "eval/response_length_mean": "Mean length of a greedy evaluation response (tokens)",
+    "eval/SET/KEY": "Such a key of one of several sets; eval/KEY is their mean, of counts the sum (as the key's)",
     "data/epoch": "Passes over the training data so far (epochs)",
     "data/prompts_dropped": "Prompts left out so far for being longer than the limit (prompts)",
     **_supervised("sft", "Cross-entropy of the target tokens (nats per token)"),
@@ -139,8 +142,9 @@ METRICS: dict[str, str] = {
 
 
 def _general(key: str) -> str:
-    """The name in METRICS of a key that has a role's or a source's name in it."""
+    """The name in METRICS of a key that has a role's, a source's or a set's name or a number in it."""
     key = re.sub("^memory/[a-z_0-9]+/", "memory/ROLE/", key)
+    key = re.sub(r"^eval/pass@\d+$", "eval/pass@K", re.sub("^eval/[^/]+/", "eval/", key))
     return re.sub("^reward/.+/(mean|no_result_count)$", r"reward/SOURCE/\1", key)
 
 

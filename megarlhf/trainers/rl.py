@@ -1,16 +1,18 @@
 """The RL loop: PPO, REINFORCE(++), RLOO and GRPO alike, one line a phase."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.sampling import PromptSampler
-from megarlhf.data.types import Prompt, Rollout
+from megarlhf.data.types import Rollout
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import summary
+from megarlhf.trainers.evaluation import EvaluationSets, evaluate, evaluation_is_due
 from megarlhf.trainers.experience import (
     Updates,
     check_results,
@@ -23,19 +25,17 @@ from megarlhf.trainers.experience import (
 from megarlhf.trainers.roles import Roles
 from megarlhf.trainers.state import LoopState, RewardMoments, saved_on_failure
 
-CORRECT_REWARD = 1.0  # a greedy response counts as correct from this reward on
-
 
 def train(
     config: PPOConfig,
     roles: Roles,
     prompts: PromptData,
-    eval_prompts: list[Prompt] | None,
+    eval_sets: EvaluationSets,
     state: LoopState,
     sinks: Sinks,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Run from `state` to train_iters; evaluate before the first step, every eval_interval and at the end.
+    """Run from `state` to train_iters; evaluate before the first step, when it is due and at the end.
 
     When should_stop() turns true the step in progress is finished, saved, and the loop returns. What ends the run
     otherwise leaves a checkpoint of the last finished step, as far as its weights are still known.
@@ -50,11 +50,12 @@ def train(
     )
     first = state.step
     dropped = {"data/prompts_dropped": float(prompts.num_dropped)}
+    measure = partial(evaluate, phases, roles.rollout, roles.reward, eval_sets, config.evaluation)
     with saved_on_failure(roles, state):
         with phases.sync():
             roles.sync.push(state.step)  # the engines start from the pretrained weights
         if state.step == 0:
-            sinks.log(0, evaluate(roles, eval_prompts) | dropped | phases.seconds())
+            sinks.log(0, measure() | dropped | phases.seconds())
         while state.step < batch.train_iters:
             step, started = state.step + 1, time.perf_counter()
             chosen = [prompts.prompts[i] for i in sampler.batch(step - 1)]
@@ -71,12 +72,13 @@ def train(
                 metrics |= phases.memory()
             metrics |= summary.speed(generated.samples, seconds=time.perf_counter() - started)
             last = step == batch.train_iters or should_stop()
-            if last or (logging.eval_interval and step % logging.eval_interval == 0):
-                metrics |= evaluate(roles, eval_prompts)
+            if last or evaluation_is_due(step, sampler, logging.eval_interval):
+                metrics |= measure()
+                state.best = state.best.after(step, metrics, logging)
             sinks.log(step, metrics | {"data/epoch": sampler.epoch(step)} | dropped | phases.seconds())
             check_rewards(state, scored.samples, config)
             # Logged first: a run killed in between continues from the checkpoint before, and logs this step again.
-            if last or (logging.save_interval and step % logging.save_interval == 0):
+            if last or state.best.step == step or (logging.save_interval and step % logging.save_interval == 0):
                 with phases.save():
                     roles.checkpoint.save(step, state.to_json())
             if last:
@@ -147,22 +149,3 @@ def train_step(
     if updates.actor and updates.actor[0].difference is not None:
         metrics |= summary.check_log_prob_difference(updates.actor[0].difference, config)
     return metrics | {"reward/untrained_steps": float(state.untrained_steps)}
-
-
-def evaluate(roles: Roles, prompts: Sequence[Prompt] | None) -> dict[str, float]:
-    """Greedy accuracy on held-out prompts: the fraction whose response earns CORRECT_REWARD or more.
-
-    Responses without a result are left out and counted; nothing is reported without prompts.
-    """
-    if not prompts:
-        return {}
-    with roles.phases.evaluate():
-        scored = roles.reward.score(roles.rollout.generate_greedy(prompts))
-    rewards = [sample.reward for sample in scored if sample.reward is not None]
-    metrics = {
-        "eval/response_length_mean": sum(sample.response_length for sample in scored) / len(scored),
-        "eval/no_result_count": float(len(scored) - len(rewards)),
-    }
-    if rewards:
-        metrics["eval/accuracy"] = sum(reward >= CORRECT_REWARD for reward in rewards) / len(rewards)
-    return metrics

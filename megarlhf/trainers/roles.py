@@ -73,8 +73,11 @@ class RolloutRole(Protocol):
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
         """n_samples_per_prompt samples of each prompt; seeds depend on (run seed, step, place, sample) alone."""
 
-    def generate_greedy(self, prompts: Sequence[Prompt]) -> Rollout:
-        """One most likely response of each prompt."""
+    def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
+        """n_samples answers to each of an evaluation's prompts; at temperature 0 the likeliest, None: at the run's.
+
+        Seeds depend on (run seed, row in its data set, sample) alone.
+        """
 
 
 class RewardRole(Protocol):
@@ -168,7 +171,7 @@ class Phases(Protocol):
         """The weights of actor and engines are awake, to be moved."""
 
     def evaluate(self) -> AbstractContextManager[None]:
-        """The inference engines answer held-out prompts, and the answers are scored."""
+        """The inference engines answer held-out prompts."""
 
     def save(self) -> AbstractContextManager[None]:
         """The training roles are awake, to be saved; the engines keep their weights."""

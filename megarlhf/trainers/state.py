@@ -8,6 +8,7 @@ from typing import Any
 
 from megarlhf.algos.kl import KLController
 from megarlhf.config.algorithm_arguments import AlgorithmArguments
+from megarlhf.trainers.best import Best
 from megarlhf.trainers.roles import RoleFailedError, Roles
 
 
@@ -45,6 +46,7 @@ class LoopState:
     consumed_prompts: int = 0  # drawn so far
     untrained_steps: int = 0  # so far, for want of rewards
     untrained_in_a_row: int = 0  # the last steps among them
+    best: Best = Best()  # evaluation so far
     updating: bool = False  # optimizer steps are under way: the weights are of no step; not saved
 
     @staticmethod
@@ -71,6 +73,7 @@ class LoopState:
         """Continue from `to_json`."""
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.reward_moments = RewardMoments(**state["reward_moments"])
+        self.best = Best.of_state(state)
         for name in ("step", "consumed_prompts", "untrained_steps", "untrained_in_a_row"):
             setattr(self, name, int(state[name]))
 

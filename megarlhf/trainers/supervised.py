@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from megarlhf.formats import run_checkpoints
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import current_device
+from megarlhf.trainers.best import Best
+from megarlhf.trainers.evaluation import evaluation_is_due
 
 _AVERAGE = "average"  # folder of a checkpoint
 Prepare = Callable[[SupervisedData, Ints, list[MicroBatch]], list[MicroBatch]]
@@ -68,6 +70,7 @@ class Progress:
     step: int = 0  # last finished step
     consumed: int = 0  # units of rows drawn so far
     config_entries: Mapping[str, float] = field(default_factory=dict)  # of the exported config.json, where it ended
+    best: Best = Best()  # evaluation so far
 
 
 def train(
@@ -83,7 +86,7 @@ def train(
     total_steps: int,
     identity: dict[str, Any],
     average: WeightAverage | None = None,
-) -> Mapping[str, float]:
+) -> Progress:
     """Optimizer steps progress.step + 1 .. total_steps over shuffled epochs of the data's units.
 
     Args:
@@ -92,21 +95,23 @@ def train(
         identity: what a checkpoint must agree with to be loaded.
         average: of the weights over the steps, saved with them.
     Returns:
-        What the exported config.json has besides, the same on every rank.
+        Where it ended, the same on every rank.
     Raises:
         NonFiniteError: a loss or gradient that is not finite; the step before it is saved.
         RuntimeError: rank 0 could not log a step (there it is the cause that is raised); the step is saved.
     """
     timers, logging = Timers(), config.logging
     sampler = _sampler(config, data, progress)
-    saved, entries = progress.step, progress.config_entries
+    saved, entries, best = progress.step, progress.config_entries, progress.best
+
+    def reached(step: int) -> Progress:
+        return Progress(step=step, consumed=sampler.consumed(step), config_entries=entries, best=best)
 
     def save(step: int) -> None:
         nonlocal saved
         if step != saved:
             with timers("save"):
-                reached = Progress(step=step, consumed=sampler.consumed(step), config_entries=entries)
-                save_checkpoint(engine, logging, reached, identity, average=average)
+                save_checkpoint(engine, logging, reached(step), identity, average=average)
             saved = step
 
     for step in range(progress.step + 1, total_steps + 1):
@@ -133,30 +138,24 @@ def train(
         stopping = agree(should_stop())
         last = step == total_steps or stopping
         found: dict[str, float] = {}
-        if evaluation is not None and (last or _evaluation_is_due(step, sampler, logging.eval_interval)):
+        if evaluation is not None and (last or evaluation_is_due(step, sampler, logging.eval_interval)):
             with timers("eval"):
                 found = evaluate(engine, task, evaluation, config.batch.global_batch_size)
                 metrics |= {f"{task.name}/eval_{name}": value for name, value in found.items()}
+                best = best.after(step, metrics, logging)
         if last and task.config_entries is not None:
             with timers("eval"):
                 measured = found or evaluate(engine, task, data, config.batch.global_batch_size, most=MEASURED_UNITS)
                 entries = task.config_entries(measured)
         problem = _log(sinks, step, metrics | timers.pop())
         failed = agree(problem is not None)
-        if last or failed or _is_due(step, logging.save_interval):
+        if last or failed or best.step == step or _is_due(step, logging.save_interval):
             save(step)
         if failed:
             raise problem or RuntimeError(f"rank 0 could not log step {step}")
-        if stopping:
+        if last:
             break
-    return entries
-
-
-def _evaluation_is_due(step: int, sampler: PromptSampler, interval: int | None) -> bool:
-    """After so many steps, or without an interval where an epoch ends."""
-    if interval is None:
-        return int(sampler.epoch(step)) > int(sampler.epoch(step - 1))
-    return _is_due(step, interval)
+    return reached(saved)
 
 
 def _sampler(config: SupervisedConfig, data: Units, progress: Progress) -> PromptSampler:
@@ -242,6 +241,7 @@ def save_checkpoint(
                 "consumed": progress.consumed,
                 "identity": identity,
                 "config_entries": dict(progress.config_entries),
+                "best": asdict(progress.best),
             }
             run_checkpoints.commit(root, step, state, keep=logging.max_ckpt_num, most_gib=logging.max_ckpt_mem)
     except OSError:
@@ -265,7 +265,10 @@ def load(
     if average is not None:
         average.load(directory / _AVERAGE)
     return Progress(
-        step=int(state["step"]), consumed=int(state["consumed"]), config_entries=state.get("config_entries", {})
+        step=int(state["step"]),
+        consumed=int(state["consumed"]),
+        config_entries=state.get("config_entries", {}),
+        best=Best.of_state(state),
     )
 
 

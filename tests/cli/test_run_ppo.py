@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megarlhf.cli import run_ppo
+from megarlhf.cli.prompt_data import load_data
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import parse
 
@@ -37,6 +38,6 @@ def test_prompts_of_both_data_sets_are_counted(
     for evaluation, said in (("eval", "warning: 1 of 2 prompts of"), (None, "")):
         given = flags | ({} if evaluation is None else {"eval_data": tmp_path / f"{evaluation}.jsonl"})
         config, _ = parse(PPOConfig, [f"--{key}={value}" for key, value in given.items()], "ppo")
-        run_ppo.load_data(config)
+        load_data(config)
         printed = capsys.readouterr().err
         assert printed.startswith(said) if said else printed == ""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megarlhf.cli.run_ppo import resolve_special_tokens
+from megarlhf.cli.prompt_data import resolve_special_tokens
 from megarlhf.cluster.workers import RolloutWorker
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict

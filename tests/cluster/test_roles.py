@@ -63,14 +63,14 @@ def engines(log: Log, number: int) -> RolloutGroup:
     """Engines whose answers name group and sample."""
 
     def generate(rank: int, args: tuple[Any, ...]) -> list[tuple[GeneratedGroup, str]]:
-        prompts, groups, n_samples, step, greedy = args
+        prompts, groups, n_samples, step, temperature = args
         numbers = range(n_samples)
         return [
             (
                 GeneratedGroup(
                     tokens=None,
                     lengths=np.array([100 * step + 10 * group + s for s in numbers]),
-                    texts=[f"{prompt.tolist()} {group} {s} {greedy}" for s in numbers],
+                    texts=[f"{prompt.tolist()} {group} {s} {temperature}" for s in numbers],
                     stop_texts=[f"stop {group} {s}" for s in numbers],
                     finish_reasons=["stop" if (group + s) % 2 else "length" for s in numbers],
                     weight_version=rank,
@@ -84,15 +84,18 @@ def engines(log: Log, number: int) -> RolloutGroup:
     return RolloutGroup(group, n_samples_per_prompt=3)
 
 
-def check_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], *, step: int, greedy: bool) -> None:
-    """Every sample's record is its own."""
+def check_samples(
+    samples: Sequence[Sample], prompts: Sequence[Prompt], *, step: int, temperature: float | None
+) -> None:
+    """Every sample's record is its own; make_prompts numbers rows as groups are, plus what a test adds."""
     for sample in samples:
         group, number = sample.group_id, sample.sample_id
+        place = group if step else prompts[group].index
         assert sample.prompt is prompts[group], "a group's baseline is of its own prompt"
-        assert sample.response_length == 100 * step + 10 * group + number
-        assert sample.response_text == f"{prompts[group].token_ids.tolist()} {group} {number} {greedy}"
-        assert sample.stop_text == f"stop {group} {number}"
-        assert sample.finish_reason == ("stop" if (group + number) % 2 else "length")
+        assert sample.response_length == 100 * step + 10 * place + number
+        assert sample.response_text == f"{prompts[group].token_ids.tolist()} {place} {number} {temperature}"
+        assert sample.stop_text == f"stop {place} {number}"
+        assert sample.finish_reason == ("stop" if (place + number) % 2 else "length")
         assert sample.reward is None
 
 
@@ -104,7 +107,7 @@ def test_prompts_go_to_engines_evenly_and_samples_come_back_in_order(number: int
     rollout = engines(log, number).generate(prompts, step=11)
     samples = rollout.samples
     assert [(s.group_id, s.sample_id) for s in samples] == [(g, s) for g in range(count) for s in range(3)]
-    check_samples(samples, prompts, step=11, greedy=False)
+    check_samples(samples, prompts, step=11, temperature=None)
     assert rollout.tokens == tuple(f"tokens of {group}" for group in range(count)), "where each group's tokens are"
     given = [len(args[0]) for _, _, args in log]
     assert sum(given) == count and max(given) - min(given) <= 1 and len(given) == min(number, count)
@@ -115,12 +118,13 @@ def test_prompts_go_to_engines_evenly_and_samples_come_back_in_order(number: int
         assert {s.weight_version for s in samples if s.group_id in groups} == {int(role.split()[1])}
 
 
-def test_greedy_answers_are_one_a_prompt() -> None:
+@pytest.mark.parametrize(("number", "temperature"), [(1, 0.0), (4, 0.7), (2, None)])
+def test_seeds_of_an_evaluation_follow_from_the_row_alone(number: int, temperature: float | None) -> None:
     log: Log = []
-    prompts = make_prompts(5)
-    samples = engines(log, 2).generate_greedy(prompts).samples
-    assert [(s.group_id, s.sample_id) for s in samples] == [(g, 0) for g in range(5)]
-    check_samples(samples, prompts, step=0, greedy=True)
+    prompts = [*make_prompts(7)[4:], *make_prompts(2)]  # rows 4, 5, 6 of a set, and 0, 1 of another
+    samples = engines(log, 2).answer(prompts, n_samples=number, temperature=temperature).samples
+    assert [(s.group_id, s.sample_id) for s in samples] == [(g, s) for g in range(5) for s in range(number)]
+    check_samples(samples, prompts, step=0, temperature=temperature)
 
 
 def checkpoints(root: Path, log: Log, **options: Any) -> CheckpointGroup:

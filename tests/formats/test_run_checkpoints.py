@@ -1,5 +1,6 @@
 """Which checkpoints stay when a new one is complete."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,36 @@ def test_the_oldest_go_by_number_and_by_size(
         run_checkpoints.commit(tmp_path, step, {"step": step}, keep=keep, most_gib=most_gib)
         assert run_checkpoints.latest(tmp_path)[0] == step
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == [f"iter_000000{step}" for step in left]
+
+
+@pytest.mark.parametrize(
+    ("keep", "most_gib", "best", "left"),
+    [
+        (2, None, [1, 1, 1, 1, 1], [1, 4, 5]),
+        (2, None, [1, 2, 2, 2, 5], [4, 5]),
+        (2, None, [1, 1, 3, 3, 3], [3, 4, 5]),
+        (2, None, [1, 1, 1, 4, 4], [3, 4, 5]),
+        (1, None, [None, 2, 2, 2, 2], [2, 5]),
+        (9, 0.0035, [1, 1, 1, 1, 1], [1, 4, 5]),
+        (9, 0.0001, [1, 2, 2, 2, 2], [2, 5]),
+        (0, None, [1, 1, 3, 3, 3], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_best_stays_besides_those_that_are_kept(
+    tmp_path: Path, keep: int, most_gib: float | None, best: list[int | None], left: list[int]
+) -> None:
+    for step in range(1, 6):
+        (run_checkpoints.begin(tmp_path, step) / "actor").mkdir()
+        (run_checkpoints.staging_directory(tmp_path, step) / "actor" / "weights").write_bytes(bytes(2**20))
+        state = {"step": step, "best": {"step": best[step - 1], "value": 0.5}}
+        run_checkpoints.commit(tmp_path, step, state, keep=keep, most_gib=most_gib)
+        if best[step - 1] is not None:
+            assert (tmp_path / "best").resolve().name == f"iter_000000{best[step - 1]}"
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [f"iter_000000{step}" for step in left]
+    assert json.loads((tmp_path / "best" / "run_state.json").read_text())["step"] == best[-1]
+
+
+def test_a_best_step_of_another_directory_is_not_linked(tmp_path: Path) -> None:
+    run_checkpoints.begin(tmp_path, 7)
+    run_checkpoints.commit(tmp_path, 7, {"step": 7, "best": {"step": 5}}, keep=2)
+    assert not (tmp_path / "best").is_symlink() and run_checkpoints.latest(tmp_path)[0] == 7

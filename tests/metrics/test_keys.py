@@ -11,7 +11,7 @@ from megarlhf.metrics.keys import METRICS, check_metrics, main, markdown_table
 
 def test_every_metric_has_a_phase_a_meaning_and_a_unit() -> None:
     for key, meaning in METRICS.items():
-        assert re.fullmatch(r"(memory/ROLE|reward/SOURCE|[a-z]+)/[a-z_]+", key)
+        assert re.fullmatch(r"(memory/ROLE|reward/SOURCE|[a-z]+)/[a-z_]+|eval/SET/KEY|eval/pass@K", key)
         assert re.fullmatch(r"[A-Z].+ \(.+\)", meaning), key
 
 
@@ -31,6 +31,8 @@ def test_table_has_a_row_for_each_metric_and_two_columns_in_each() -> None:
 def test_check_names_the_key(value: float) -> None:
     with pytest.raises(ValueError, match="reward/meen.*reward/mean"):
         check_metrics({"kl/mean": 0.5, "reward/meen": value})
+    with pytest.raises(ValueError, match="eval/math/acuracy.*eval/accuracy"):
+        check_metrics({"eval/math/accuracy": 0.5, "eval/my-set.2/pass@16": 0.5, "eval/math/acuracy": value})
 
 
 def test_check_lets_known_metrics_pass_whatever_their_value() -> None:

@@ -110,10 +110,10 @@ class PlainRoles:
         samples = [self._sample(p, g, s, step) for g, p in enumerate(prompts) for s in range(2)]
         return Rollout(samples=samples, tokens=tokens_of(samples))
 
-    def generate_greedy(self, prompts: Sequence[Prompt]) -> Rollout:
+    def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
         assert self.phase == "evaluate"
-        self.events.append("evaluate")
-        samples = [self._sample(p, g, 0, 0) for g, p in enumerate(prompts)]
+        self.events.append("evaluate" if temperature == 0 else f"evaluate {n_samples} at {temperature}")
+        samples = [self._sample(p, g, s, 0) for g, p in enumerate(prompts) for s in range(n_samples)]
         return Rollout(samples=samples, tokens=tokens_of(samples))
 
     def _sample(self, prompt: Prompt, group: int, sample: int, step: int) -> Sample:
@@ -128,7 +128,7 @@ class PlainRoles:
         )
 
     def score(self, rollout: Rollout) -> list[Sample]:
-        assert self.phase in ("reward", "evaluate")
+        assert self.phase == "reward"
         return [
             replace(s, reward=None if (s.group_id, s.sample_id) in self._without_result else float(s.sample_id))
             for s in rollout.samples

@@ -27,7 +27,6 @@ from megarlhf.trainers.experience import (
     update_order,
     with_result,
 )
-from megarlhf.trainers.rl import evaluate
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts, tokens_of
 
@@ -196,23 +195,6 @@ def test_group_estimators_need_a_second_result_in_the_group() -> None:
     assert places == [(0, 0), (0, 1)]
     places = [(s.group_id, s.sample_id) for s in with_result(samples, estimator="gae")]
     assert places == [(0, 0), (2, 0), (0, 1), (1, 1)]
-
-
-def test_evaluation_counts_correct_answers_among_those_with_a_result() -> None:
-    class Judged(PlainRoles):
-        def score(self, rollout: Rollout) -> list[Sample]:
-            rewards = [1.0, 0.99, None, 1.5, 0.0]
-            return [replace(s, reward=r) for s, r in zip(rollout.samples, rewards, strict=True)]
-
-    plain, prompts = Judged(), make_prompts(5)
-    metrics = evaluate(plain.roles(critic=False), prompts)
-    lengths = [plain._sample(p, g, 0, 0).response_length for g, p in enumerate(prompts)]
-    assert metrics == {
-        "eval/accuracy": 2 / 4,
-        "eval/no_result_count": 1.0,
-        "eval/response_length_mean": sum(lengths) / 5,
-    }
-    assert lengths == [1, 2, 3, 1, 2]
 
 
 def test_metrics_of_samples_and_training_by_value() -> None:

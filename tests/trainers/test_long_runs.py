@@ -55,11 +55,11 @@ def test_steps_with_too_few_results_are_not_trained_and_end_the_run_saved(tmp_pa
     with pytest.raises(NoSamplesError, match=r"2 steps in a row .* no result for 5 of 8 samples") as failure:
         run(tmp_path, plain, batch={"train_iters": 9}, reward={"max_untrained_steps": 2, "min_result_fraction": 0.4})
     assert plain.events == [
-        *("push 0", "evaluate", "generate 1", "push 1", "generate 2", "push 2", "rescue", "save 2"),
+        *("push 0", "evaluate", "generate 1", "push 1", "generate 2", "push 2", "evaluate", "rescue", "save 2"),
     ]
-    assert plain.saved[2] | {"kl_controller": None, "reward_moments": None} == {
+    unmoved = {"kl_controller": None, "reward_moments": None, "best": None}
+    assert plain.saved[2] | unmoved == unmoved | {
         **{"step": 2, "consumed_prompts": 8, "untrained_steps": 2, "untrained_in_a_row": 2},
-        **{"kl_controller": None, "reward_moments": None},
     }
     assert "the state after step 2 is saved" in failure.value.__notes__[0]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -214,9 +214,9 @@ def test_evaluation_and_saving_are_not_in_the_steps_time(tmp_path: Path, monkeyp
             self.now += 3.0
             return super().generate(prompts, step=step)
 
-        def generate_greedy(self, prompts: Sequence[Prompt]) -> Rollout:
+        def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
             self.now += 100.0
-            return super().generate_greedy(prompts)
+            return super().answer(prompts, n_samples=n_samples, temperature=temperature)
 
         def push(self, version: int) -> dict[str, float]:
             self.now += 0.5

@@ -36,7 +36,7 @@ def run(
         config,
         plain.roles(critic=critic),
         PromptData(prompts=make_prompts(), num_dropped=2),
-        make_prompts(2),
+        {"": make_prompts(2)},
         state,
         sinks,
         lambda: stop_after is not None and f"push {stop_after}" in plain.events,

@@ -1,0 +1,152 @@
+"""What an evaluation reports of its sets, and which step's was the best."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarlhf.algos.pass_at_k import pass_at_k
+from megarlhf.config.arguments import LoggingArguments
+from megarlhf.config.evaluation_arguments import EvaluationArguments
+from megarlhf.data.prompts import PromptData
+from megarlhf.data.types import Prompt, Rollout, Sample
+from megarlhf.metrics.keys import check_metrics
+from megarlhf.metrics.sinks import Sinks
+from megarlhf.trainers import rl
+from megarlhf.trainers.best import Best
+from megarlhf.trainers.evaluation import EvaluationSets, evaluate, metric_names
+from megarlhf.trainers.state import LoopState
+from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
+
+
+class Judged(PlainRoles):
+    """Rewards by (prompt's text, sample); None has no result. Greedy responses are sample 0 of one."""
+
+    def __init__(self, greedy: dict[str, float | None], sampled: dict[str, list[float | None]]) -> None:
+        super().__init__()
+        self._greedy, self._sampled = greedy, sampled
+
+    def score(self, rollout: Rollout) -> list[Sample]:
+        assert self.phase == "reward"
+        alone = len(rollout.samples) == len(rollout.tokens)
+        return [
+            replace(s, reward=self._greedy[s.prompt.text] if alone else self._sampled[s.prompt.text][s.sample_id])
+            for s in rollout.samples
+        ]
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    made = make_prompts(len(texts))
+    return [replace(prompt, text=text) for prompt, text in zip(made, texts, strict=True)]
+
+
+def evaluated(plain: PlainRoles, sets: EvaluationSets, **options: Any) -> dict[str, float]:
+    roles = plain.roles(critic=False)
+    found = evaluate(roles.phases, roles.rollout, roles.reward, sets, EvaluationArguments(**options))
+    check_metrics(found)
+    return found
+
+
+def test_sets_are_reported_apart_and_together() -> None:
+    greedy = {"a": 1.0, "b": 0.5, "c": None, "d": 2.0, "e": 0.0}
+    sampled = {"a": [1.0, 0.0, 0.0], "b": [0.0, 0.0, 0.0], "c": [1.0, None, 1.0], "d": [1, 1, 1], "e": [0, 1, None]}
+    plain = Judged(greedy, sampled)
+    found = evaluated(
+        plain,
+        {"math": prompts("a", "b", "c"), "code": prompts("d", "e")},
+        **{"eval_n_samples_per_prompt": 3, "eval_temperature": 0.7},
+    )
+    assert plain.events == ["evaluate", "evaluate 3 at 0.7"], "each once, whatever the number of sets"
+    assert found["eval/math/accuracy"] == 0.5 and found["eval/code/accuracy"] == 0.5
+    assert found["eval/math/reward_mean"] == 0.75 and found["eval/code/reward_mean"] == 1.0
+    assert found["eval/math/no_result_count"] == 2.0 and found["eval/code/no_result_count"] == 1.0
+    assert found["eval/math/pass@1"] == pytest.approx((1 / 3 + 0 + 1) / 3)
+    assert found["eval/math/pass@2"] == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert found["eval/math/pass@3"] == pytest.approx((1 + 0) / 2), "c has two results alone"
+    assert found["eval/code/pass@2"] == pytest.approx(pass_at_k([3, 1], [3, 2], k=2)) == 1.0
+    for key in ("accuracy", "reward_mean", "pass@1", "pass@2", "pass@3", "response_length_mean"):
+        assert found[f"eval/{key}"] == pytest.approx((found[f"eval/math/{key}"] + found[f"eval/code/{key}"]) / 2)
+    assert found["eval/no_result_count"] == 3.0
+    names = metric_names(["math", "code"], EvaluationArguments(eval_n_samples_per_prompt=3))
+    assert set(found) == set(names)
+
+
+def test_one_set_without_a_name_is_reported_without_one() -> None:
+    found = evaluated(Judged({"a": 1.0, "b": 0.0, "c": 1.0}, {}), {"": prompts("a", "b", "c")})
+    assert found["eval/accuracy"] == pytest.approx(2 / 3)
+    assert set(found) == set(metric_names([""], EvaluationArguments()))
+    found = evaluated(Judged({"a": 1.0}, {}), {"math": prompts("a")})
+    assert found["eval/accuracy"] == found["eval/math/accuracy"] == 1.0
+
+
+def test_what_has_no_result_is_not_wrong() -> None:
+    found = evaluated(Judged({"a": None}, {"a": [None, None]}), {"": prompts("a")}, eval_n_samples_per_prompt=2)
+    assert set(found) == {"eval/response_length_mean", "eval/no_result_count"} and found["eval/no_result_count"] == 3
+    assert evaluated(PlainRoles(), {}) == {}
+
+
+def logged(save: str = "s", **options: Any) -> LoggingArguments:
+    return LoggingArguments(save=save, **({"best_metric": "eval/accuracy"} | options))
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("max", [1, 2, 2, 2, 2]), ("min", [1, 1, 3, 3, 3])])
+def test_the_first_of_the_best_stays(mode: Any, expected: list[int]) -> None:
+    best, found = Best(), []
+    for step, value in enumerate((0.5, 0.75, 0.25, float("nan"), 0.75 if mode == "max" else 0.25), start=1):
+        best = best.after(step, {"eval/accuracy": value}, logged(best_metric_mode=mode))
+        found.append(best.step)
+    assert found == expected
+    assert best.after(9, {"eval/other": 7.0}, logged(best_metric_mode=mode)) == best
+    assert best.after(9, {"eval/accuracy": 7.0, "other": -9.0}, logged(best_metric=None)) == best
+
+
+def test_another_metric_starts_anew() -> None:
+    best = Best(metric="eval/accuracy", step=3, value=0.9)
+    assert best.after(4, {"eval/reward_mean": 0.1}, logged(best_metric="eval/reward_mean")).step == 4
+    assert Best.of_state({}) == Best()
+
+
+class Learning(PlainRoles):
+    """Greedy answers are right with the weights of some steps."""
+
+    accuracies: Sequence[float] = (0.9, 0.25, 0.75, 0.5, 0.75, 0.5)  # of weights 0, 1, ...
+
+    def score(self, rollout: Rollout) -> list[Sample]:
+        scored = super().score(rollout)
+        if len(rollout.samples) != len(rollout.tokens):
+            return scored
+        right = round(self.accuracies[self.version] * len(scored))
+        return [replace(s, reward=float(i < right)) for i, s in enumerate(scored)]
+
+
+def train(save: Path, plain: PlainRoles, *, resume: dict[str, Any] | None = None, **logging: Any) -> list[Any]:
+    config = make_config(save, batch={"train_iters": 5}, logging={"eval_interval": 1} | logging)
+    state = LoopState.fresh(config.algorithm)
+    if resume is not None:
+        state.restore(json.loads(json.dumps(resume)))
+    sinks = Sinks(save, total_steps=5, resumed_step=state.step or None)
+    prompts = PromptData(prompts=make_prompts(10), num_dropped=0)
+    rl.train(config, plain.roles(critic=True), prompts, {"": make_prompts(4)}, state, sinks, lambda: False)
+    sinks.close()
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_best_step_is_saved_whatever_the_interval_and_a_resumed_run_remembers_it(tmp_path: Path) -> None:
+    whole = Learning()
+    train(tmp_path / "whole", whole, best_metric="eval/accuracy")
+    assert list(whole.saved) == [1, 2, 5], "better than before, better again, and the last; not the start at 0.9"
+    assert whole.saved[5]["best"] == {"metric": "eval/accuracy", "step": 2, "value": 0.75}
+    rest = Learning()
+    train(tmp_path / "rest", rest, resume=whole.saved[2], best_metric="eval/accuracy")
+    assert list(rest.saved) == [5] and rest.saved[5] == whole.saved[5]
+    without = Learning()
+    train(tmp_path / "without", without)
+    assert list(without.saved) == [5]
+
+
+def test_without_an_interval_epochs_end_with_an_evaluation(tmp_path: Path) -> None:
+    rows = train(tmp_path, PlainRoles(), eval_interval=None)  # 4 prompts a step of 10: passes end in steps 3 and 5
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 3, 5]
