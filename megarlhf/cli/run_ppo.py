@@ -1,6 +1,7 @@
 """The run of train_ppo.py, whose configuration is checked already: plan, load, start the cluster, train, export."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
