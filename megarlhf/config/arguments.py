@@ -20,19 +20,25 @@ from megarlhf.formats.run_checkpoints import LATEST
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelArguments:
+class WeightsArguments:
     """Which weights to start from."""
 
     pretrain: str
-    """Local directory of the Hugging Face checkpoint to train: config.json, *.safetensors and tokenizer files."""
+    """Local directory of the Hugging Face checkpoint to start from: config.json, *.safetensors and tokenizer files."""
     tokenizer: str | None = None
     """Local directory of the tokenizer. None: the same as pretrain."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights; fp32 otherwise."""
-    moe_aux_loss_coeff: float = 0.0
-    """Weight of the load-balancing loss of models with experts. 0: none."""
     seed: int = 42
     """Seed of data order, sampling and initialization, for every role."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments(WeightsArguments):
+    """Which weights to start from."""
+
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss of models with experts. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,21 @@ class RLModelArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterArguments:
+class EngineArguments:
+    """The inference engines, and how long processes may take."""
+
+    vllm_num_engines: int = 1
+    """vLLM engines that generate side by side."""
+    vllm_tensor_parallel_size: int = 1
+    """Devices that share one vLLM engine."""
+    start_timeout_seconds: float = 300.0
+    """Seconds for all workers to be up and their models loaded."""
+    phase_timeout_seconds: float = 1800.0
+    """Seconds for one phase of a step (rollout, training, sync, evaluation or save) before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterArguments(EngineArguments):
     """Where the roles run. The reference model lives inside the actor's processes."""
 
     actor_num_nodes: int = 1
@@ -57,19 +77,11 @@ class ClusterArguments:
     """Critic ranks on each node (gae only). None: as many as the actor."""
     colocate_all_models: bool = True
     """Let all roles take turns on the same devices. Off: actor, critic and vLLM engines have their own."""
-    vllm_num_engines: int = 1
-    """vLLM engines that generate side by side."""
-    vllm_tensor_parallel_size: int = 1
-    """Devices that share one vLLM engine."""
     gpu_memory_gib: float | None = None
     """Memory of each GPU in GiB, which the plan's bytes must fit into. None: this machine's GPUs tell; without any, the
     plan is printed and compared with nothing."""
     ray_address: str | None = None
     """Address of a running Ray cluster to join, whose token is in RAY_AUTH_TOKEN. None: start one on this machine."""
-    start_timeout_seconds: float = 300.0
-    """Seconds for all workers to be up and their models loaded."""
-    phase_timeout_seconds: float = 1800.0
-    """Seconds for one phase of a step (rollout, training, sync, evaluation or save) before the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +150,7 @@ class OptimizerArguments(SharedOptimizerArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutArguments:
+class SamplingArguments:
     """How responses are generated (vLLM)."""
 
     prompt_max_len: int = 1024
@@ -159,6 +171,12 @@ class RolloutArguments:
     """Size of a vLLM engine's KV cache in GiB (machines without GPUs only)."""
     enforce_eager: bool = True
     """Run vLLM without compiled graphs: slower steps, faster start, less memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutArguments(SamplingArguments):
+    """How responses are generated (vLLM), and how far the trainer's log-probs may be from vLLM's."""
+
     logprob_diff_budget: float = 0.05
     """Tolerated mean of |log p(vLLM) - log p(trainer)| over the sampled tokens of a step, in nats. Above it the run
     warns, above ten times it the run stops; without bf16 also where a single token's is above ten times it."""
@@ -206,32 +224,13 @@ class PromptDataArguments(PromptColumnArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingArguments:
+class RunArguments:
     """What is written, where and how often."""
 
     save: str
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, the trained model in hf/, and logs."""
-    ckpt_path: str | None = None
-    """Directory for the checkpoints, such as one on a larger disk; <save>/checkpoints is a link to it then. None: they
-    are in save."""
-    load: str | None = None
-    """Run directory to continue from, often the same as save. None: start from pretrain."""
-    load_checkpoint: bool = False
-    """Continue from the latest checkpoint in save where there is one; else start, also where save has the metrics of a
-    start that ended before its first checkpoint."""
-    no_load_optim: bool = False
-    """Continue with the weights alone: optimizers forget their running means, as they must where the new layout cannot
-    take them over (experts split or no longer split, use_distributed_optimizer changed)."""
     save_interval: int | None = None
     """Steps between checkpoints. None: only after the last step."""
-    eval_interval: int | None = None
-    """Steps between evaluations. One follows the last step in any case, and one comes before RL. None: these, and one
-    at the end of each epoch."""
-    best_metric: str | None = None
-    """Metric of an evaluation, such as eval/accuracy: the checkpoint of the step where it was best is saved and kept
-    besides max_ckpt_num others, checkpoints/best links to it, and its model comes to <save>/hf_best. None: no such."""
-    best_metric_mode: Literal["max", "min"] = "max"
-    """Whether the highest or the lowest is best."""
     log_interval: int = 1
     """Steps between lines on the console; metrics.jsonl gets every step."""
     max_ckpt_num: int = 3
@@ -251,6 +250,31 @@ class LoggingArguments:
     """Team or user at Weights & Biases. None: the key's own, or WANDB_ENTITY."""
     wandb_group: str | None = None
     """Group of runs at Weights & Biases. None: the run name, which all starts of a run share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingArguments(RunArguments):
+    """What is written, where and how often, and what is continued."""
+
+    ckpt_path: str | None = None
+    """Directory for the checkpoints, such as one on a larger disk; <save>/checkpoints is a link to it then. None: they
+    are in save."""
+    load: str | None = None
+    """Run directory to continue from, often the same as save. None: start from pretrain."""
+    load_checkpoint: bool = False
+    """Continue from the latest checkpoint in save where there is one; else start, also where save has the metrics of a
+    start that ended before its first checkpoint."""
+    no_load_optim: bool = False
+    """Continue with the weights alone: optimizers forget their running means, as they must where the new layout cannot
+    take them over (experts split or no longer split, use_distributed_optimizer changed)."""
+    eval_interval: int | None = None
+    """Steps between evaluations. One follows the last step in any case, and one comes before RL. None: these, and one
+    at the end of each epoch."""
+    best_metric: str | None = None
+    """Metric of an evaluation, such as eval/accuracy: the checkpoint of the step where it was best is saved and kept
+    besides max_ckpt_num others, checkpoints/best links to it, and its model comes to <save>/hf_best. None: no such."""
+    best_metric_mode: Literal["max", "min"] = "max"
+    """Whether the highest or the lowest is best."""
 
     def continued(self) -> "LoggingArguments":
         """With load where load_checkpoint asks for it and a checkpoint is there."""
