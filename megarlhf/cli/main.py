@@ -18,6 +18,10 @@ _COMMANDS = {  # name -> module of this folder, and what it does
     "kto": ("train_kto", "preference optimisation of labelled answers"),
     "kd": ("train_kd", "knowledge distillation from a teacher"),
     "rm": ("train_rm", "reward model from pairs of answers"),
+    "generate": ("generate", "responses to prompts, into a file"),
+    "score": ("score", "rewards of a file's samples"),
+    "select": ("select", "training data of scored samples"),
+    "iterate": ("iterate", "rejection sampling, iterative DPO, conditional SFT: rounds of all of these and training"),
     "flags": ("flags", "what each flag of OpenRLHF 0.5.3 means here"),
     "parity": ("parity", "compare a layout with one process"),
 }

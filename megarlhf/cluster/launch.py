@@ -120,6 +120,25 @@ def start(
         )
 
 
+@contextmanager
+def open_engines(
+    config: PPOConfig, plan: PlacementPlan, *, stop_token_ids: tuple[int, ...]
+) -> Iterator[RolloutGroup]:
+    """The inference engines of a plan alone, with the weights of pretrain; ended after the block."""
+    limit = config.cluster.start_timeout_seconds
+    with ExitStack() as stack:
+        _start_ray(config, plan, stack)
+        bundles = _reserve(plan, limit)
+        gpus = _gpus(plan, bundles, limit)
+        specs = [_spec(config, plan, worker, stop_token_ids) for worker in plan.workers]
+        handles = [_launch(spec, bundles, gpus) for spec in specs]
+        group = WorkerGroup(
+            plan.workers[0].role, handles, specs, timeout_seconds=config.cluster.phase_timeout_seconds
+        )
+        start_workers({"rollout": group}, "", limit, colocated=False)
+        yield RolloutGroup(group, n_samples_per_prompt=config.batch.n_samples_per_prompt)
+
+
 def _start_ray(config: PPOConfig, plan: PlacementPlan, stack: ExitStack) -> None:
     """A local Ray that only this run's token opens, or the cluster at --ray_address."""
     if config.cluster.ray_address is None:

@@ -96,6 +96,11 @@ class RolloutGroup:
         """See RolloutRole."""
         return self._generate(prompts, [prompt.index for prompt in prompts], n_samples, 0, temperature)
 
+    def generate_part(self, prompts: Sequence[Prompt], *, step: int, first_place: int, greedy: bool) -> Rollout:
+        """As `generate`, for the prompts of a step from place `first_place` on."""
+        places = range(first_place, first_place + len(prompts))
+        return self._generate(prompts, places, self.n_samples, step, 0.0 if greedy else None)
+
     def _generate(
         self, prompts: Sequence[Prompt], places: Sequence[int], n_samples: int, step: int, temperature: float | None
     ) -> Rollout:

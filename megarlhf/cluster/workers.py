@@ -267,13 +267,16 @@ class RolloutWorker:
         temperature: float | None,
     ) -> list[tuple[GeneratedGroup, Any]]:
         """Samples of each prompt, and a reference to their tokens; None: at the run's temperature, 0: greedy."""
-        config = self.spec.config
+        config, options = self.spec.config, self.spec.config.rollout
         groups = self.engine.generate(
             prompts,
             group_ids=list(group_ids),
             n_samples=n_samples,
-            max_tokens=config.rollout.generate_max_len,
-            temperature=config.rollout.temperature if temperature is None else temperature,
+            max_tokens=options.generate_max_len,
+            temperature=options.temperature if temperature is None else temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            repetition_penalty=options.repetition_penalty,
             stop_token_ids=list(self.spec.stop_token_ids),
             run_seed=config.model.seed,
             step=step,

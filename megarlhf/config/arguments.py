@@ -163,6 +163,9 @@ class SamplingArguments:
     """Nucleus sampling. Only 1 (off) is offered."""
     top_k: int = -1
     """Sampling from the k likeliest tokens. Only -1 (off) is offered."""
+    repetition_penalty: float = 1.0
+    """Divisor of the logits of tokens that prompt and response hold already, above 1 (below: a factor). Only 1 (off) is
+    offered in training."""
     max_num_seqs: int = 256
     """Sequences an engine works on at once."""
     vllm_gpu_memory_utilization: float = 0.5

@@ -32,7 +32,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "n_samples_per_prompt global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens "
         "max_epochs max_len eval_iters prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "
-        "reward_chunk_size remote_rm_batch_size remote_rm_concurrency teacher_top_k lora_alpha",
+        "reward_chunk_size remote_rm_batch_size remote_rm_concurrency teacher_top_k lora_alpha num_rounds",
     ),
     ("at least 3", lambda v: v >= 3, "longest"),
     (
@@ -41,14 +41,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
         "remote_rm_timeout_seconds "
         "adam_eps value_clip beta kl_target temperature eval_temperature vllm_kv_cache_gib gpu_memory_gib "
-        "logprob_diff_budget logprob_kl_budget max_ckpt_mem",
+        "logprob_diff_budget logprob_kl_budget max_ckpt_mem repetition_penalty",
     ),
     (
         "0 or more",
         lambda v: v >= 0,
         "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef "
         "moe_aux_loss_coeff nll_loss_coef desirable_loss_weight undesirable_loss_weight lora_rank "
-        "remote_rm_max_retries eval_n_samples_per_prompt",
+        "remote_rm_max_retries eval_n_samples_per_prompt iter",
     ),
     (
         "from 0 to 1",
@@ -59,7 +59,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("from 0 to below 0.5", lambda v: 0 <= v < 0.5, "label_smoothing"),
     ("from 0 to below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2 lora_dropout"),
     ("above 0 and below 1", lambda v: 0 < v < 1, "eps_clip eps_clip_high"),
-    ("above 0 and at most 1", lambda v: 0 < v <= 1, "vllm_gpu_memory_utilization"),
+    ("above 0 and at most 1", lambda v: 0 < v <= 1, "vllm_gpu_memory_utilization top_p"),
     ("above 1", lambda v: v > 1, "dual_clip"),
     ("-1 or more", lambda v: v >= -1, "freezing_actor_steps"),
 )
@@ -207,6 +207,10 @@ def sampling_errors(rollout: RolloutArguments) -> list[str]:
     return [
         f"{name}={value} is not offered (log-probabilities under cut-off sampling differ from the trainer's, which "
         f"biases the policy ratio): use {off}"
-        for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, -1))
+        for name, value, off in (
+            ("top_p", rollout.top_p, 1.0),
+            ("top_k", rollout.top_k, -1),
+            ("repetition_penalty", rollout.repetition_penalty, 1.0),
+        )
         if value != off
     ]

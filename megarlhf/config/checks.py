@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from megarlhf.config.arguments import LoggingArguments, PPOConfig, PromptDataArguments
+from megarlhf.config.arguments import LoggingArguments, PPOConfig, RenderingArguments
 from megarlhf.config.check_files import file_for_text_errors, place_errors, read_model, token_errors
 from megarlhf.config.check_layout import broken, cluster_errors, layout_errors, role_errors, shared_errors, world_errors
 from megarlhf.config.check_numbers import (
@@ -72,7 +72,7 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
     errors += correction_errors(config) + adapter_errors(config.lora)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
-    errors += sampling_errors(config.rollout) + _template_errors(config.data) + reward_errors(config.reward)
+    errors += sampling_errors(config.rollout) + template_errors(config.data) + reward_errors(config.reward)
     errors += probability_errors(
         "prompt_data_probs", config.data.prompt_data_probs, "prompt_data", config.data.prompt_data
     )
@@ -93,7 +93,7 @@ def check_supervised(config: SupervisedConfig) -> list[str]:
     errors += shared_errors(config.layout) + layout_errors(config.layout, models)
     errors += world_errors(f"{name}={config.world_size}", config.world_size, config.layout, batch.global_batch_size)
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
-    errors += _template_errors(data) + _data_errors(data) + adapter_errors(config.lora)
+    errors += template_errors(data) + _data_errors(data) + adapter_errors(config.lora)
     decay = config.optimizer.ema_decay
     ignored = decay != SupervisedOptimizerArguments.ema_decay and not config.optimizer.enable_ema
     errors += broken({f"ema_decay={decay} is ignored with enable_ema=False: set it, or leave ema_decay out": ignored})
@@ -261,7 +261,7 @@ def _models(config: PPOConfig | SupervisedConfig | ParityConfig) -> tuple[Models
     return models, errors
 
 
-def _template_errors(data: PromptDataArguments | SupervisedDataArguments) -> list[str]:
+def template_errors(data: RenderingArguments) -> list[str]:
     """What can be said of templates without the tokenizer."""
     template, chat = data.input_template, data.apply_chat_template
     try:

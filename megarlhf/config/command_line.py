@@ -130,6 +130,14 @@ def from_dict(config_class: type[ConfigT], mapping: Mapping[str, Any]) -> Config
     return _build(config_class, values, absent=None)
 
 
+def config_of(config_class: type[ConfigT], config: "DataclassInstance", **values: Any) -> ConfigT:
+    """Configuration with what another one has under the same names, and with `values`; the rest are its defaults."""
+    options = options_of(config_class)
+    assert values.keys() <= options.keys(), f"{config_class.__name__} has no {values.keys() - options.keys()}"
+    found = {name: value for name, value in to_dict(config).items() if name in options} | values
+    return _build(config_class, found, absent=None)
+
+
 def _missing(options: Mapping[str, Option], values: Mapping[str, Any]) -> list[str]:
     absent = [name for name, option in options.items() if option.required and name not in values]
     return [f"{name} is missing; it has no default: set it" for name in absent]

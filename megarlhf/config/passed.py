@@ -27,11 +27,16 @@ class MegatronPassedArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassedArguments(MegatronPassedArguments):
-    """Options that Megatron-Core and vLLM take as they are: in YAML here by name, as flags each under its own name."""
+class VLLMPassedArguments:
+    """Options that vLLM takes as they are: in YAML here by name, as flags --vllm_NAME."""
 
     vllm: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Fields of vLLM's EngineArgs; --vllm_NAME on the command line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassedArguments(VLLMPassedArguments, MegatronPassedArguments):
+    """Options that Megatron-Core and vLLM take as they are: in YAML here by name, as flags each under its own name."""
 
 
 def program_of(flag: str, offered: Sequence[str], *, only_switches: bool = False) -> str | None:

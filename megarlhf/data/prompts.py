@@ -43,6 +43,7 @@ def load_prompts(
     max_samples: int | None,
     vocab_size: int,
     needs_label: bool = False,
+    suffix: str = "",
 ) -> PromptData:
     """Read, render and tokenize the prompts of data sets.
 
@@ -57,6 +58,7 @@ def load_prompts(
         max_samples: read only the first so many rows; None reads all.
         vocab_size: tokens that the model has embeddings for.
         needs_label: the reward compares with the label.
+        suffix: what the model reads behind each prompt; it is in the tokens alone.
     Raises:
         ValueError: a missing or empty prompt, no label where one is needed, a chat template that cannot work, every
             prompt too long, or a token that the model has no embedding for.
@@ -77,7 +79,7 @@ def load_prompts(
         if needs_label:
             raise ValueError(f"label_key={label_key} is in no row of {rows.path}: set label_key to the answer's column")
         logger.info("label_key=%s is in no row of %s: every label is None", label_key, rows.path)
-    encoded = encode_prompts(renderer, [text for text, _ in rendered], rows=rows)
+    encoded = encode_prompts(renderer, [text + suffix for text, _ in rendered], rows=rows)
 
     def check(index: int) -> None:
         if not len(encoded[index]):

@@ -172,6 +172,7 @@ class ConsoleSink:
 
     Args:
         first_step: steps done before this process began, which its time left leaves out.
+        unit: what is counted.
     """
 
     def __init__(
@@ -182,14 +183,16 @@ class ConsoleSink:
         log_interval: int = 1,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "step",
     ) -> None:
+        self._unit = unit
         self._total_steps, self._first_step, self._log_interval = total_steps, first_step, log_interval
         self._clock, self._start = clock, clock()
         self._latest: dict[str, float] = {}
         console = console or Console()
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("step"),
+            TextColumn(unit),
             MofNCompleteColumn(),
             BarColumn(bar_width=12),
             TextColumn("[cyan]{task.fields[phase]:<10}"),
@@ -212,7 +215,7 @@ class ConsoleSink:
         if not self._progress.disable:
             self._progress.update(self._task, completed=step, numbers=self._numbers(step))
         elif step % self._log_interval == 0 or step == self._total_steps:
-            line = f"step {step}/{self._total_steps}  {self._numbers(step)}"
+            line = f"{self._unit} {step}/{self._total_steps}  {self._numbers(step)}"
             self._progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
             self._latest.clear()
 

@@ -7,7 +7,7 @@ actor, critic and vLLM engines have devices of their own. The reference model li
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megarlhf.config.arguments import PPOConfig
@@ -46,6 +46,10 @@ class PlacementPlan:
     def of(self, role: str) -> tuple[Worker, ...]:
         """The workers of a role, by rank."""
         return tuple(worker for worker in self.workers if worker.role.name == role)
+
+    def only(self, role: str) -> "PlacementPlan":
+        """The same places for the workers of one role alone."""
+        return replace(self, workers=self.of(role), notes=())
 
     def table(self) -> str:
         """Aligned text: a header, one line a worker, then the notes."""

@@ -167,6 +167,7 @@ class RolloutEngine:
         greedy: bool = False,
         top_p: float = 1.0,
         top_k: int = -1,
+        repetition_penalty: float = 1.0,
     ) -> list[GeneratedGroup]:
         """Answer each prompt `n_samples` times.
 
@@ -178,6 +179,7 @@ class RolloutEngine:
             stop_token_ids: a response ends with the first of these tokens; no others stop it.
             run_seed, step: with the group and the sample's number they seed each response.
             top_p, top_k: of the sampled distribution; 1.0 and -1 leave it whole.
+            repetition_penalty: of tokens that are there already, for greedy too; 1.0: none.
         Returns:
             The samples of each prompt. The log-probs are of the distribution sampled from (for greedy: of the model's
             own).
@@ -203,6 +205,7 @@ class RolloutEngine:
                 temperature=0.0 if greedy else temperature,
                 top_p=1.0 if greedy else top_p,
                 top_k=-1 if greedy else top_k,
+                repetition_penalty=repetition_penalty,
                 max_tokens=max_tokens,
                 seed=request_seed(run_seed, step, group_id, sample_id),
                 stop_token_ids=list(stop_token_ids),

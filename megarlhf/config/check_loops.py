@@ -1,0 +1,127 @@
+"""All that can be known to be wrong with the loops over batches before PyTorch is imported."""
+
+import os
+
+from megarlhf.config.check_files import place_errors, read_model
+from megarlhf.config.check_layout import broken
+from megarlhf.config.check_numbers import engine_errors, length_errors, limit_errors
+from megarlhf.config.check_rewards import reward_errors
+from megarlhf.config.check_save import directory_errors, save_errors
+from megarlhf.config.checks import check_supervised, template_errors
+from megarlhf.config.command_line import to_dict
+from megarlhf.config.loop_arguments import (
+    ConditionArguments,
+    GenerateConfig,
+    IterateConfig,
+    ScoreConfig,
+    SelectConfig,
+)
+from megarlhf.config.loop_stages import evaluate_config, generate_config, train_config
+from megarlhf.config.reward_arguments import RewardArguments
+from megarlhf.config.supervised_arguments import DPOArguments
+from megarlhf.formats.data_names import probability_errors
+
+
+def check_generate(config: GenerateConfig) -> list[str]:
+    """Every mistake found in the options of a generation, none where it may start."""
+    data, rollout, options = config.data, config.rollout, to_dict(config)
+    model, errors = read_model("pretrain", config.model.pretrain)
+    errors += place_errors(options) + limit_errors(options) + template_errors(data)
+    errors += engine_errors(config.cluster.vllm_tensor_parallel_size, model)
+    longest = rollout.prompt_max_len + rollout.generate_max_len
+    errors += length_errors("prompt_max_len + generate_max_len", longest, None, {"pretrain": model})
+    errors += probability_errors("prompt_data_probs", data.prompt_data_probs, "prompt_data", data.prompt_data)
+    number = config.generate.n_samples_per_prompt
+    said = f"n_samples_per_prompt={number} with greedy=True (all would be one response): use 1"
+    return errors + broken({said: config.generate.greedy and number > 1}) + output_errors(config.generate.output)
+
+
+def check_score(config: ScoreConfig) -> list[str]:
+    """Every mistake found in the options of a scoring, none where it may start."""
+    score, reward = config.score, config.reward
+    errors = place_errors(to_dict(config)) + limit_errors(to_dict(config)) + reward_errors(reward)
+    said = "reward_skip_special_tokens is ignored (responses are text already): leave it out, or set megarlhf "
+    said += "generate's skip_special_tokens"
+    errors += broken({said: reward.reward_skip_special_tokens is not None}) + _untrained_errors(reward)
+    return errors + output_errors(score.output, score.dataset)
+
+
+def _untrained_errors(reward: RewardArguments) -> list[str]:
+    ignored = reward.max_untrained_steps != RewardArguments.max_untrained_steps
+    return broken({"max_untrained_steps is ignored here (nothing is trained step by step): leave it out": ignored})
+
+
+def check_select(config: SelectConfig) -> list[str]:
+    """Every mistake found in the options of a selection, none where it may start."""
+    select = config.select
+    errors = place_errors(to_dict(config)) + _condition_errors(select, select.post_processor == "csft")
+    return errors + output_errors(select.output, select.dataset)
+
+
+def _condition_errors(given: ConditionArguments, conditional: bool) -> list[str]:
+    template = given.reward_template
+    ignored = [
+        f"{name}={value} is ignored (conditional SFT alone writes rewards into prompts): leave it out"
+        for name in ("normalize_reward", "reward_template")
+        if not conditional and (value := getattr(given, name)) != getattr(ConditionArguments, name)
+    ]
+    missing = "{input}" not in template or "{reward}" not in template
+    return ignored + broken({f"reward_template={template!r} must hold {{input}} and {{reward}}": missing})
+
+
+def output_errors(output: str, dataset: str | None = None) -> list[str]:
+    """A file that cannot be written, or that is read as well."""
+    errors = broken(
+        {
+            f"output={output} must end in .jsonl (one object a line is written)": not output.endswith(".jsonl"),
+            f"output={output} is a directory: name a file": os.path.isdir(output),
+            f"output={output} is dataset too (it is read while output is written): name another file": (
+                dataset is not None and os.path.abspath(output) == os.path.abspath(dataset)
+            ),
+        }
+    )
+    return errors + directory_errors(os.path.dirname(output) or ".", option="output")
+
+
+def check_iterate(config: IterateConfig) -> list[str]:
+    """Every mistake found in the options of a loop and in those of all of its stages, none where it may start."""
+    iterate, method, model = config.iterate, config.iterate.method, config.model.pretrain
+    dpo, conditional, number = method == "iterative_dpo", method == "conditional_sft", iterate.n_samples_per_prompt
+    given = {name: value for name, value in vars(config.dpo).items() if value != getattr(DPOArguments, name)}
+    errors = broken(
+        {
+            f"n_samples_per_prompt={number} with method={method} (it compares the samples of a prompt): use 2 or more": (
+                number < 2 and not conditional
+            ),
+            f"reference=moving is ignored with method={method} (SFT has no reference): leave it out": (
+                iterate.reference == "moving" and not dpo
+            ),
+            f"reference=fixed with lora_rank={config.lora.lora_rank} (the reference is the model without its adapters, "
+            "the one before each round): set reference=moving": (
+                dpo and iterate.reference == "fixed" and config.lora.lora_rank > 0
+            ),
+            f"ref_pretrain={config.dpo.ref_pretrain} with reference=moving: leave one out": (
+                dpo and iterate.reference == "moving" and config.dpo.ref_pretrain is not None
+            ),
+            f"csft_prompt={iterate.csft_prompt!r} is ignored with method={method}: leave it out": (
+                not conditional and iterate.csft_prompt != type(iterate).csft_prompt
+            ),
+            "enable_ema=True is ignored (a round starts from the last weights of the one before): leave it out": (
+                config.optimizer.enable_ema
+            ),
+            "WORLD_SIZE is set (megarlhf iterate starts the ranks of its stages itself): start it without torchrun": (
+                "WORLD_SIZE" in os.environ
+            ),
+        }
+        | {
+            f"{name}={value} is ignored with method={method} (it is DPO's): leave it out": not dpo
+            for name, value in given.items()
+        }
+    )
+    errors += limit_errors(to_dict(config)) + _condition_errors(iterate, conditional) + _untrained_errors(config.reward)
+    errors += save_errors(config.logging.save, None, starts_again=True) + check_generate(generate_config(config, 1, model))
+    errors += reward_errors(config.reward) + place_errors(to_dict(config))
+    if config.data.eval_data is not None:
+        errors += check_generate(evaluate_config(config, 0, model))
+    training = check_supervised(train_config(config, 1, model, dataset=config.data.prompt_data))  # no other is there yet
+    return list(dict.fromkeys([*errors, *(error for error in training if not error.startswith("dataset="))]))
