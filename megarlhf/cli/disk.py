@@ -11,7 +11,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats import shared_memory
-from megarlhf.formats.huggingface import HFConfig
+from megarlhf.formats.huggingface import HFConfig, HFWeights
 from megarlhf.models.names import model_maps, model_shapes
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.targets import adapter_numbers
@@ -78,14 +78,18 @@ def check_disk_space(
     interval, keep = logging.save_interval, logging.max_ckpt_num
     more = num_checkpoints(first_step=first_step, last_step=last_step, interval=interval, keep=keep, present=present)
     size = checkpoint_bytes(sum(trained), bf16=config.model.bf16, distributed=distributed)
-    exported = sum((source.directory / name).stat().st_size for name in source.files)
-    exported = 4 * trained[0] if config.lora.lora_rank else exported
+    exported = 4 * trained[0] if config.lora.lora_rank else stored_bytes(source)
     averaged = isinstance(config, SupervisedConfig) and config.optimizer.enable_ema
     size += 4 * trained[0] * averaged
     needs = {root: (more * size, f"{more} checkpoint(s)"), save / "hf": (exported, "the exported model")}
     needs |= {save / "hf_ema": (exported, "its average")} if averaged else {}
     if problems := space_problems(needs):
         raise ValueError(f"save={logging.save}; {'; '.join(problems)}")
+
+
+def stored_bytes(weights: HFWeights) -> int:
+    """What the files of a model's weights take."""
+    return sum((weights.directory / name).stat().st_size for name in weights.files)
 
 
 def _num_trained(config: HFConfig, head: str, lora: LoraArguments) -> int:

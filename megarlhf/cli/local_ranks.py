@@ -96,6 +96,21 @@ def run_local_ranks(
         return _wait(ranks)
 
 
+def run_program(module: str, arguments: Sequence[str], *, should_stop: Callable[[], bool]) -> int:
+    """Run `python -m module arguments` and return its status; it ends with this process.
+
+    Once `should_stop()` is true it gets a SIGTERM, and has the time that it needs.
+    """
+    program = subprocess.Popen([sys.executable, "-m", module, *arguments], preexec_fn=_die_with_parent)
+    told = False
+    while program.poll() is None:
+        if should_stop() and not told:
+            told = True
+            program.terminate()
+        time.sleep(0.1)
+    return program.returncode
+
+
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 from megarlhf.cli.errors import running
 from megarlhf.cli.run import check_weights, resolved_files
 from megarlhf.cli.run_ppo import find_machine, resolve_special_tokens

@@ -33,6 +33,7 @@ from megarlhf.cli.run import (
 )
 from megarlhf.cli.supervised_data import data_loaders, data_text, open_data
 from megarlhf.config.command_line import to_dict, to_yaml
+from megarlhf.config.layouts import TransformerImpl
 from megarlhf.config.reward_model_arguments import PRMConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, PairsConfig, SupervisedConfig
 from megarlhf.data.supervised import SupervisedData, Units, dropped_line
@@ -95,25 +96,12 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
     identity = model_identity(config.model.pretrain, config.layout, lora=config.lora) | {"seed": config.model.seed}
     loaders: list[Callable[[], Any]] = [*data_loaders(config)]
 
-    def check_model() -> tuple[list[Opened], MemoryPlan]:
-        own = ("pretrain", config.model.pretrain, config.layout, config.head)
-        others = [(option, place, config.layout, "lm") for option, place in config.other_models.items()]
-        reference = [] if config.ref_pretrain is None else [("ref_pretrain", config.ref_pretrain, config.layout, "lm")]
-        adapted, alone = all_or_errors(
-            [
-                partial(check_weights, [own, *reference], transformer_impl=impl, lora=config.lora),
-                partial(check_weights, others, transformer_impl=impl),
-            ]
-        )
-        models = [adapted[0], *alone]
-        return models, fitting_memory(config, [model.config for model in models])
-
     reported = [key for key in METRICS if key.startswith(f"{config.program}/eval_")]
     continued, _, (models, memory), data, *evaluation = all_or_errors(
         [
             partial(resumed_step, config.logging, identity),
             partial(check_best_metric, config.logging, reported),
-            check_model,
+            partial(check_models, config, impl),
             *loaders,
         ]
     )
@@ -128,6 +116,25 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
     kernels = kernel_lines(config.kernels, [model.config for model in models], device=device)
     decided = f"{told}\n\n{kernels}\n\n{memory.text()}"
     return [data, *evaluation], {"decided": decided, "identity": identity, "continued": continued}
+
+
+def check_models(config: SupervisedConfig, impl: TransformerImpl) -> tuple[list[Opened], MemoryPlan]:
+    """The trained model, its reference and the others that only compute, opened, and what they take on the devices.
+
+    Raises:
+        ConfigError: what is wrong with each of them, or that they do not fit.
+    """
+    own = ("pretrain", config.model.pretrain, config.layout, config.head)
+    others = [(option, place, config.layout, "lm") for option, place in config.other_models.items()]
+    reference = [] if config.ref_pretrain is None else [("ref_pretrain", config.ref_pretrain, config.layout, "lm")]
+    adapted, alone = all_or_errors(
+        [
+            partial(check_weights, [own, *reference], transformer_impl=impl, lora=config.lora),
+            partial(check_weights, others, transformer_impl=impl),
+        ]
+    )
+    models = [adapted[0], *alone]
+    return models, fitting_memory(config, [model.config for model in models])
 
 
 def _objective_identity(config: SupervisedConfig) -> dict[str, Any]:

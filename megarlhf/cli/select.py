@@ -1,5 +1,6 @@
 """Training data of scored samples: `megarlhf select` or `python -m megarlhf.cli.select`."""
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,33 +29,38 @@ def _run(config: SelectConfig, *, dry_run: bool) -> int:
     return 0
 
 
-def select_file(select: SelectArguments) -> Selection:
-    """Write what is selected of a file of scored samples.
+def select_file(options: SelectArguments) -> Selection:
+    """Write what is selected of a file of scored samples; see select."""
+    found = select(options)
+    with GrowingLines(Path(options.output), to_dict(SelectConfig(select=options))) as lines:
+        lines.keep(0)
+        lines.append(found.rows)
+    return found
+
+
+def select(options: SelectArguments) -> Selection:
+    """What is selected of a file of scored samples.
 
     Raises:
         ValueError: rows without input, output or reward.
     """
     from megarlhf.data.loading import load_rows  # datasets takes seconds
 
-    samples = load_rows(select.dataset)
+    samples = load_rows(options.dataset)
 
     def check(index: int) -> None:
         for key in ("input", "output"):
             if not isinstance(samples.value(index, key, option="key"), str):
                 raise ValueError(f"{key} is not text")
         reward = samples.rows[index].get("reward", "nothing")
-        if reward is not None and not (isinstance(reward, int | float) and not isinstance(reward, bool)):
-            raise ValueError(f"reward is {reward!r:.40}, not a number or null: score the file with megarlhf score")
+        is_number = isinstance(reward, int | float) and not isinstance(reward, bool) and not math.isinf(reward)
+        if reward is not None and not is_number:
+            raise ValueError(f"reward is {reward!r:.40}, not a finite number or null: score the file (megarlhf score)")
 
     samples.collect(check)
-    rows, template = samples.rows, {"template": select.reward_template}
-    own = template if SELECTIONS[select.post_processor] is conditional_sft else {}
-    rewards = rewards_of(rows, normalize=select.normalize_reward)
-    found = SELECTIONS[select.post_processor](rows, group_numbers(rows), rewards, **own)
-    with GrowingLines(Path(select.output), to_dict(SelectConfig(select=select))) as lines:
-        lines.keep(0)
-        lines.append(found.rows)
-    return found
+    function, rows = SELECTIONS[options.post_processor], samples.rows
+    own = {"template": options.reward_template} if function is conditional_sft else {}
+    return function(rows, group_numbers(rows), rewards_of(rows, normalize=options.normalize_reward), **own)
 
 
 if __name__ == "__main__":

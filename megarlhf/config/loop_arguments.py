@@ -1,4 +1,4 @@
-"""Options of the loops over batches: generate, score, select, and iterate, which is all of them and training in turn."""
+"""Options of the loops over batches: generate, score, select, and iterate, which runs all of them and trains."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -24,7 +24,7 @@ class Extremes:
 
     best: Ints  # [g] indices of samples, in the order of the groups' numbers
     worst: Ints  # [g]
-    num_empty: int  # groups without any result
+    num_empty: int  # groups without any usable result
 
 
 def extremes(groups: Ints, rewards: Rewards) -> Extremes:
@@ -48,7 +48,7 @@ class Selection:
 
     rows: list[dict[str, Any]]
     num_ties: int = 0  # groups whose samples all have one reward, which tell no better from worse
-    num_empty: int = 0  # groups without any result, or samples without one where there are no groups
+    num_empty: int = 0  # groups without any usable result; of conditional SFT samples without one
 
     def __str__(self) -> str:
         return f"{len(self.rows)} rows selected; ties left out: {self.num_ties}, without a result: {self.num_empty}"
@@ -132,12 +132,13 @@ def group_numbers(samples: Sequence[Row]) -> Ints:
 
 
 def rewards_of(samples: Sequence[Row], *, normalize: bool = False) -> Rewards:
-    """[n] rewards; NaN where a sample has none.
+    """[n] rewards; NaN where a sample has none, or an empty output, which nobody can be trained on.
 
     Args:
         normalize: shift and scale them to mean 0 and std 1 over all samples with a result; equal ones become 0.
     """
-    rewards = np.array([np.nan if (r := sample.get("reward")) is None else r for sample in samples], dtype=np.float64)
+    given = [None if sample.get("output") == "" else sample.get("reward") for sample in samples]
+    rewards = np.array([np.nan if reward is None else reward for reward in given], dtype=np.float64)
     if normalize and not np.isnan(rewards).all():
         deviation = float(np.nanstd(rewards))
         rewards = (rewards - np.nanmean(rewards)) / (deviation if deviation > 0 else 1.0)

@@ -1,0 +1,123 @@
+"""The run of score.py, whose options are checked already: read the samples, ask the sources, write the file."""
+
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megarlhf.cli.errors import RunError, running
+from megarlhf.cli.run_ppo import reward_sources
+from megarlhf.config.command_line import to_dict, to_yaml
+from megarlhf.config.loop_arguments import ScoreArguments, ScoreConfig
+from megarlhf.data.loading import load_rows
+from megarlhf.data.rows import Rows, json_value
+from megarlhf.data.selection import Rewards, rewards_of
+from megarlhf.data.token_ids import fingerprint
+from megarlhf.data.types import Prompt, Rollout, Sample
+from megarlhf.formats.growing_lines import GrowingLines
+from megarlhf.metrics.sinks import ConsoleSink
+from megarlhf.reward.sources import SumOfSources
+
+_PART = 2048  # samples that are scored and written at a time, at least
+
+
+def load_samples(score: ScoreArguments) -> tuple[Rows, list[Sample], list[int]]:
+    """Rows of the file, the samples in them, and where the parts begin that are scored at a time, the end included.
+
+    Rows that follow each other with one prompt, or one `place` of it, are samples of one group, which is not cut.
+
+    Raises:
+        ValueError: rows without a prompt or a response.
+    """
+    rows = load_rows(score.dataset)
+
+    def read(index: int) -> tuple[str, str, Any]:
+        texts = []
+        for option in ("input_key", "output_key"):
+            key = getattr(score, option)
+            text = rows.rows[index].get(key) if option == "output_key" else rows.value(index, key, option=option)
+            if not isinstance(text, str):
+                raise ValueError(f"{option}={key} holds {text!r:.40}, not text: set {option}")
+            texts.append(text)
+        return texts[0], texts[1], json_value(rows.rows[index].get(score.label_key))
+
+    read_rows = rows.collect(read)
+    samples: list[Sample] = []
+    borders, before = [0], None
+    group_id, sample_id = -1, 0
+    for index, (prompt, response, label) in enumerate(read_rows):
+        group = (prompt, rows.rows[index].get("place"))
+        if group != before:
+            if index - borders[-1] >= _PART:
+                borders.append(index)
+                group_id = -1
+            group_id, sample_id, before = group_id + 1, 0, group
+        samples.append(
+            Sample(
+                prompt=Prompt(index=index, text=prompt, token_ids=np.zeros(0, dtype=np.int32), label=label),
+                group_id=group_id,
+                sample_id=sample_id,
+                response_length=0,
+                response_text=response,
+                finish_reason="length" if rows.rows[index].get("finish_reason") == "length" else "stop",
+                weight_version=0,
+            )
+        )
+        sample_id += 1
+    return rows, samples, [*borders, len(samples)]
+
+
+def run(config: ScoreConfig, *, dry_run: bool) -> int:
+    """Score what is not scored yet; returns the exit status."""
+    score, output = config.score, Path(config.score.output)
+    rows, samples, borders = load_samples(score)
+    with closing(SumOfSources(reward_sources(config.reward))) as sources:
+        sources.check()
+        print(f"{len(samples)} samples of {score.dataset}; sources of the reward: {_names(sources)}")
+        if dry_run:
+            print(to_yaml(config))
+            return 0
+        texts = [[sample.prompt.text, sample.response_text, sample.prompt.label] for sample in samples]
+        identity = to_dict(config) | {"samples": fingerprint(np.zeros(0), np.zeros(0), texts)}
+        with GrowingLines(output, identity) as lines:
+            finished = max(border for border in borders if border <= lines.num_lines)
+            lines.keep(finished)
+            console = ConsoleSink(total_steps=len(samples), first_step=finished, unit="samples")
+            with running(), closing(console):
+                for first, last in zip(borders, borders[1:], strict=False):
+                    if first >= finished:
+                        started = time.perf_counter()
+                        found = sources.score(Rollout(samples=samples[first:last], tokens=()))
+                        pairs = zip(rows.rows[first:last], found, strict=True)
+                        lines.append(json_value(row) | {"reward": sample.reward} for row, sample in pairs)
+                        speed = (last - first) / (time.perf_counter() - started)
+                        console.log(last, {"perf/samples_per_second": speed})
+    rewards = rewards_of(load_rows(str(output), columns=("reward",)).rows)
+    print(f"{summary(rewards)}\nscored: {output}")
+    check_results(rewards, config.reward.min_result_fraction)
+    return 0
+
+
+def _names(sources: SumOfSources) -> str:
+    return ", ".join(source.name for source in sources.sources)
+
+
+def summary(rewards: Rewards) -> str:
+    """A line on the rewards of a file."""
+    missing = int(np.isnan(rewards).sum())
+    if missing == len(rewards):
+        return f"{missing} samples, all without a result"
+    mean, deviation = float(np.nanmean(rewards)), float(np.nanstd(rewards))
+    return f"reward {mean:.4f} on average, std {deviation:.4f}; {missing} of {len(rewards)} samples without a result"
+
+
+def check_results(rewards: Rewards, least: float) -> None:
+    """Raises RunError where too few samples have a result; the file is there."""
+    part = 1.0 - float(np.isnan(rewards).mean())
+    if part < least:
+        raise RunError(
+            f"{part:.1%} of the samples have a result, less than min_result_fraction={least}: see the warnings above "
+            "for the reasons, and score the file again"
+        )
