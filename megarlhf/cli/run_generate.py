@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megarlhf.cli.errors import running
+from megarlhf.cli.prompt_data import resolve_special_tokens
 from megarlhf.cli.run import check_weights, resolved_files
-from megarlhf.cli.run_ppo import find_machine, resolve_special_tokens
-from megarlhf.config.arguments import PPOConfig, PromptDataArguments, PromptsArguments
+from megarlhf.cli.run_ppo import find_machine
+from megarlhf.config.arguments import PPOConfig, PromptColumnArguments
 from megarlhf.config.command_line import config_of, to_dict, to_yaml
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.loop_arguments import GenerateConfig
@@ -44,9 +45,7 @@ def load(config: GenerateConfig) -> Inputs:
         ValueError: what is wrong with any of them.
     """
     model, data, options = config.model, config.data, config.generate
-    check_weights(
-        [("pretrain", model.pretrain, LayoutArguments(), "lm")], transformer_impl="local", generates=True
-    )
+    check_weights([("pretrain", model.pretrain, LayoutArguments(), "lm")], transformer_impl="local", generates=True)
     tokenizer = load_tokenizer(model.tokenizer or model.pretrain, chat_template=data.tokenizer_chat_template)
     hf_config, probs = read_config(model.pretrain), probabilities(data.prompt_data_probs)
     found: PromptData = load_prompts(
@@ -59,7 +58,7 @@ def load(config: GenerateConfig) -> Inputs:
         prompt_max_len=config.rollout.prompt_max_len,
         max_samples=data.max_samples,
         vocab_size=hf_config.vocab_size,
-        needs_label=data.label_key != PromptsArguments.label_key,
+        needs_label=data.label_key != PromptColumnArguments.label_key,
         suffix=f" {options.csft_prompt.strip()} " if options.enable_csft else "",
     )
     prompts, number = found.prompts, len(found.prompts)
@@ -94,9 +93,7 @@ def run(config: GenerateConfig, *, dry_run: bool) -> int:
     dropped = f", {inputs.num_dropped} longer than prompt_max_len left out" if inputs.num_dropped else ""
     decided = f"{len(inputs.prompts)} prompts{dropped}\n{plan.table()}"
     if dry_run:
-        data = config_of(PPOConfig, config, save=ppo.logging.save).data
-        assert isinstance(data, PromptDataArguments)
-        print(f"{to_yaml(config)}\n{resolved_files(ppo.model, data)}\n\n{decided}")
+        print(f"{to_yaml(config)}\n{resolved_files(ppo.model, ppo.data)}\n\n{decided}")
         return 0
     from megarlhf.cluster import launch  # Ray: nothing above needs it
 
@@ -138,5 +135,6 @@ def response_rows(rollout: Rollout, *, first_place: int) -> list[dict[str, Any]]
             "sample": sample.sample_id,
             "finish_reason": sample.finish_reason,
         }
+        | ({"stop_text": sample.stop_text} if sample.stop_text else {})
         for sample in rollout.samples
     ]

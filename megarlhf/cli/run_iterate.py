@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import METRICS_FILE, Sinks, read_rows
 from megarlhf.parallel.device import device_kind
 from megarlhf.reward.sources import SumOfSources
-from megarlhf.trainers.rl import CORRECT_REWARD
+from megarlhf.trainers.evaluation import CORRECT_REWARD
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -67,6 +68,7 @@ class Stopped(Exception):
 
 def run(config: IterateConfig, *, dry_run: bool) -> int:
     """Check all stages, then run what is not finished yet; returns the exit status."""
+    config = replace(config, reward=config.reward.resolved())
     said = _check_stages(config, dry_run=dry_run)
     if dry_run:
         print(f"{to_yaml(config)}\n{said}")
@@ -123,7 +125,7 @@ def _check_stages(config: IterateConfig, *, dry_run: bool) -> str:
     impl = resolve_kernels(
         training, {"": training.layout}, share_prompt_prefix=training.share_prompt_prefix, device=device_kind()
     )
-    sources = SumOfSources(reward_sources(config.reward))
+    sources = SumOfSources(reward_sources(config.reward, dry_run=dry_run))
     evaluations = [] if config.data.eval_data is None else [evaluate_config(config, 0, model)]
     try:
         (models, memory), _, *loaded = all_or_errors(

@@ -11,6 +11,7 @@ from megarlhf.cli.errors import RunError, running
 from megarlhf.cli.run_ppo import reward_sources
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.loop_arguments import ScoreArguments, ScoreConfig
+from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.data.loading import load_rows
 from megarlhf.data.rows import Rows, json_value
 from megarlhf.data.selection import Rewards, rewards_of
@@ -49,6 +50,7 @@ def load_samples(score: ScoreArguments) -> tuple[Rows, list[Sample], list[int]]:
     group_id, sample_id = -1, 0
     for index, (prompt, response, label) in enumerate(read_rows):
         group = (prompt, rows.rows[index].get("place"))
+        stop = str(rows.rows[index].get("stop_text") or "")
         if group != before:
             if index - borders[-1] >= _PART:
                 borders.append(index)
@@ -60,7 +62,8 @@ def load_samples(score: ScoreArguments) -> tuple[Rows, list[Sample], list[int]]:
                 group_id=group_id,
                 sample_id=sample_id,
                 response_length=0,
-                response_text=response,
+                response_text=response + stop,
+                stop_text=stop,
                 finish_reason="length" if rows.rows[index].get("finish_reason") == "length" else "stop",
                 weight_version=0,
             )
@@ -71,9 +74,9 @@ def load_samples(score: ScoreArguments) -> tuple[Rows, list[Sample], list[int]]:
 
 def run(config: ScoreConfig, *, dry_run: bool) -> int:
     """Score what is not scored yet; returns the exit status."""
-    score, output = config.score, Path(config.score.output)
+    score, reward, output = config.score, config.reward.resolved(), Path(config.score.output)
     rows, samples, borders = load_samples(score)
-    with closing(SumOfSources(reward_sources(config.reward))) as sources:
+    with closing(SumOfSources(reward_sources(reward, dry_run=dry_run))) as sources:
         sources.check()
         print(f"{len(samples)} samples of {score.dataset}; sources of the reward: {_names(sources)}")
         if dry_run:
@@ -96,7 +99,7 @@ def run(config: ScoreConfig, *, dry_run: bool) -> int:
                         console.log(last, {"perf/samples_per_second": speed})
     rewards = rewards_of(load_rows(str(output), columns=("reward",)).rows)
     print(f"{summary(rewards)}\nscored: {output}")
-    check_results(rewards, config.reward.min_result_fraction)
+    check_results(rewards, reward)
     return 0
 
 
@@ -113,11 +116,11 @@ def summary(rewards: Rewards) -> str:
     return f"reward {mean:.4f} on average, std {deviation:.4f}; {missing} of {len(rewards)} samples without a result"
 
 
-def check_results(rewards: Rewards, least: float) -> None:
+def check_results(rewards: Rewards, reward: RewardArguments) -> None:
     """Raises RunError where too few samples have a result; the file is there."""
-    part = 1.0 - float(np.isnan(rewards).mean())
-    if part < least:
+    part, least, most = float(np.isnan(rewards).mean()), reward.min_result_fraction, reward.max_no_result_fraction
+    if 1.0 - part < least or (most is not None and part > most):
         raise RunError(
-            f"{part:.1%} of the samples have a result, less than min_result_fraction={least}: see the warnings above "
-            "for the reasons, and score the file again"
+            f"{part:.1%} of the samples have no result, where min_result_fraction={least} and max_no_result_fraction="
+            f"{most}: see the warnings above for the reasons, and score the file again"
         )

@@ -90,7 +90,7 @@ def check_iterate(config: IterateConfig) -> list[str]:
     given = {name: value for name, value in vars(config.dpo).items() if value != getattr(DPOArguments, name)}
     errors = broken(
         {
-            f"n_samples_per_prompt={number} with method={method} (it compares the samples of a prompt): use 2 or more": (
+            f"n_samples_per_prompt={number} with method={method} (it compares a prompt's samples): use 2 or more": (
                 number < 2 and not conditional
             ),
             f"reference=moving is ignored with method={method} (SFT has no reference): leave it out": (
@@ -119,9 +119,10 @@ def check_iterate(config: IterateConfig) -> list[str]:
         }
     )
     errors += limit_errors(to_dict(config)) + _condition_errors(iterate, conditional) + _untrained_errors(config.reward)
-    errors += save_errors(config.logging.save, None, starts_again=True) + check_generate(generate_config(config, 1, model))
+    errors += save_errors(config.logging.save, None, starts_again=True)
+    errors += check_generate(generate_config(config, 1, model))
     errors += reward_errors(config.reward) + place_errors(to_dict(config))
     if config.data.eval_data is not None:
         errors += check_generate(evaluate_config(config, 0, model))
-    training = check_supervised(train_config(config, 1, model, dataset=config.data.prompt_data))  # no other is there yet
+    training = check_supervised(train_config(config, 1, model, dataset=config.data.prompt_data))  # there is no other
     return list(dict.fromkeys([*errors, *(error for error in training if not error.startswith("dataset="))]))

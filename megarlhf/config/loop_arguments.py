@@ -6,7 +6,7 @@ from typing import Literal
 from megarlhf.config.arguments import (
     EngineArguments,
     ModelArguments,
-    PromptsArguments,
+    PromptDataArguments,
     RunArguments,
     SamplingArguments,
     WeightsArguments,
@@ -30,8 +30,9 @@ class GenerateArguments:
     """What is generated, and where it goes."""
 
     output: str
-    """File to write, .jsonl: input, output, label, index, place, sample and finish_reason of each response. It appears
-    when it is whole; a run that was killed goes on with <output>.partial."""
+    """File to write, .jsonl: input, output, label, index, place, sample and finish_reason of each response, and the
+    stop_text behind the output where special tokens are in it. The file appears when it is whole; a run that was killed
+    goes on with <output>.partial."""
     n_samples_per_prompt: int = 1
     """Responses to each prompt."""
     greedy: bool = False
@@ -57,7 +58,7 @@ class GenerateConfig:
     model: WeightsArguments
     cluster: EngineArguments = field(default_factory=EngineArguments)
     rollout: SamplingArguments = field(default_factory=SamplingArguments)
-    data: PromptsArguments
+    data: PromptDataArguments
     generate: GenerateArguments
     passed: VLLMPassedArguments = field(default_factory=VLLMPassedArguments)
 
@@ -138,7 +139,7 @@ class IterateArguments(ConditionArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IterateDataArguments(PromptsArguments):
+class IterateDataArguments(PromptDataArguments):
     """Prompts to learn from, and others to evaluate on."""
 
     eval_data: str | None = None
