@@ -81,7 +81,7 @@ def load_rows(source: str | DataSource, *, columns: Sequence[str] | None = None,
         raise ValueError("\n".join(errors))
     if whole.held_out:
         parts = _divided(parts, whole, columns)
-    if whole.probs is None:
+    if whole.probs is None or len(parts) == 1:
         return _first(_one_behind_the_other(whole.names, parts), limit)
     return _first(_mixed(whole.names, parts, whole.probs, whole.seed), limit)
 

@@ -60,7 +60,8 @@ class FakeLLM:
         return [types.SimpleNamespace(outputs=[self._answer(p)]) for p in parameters]
 
     def _answer(self, parameters: Any) -> Any:
-        length = min(parameters.max_tokens, 2 + parameters.seed % 5)
+        learned = self._status.get("version", 0) if parameters.temperature == 0 else 0
+        length = min(parameters.max_tokens, 2 + (parameters.seed + learned) % 5)
         tokens = [5 + (parameters.seed // 7 + i) % 9 for i in range(length)]
         reason = "length"
         if length < parameters.max_tokens:

@@ -1,5 +1,6 @@
 """What an option is set to, and where a run shows it: the parts of the table that programs share."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -76,6 +77,25 @@ def linked(trace: Trace) -> tuple[bool, list[str]]:
     place = Path(trace.given["directory"][0]) / "checkpoints"
     target = place.resolve()
     return place.is_symlink() and target.name.startswith("checkpoints_"), [p.name for p in target.glob("iter_*")]
+
+
+def best_probes(metric: str) -> dict[str, Probe]:
+    """Options of the best checkpoint, by a metric that differs from evaluation to evaluation."""
+
+    def best(trace: Trace) -> tuple[list[str], bool, bool]:
+        """What a run exports, and whether the best checkpoint is the largest's, or the smallest's."""
+        state = json.loads((Path(trace.given["directory"][0]) / "checkpoints/best/run_state.json").read_text())
+        values = {row["step"]: row[metric] for row in trace.given["metrics"] if row["step"] and metric in row}
+        kept, exported = values[state["step"]], [each["directory"].name for each in trace.given["export"]]
+        return exported, kept == max(values.values()), kept == min(values.values())
+
+    exported, also = ["hf", "hf_best"], {"eval_interval": 1, "train_iters": 5}
+    return {
+        "best_metric": Probe(value=metric, seen=best, expected=(exported, True, False), also=also),
+        "best_metric_mode": Probe(
+            value="min", seen=best, expected=(exported, False, True), also=also | {"best_metric": metric}
+        ),
+    }
 
 
 def layout_probes(role: str, ranks: Callable[[int], Options]) -> dict[str, Probe]:

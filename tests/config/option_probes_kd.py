@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.config.in_process import Trace
-from tests.config.option_probes import Probe, adam, both, metric, steps_with
+from tests.config.option_probes import Probe, adam, best_probes, both, metric, steps_with
 from tests.config.option_probes_rest import SFT
 
 LOSSES = [metric(f"kd/{name}", 1) for name in ("loss", "lm_loss", "kl", "teacher_entropy")]
@@ -39,6 +39,7 @@ def renamed(value: object) -> object:
 KD = {name: _beside_teacher(probe) for name, probe in SFT.items()} | {
     "save": replace(SFT["save"], value="{}/elsewhere_kd", expected="elsewhere_kd"),
     "load": replace(SFT["load"], value="{}/first_kd"),
+    **best_probes("kd/eval_loss"),
     "eval_interval": replace(SFT["eval_interval"], seen=steps_with("kd/eval_loss")),
     "learning_rate": replace(SFT["learning_rate"], seen=both(adam("lr"), metric("kd/learning_rate", 1))),
     "teacher_model": Probe(

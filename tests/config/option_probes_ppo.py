@@ -10,6 +10,7 @@ from tests.config.option_probes import (
     Probe,
     Seen,
     adam,
+    best_probes,
     both,
     critic_layout_probes,
     kernel_probes,
@@ -316,7 +317,6 @@ DATA = {
         **{"expected": {"ot"}, "also": {"prompt_data": "{}/splits", "eval_data": None}},
     ),
     "prompt_data": Probe(value="{}/other_rows.jsonl", seen=lambda t: {x[0] for x in texts(t)}, expected={"o", "e"}),
-    "eval_data": Probe(value="{}/other_eval.jsonl", seen=size_of_scored(0), expected=3),
     "input_key": Probe(value="question", seen=lambda t: {x[:3] for x in texts(t)}, expected={"ask"}),
     "label_key": Probe(value="answer", seen=lambda t: {len(x) for x in labels(t)}, expected={3}),
     "apply_chat_template": Probe(
@@ -334,6 +334,25 @@ DATA = {
         before={"tokenizer_chat_template": TEMPLATE},
     ),
     "max_samples": Probe(value=3, seen=lambda t: len({s.prompt.index for s in t.given["scored"][1]}), expected=3),
+}
+
+EVALUATION: dict[str, Probe] = {
+    "eval_data": Probe(
+        value="{}/other_eval.jsonl,mine={}/eval.jsonl",
+        seen=both(size_of_scored(0), lambda t: {k for k in t.given["metrics"][0] if k.endswith("/accuracy")}),
+        expected=(5, {"eval/accuracy", "eval/other_eval/accuracy", "eval/mine/accuracy"}),
+    ),
+    "eval_split": Probe(
+        value="other",
+        seen=lambda t: {sample.prompt.text for sample in t.given["scored"][0]},
+        **{"expected": {"ot split"}, "also": {"eval_data": "{}/splits"}},
+    ),
+    "eval_n_samples_per_prompt": Probe(
+        value=3,
+        seen=both(lambda t: len(t.llms[0].parameters[1]), lambda t: metric("eval/pass@3", 0)(t) is not None),
+        expected=(6, True),
+    ),
+    "eval_temperature": Probe(value=0.35, seen=sampling("temperature"), also={"eval_n_samples_per_prompt": 2}),
 }
 
 REWARD: dict[str, Probe] = {
@@ -438,6 +457,7 @@ LOGGING: dict[str, Probe] = {
     ),
     "save_interval": Probe(value=1, seen=lambda t: t.given["checkpoints"], expected=["iter_0000001", "iter_0000002"]),
     "eval_interval": Probe(value=1, seen=steps_with("eval/accuracy"), expected=[0, 1, 2]),
+    **best_probes("eval/response_length_mean"),
     "log_interval": Probe(
         value=3,
         seen=lambda t: [f"step {n}/3" in t.said for n in (1, 2, 3)],
@@ -467,5 +487,5 @@ def ppo_ranks(number: int) -> Options:
 
 PPO = {
     **(MODEL | layout_probes("actor", ppo_ranks) | critic_layout_probes() | kernel_probes("critic")),
-    **(PASSED | CLUSTER | BATCH | OPTIMIZER | ALGORITHM | ROLLOUT | DATA | REWARD | LOGGING | LORA),
+    **(PASSED | CLUSTER | BATCH | OPTIMIZER | ALGORITHM | ROLLOUT | DATA | EVALUATION | REWARD | LOGGING | LORA),
 }

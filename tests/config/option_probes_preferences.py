@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.config.in_process import Trace
-from tests.config.option_probes import Probe, adam, both, metric, steps_with
+from tests.config.option_probes import Probe, adam, best_probes, both, metric, steps_with
 from tests.config.option_probes_rest import OF_CHATS_AND_TEXTS, OTHER_SPLIT, SFT, decoded, rows
 
 STEP_TWO = 0.016  # log-ratio in step 2 of an answer of four tokens: the first step has moved each by 0.004
@@ -27,6 +27,7 @@ def shared(name: str, *, without: str) -> dict[str, Probe]:
         "train_split": OTHER_SPLIT,
         "save": replace(kept["save"], value=f"{{}}/elsewhere_{name}", expected=f"elsewhere_{name}"),
         "load": replace(kept["load"], value=f"{{}}/first_{name}"),
+        **best_probes(f"{name}/eval_loss"),
         "eval_interval": replace(kept["eval_interval"], seen=steps_with(f"{name}/eval_loss")),
         "learning_rate": replace(kept["learning_rate"], seen=both(adam("lr"), metric(f"{name}/learning_rate", 1))),
     }

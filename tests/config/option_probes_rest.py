@@ -12,6 +12,7 @@ from tests.config.option_probes import (
     Probe,
     Seen,
     adam,
+    best_probes,
     both,
     kernel_probes,
     layout_probes,
@@ -161,6 +162,7 @@ def logging_probes(program: str) -> dict[str, Probe]:
     found["ckpt_path"] = replace(LOGGING["ckpt_path"], value=f"{{}}/checkpoints_{program}")
     found["no_load_optim"] = replace(LOGGING["no_load_optim"], also=LOGGING["no_load_optim"].also | {"load": first})
     found["eval_interval"] = replace(LOGGING["eval_interval"], seen=steps_with(f"{program}/eval_loss"))
+    found |= best_probes(f"{program}/eval_loss")
     return found
 
 
@@ -183,6 +185,7 @@ LOGGING = {
     ),
     "save_interval": Probe(value=2, seen=lambda t: t.given["checkpoints"], expected=["iter_0000002", "iter_0000003"]),
     "eval_interval": Probe(value=1, seen=steps_with("eval_loss"), expected=[1, 2, 3]),
+    **best_probes("sft/eval_loss"),
     "log_interval": Probe(
         value=2, seen=lambda t: [f"step {n}/3" in t.said for n in (1, 2, 3)], expected=[False, True, True]
     ),
