@@ -9,6 +9,7 @@ writes, each beside its held-out file (heldout_NAME), without a word in both:
     preferences.jsonl  {"prompt": messages, "chosen": answer as asked, "rejected": answer in the other case}
     kto.jsonl          {"input": messages, "output": answer, "label": whether it is as asked}
     prm.jsonl          {"input": request and steps, each with <file_sep> behind it, "label": + or - for each step}
+    prompts.jsonl      {"input": messages, "label": answer as asked}
 
 The same seed gives the same files.
 """
@@ -85,7 +86,13 @@ def prm(item: Item, draw: random.Random) -> Row:
     return {"input": f"{request} {text}", "label": ["+" if is_good else "-" for is_good in good]}
 
 
-KINDS: tuple[Callable[[Item, random.Random], Row], ...] = (sft, csft, preferences, kto, prm)
+def prompts(item: Item, draw: random.Random) -> Row:
+    """A request, and its answer for a rule."""
+    request, right, _ = item
+    return {"input": chat(request), "label": " ".join(right)}
+
+
+KINDS: tuple[Callable[[Item, random.Random], Row], ...] = (sft, csft, preferences, kto, prm, prompts)
 
 
 def main() -> None:
