@@ -82,7 +82,7 @@ EVAL_AND_LOGGING_ARGS=(
 if [ ! -e "${DATA}/prompts.jsonl" ]; then
     "${PYTHON}" examples/arithmetic_data.py "${DATA}" --seed "${SEED}"
 fi
-exec "${PYTHON}" -m megarlhf.cli.train_ppo \
+exec "${PYTHON}" -m megarlhf.cli.train_ppo_ray \
     "${MODEL_PARALLEL_ARGS[@]}" \
     "${DATA_ARGS[@]}" \
     "${ROLLOUT_ARGS[@]}" \

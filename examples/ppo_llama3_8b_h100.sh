@@ -100,7 +100,7 @@ if [ -n "${EVAL_DATA}" ]; then
     EVAL_AND_LOGGING_ARGS+=(--eval_data "${EVAL_DATA}" --eval-interval 25)
 fi
 
-exec "${PYTHON}" -m megarlhf.cli.train_ppo \
+exec "${PYTHON}" -m megarlhf.cli.train_ppo_ray \
     "${MODEL_PARALLEL_ARGS[@]}" \
     "${DATA_ARGS[@]}" \
     "${ROLLOUT_ARGS[@]}" \

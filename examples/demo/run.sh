@@ -91,7 +91,7 @@ echo "== 2/3 supervised fine-tuning"
 "${PYTHON}" -m megarlhf.cli.train_sft "${SFT_ARGS[@]}"
 
 echo "== 3/3 PPO"
-"${PYTHON}" -m megarlhf.cli.train_ppo \
+"${PYTHON}" -m megarlhf.cli.train_ppo_ray \
     "${MODEL_PARALLEL_ARGS[@]}" \
     "${DATA_ARGS[@]}" \
     "${ROLLOUT_ARGS[@]}" \

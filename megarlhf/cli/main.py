@@ -11,7 +11,7 @@ _COMMANDS = {  # name -> module of this folder, and what it does
     "merge_lora": ("merge_lora", "a model and its LoRA adapter made into one checkpoint"),
     "inspect": ("inspect", "what a checkpoint holds"),
     "preprocess": ("preprocess", "a .jsonl file as Megatron's indexed data set (.bin, .idx)"),
-    "ppo": ("train_ppo", "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO"),
+    "ppo": ("train_ppo_ray", "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO"),
     "sft": ("train_sft", "supervised fine-tuning"),
     "prm": ("train_prm", "process reward model: a judgement of each step of a solution"),
     "dpo": ("train_dpo", "preference optimisation of pairs: DPO, cDPO, IPO"),

@@ -1,4 +1,4 @@
-"""The run of train_ppo.py, whose configuration is checked already: plan, load, start the cluster, train, export."""
+"""The run of train_ppo.py and train_ppo_ray.py, once checked: plan, load, start the cluster, train, export."""
 
 import os
 import sys
@@ -86,7 +86,8 @@ def _check_models(
     """The weights of every role, and room for them: on the devices, and where vLLM is to read the actor's."""
     starts = [(*role.start(config), role.layout(config), role.head) for role in megatron_roles(config)]
     models = check_weights(starts, transformer_impl=transformer_impl, generates=True, lora=config.lora)
-    store = object_store_bytes(config) if config.cluster.ray_address is None else 0  # a cluster's stands already
+    # A cluster's store stands already; without Ray tokens lie in memory that has no place there.
+    store = object_store_bytes(config) if config.cluster.ray is not False and config.cluster.ray_address is None else 0
 
     def share() -> None:
         with machine_checks(dry_run=dry_run):
@@ -192,7 +193,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         reward.close()
         print(to_yaml(config) + "\n" + resolved_files(config.model, config.data) + "\n\n" + decided)
         return 0
-    from megarlhf.cluster import launch  # Ray: nothing above needs it
+    from megarlhf.cluster import launch  # the workers and, maybe, Ray: nothing above needs them
 
     logging, total = config.logging, config.batch.train_iters
     directory = open_run_directory(logging.save, to_yaml(config), ckpt_path=logging.ckpt_path)

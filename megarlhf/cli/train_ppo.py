@@ -1,4 +1,4 @@
-"""RL from a reward on a Ray cluster or this machine: `megarlhf ppo` or `python -m megarlhf.cli.train_ppo`."""
+"""RL from a reward on this machine, without Ray: `python -m megarlhf.cli.train_ppo` or `megarlhf ppo --no_ray`."""
 
 import sys
 from collections.abc import Sequence
@@ -10,9 +10,15 @@ from megarlhf.config.checks import check_ppo, raise_if
 from megarlhf.config.command_line import parse
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, plan and run; returns the exit status."""
+def main(argv: Sequence[str] | None = None, *, ray: bool = False) -> int:
+    """Parse, check, plan and run; returns the exit status.
+
+    Args:
+        ray: whether workers run in Ray, where the arguments do not say it.
+    """
     config, dry_run = parse(PPOConfig, list(sys.argv[1:] if argv is None else argv), prog="megarlhf ppo")
+    if config.cluster.ray is None:
+        config = replace(config, cluster=replace(config.cluster, ray=ray))
     return report_errors("megarlhf ppo", lambda: _run(config, dry_run=dry_run))
 
 

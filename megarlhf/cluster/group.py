@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
+from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
 from megarlhf.cluster.workers import WorkerSpec
 from megarlhf.config.roles import RoleSpec
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.trainers.roles import RoleFailedError
 
 _LAST_LINES = 15
-_DEATH_SECONDS = 5.0  # after one rank's error, for Ray to notice that it was another's death
+_DEATH_SECONDS = 5.0  # after one rank's error, to notice that it was another's death
 
 
 class WorkerFailedError(RoleFailedError):
@@ -22,13 +21,25 @@ class WorkerFailedError(RoleFailedError):
 
 
 class WorkerGroup:
-    """The processes of one role, called together."""
+    """The processes of one role, called together.
+
+    Attributes:
+        started: what each rank's `start` has returned, once they are up.
+    """
 
     def __init__(
-        self, role: RoleSpec, handles: Sequence[Any], specs: Sequence[WorkerSpec], *, timeout_seconds: float
+        self,
+        role: RoleSpec,
+        processes: Processes,
+        handles: Sequence[Any],
+        specs: Sequence[WorkerSpec],
+        *,
+        timeout_seconds: float,
     ) -> None:
         self.role, self.handles, self.specs = role, list(handles), list(specs)
         self.timeout_seconds = timeout_seconds
+        self.started: list[Any] = []
+        self._processes = processes
 
     def call(self, method: str, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
         """Call a method on every process with the same arguments; results in rank order.
@@ -40,8 +51,16 @@ class WorkerGroup:
 
     def submit(self, method: str, *args: Any) -> list[Any]:
         """Start a call on every process; large arguments are stored once."""
-        stored = [ray.put(a) if isinstance(a, list | dict) else a for a in args]
-        return [getattr(handle, method).remote(*stored) for handle in self.handles]
+        stored = [self.put([a])[0] if isinstance(a, list | dict) else a for a in args]
+        return [self.submit_to(rank, method, *stored) for rank in range(len(self.handles))]
+
+    def submit_to(self, rank: int, method: str, *args: Any) -> Any:
+        """Start a call on one process; arguments that are references arrive as their values."""
+        return self._processes.submit(self.handles[rank], method, *args)
+
+    def put(self, values: Sequence[Any]) -> list[Any]:
+        """Store values for the processes; a reference to each."""
+        return self._processes.store.put(values)
 
     def wait_for(self, refs: Sequence[Any], what: str, *, timeout_seconds: float | None = None) -> list[Any]:
         """Results of calls, in the order of `refs`.
@@ -54,38 +73,39 @@ class WorkerGroup:
         deadline = time.monotonic() + limit
         pending, results = list(refs), {}
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            done, pending = self._processes.wait(pending, all_of_them=False, timeout_seconds=left)
             if not done:
                 ranks = [refs.index(ref) for ref in pending]
                 raise self._failure(f"ranks {ranks} did not finish {what} within {limit:g} s", ranks[0])
             try:
-                results[done[0]] = self._result(done[0], refs.index(done[0]), what)
+                results |= {ref: self._result(ref, refs.index(ref), what) for ref in done}
             except WorkerFailedError:
                 self._raise_if_one_died(refs, what)  # the others only notice
                 raise
         return [results[ref] for ref in refs]
 
     def _raise_if_one_died(self, refs: Sequence[Any], what: str) -> None:
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_DEATH_SECONDS)
+        done, _ = self._processes.wait(refs, all_of_them=True, timeout_seconds=_DEATH_SECONDS)
         for ref in done:
             try:
-                ray.get(ref)
-            except ray.exceptions.RayActorError:
+                self._processes.result(ref)
+            except ProcessDiedError:
                 self._result(ref, refs.index(ref), what)
-            except ray.exceptions.RayError:
+            except ProcessError:
                 continue
 
     def _result(self, ref: Any, rank: int, what: str) -> Any:
         try:
-            return ray.get(ref)
-        except ray.exceptions.RayActorError as error:
+            return self._processes.result(ref)
+        except ProcessDiedError as error:
             raise self._failure(f"rank {rank} died during {what}: {error}", rank) from None
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
+        except CallFailedError as error:
+            cause = error.cause
             if isinstance(cause, NonFiniteError):
                 raise NonFiniteError(f"{self.role.name}: {cause}") from error
             raise self._failure(f"rank {rank} failed in {what}: {type(cause).__name__}: {cause}", rank) from error
-        except ray.exceptions.RayError as error:
+        except ProcessError as error:
             raise self._failure(f"rank {rank}: {what}: {error}", rank) from error
 
     def _failure(self, said: str, rank: int) -> WorkerFailedError:
@@ -102,4 +122,4 @@ class WorkerGroup:
     def kill(self) -> None:
         """End the processes."""
         for handle in self.handles:
-            ray.kill(handle)
+            self._processes.kill(handle)

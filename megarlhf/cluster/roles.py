@@ -7,8 +7,6 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from megarlhf.algos.kl import KLEstimator
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.data.partition import DataParallelSplit
@@ -35,13 +33,13 @@ class TrainingGroup:
         split = DataParallelSplit(rollout.samples, mini_batches, num_ranks=self._num_replicas, packing=self._packing)
         given = [(own, [rollout.tokens[group] for group in own.groups.tolist()]) for own in split.partitions]
         self._split = split
-        self._call("begin", [(ray.put(pair),) for pair in given])
+        self._call("begin", [(stored,) for stored in self.workers.put(given)])
 
     def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats]) -> None:
         """See TrainingRole."""
         own_fields, own_scalars = self._scatter(fields), self._scatter(scalars, per_row=True)
-        pairs = zip(own_fields, own_scalars, strict=True)
-        self._call("keep", [(ray.put(tokens), ray.put(rows)) for tokens, rows in pairs])
+        stored = zip(self.workers.put(own_fields), self.workers.put(own_scalars), strict=True)
+        self._call("keep", list(stored))
 
     def _scatter(self, values: Mapping[str, Floats], *, per_row: bool = False) -> list[dict[str, Floats]]:
         """Each replica's part of every array."""
@@ -72,8 +70,8 @@ class TrainingGroup:
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         """Call a method on every process with the arguments of its data-parallel replica."""
-        pairs = zip(self.workers.handles, self._replicas, strict=True)
-        refs = [getattr(handle, method).remote(*arguments[replica]) for handle, replica in pairs]
+        ranks = enumerate(self._replicas)
+        refs = [self.workers.submit_to(rank, method, *arguments[replica]) for rank, replica in ranks]
         self.workers.wait_for(refs, method)
 
     def _gather(self, results: Sequence[Floats | None]) -> Floats:
@@ -106,11 +104,12 @@ class RolloutGroup:
     ) -> Rollout:
         """Samples whose seeds follow from the run's, the step and the prompts' places; None: the run's temperature."""
         refs, order, count = [], [], len(self.workers.handles)
-        for engine, handle in enumerate(self.workers.handles[: len(prompts)]):
+        for engine in range(min(count, len(prompts))):
             groups = list(range(engine, len(prompts), count))
             order += groups
             tokens = [prompts[group].token_ids for group in groups]
-            refs.append(handle.generate.remote(tokens, [places[g] for g in groups], n_samples, step, temperature))
+            own = [places[group] for group in groups]
+            refs.append(self.workers.submit_to(engine, "generate", tokens, own, n_samples, step, temperature))
         parts = self.workers.wait_for(refs, "generate")
         found = dict(zip(order, (group for part in parts for group in part), strict=True))
         samples = [

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from megarlhf.algos.kl import KLEstimator, kl_estimate
+from megarlhf.cluster.processes import Store
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import EnginePart, Part, megatron_roles
 from megarlhf.data.partition import Partition, RankRows
@@ -34,6 +34,11 @@ class WorkerSpec(Worker):
     device_kind: DeviceKind  # the plan's
     stop_token_ids: tuple[int, ...]
     log_file: str
+
+    @property
+    def name(self) -> str:
+        """Of the process, for people."""
+        return f"{self.role.name}-{self.rank}"
 
 
 def redirect_output(path: str) -> None:
@@ -69,14 +74,14 @@ def check_own_device(spec: WorkerSpec) -> None:
 class MegatronWorker:
     """One rank of a model: the actor (with the reference beside it) or the critic."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, store: Store) -> None:
         redirect_output(spec.log_file)
         import torch
 
         from megarlhf.trainers import assembly  # noqa: F401  (seconds, which all roles spend side by side)
 
         torch.set_num_threads(spec.threads)
-        self.spec = spec
+        self.spec, self._store = spec, store
 
     def start(self, init_method: str) -> tuple[int, PackingOptions]:
         """Join the role's groups and load the model; returns the rank's data-parallel replica and its packing."""
@@ -111,7 +116,7 @@ class MegatronWorker:
         """
         partition, references = given
         engine = self.engine
-        self.rows = RankRows(partition, ray.get(references), engine.pack, one_length=engine.packing.one_length)
+        self.rows = RankRows(partition, self._store.get(references), engine.pack, one_length=engine.packing.one_length)
 
     def keep(self, fields: Mapping[str, Floats], scalars: Mapping[str, Floats]) -> None:
         """See TrainingRole; of this rank's rows."""
@@ -229,11 +234,11 @@ class MegatronWorker:
 class RolloutWorker:
     """One vLLM engine."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, store: Store) -> None:
         redirect_output(spec.log_file)
         from megarlhf.rollout import weight_transfer  # noqa: F401  (vLLM: seconds, side by side with the other roles)
 
-        self.spec = spec
+        self.spec, self._store = spec, store
 
     def start(self) -> None:
         """Load the engine; its weights are replaced by the first sync."""
@@ -282,7 +287,8 @@ class RolloutWorker:
             step=step,
             greedy=temperature == 0,
         )
-        return [(replace(group, tokens=None), ray.put(group.tokens)) for group in groups]
+        stored = self._store.put([group.tokens for group in groups])
+        return [(replace(group, tokens=None), tokens) for group, tokens in zip(groups, stored, strict=True)]
 
     def connect_weights(self, blocks: Sequence[Block]) -> None:
         """See RolloutEngine.connect_weights."""

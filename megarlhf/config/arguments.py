@@ -57,6 +57,9 @@ class EngineArguments:
     """vLLM engines that generate side by side."""
     vllm_tensor_parallel_size: int = 1
     """Devices that share one vLLM engine."""
+    ray: bool | None = None
+    """Run the workers in Ray. Off: as child processes of the run, on this machine. None: on, but as in OpenRLHF off for
+    `python -m megarlhf.cli.train_ppo`."""
     start_timeout_seconds: float = 300.0
     """Seconds for all workers to be up and their models loaded."""
     phase_timeout_seconds: float = 1800.0

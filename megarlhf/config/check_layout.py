@@ -230,12 +230,21 @@ def world_errors(
 
 
 def cluster_errors(config: PPOConfig) -> list[str]:
-    """Ranks of every role."""
-    errors: list[str] = []
+    """Ranks of every role, and where Ray is."""
+    errors = broken(
+        {
+            f"ray_address={config.cluster.ray_address} is ignored with ray=False (--no_ray, or `python -m "
+            "megarlhf.cli.train_ppo`, which starts processes on this machine): leave it out, or set --ray": (
+                config.cluster.ray is False and config.cluster.ray_address is not None
+            )
+        }
+    )
     checked = []
     for role in megatron_roles(config):
         nodes, number = (first_given(config.cluster, names) for names in role.workers)
-        if nodes[1] > 1:
+        if nodes[1] > 1 and config.cluster.ray is False:
+            errors.append(f"{nodes[0]}={nodes[1]} needs Ray (ray=False starts processes on this machine alone): use 1")
+        elif nodes[1] > 1:
             errors.append(
                 f"{nodes[0]}={nodes[1]} is not supported yet (new weights reach vLLM through the memory of one host): "
                 "use 1"

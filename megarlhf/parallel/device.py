@@ -66,6 +66,12 @@ def freeze_garbage_collector() -> None:
     gc.freeze()
 
 
+def local_device_names() -> list[str]:
+    """Names of this machine's GPUs, in the order of their numbers, as CUDA_VISIBLE_DEVICES has them."""
+    given, number = os.environ.get("CUDA_VISIBLE_DEVICES"), num_local_gpus()
+    return list(map(str, range(number))) if given is None else given.split(",")[:number]
+
+
 def visible_devices_environment(names: Sequence[str]) -> dict[str, str]:
     """Environment that shows a worker process its own GPUs only, by their names in CUDA_VISIBLE_DEVICES."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(names), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}

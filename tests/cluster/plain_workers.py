@@ -3,14 +3,13 @@
 Response tokens name their sample and place, and so does every number that is computed of them or given for them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.workers import MegatronWorker
@@ -27,32 +26,27 @@ WRONG = 1000.0  # what processes that compute along, and are not asked, are off 
 
 
 class Ref:
-    """An object in Ray's store."""
+    """A reference to a stored value, or a call that has been answered."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
+class PlainStore(list[Ref]):
+    """A Store, and all that was put there."""
+
+    def put(self, values: Sequence[Any]) -> list[Ref]:
+        assert not any(isinstance(value, Ref) for value in values), "Ray takes no reference for an object"
+        self += (stored := [Ref(value) for value in values])
+        return stored
+
+    def get(self, references: Sequence[Ref]) -> list[Any]:
+        return [ref.value for ref in references]
+
+
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> list[Ref]:
-    """Ray's objects are held here; all that were put."""
-    kept: list[Ref] = []
-
-    def put(value: Any) -> Ref:
-        assert not isinstance(value, Ref), "Ray takes no reference for an object"
-        kept.append(Ref(value))
-        return kept[-1]
-
-    def get(refs: Any) -> Any:
-        return [ref.value for ref in refs] if isinstance(refs, list) else refs.value
-
-    def wait(refs: Sequence[Ref], **options: Any) -> tuple[list[Ref], list[Ref]]:
-        return list(refs[-1:]), list(refs[:-1])  # the last is done first
-
-    monkeypatch.setattr(ray, "put", put)
-    monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray, "wait", wait)
-    return kept
+def store() -> PlainStore:
+    return PlainStore()
 
 
 def response(group: int, sample: int, length: int) -> list[int]:
@@ -130,35 +124,55 @@ class PlainEngine:
 
 
 class PlainWorkers(WorkerGroup):
-    """A role's processes, here: Ray resolves arguments that are references, and none inside others."""
+    """A role's processes, here: arguments that are references are resolved, and none inside others."""
 
-    def __init__(self, role: str, places: Sequence[tuple[int, str]], packing: PackingOptions, **options: Any) -> None:
+    def __init__(
+        self,
+        role: str,
+        store: PlainStore,
+        places: Sequence[tuple[int, str]],
+        packing: PackingOptions,
+        **options: Any,
+    ) -> None:
         self.given: list[tuple[str, int, tuple[Any, ...]]] = []  # method, rank and arguments of every call
         config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s", **options})
-        self.workers = [self._worker(role, kind, packing, config) for _, kind in places]
-        handles = [_Handle(self, rank) for rank in range(len(places))]
-        super().__init__(ROLES[role], handles, [], timeout_seconds=1.0)
+        self.workers = [self._worker(role, store, kind, packing, config) for _, kind in places]
+        processes = _PlainProcesses(self, store)
+        super().__init__(ROLES[role], processes, range(len(places)), [], timeout_seconds=1.0)
 
     @staticmethod
-    def _worker(role: str, kind: str, packing: PackingOptions, config: PPOConfig) -> MegatronWorker:
+    def _worker(
+        role: str, store: PlainStore, kind: str, packing: PackingOptions, config: PPOConfig
+    ) -> MegatronWorker:
         worker = object.__new__(MegatronWorker)  # whose __init__ takes over the process's output
-        worker.spec = SimpleNamespace(role=ROLES[role], config=config)
+        worker.spec, worker._store = SimpleNamespace(role=ROLES[role], config=config), store
         worker.engine = PlainEngine("value" if role == "critic" else "lm", kind, packing)
         worker.objective = None
         return worker
 
 
-class _Handle:
-    def __init__(self, group: PlainWorkers, rank: int) -> None:
-        self._group, self._rank = group, rank
+class _PlainProcesses:
+    """Processes of a group whose handles are ranks."""
 
-    def __getattr__(self, method: str) -> Any:
-        def remote(*arguments: Any) -> Ref:
-            self._group.given.append((method, self._rank, arguments))
-            resolved = [argument.value if isinstance(argument, Ref) else argument for argument in arguments]
-            return Ref(getattr(self._group.workers[self._rank], method)(*resolved))
+    device_names: Mapping[tuple[int, int], str] = {}
 
-        return SimpleNamespace(remote=remote)
+    def __init__(self, group: PlainWorkers, store: PlainStore) -> None:
+        self._group, self.store = group, store
+
+    def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any: ...
+
+    def kill(self, handle: int) -> None: ...
+
+    def submit(self, handle: int, method: str, *args: Any) -> Ref:
+        self._group.given.append((method, handle, args))
+        resolved = [argument.value if isinstance(argument, Ref) else argument for argument in args]
+        return Ref(getattr(self._group.workers[handle], method)(*resolved))
+
+    def wait(self, calls: Sequence[Ref], *, all_of_them: bool, timeout_seconds: float) -> tuple[list[Ref], list[Ref]]:
+        return list(calls[-1:]), list(calls[:-1])  # the last is done first
+
+    def result(self, call: Ref) -> Any:
+        return call.value
 
 
 def places_of(kinds: Sequence[tuple[int, str]], packing: PackingOptions = PACKING) -> list[tuple[int, PackingOptions]]:

@@ -1,6 +1,5 @@
 """Groups of worker processes without processes: they note who was called with what, in one list for all groups."""
 
-import types
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ class RecordedGroup:
         self, role: str, log: list[tuple[str, str, tuple[Any, ...]]], *, ranks: int = 1, **replies: Reply
     ) -> None:
         self.role, self._log, self._replies = ROLES[role], log, replies
-        self.handles = [self._handle(rank) for rank in range(ranks)]
+        self.handles = list(range(ranks))
 
     def call(self, method: str, *args: Any) -> list[Any]:
         self._log.append((self.role.name, method, args))
@@ -33,6 +32,10 @@ class RecordedGroup:
         self._log.append((self.role.name, method, args))
         return [partial(self._answer, method, rank, args) for rank in range(len(self.handles))]
 
+    def submit_to(self, rank: int, method: str, *args: Any) -> Any:
+        self._log.append((f"{self.role.name} {rank}", method, args))
+        return partial(self._answer, method, rank, args)
+
     def wait_for(self, refs: Sequence[Any], what: str) -> list[Any]:
         return [answer() for answer in refs]
 
@@ -41,13 +44,6 @@ class RecordedGroup:
 
     def _answer(self, method: str, rank: int, args: tuple[Any, ...]) -> Any:
         return self._replies[method](rank, args) if method in self._replies else None
-
-    def _handle(self, rank: int) -> Any:
-        def remote(*args: Any) -> Callable[[], Any]:
-            self._log.append((f"{self.role.name} {rank}", "generate", args))
-            return lambda: self._answer("generate", rank, args)
-
-        return types.SimpleNamespace(generate=types.SimpleNamespace(remote=remote))
 
 
 def makes_directory(rank: int, args: tuple[Any, ...]) -> None:

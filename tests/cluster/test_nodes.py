@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from megarlhf.cluster import launch
+from megarlhf.cluster import ray_processes
 from megarlhf.cluster.nodes import devices_of, machine_of
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
@@ -76,8 +76,8 @@ def two_roles() -> PlacementPlan:
 
 def test_workers_get_the_jobs_own_gpus_by_name(given_gpus: list[str]) -> None:
     plan = two_roles()
-    bundles = launch._reserve(plan, 30.0)
-    gpus = launch._gpus(plan, bundles, 30.0)
+    bundles = ray_processes._reserve(plan, 30.0)
+    gpus = ray_processes._gpus(plan, bundles, 30.0)
     assert set(gpus) == {(0, 0), (0, 1)} and len(set(gpus.values())) == 2
     assert set(gpus.values()) < set(given_gpus)
     assert devices_of(bundles, 0, 2, timeout_seconds=30.0) == [gpus[0, 0], gpus[0, 1]]

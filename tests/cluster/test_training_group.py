@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from megarlhf.cluster.roles import TrainingGroup
 from megarlhf.cluster.workers import RolloutWorker
@@ -19,6 +18,7 @@ from megarlhf.parallel import device
 from megarlhf.trainers.roles import LogProbDifference
 from tests.cluster.plain_workers import (
     PACKING,
+    PlainStore,
     PlainWorkers,
     Ref,
     advantage,
@@ -47,10 +47,10 @@ KINDS = [
 
 
 def begun(
-    role: str, store: list[Ref], *, share_prefix: bool, **options: Any
+    role: str, store: PlainStore, *, share_prefix: bool, **options: Any
 ) -> tuple[TrainingGroup, PlainWorkers, Rollout]:
     packing = replace(PACKING, share_prefix=share_prefix)
-    workers = PlainWorkers(role, KINDS, packing, **options)
+    workers = PlainWorkers(role, store, KINDS, packing, **options)
     group = TrainingGroup(workers, places_of(KINDS, packing))
     rollout = make_rollout(LENGTHS, without=WITHOUT)
     assert len(rollout.samples) == sum(map(len, MINI_BATCHES))
@@ -77,7 +77,7 @@ def difference(samples: Sequence[Sample], *, steps: int = 0) -> LogProbDifferenc
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
-def test_each_replica_gets_its_own_share_by_one_reference(store: list[Ref], share_prefix: bool) -> None:
+def test_each_replica_gets_its_own_share_by_one_reference(store: PlainStore, share_prefix: bool) -> None:
     _, workers, rollout = begun("actor", store, share_prefix=share_prefix)
     assert len(store) == 3, "one object for each replica, however many processes it has"
     by_replica: dict[int, set[int]] = {}
@@ -107,7 +107,7 @@ def test_each_replica_gets_its_own_share_by_one_reference(store: list[Ref], shar
 
 @pytest.mark.parametrize("use_tis", [False, True])
 @pytest.mark.parametrize("share_prefix", [False, True])
-def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: bool, use_tis: bool) -> None:
+def test_actor_from_log_probs_to_its_updates(store: PlainStore, share_prefix: bool, use_tis: bool) -> None:
     actor, workers, rollout = begun("actor", store, share_prefix=share_prefix, use_tis=use_tis)
     tokens = targets(rollout.samples)
     assert asdict(actor.log_probs()) == pytest.approx(asdict(difference(rollout.samples)), rel=1e-12)
@@ -137,7 +137,7 @@ def test_actor_from_log_probs_to_its_updates(store: list[Ref], share_prefix: boo
         assert ("rollout_log_probs" in read) == use_tis, "laid out where the loss reads them"
 
 
-def test_an_update_measures_the_difference_where_no_pass_before_it_has(store: list[Ref]) -> None:
+def test_an_update_measures_the_difference_where_no_pass_before_it_has(store: PlainStore) -> None:
     actor, workers, rollout = begun("actor", store, share_prefix=False)
     for mini_batch in (1, 0):
         found = actor.update(mini_batch, denominator=1.0).difference
@@ -154,10 +154,10 @@ def test_an_update_measures_the_difference_where_no_pass_before_it_has(store: li
     ],
 )
 def test_what_a_pass_has_freed_goes_back_where_another_model_is_on_the_device(
-    store: list[Ref], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: list[str]
+    store: PlainStore, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: list[str]
 ) -> None:
     done: list[str] = []
-    critic = PlainWorkers("critic", [(0, "counts")], PACKING, **options)
+    critic = PlainWorkers("critic", store, [(0, "counts")], PACKING, **options)
     group = TrainingGroup(critic, places_of([(0, "counts")]))
     group.begin(make_rollout([[2, 3]]), [[0, 1]])
     engine = critic.workers[0].engine
@@ -171,7 +171,7 @@ def test_what_a_pass_has_freed_goes_back_where_another_model_is_on_the_device(
     assert done == expected
 
 
-def test_critic_from_values_to_its_updates(store: list[Ref]) -> None:
+def test_critic_from_values_to_its_updates(store: PlainStore) -> None:
     critic, workers, rollout = begun("critic", store, share_prefix=False)
     tokens = targets(rollout.samples)
     values = critic.values()
@@ -216,7 +216,7 @@ def check_lines(
     assert all(sorted(tokens) == sorted(targets(samples).tolist()) for tokens in seen.values())
 
 
-def test_a_new_step_forgets_the_last_one(store: list[Ref]) -> None:
+def test_a_new_step_forgets_the_last_one(store: PlainStore) -> None:
     actor, workers, _ = begun("actor", store, share_prefix=False)
     actor.log_probs()
     rollout = make_rollout([[2, 3], [4, 1]])
@@ -225,17 +225,17 @@ def test_a_new_step_forgets_the_last_one(store: list[Ref]) -> None:
     assert asdict(actor.log_probs()) == pytest.approx(asdict(difference(rollout.samples)), rel=1e-12)
 
 
-def test_a_replica_without_results_is_an_error(store: list[Ref]) -> None:
+def test_a_replica_without_results_is_an_error(store: PlainStore) -> None:
     kinds = [(0, "counts"), (1, "first stage")]
-    critic = TrainingGroup(PlainWorkers("critic", kinds, PACKING), places_of(kinds))
+    critic = TrainingGroup(PlainWorkers("critic", store, kinds, PACKING), places_of(kinds))
     critic.begin(make_rollout([[2, 3], [4, 1]]), [[0, 1, 2, 3]])
     with pytest.raises(KeyError):
         critic.values()
 
 
-@pytest.mark.parametrize("greedy", [False, True])
-def test_an_engines_tokens_stay_in_the_store(store: list[Ref], greedy: bool) -> None:
-    """The driver gets lengths and texts, and where the tokens are; of greedy answers nobody wants them."""
+@pytest.mark.parametrize(("temperature", "used"), [(None, 0.7), (0.3, 0.3), (0.0, 0.0)])
+def test_an_engines_tokens_stay_in_the_store(store: PlainStore, temperature: float | None, used: float) -> None:
+    """The driver gets lengths and texts, and where the tokens are."""
     calls: list[dict[str, Any]] = []
 
     def generate(prompts: Sequence[Any], **options: Any) -> list[GeneratedGroup]:
@@ -258,30 +258,30 @@ def test_an_engines_tokens_stay_in_the_store(store: list[Ref], greedy: bool) -> 
         ]
 
     worker = object.__new__(RolloutWorker)  # whose __init__ takes over the process's output
+    worker._store = store
     worker.spec = SimpleNamespace(
         config=SimpleNamespace(
-            rollout=SimpleNamespace(generate_max_len=12, temperature=0.7), model=SimpleNamespace(seed=5)
+            rollout=SimpleNamespace(
+                generate_max_len=12, temperature=0.7, top_p=0.9, top_k=40, repetition_penalty=1.1
+            ),
+            model=SimpleNamespace(seed=5),
         ),
         stop_token_ids=(2, 3),
     )
     worker.engine = SimpleNamespace(generate=generate)
     prompts = [np.array([10 + i], dtype=np.int32) for i in range(2)]
-    found = worker.generate(prompts, [4, 1], 2, 9, greedy)
+    found = worker.generate(prompts, [4, 1], 2, 9, temperature)
     assert calls == [
         {
-            **{"prompts": prompts, "group_ids": [4, 1], "n_samples": 2, "max_tokens": 12, "temperature": 0.7},
-            **{"stop_token_ids": [2, 3], "run_seed": 5, "step": 9, "greedy": greedy},
+            **{"prompts": prompts, "group_ids": [4, 1], "n_samples": 2, "max_tokens": 12, "temperature": used},
+            **{"top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1},
+            **{"stop_token_ids": [2, 3], "run_seed": 5, "step": 9, "greedy": used == 0},
         }
     ]
     for (group, tokens), group_id, prompt in zip(found, (4, 1), prompts, strict=True):
         assert group.tokens is None and group.lengths.tolist() == [2, 1] and group.weight_version == 6
         assert (group.texts, group.stop_texts) == ([f"a{group_id}", f"b{group_id}"], ["", f"stop {group_id}"])
         assert group.finish_reasons == ["length", "stop"]
-        if not greedy:
-            kept = ray.get(tokens)
-            assert kept.prompt_ids is prompt and kept.response_ids.tolist() == [
-                7 + group_id,
-                8 + group_id,
-                9 + group_id,
-            ]
-    assert len(store) == (0 if greedy else 2) and (not greedy or [tokens for _, tokens in found] == [None, None])
+        [kept] = store.get([tokens])
+        assert kept.prompt_ids is prompt and kept.response_ids.tolist() == [7 + group_id, 8 + group_id, 9 + group_id]
+    assert len(store) == 2

@@ -1,16 +1,17 @@
 """Ray and vLLM, as far as a program talks to them, in this process."""
 
+import contextlib
 import importlib.machinery
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import ray
 
 import megarlhf.rollout
-from megarlhf.cluster import launch, workers
+from megarlhf.cluster import launch, ray_processes, workers
 from megarlhf.parallel import device
 from megarlhf.rollout import engine as rollout_engine
 from tests.config.in_process import Trace, log_prob
@@ -101,11 +102,17 @@ def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
     def remote(kind: Any) -> Any:
         def options(**settings: Any) -> Any:
             trace.given["environment"].append(settings["runtime_env"]["env_vars"])
-            return types.SimpleNamespace(remote=lambda spec: FakeHandle(trace, kind(spec)))
+            return types.SimpleNamespace(remote=lambda spec, store: FakeHandle(trace, kind(spec, store)))
 
         return types.SimpleNamespace(options=options)
 
+    @contextlib.contextmanager
+    def children() -> Iterator[ray_processes.RayProcesses]:
+        trace.given["children"].append(True)
+        yield ray_processes.RayProcesses(None, {})  # whose calls of Ray come here all the same
+
     for module, name, value in (
+        (launch, "local_processes", children),
         (ray, "init", lambda **options: trace.given["ray.init"].append(options)),
         (ray, "shutdown", lambda: None),
         (ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}]),
@@ -114,8 +121,8 @@ def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (ray, "wait", wait),
         (ray, "kill", lambda handle: None),
         (ray, "remote", remote),
-        (launch, "placement_group", lambda bundles, strategy: types.SimpleNamespace(ready=lambda: Ref(True))),
-        (launch, "PlacementGroupSchedulingStrategy", lambda **options: None),
+        (ray_processes, "placement_group", lambda bundles, strategy: types.SimpleNamespace(ready=lambda: Ref(True))),
+        (ray_processes, "PlacementGroupSchedulingStrategy", lambda **options: None),
         (workers, "redirect_output", lambda path: None),
     ):
         patch.setattr(module, name, value)

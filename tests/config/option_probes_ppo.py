@@ -134,6 +134,9 @@ CLUSTER = {
     "vllm_num_engines": Probe(value=3, seen=both(lambda t: len(t.llms), calls("rollout", "start")), expected=(3, 3)),
     "vllm_tensor_parallel_size": Probe(value=2, seen=llm("tensor_parallel_size")),
     "gpu_memory_gib": Probe(value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, expected=True),
+    "ray": Probe(
+        value=False, seen=both(lambda t: len(t.given["ray.init"]), lambda t: len(t.given["children"])), expected=(0, 1)
+    ),
     "ray_address": Probe(value="ray://10.1.2.3:4", seen=given("ray.init", "address")),
     "start_timeout_seconds": Probe(value=71.0, seen=lambda t: (t.waits[0], round(t.waits[1])), expected=(71.0, 71)),
     "phase_timeout_seconds": Probe(value=1717.0, seen=lambda t: {round(wait) for wait in t.waits[7:]}, expected={1717}),
