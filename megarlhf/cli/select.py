@@ -60,7 +60,8 @@ def select(options: SelectArguments) -> Selection:
     samples.collect(check)
     function, rows = SELECTIONS[options.post_processor], samples.rows
     own = {"template": options.reward_template} if function is conditional_sft else {}
-    return function(rows, group_numbers(rows), rewards_of(rows, normalize=options.normalize_reward), **own)
+    rewards = rewards_of(rows, trainable=True, normalize=options.normalize_reward)
+    return function(rows, group_numbers(rows), rewards, **own)
 
 
 if __name__ == "__main__":

@@ -131,13 +131,14 @@ def group_numbers(samples: Sequence[Row]) -> Ints:
     return np.array([numbers[sample["input"]] for sample in samples], dtype=np.int64)
 
 
-def rewards_of(samples: Sequence[Row], *, normalize: bool = False) -> Rewards:
-    """[n] rewards; NaN where a sample has none, or an empty output, which nobody can be trained on.
+def rewards_of(samples: Sequence[Row], *, trainable: bool = False, normalize: bool = False) -> Rewards:
+    """[n] rewards; NaN where a sample has none.
 
     Args:
+        trainable: NaN also where the output is empty, which nobody is trained on.
         normalize: shift and scale them to mean 0 and std 1 over all samples with a result; equal ones become 0.
     """
-    given = [None if sample.get("output") == "" else sample.get("reward") for sample in samples]
+    given = [None if trainable and not sample["output"] else sample.get("reward") for sample in samples]
     rewards = np.array([np.nan if reward is None else reward for reward in given], dtype=np.float64)
     if normalize and not np.isnan(rewards).all():
         deviation = float(np.nanstd(rewards))

@@ -90,6 +90,15 @@ def test_rewards_are_normalized_over_those_that_are_there() -> None:
     assert np.isnan(rewards_of([sample(0, "a", None)], normalize=True)).all()
 
 
+def test_an_empty_output_is_no_candidate() -> None:
+    samples = [sample(0, "", 3.0), sample(0, "a", 1.0), sample(0, "b", 0.0), sample(1, "", 2.0)]
+    rewards = rewards_of(samples, trainable=True, normalize=True)
+    assert rewards.tolist() == pytest.approx([math.nan, 1.0, -1.0, math.nan], nan_ok=True)
+    found = rejection_sampling(samples, group_numbers(samples), rewards)
+    assert [row["output"] for row in found.rows] == ["a"] and found.num_empty == 1
+    assert rewards_of(samples).tolist() == [3.0, 1.0, 0.0, 2.0]
+
+
 def test_files_without_places_are_grouped_by_their_prompts() -> None:
     texts = ["x", "y", "x", "z", "y"]
     assert group_numbers([{"input": text, "output": "o"} for text in texts]).tolist() == [0, 1, 0, 2, 1]
