@@ -106,7 +106,7 @@ def token_outputs(chunks: Sequence[Any], batch: Any, options: dict[str, Any]) ->
     log_probs = -(1.0 + 0.05 * targets) / options["distribution"].temperature + moved
     away, entropy = 0.3 + 0.02 * targets - moved, 0.5 + 0.01 * targets
     shares = batch.fields.get("shares")
-    candidates = None if shares is None else torch.zeros_like(shares).log_softmax(-1)
+    candidates = None if shares is None else (moved * torch.arange(shares.shape[-1])).expand_as(shares).log_softmax(-1)
     return TokenOutputs(
         log_probs=log_probs,
         entropy=entropy,

@@ -84,7 +84,8 @@ def best_probes(metric: str) -> dict[str, Probe]:
 
     def best(trace: Trace) -> tuple[list[str], bool, bool]:
         """What a run exports, and whether the best checkpoint is the largest's, or the smallest's."""
-        state = json.loads((Path(trace.given["directory"][0]) / "checkpoints/best/run_state.json").read_text())
+        place = Path(trace.given["directory"][0]) / "checkpoints/best/run_state.json"
+        state = json.loads(place.read_text() if place.exists() else "{}")
         values = {row["step"]: row[metric] for row in trace.given["metrics"] if row["step"] and metric in row}
         kept, exported = values[state["step"]], [each["directory"].name for each in trace.given["export"]]
         return exported, kept == max(values.values()), kept == min(values.values())

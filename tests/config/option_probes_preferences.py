@@ -27,7 +27,7 @@ def shared(name: str, *, without: str) -> dict[str, Probe]:
         "train_split": OTHER_SPLIT,
         "save": replace(kept["save"], value=f"{{}}/elsewhere_{name}", expected=f"elsewhere_{name}"),
         "load": replace(kept["load"], value=f"{{}}/first_{name}"),
-        **best_probes(f"{name}/eval_loss"),
+        **best_probes(f"{name}/eval_{'margin' if name == 'dpo' else 'desirable_reward'}"),
         "eval_interval": replace(kept["eval_interval"], seen=steps_with(f"{name}/eval_loss")),
         "learning_rate": replace(kept["learning_rate"], seen=both(adam("lr"), metric(f"{name}/learning_rate", 1))),
     }

@@ -162,7 +162,7 @@ def logging_probes(program: str) -> dict[str, Probe]:
     found["ckpt_path"] = replace(LOGGING["ckpt_path"], value=f"{{}}/checkpoints_{program}")
     found["no_load_optim"] = replace(LOGGING["no_load_optim"], also=LOGGING["no_load_optim"].also | {"load": first})
     found["eval_interval"] = replace(LOGGING["eval_interval"], seen=steps_with(f"{program}/eval_loss"))
-    found |= best_probes(f"{program}/eval_loss")
+    found |= best_probes(f"{program}/eval_{'reward_mean' if program == 'rm' else 'loss'}")
     return found
 
 
