@@ -22,6 +22,7 @@ _COMMANDS = {  # name -> module of this folder, and what it does
     "score": ("score", "rewards of a file's samples"),
     "select": ("select", "training data of scored samples"),
     "iterate": ("iterate", "rejection sampling, iterative DPO, conditional SFT: rounds of all of these and training"),
+    "chat": ("interactive_chat", "talk to a model"),
     "flags": ("flags", "what each flag of OpenRLHF 0.5.3 means here"),
     "parity": ("parity", "compare a layout with one process"),
 }

@@ -131,6 +131,7 @@ _REFUSED = {  # why, and what to set instead -> flags
     "Transformers 5 has one tokenizer for each model, the fast one, and vLLM loads the same: leave it out": (
         "disable_fast_tokenizer"
     ),
+    "weights are not quantised here: leave it out; megarlhf merge_lora merges a 4-bit run's adapter": "load_in_4bit",
     "averaged weights are not offered for RL in this version": "enable_ema",
     # Rewards, algorithm, data
     "reward models are not offered yet: use --reward_function or --reward_rule": "reward_pretrain "

@@ -17,6 +17,7 @@ _CHECKPOINT = (os.path.isdir, "is not a local directory (nothing is downloaded):
 _DATA = dict.fromkeys(("prompt_data", "dataset", "eval_dataset"), name_errors) | {"eval_data": set_errors}
 _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
     **dict.fromkeys(("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model", "tokenizer"), _CHECKPOINT),
+    "ta_prompt": (os.path.isfile, "is not a file: give that of the text"),
     "load": (os.path.isdir, "is not a directory: give the run directory (save) of an earlier run"),
     "reward_function": (
         lambda path: path.endswith(".py") and os.path.isfile(path),

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from megarlhf.config.arguments import LoggingArguments, PPOConfig, RenderingArguments
+from megarlhf.config.chat_arguments import ChatConfig, ChatTextArguments
 from megarlhf.config.check_files import file_for_text_errors, place_errors, read_model, token_errors
 from megarlhf.config.check_layout import broken, cluster_errors, layout_errors, role_errors, shared_errors, world_errors
 from megarlhf.config.check_numbers import (
@@ -243,6 +244,23 @@ def check_parity(config: ParityConfig) -> list[str]:
     )
 
 
+def check_chat(config: ChatConfig) -> list[str]:
+    """Every mistake found in the options of a chat, none where it may start."""
+    text, options = config.text, to_dict(config)
+    model, errors = read_model("pretrain", config.model.pretrain)
+    errors += place_errors(options) + limit_errors(options) + template_errors(text)
+    errors += engine_errors(config.model.vllm_tensor_parallel_size, model)
+    return errors + broken(
+        {
+            f"ta_prompt={text.ta_prompt} with apply_chat_template=True (a chat template begins the text itself): leave "
+            "one out": text.ta_prompt is not None and text.apply_chat_template,
+            f"csft_prompt={text.csft_prompt} is ignored without enable_csft: set it, or leave csft_prompt out": (
+                text.csft_prompt != ChatTextArguments.csft_prompt and not text.enable_csft
+            ),
+        }
+    )
+
+
 def _models(config: PPOConfig | SupervisedConfig | ParityConfig) -> tuple[Models, list[str]]:
     """config.json of each model by the option that names it, and what is wrong with these, paths and single numbers."""
     model, options = config.model, to_dict(config)
@@ -261,7 +279,7 @@ def _models(config: PPOConfig | SupervisedConfig | ParityConfig) -> tuple[Models
     return models, errors
 
 
-def template_errors(data: RenderingArguments) -> list[str]:
+def template_errors(data: RenderingArguments | ChatTextArguments) -> list[str]:
     """What can be said of templates without the tokenizer."""
     template, chat = data.input_template, data.apply_chat_template
     try:

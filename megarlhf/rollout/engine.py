@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +129,7 @@ class RolloutEngine:
         from megarlhf.rollout import weight_transfer
 
         self.max_model_len, self.weight_version = max_model_len, 0
+        self._workers_apart = tensor_parallel_size > 1  # from this process
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
         self._texts = partial(response_texts, tokenizer, skip_special_tokens=skip_special_tokens)
         cpu_only = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": _CPU_BLOCK_TOKENS}
@@ -141,7 +142,7 @@ class RolloutEngine:
             seed=seed,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel_size,
-            distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
+            distributed_executor_backend="mp" if self._workers_apart else "uni",
             max_num_seqs=max_num_seqs,
             enforce_eager=enforce_eager,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -149,7 +150,7 @@ class RolloutEngine:
             enable_sleep_mode=current_platform.is_sleep_mode_available(),  # a CPU refuses it, and sleeps without effect
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature, top-k and top-p
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
-            worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WeightStatus.__name__}",
+            worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WorkerExtension.__name__}",
             **((cpu_only if current_platform.is_cpu() else {}) | dict(passed or {})),
         )
 
@@ -224,6 +225,49 @@ class RolloutEngine:
             for place, prompt in enumerate(prompts)
         ]
 
+    def stream(
+        self,
+        prompt: TokenIds,
+        *,
+        max_tokens: int,
+        temperature: float,
+        stop_token_ids: Sequence[int],
+        seed: int,
+        greedy: bool = False,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+    ) -> Iterator[int]:
+        """The tokens of one answer as they are generated, a stop token included; arguments as of `generate`.
+
+        Nothing else is generated meanwhile. Closing the iterator stops the answer.
+
+        Args:
+            repetition_penalty: logits of tokens that the prompt or the answer has are divided by it where they are
+                above 0, and else multiplied.
+        """
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        parameters = SamplingParams(
+            temperature=0.0 if greedy else temperature,
+            top_p=1.0 if greedy else top_p,
+            repetition_penalty=repetition_penalty,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=list(stop_token_ids),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        request = engine.add_request("stream", TokensPrompt(prompt_token_ids=prompt.tolist()), parameters)
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    yield from output.outputs[0].token_ids
+        finally:
+            engine.abort_request([request], internal=True)  # without effect on one that is finished
+
     def _group(self, prompt: TokenIds, completions: Sequence[Any]) -> GeneratedGroup:
         """A record of vLLM's CompletionOutputs for one prompt."""
         for completion in completions:
@@ -247,6 +291,11 @@ class RolloutEngine:
             finish_reasons=[completion.finish_reason for completion in completions],
             weight_version=self.weight_version,
         )
+
+    def ignore_interrupts(self) -> None:
+        """From now on Ctrl-C ends no worker process; this process decides. vLLM's own handler ends them in a step."""
+        if self._workers_apart:
+            self._llm.collective_rpc("ignore_interrupts")
 
     def connect_weights(self, blocks: Sequence[Block]) -> None:
         """Map the memory in which the trainer's ranks hold the weights, before the first update.

@@ -16,6 +16,7 @@ loaded and never again: `repack_output_heads` does it after every update. Expert
 and merely copied at a reload, unpacked, over the packed ones: `forget_expert_kernels` makes each load a first one.
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -293,7 +294,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         repack_output_heads(self.model)
 
 
-class WeightStatus:
+class WorkerExtension:
     """Mixed into vLLM's worker class (`worker_extension_cls`), for collective_rpc by name."""
 
     weight_transfer_engine: SharedMemoryEngine
@@ -308,5 +309,9 @@ class WeightStatus:
         self.weight_transfer_engine.version = NO_VERSION
         return NO_VERSION
 
+    def ignore_interrupts(self) -> None:
+        """Ctrl-C, which a terminal sends to every process of the program, is for the first of them."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-register()  # a worker process imports this module for WeightStatus, before it looks for the backend
+
+register()  # a worker process imports this module for WorkerExtension, before it looks for the backend

@@ -1,7 +1,10 @@
 """PPO, the supervised programs and parity on small inputs, with some options changed; what each gave to whom."""
 
+import io
 import json
 import os
+import shutil
+import sys
 import types
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -12,8 +15,9 @@ import numpy as np
 import pytest
 
 from examples.demo.make_assets import make_tokenizer
-from megarlhf.cli import parity, run_parity, run_ppo, run_supervised, supervised, train_ppo
+from megarlhf.cli import interactive_chat, parity, run_parity, run_ppo, run_supervised, supervised, train_ppo
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.chat_arguments import ChatConfig
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.passed import PREFIXES
@@ -74,11 +78,14 @@ class Programs:
         ragged = [{"input": "r" * (i + 1), "label": "1", "answer": f"{i}", "wanted": i % 2} for i in range(8)]
         lines = [json.dumps(row) + "\n" for row in ragged]
         (directory / "ragged.jsonl").write_text("".join(lines))
+        shutil.copytree(directory / "model", directory / "chat_model")
+        tokenizer.save_pretrained(directory / "chat_model")
+        (directory / "few.txt").write_text("f 0")
         (directory / "reward.py").write_text("def reward_func(queries, prompts, labels): ...\n")
         (directory / "reward2.py").write_text("def reward_func(queries, prompts, labels): ...\n")
         self.ppo, self.sft, self.parity = cache(self._ppo), cache(self._sft), cache(self._parity)
         self.kd, self.dpo, self.kto = cache(self._kd), cache(self._dpo), cache(self._kto)
-        self.rm, self.prm = cache(self._rm), cache(self._prm)
+        self.rm, self.prm, self.chat = cache(self._rm), cache(self._prm), cache(self._chat)
         self.ppo((("save", "{}/first_ppo"),))  # to continue from
         self.sft((("save", "{}/first_sft"),))
         self.kd((("save", "{}/first_kd"),))
@@ -226,6 +233,16 @@ class Programs:
                 parity._run(config, [], dry_run=False)
             finally:
                 os.environ.pop("MEGARLHF_PARITY", None)
+
+        return self._run(run)
+
+    def _chat(self, changes: "Changes") -> Trace:
+        config = from_dict(ChatConfig, self.options(tuple(({"pretrain": "{}/model"} | dict(changes)).items())))
+
+        def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+            patch_vllm(patch, trace)
+            patch.setattr(sys, "stdin", io.StringIO("0 1\n"))
+            interactive_chat._run(config, dry_run=False)
 
         return self._run(run)
 

@@ -54,7 +54,22 @@ class FakeLLM:
         self.parameters: list[Any] = []
         self._status: dict[str, Any] = {}
         self.given_weights: list[dict[str, Any]] = []
-        self.llm_engine = types.SimpleNamespace(is_sleeping=lambda: False)
+        self.streams: list[tuple[dict[str, Any], Any]] = []
+        self._waiting = 0
+        self.llm_engine = types.SimpleNamespace(
+            **{"is_sleeping": lambda: False, "engine_core": types.SimpleNamespace(shutdown=lambda: None)},
+            **{"add_request": self._add, "step": self._step, "has_unfinished_requests": lambda: self._waiting > 0},
+            abort_request=lambda requests, internal: None,
+        )
+
+    def _add(self, name: str, prompt: Any, parameters: Any) -> str:
+        self.streams.append((prompt, parameters))
+        self._waiting = 2
+        return name
+
+    def _step(self) -> list[Any]:
+        self._waiting -= 1
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=[5])])]
 
     def generate(self, inputs: Sequence[Any], parameters: Sequence[Any], *, use_tqdm: bool) -> list[Any]:
         self.parameters.append(parameters)
@@ -152,10 +167,11 @@ def patch_vllm(patch: pytest.MonkeyPatch, trace: Trace) -> None:
     patch.setattr(rollout_engine, "AutoTokenizer", types.SimpleNamespace(from_pretrained=tokenizer))
     platform = types.SimpleNamespace(is_sleep_mode_available=lambda: True, is_cpu=lambda: True)
     module("vllm", LLM=llm, SamplingParams=types.SimpleNamespace, TokensPrompt=dict)
+    module("vllm.sampling_params", RequestOutputKind=types.SimpleNamespace(DELTA="delta"))
     module("vllm.config", WeightTransferConfig=types.SimpleNamespace)
     module("vllm.platforms", current_platform=platform)
     transfer = module(
         "megarlhf.rollout.weight_transfer",
-        **{"register": lambda: None, "BACKEND": "none", "WeightStatus": type("WeightStatus", (), {})},
+        **{"register": lambda: None, "BACKEND": "none", "WorkerExtension": type("WorkerExtension", (), {})},
     )
     patch.setattr(megarlhf.rollout, "weight_transfer", transfer, raising=False)

@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.chat_arguments import ChatConfig
 from megarlhf.config.command_line import options_of
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityConfig, SFTConfig
 from tests.config.in_process_programs import Programs
 from tests.config.option_probes import SAME, Probe
+from tests.config.option_probes_chat import CHAT
 from tests.config.option_probes_kd import KD
 from tests.config.option_probes_ppo import PPO
 from tests.config.option_probes_preferences import DPO, KTO
@@ -25,6 +27,7 @@ TABLES = {
     "rm": (RMConfig, RM),
     "prm": (PRMConfig, PRM),
     "parity": (ParityConfig, PARITY),
+    "chat": (ChatConfig, CHAT),
 }
 
 
