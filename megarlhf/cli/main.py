@@ -23,6 +23,7 @@ _COMMANDS = {  # name -> module of this folder, and what it does
     "select": ("select", "training data of scored samples"),
     "iterate": ("iterate", "rejection sampling, iterative DPO, conditional SFT: rounds of all of these and training"),
     "chat": ("interactive_chat", "talk to a model"),
+    "serve_rm": ("serve_rm", "a reward over HTTP, for --remote_rm_url here and in OpenRLHF"),
     "flags": ("flags", "what each flag of OpenRLHF 0.5.3 means here"),
     "parity": ("parity", "compare a layout with one process"),
 }
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(__version__)
         return 0
-    if command in _COMMANDS:
-        return int(import_module(f"megarlhf.cli.{_COMMANDS[command][0]}").main(arguments[1:]))
+    name = command.replace("-", "_")
+    if name in _COMMANDS:
+        return int(import_module(f"megarlhf.cli.{_COMMANDS[name][0]}").main(arguments[1:]))
     lines = "\n".join(f"  {name:10} {text}" for name, (_, text) in _COMMANDS.items())
     known = command in ("-h", "--help")
     usage = f"usage: megarlhf COMMAND [flags]\n\n{lines}\n\nmegarlhf COMMAND --help lists the flags."

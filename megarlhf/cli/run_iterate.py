@@ -26,8 +26,8 @@ from megarlhf.cli.disk import check_disk_space, space_problems, stored_bytes
 from megarlhf.cli.errors import RunError, all_or_errors, machine_checks, running
 from megarlhf.cli.local_ranks import run_program
 from megarlhf.cli.merge_lora import MergeArguments, MergeConfig
+from megarlhf.cli.rewards import reward_sources
 from megarlhf.cli.run import StopSignal, open_run_directory, resolve_kernels
-from megarlhf.cli.run_ppo import reward_sources
 from megarlhf.cli.run_supervised import check_models, resolved
 from megarlhf.cli.select import select, select_file
 from megarlhf.config.command_line import config_of, to_dict, to_yaml

@@ -1,7 +1,5 @@
 """The run of train_ppo.py and train_ppo_ray.py, once checked: plan, load, start the cluster, train, export."""
 
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +8,7 @@ from megarlhf.cli.disk import check_disk_space, check_shared_memory
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.memory import MemoryPlan, fitting_memory
 from megarlhf.cli.prompt_data import load_data, resolve_special_tokens
+from megarlhf.cli.rewards import reward_sources
 from megarlhf.cli.run import (
     Opened,
     StopSignal,
@@ -27,9 +26,7 @@ from megarlhf.cli.run import (
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
-from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.config.roles import layout_lines, megatron_roles
-from megarlhf.config.urls import TOKEN_VARIABLE
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.types import Prompt
 from megarlhf.formats.data_names import named_sets
@@ -37,14 +34,10 @@ from megarlhf.formats.huggingface import HFConfig
 from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.placement import Machine, object_store_bytes, plan_placement
-from megarlhf.reward.remote import RemoteOptions, RemoteReward
-from megarlhf.reward.scorer import RewardScorer
-from megarlhf.reward.sources import RewardSource, SumOfSources
+from megarlhf.reward.sources import SumOfSources
 from megarlhf.trainers import rl
 from megarlhf.trainers.evaluation import metric_names
 from megarlhf.trainers.state import LoopState
-
-MAX_RULE_WORKERS = 8  # processes that score by a rule, where the user gives no number
 
 
 def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
@@ -95,41 +88,6 @@ def _check_models(
 
     _, memory = all_or_errors([share, lambda: fitting_memory(config, [model.config for model in models])])
     return models, memory
-
-
-def reward_sources(reward: RewardArguments, *, dry_run: bool) -> list[RewardSource]:
-    """Each that scores, in the order of their weights; nothing runs yet. A dry run goes on where a server is not."""
-    sources: list[RewardSource] = []
-    for function, rule in ((reward.reward_function, None), (None, reward.reward_rule)):
-        if function is None and rule is None:
-            continue
-        workers = 1 if rule is None else min(MAX_RULE_WORKERS, num_cores())
-        sources.append(
-            RewardScorer(
-                function_path=function,
-                rule=rule,
-                rule_pattern=reward.reward_format,
-                timeout_seconds=reward.reward_timeout_seconds,
-                num_workers=reward.reward_num_workers or workers,
-                chunk_size=reward.reward_chunk_size,
-                passed_variables=reward.reward_env,
-            )
-        )
-    options = RemoteOptions(
-        token=os.environ.get(TOKEN_VARIABLE) or None,
-        timeout_seconds=reward.remote_rm_timeout_seconds,
-        batch_size=reward.remote_rm_batch_size,
-        concurrency=reward.remote_rm_concurrency,
-        max_retries=reward.remote_rm_max_retries,
-        is_required=not dry_run,
-    )
-    servers = reward.remote_rm_url
-    for shared in (entry for entry in servers if "," in entry):
-        said = "with a space between them their rewards are summed, as OpenRLHF 0.5 did"
-        print(f"note: the servers of remote_rm_url={shared} share the requests; {said}", file=sys.stderr)
-    names = ["remote"] if len(servers) == 1 else [f"remote_{number}" for number in range(len(servers))]
-    sources += [RemoteReward(name, urls.split(","), options) for name, urls in zip(names, servers, strict=True)]
-    return sources
 
 
 class Inputs(NamedTuple):

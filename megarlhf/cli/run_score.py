@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megarlhf.cli.errors import RunError, running
-from megarlhf.cli.run_ppo import reward_sources
+from megarlhf.cli.rewards import reward_sources
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.loop_arguments import ScoreArguments, ScoreConfig
 from megarlhf.config.reward_arguments import RewardArguments

@@ -32,6 +32,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "n_samples_per_prompt global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens "
         "max_epochs max_len eval_iters prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "
+        "max_batch_tokens max_queries max_waiting_queries max_body_mib "
         "reward_chunk_size remote_rm_batch_size remote_rm_concurrency teacher_top_k lora_alpha num_rounds",
     ),
     ("at least 3", lambda v: v >= 3, "longest"),
@@ -62,6 +63,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("above 0 and at most 1", lambda v: 0 < v <= 1, "vllm_gpu_memory_utilization top_p"),
     ("above 1", lambda v: v > 1, "dual_clip"),
     ("-1 or more", lambda v: v >= -1, "freezing_actor_steps"),
+    ("from 0 to 65535", lambda v: 0 <= v <= 65535, "port"),
 )
 LIMITS = {name: (range_text, holds) for range_text, holds, names in _RANGES for name in names.split()}
 

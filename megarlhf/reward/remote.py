@@ -2,7 +2,8 @@
 
 A request is {"query", "prompts", "labels"}, three lists with one entry a sample; a query is the prompt and the response
 behind it. OpenRLHF 0.5's servers read "query" alone, 0.5.6's "prompts" too. The answer is {"rewards": [...]}; today's
-servers add "scores", a list as long, and "extra_logs", a dictionary of such lists.
+servers add "scores", a list as long, and "extra_logs", a dictionary of such lists. We add "finish_reasons", "stop" or
+"length", which our server (server.py) reads.
 """
 
 import asyncio
@@ -279,6 +280,7 @@ def _request(samples: Sequence[Sample]) -> bytes:
         "query": [sample.prompt.text + sample.response_text for sample in samples],
         "prompts": [sample.prompt.text for sample in samples],
         "labels": [sample.prompt.label for sample in samples],
+        "finish_reasons": [sample.finish_reason for sample in samples],
     }
     return json.dumps(body).encode()
 

@@ -1,10 +1,11 @@
 """What a run decides where its configuration leaves it open."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megarlhf.cli import run_ppo
+from megarlhf.cli import rewards
 from megarlhf.cli.prompt_data import load_data
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import parse
@@ -23,9 +24,12 @@ from megarlhf.config.command_line import parse
 def test_rules_run_on_all_cores_and_functions_that_may_keep_state_in_one_process(
     monkeypatch: pytest.MonkeyPatch, flags: list[str], cores: int, expected: int
 ) -> None:
-    monkeypatch.setattr(run_ppo, "num_cores", lambda: cores)
+    given: list[Any] = []
+    monkeypatch.setattr(rewards, "num_cores", lambda: cores)
+    monkeypatch.setattr(rewards, "RewardScorer", lambda **options: given.append(options["num_workers"]))
     config, _ = parse(PPOConfig, ["--pretrain", "m", "--prompt_data", "p", "--save", "s", *flags], "ppo")
-    assert run_ppo.resolve(config, "local").reward.reward_num_workers == expected
+    rewards.reward_sources(config.reward)
+    assert given == [expected]
 
 
 def test_prompts_of_both_data_sets_are_counted(

@@ -15,17 +15,29 @@ import numpy as np
 import pytest
 
 from examples.demo.make_assets import make_tokenizer
-from megarlhf.cli import interactive_chat, parity, run_parity, run_ppo, run_supervised, supervised, train_ppo
+from megarlhf.cli import (
+    interactive_chat,
+    parity,
+    rewards,
+    run_parity,
+    run_ppo,
+    run_supervised,
+    serve_rm,
+    supervised,
+    train_ppo,
+)
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.chat_arguments import ChatConfig
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.passed import PREFIXES
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
+from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityConfig, SFTConfig, SupervisedConfig
 from megarlhf.data.types import Rollout
 from megarlhf.engine.indexed_data import CorpusWriter
 from megarlhf.metrics import sinks
+from megarlhf.reward import server
 from megarlhf.reward.remote import RemoteOptions
 from megarlhf.reward.sources import SourceResult
 from megarlhf.trainers import assembly, experience, tasks
@@ -82,10 +94,12 @@ class Programs:
         tokenizer.save_pretrained(directory / "chat_model")
         (directory / "few.txt").write_text("f 0")
         (directory / "reward.py").write_text("def reward_func(queries, prompts, labels): ...\n")
+        (directory / "key.pem").write_text("")
         (directory / "reward2.py").write_text("def reward_func(queries, prompts, labels): ...\n")
         self.ppo, self.sft, self.parity = cache(self._ppo), cache(self._sft), cache(self._parity)
         self.kd, self.dpo, self.kto = cache(self._kd), cache(self._dpo), cache(self._kto)
         self.rm, self.prm, self.chat = cache(self._rm), cache(self._prm), cache(self._chat)
+        self.serve = cache(self._serve)
         self.ppo((("save", "{}/first_ppo"),))  # to continue from
         self.sft((("save", "{}/first_sft"),))
         self.kd((("save", "{}/first_kd"),))
@@ -133,8 +147,8 @@ class Programs:
         def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
             patch_ray(patch, trace)
             patch_vllm(patch, trace)
-            patch.setattr(run_ppo, "RewardScorer", lambda **options: FakeScorer(trace, **options))
-            patch.setattr(run_ppo, "RemoteReward", lambda *arguments: FakeRemote(trace, *arguments))
+            patch.setattr(rewards, "RewardScorer", lambda **options: FakeScorer(trace, **options))
+            patch.setattr(rewards, "RemoteReward", lambda *arguments: FakeRemote(trace, *arguments))
             patch.setattr(run_ppo, "write_report", lambda directory, title: ("page", "picture"))
             _spy(patch, trace, experience, "compute_advantages")
             _spy(patch, trace, assembly, "policy_objective")
@@ -196,6 +210,27 @@ class Programs:
             supervised.checked_run(config, [], dry_run=False)
 
         return self._finished(self._run(run), config.logging.save)
+
+    def _serve(self, changes: "Changes") -> Trace:
+        base = {"reward_function": "{}/reward.py", "port": 0}
+        config = from_dict(ServeConfig, self.options(tuple((base | dict(changes)).items())))
+
+        def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+            def made(scorer: Any, limits: server.Limits, *, on_ready: Callable[[], None]) -> Any:
+                trace.given["server"].append(vars(limits) | vars(scorer))
+
+                def serve(listening: Any, **tls: str | None) -> None:
+                    trace.given["listening"].append(listening.getsockname())
+                    trace.given["tls"].append(tls)
+                    on_ready()
+
+                return types.SimpleNamespace(run=serve)
+
+            patch.setattr(rewards, "RewardScorer", lambda **options: FakeScorer(trace, **options))
+            patch.setattr(server, "RewardServer", made)
+            serve_rm._run(config, "megarlhf serve-rm", dry_run=False)
+
+        return self._run(run)
 
     def _parity(self, changes: "Changes") -> Trace:
         base = {"pretrain": "{}/model"}

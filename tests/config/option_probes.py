@@ -30,6 +30,11 @@ def both(*seen: Seen) -> Seen:
     return lambda trace: tuple([look(trace) for look in seen])
 
 
+def given(what: str, name: str) -> Seen:
+    """An argument of the first call of a constructor or function."""
+    return lambda trace: trace.given[what][0][name]
+
+
 def transformer(name: str, role: str = "actor") -> Seen:
     """A field of Megatron-Core's TransformerConfig."""
     return lambda trace: getattr(trace.engine(role).config, name)

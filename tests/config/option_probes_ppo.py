@@ -13,6 +13,7 @@ from tests.config.option_probes import (
     best_probes,
     both,
     critic_layout_probes,
+    given,
     kernel_probes,
     layout_probes,
     linked,
@@ -28,11 +29,6 @@ from tests.config.option_probes import (
 RLOO = {"advantage_estimator": "rloo"}
 SERVER = "http://127.0.0.1:5000/get_reward"
 REMOTE = {"remote_rm_url": (SERVER,)}
-
-
-def given(what: str, name: str) -> Seen:
-    """An argument of the first call of a constructor or function."""
-    return lambda trace: trace.given[what][0][name]
 
 
 def llm(name: str) -> Seen:

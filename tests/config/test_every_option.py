@@ -9,6 +9,7 @@ from megarlhf.config.chat_arguments import ChatConfig
 from megarlhf.config.command_line import options_of
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
+from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityConfig, SFTConfig
 from tests.config.in_process_programs import Programs
 from tests.config.option_probes import SAME, Probe
@@ -17,6 +18,7 @@ from tests.config.option_probes_kd import KD
 from tests.config.option_probes_ppo import PPO
 from tests.config.option_probes_preferences import DPO, KTO
 from tests.config.option_probes_rest import PARITY, PRM, RM, SFT
+from tests.config.option_probes_serve import SERVE
 
 TABLES = {
     "ppo": (PPOConfig, PPO),
@@ -28,6 +30,7 @@ TABLES = {
     "prm": (PRMConfig, PRM),
     "parity": (ParityConfig, PARITY),
     "chat": (ChatConfig, CHAT),
+    "serve": (ServeConfig, SERVE),
 }
 
 

@@ -1,13 +1,21 @@
 """Reward servers of this machine, whose answers are written down beforehand."""
 
+import datetime
+import ipaddress
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 Asked = dict[str, Any]
 
@@ -68,13 +76,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(reply: Callable[[Handler, Asked], None], port: int = 0) -> Iterator[Server]:
-    """A server in threads of this process."""
+def serving(reply: Callable[[Handler, Asked], None], certificate: Path | None = None) -> Iterator[Server]:
+    """A server in threads of this process; over TLS with the file of a certificate and its key."""
     server = Server(reply)
-    http = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"rewards": server}))
+    http = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"rewards": server}))
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        http.socket = context.wrap_socket(http.socket, server_side=True)
     http.daemon_threads = True
     http.block_on_close = False
-    server.url = f"http://127.0.0.1:{http.server_address[1]}/get_reward"
+    server.url = f"http{'s' if certificate else ''}://127.0.0.1:{http.server_address[1]}/get_reward"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -83,6 +95,24 @@ def serving(reply: Callable[[Handler, Asked], None], port: int = 0) -> Iterator[
         http.shutdown()
         http.server_close()
         thread.join()
+
+
+def write_certificate(path: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody else vouches for, and its key."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    private = key.private_bytes(serialization.Encoding.PEM, *form)
+    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return path
 
 
 def plain(handler: Handler, asked: Asked) -> None:

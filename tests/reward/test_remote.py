@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.reward.servers import (
     then_plain,
     today,
     with_prompts,
+    write_certificate,
 )
 
 OPTIONS = RemoteOptions(
@@ -281,6 +283,18 @@ def test_the_token_is_sent_and_not_to_where_a_redirect_leads(make_remote: Any) -
             assert rewards(remote, rollout()) == [None] * 4
     assert server.headers[0]["authorization"] == "Bearer s3cret"
     assert not other.headers
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(
+    make_remote: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    certificate = write_certificate(tmp_path / "certificate.pem")
+    with serving(plain, certificate) as server:
+        with pytest.raises(ValueError, match=f"={server.url} cannot be reached .*CERTIFICATE_VERIFY_FAILED"):
+            make_remote(server.url).check()
+        assert not server.headers
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert None not in rewards(make_remote(server.url), rollout())
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
