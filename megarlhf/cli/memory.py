@@ -107,6 +107,8 @@ def _training_ranks(
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
     etp, data = layout.expert_tensor_parallel_size or tp, world_size // (tp * pp * cp)
     micro_batches = -(-config.batch.global_batch_size // data)
+    if isinstance(config, PPOConfig) and config.pretraining.pretrain_data is not None:
+        micro_batches *= 2  # of as many documents
     work = Work(
         bf16=config.model.bf16,
         tensor=tp,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from megarlhf.cli.disk import check_disk_space, check_shared_memory
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.memory import MemoryPlan, fitting_memory
+from megarlhf.cli.pretraining import load_pretraining, write_pretraining
 from megarlhf.cli.prompt_data import load_data, resolve_special_tokens
 from megarlhf.cli.rewards import reward_sources
 from megarlhf.cli.run import (
@@ -28,6 +29,7 @@ from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
 from megarlhf.config.roles import layout_lines, megatron_roles
 from megarlhf.data.prompts import PromptData
+from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import Prompt
 from megarlhf.formats.data_names import named_sets
 from megarlhf.formats.huggingface import HFConfig
@@ -37,6 +39,7 @@ from megarlhf.planner.placement import Machine, object_store_bytes, plan_placeme
 from megarlhf.reward.sources import SumOfSources
 from megarlhf.trainers import rl
 from megarlhf.trainers.evaluation import metric_names
+from megarlhf.trainers.pretraining import pretraining_directory
 from megarlhf.trainers.state import LoopState
 
 
@@ -95,6 +98,7 @@ class Inputs(NamedTuple):
 
     prompts: PromptData
     eval_sets: dict[str, list[Prompt]]  # by name
+    pretraining: SupervisedData | None
     stop_tokens: tuple[int, ...]
     models: list[HFConfig]  # of each role that is Megatron's
     identity: dict[str, Any]  # what a checkpoint must agree with
@@ -115,9 +119,10 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
         "seed": config.model.seed,
     }
     names = metric_names([name for name, _ in named_sets(config.evaluation.eval_data or "")], config.evaluation)
-    (prompts, eval_sets, stop_tokens), continued, (models, memory), *_ = all_or_errors(
+    (prompts, eval_sets, stop_tokens), pretraining, continued, (models, memory), *_ = all_or_errors(
         [
             lambda: load_data(config),
+            lambda: load_pretraining(config),
             lambda: resumed_step(config.logging, identity),
             lambda: _check_models(config, transformer_impl, dry_run=dry_run),
             reward.check,
@@ -125,12 +130,13 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
         ]
     )
     identity |= {"data": data_identity(len(prompts.prompts), prompts.fingerprint)}
+    identity["pretrain_data"] = pretraining and data_identity(len(pretraining), pretraining.fingerprint)
     resumed_step(config.logging, identity)  # again, now that the data is known
     with machine_checks(dry_run=dry_run):
         trained = [model for model, role in zip(models, roles, strict=True) if role.trains]
         check_disk_space(config, trained, first_step=continued or 0, last_step=config.batch.train_iters)
     configs = [model.config for model in models]
-    return Inputs(prompts, eval_sets, stop_tokens, configs, identity, continued, memory)
+    return Inputs(prompts, eval_sets, pretraining, stop_tokens, configs, identity, continued, memory)
 
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:
@@ -155,6 +161,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
 
     logging, total = config.logging, config.batch.train_iters
     directory = open_run_directory(logging.save, to_yaml(config), ckpt_path=logging.ckpt_path)
+    write_pretraining(inputs.pretraining, pretraining_directory(config))
     stop = StopSignal()
     print(decided)
     sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=inputs.continued)
@@ -177,6 +184,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     finally:
         sinks.close()
         reward.close()
+        write_pretraining(None, pretraining_directory(config))
     with running():
         page, picture = write_report(directory, f"megarlhf ppo: {directory.name}")
     if best is not None:

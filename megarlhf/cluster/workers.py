@@ -88,7 +88,13 @@ class MegatronWorker:
         note("start")
         from megarlhf.parallel.device import freeze_garbage_collector
         from megarlhf.parallel.groups import initialize_groups
-        from megarlhf.trainers.assembly import build_engine, build_objective, chat_template, parallel_sizes
+        from megarlhf.trainers.assembly import (
+            build_engine,
+            build_objective,
+            build_pretraining,
+            chat_template,
+            parallel_sizes,
+        )
 
         spec, layout = self.spec, self.spec.role.layout(self.spec.config)
         check_own_device(spec)
@@ -104,6 +110,7 @@ class MegatronWorker:
         if spec.role.keeps_reference(spec.config):
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)
+        self.pretraining = build_pretraining(spec.config, spec.role, self.engine)
         self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
         return self.engine.ranks.dp_rank, self.engine.packing
@@ -159,7 +166,8 @@ class MegatronWorker:
         unread = () if is_policy and self.spec.config.uses_tis else ("rollout_log_probs",)
         with self._giving_back():
             batches = self.rows.batches(mini_batch, unread=unread)
-            done = self.engine.step(batches, self.objective, denominator=denominator)
+            beside = [] if self.pretraining is None else [self.pretraining.next_term()]
+            done = self.engine.step(batches, self.objective, denominator=denominator, beside=beside)
         difference = None
         if is_policy and "old_log_probs" not in fields and self.engine.ranks.holds_results:
             difference = LogProbDifference.between(

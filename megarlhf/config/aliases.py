@@ -136,8 +136,6 @@ _REFUSED = {  # why, and what to set instead -> flags
     # Rewards, algorithm, data
     "reward models are not offered yet: use --reward_function or --reward_rule": "reward_pretrain "
     "reward_num_nodes reward_num_gpus_per_node",
-    "mixing in the pretraining loss is not offered in this version": "ptx_coef pretrain_data pretrain_data_probs "
-    "pretrain_split",
 }
 ALIASES |= {name: Alias(refused=why) for why, names in _REFUSED.items() for name in names.split()}
 

@@ -15,6 +15,7 @@ from megarlhf.config.evaluation_arguments import EvaluationArguments
 from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments
+from megarlhf.config.pretraining_arguments import PretrainingArguments
 from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.formats.run_checkpoints import LATEST
 
@@ -303,6 +304,7 @@ class PPOConfig:
     algorithm: AlgorithmArguments = field(default_factory=AlgorithmArguments)
     rollout: RolloutArguments = field(default_factory=RolloutArguments)
     data: PromptDataArguments
+    pretraining: PretrainingArguments = field(default_factory=PretrainingArguments)
     reward: RewardArguments = field(default_factory=RewardArguments)
     evaluation: EvaluationArguments = field(default_factory=EvaluationArguments)
     logging: LoggingArguments

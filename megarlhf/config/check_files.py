@@ -14,7 +14,8 @@ from megarlhf.formats.data_names import name_errors, set_errors
 from megarlhf.formats.json_files import read_json_object
 
 _CHECKPOINT = (os.path.isdir, "is not a local directory (nothing is downloaded): give that of a downloaded checkpoint")
-_DATA = dict.fromkeys(("prompt_data", "dataset", "eval_dataset"), name_errors) | {"eval_data": set_errors}
+_DATA = dict.fromkeys(("prompt_data", "pretrain_data", "dataset", "eval_dataset"), name_errors)
+_DATA |= {"eval_data": set_errors}
 _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
     **dict.fromkeys(("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model", "tokenizer"), _CHECKPOINT),
     "ta_prompt": (os.path.isfile, "is not a file: give that of the text"),

@@ -11,6 +11,8 @@ from megarlhf.config.algorithm_arguments import AlgorithmArguments
 from megarlhf.config.arguments import BatchArguments, PPOConfig, RolloutArguments
 from megarlhf.config.check_layout import broken, one_of, size
 from megarlhf.config.lora import LoraArguments
+from megarlhf.config.pretraining_arguments import PretrainingArguments
+from megarlhf.formats.data_names import probability_errors
 
 Models = Mapping[str, Mapping[str, Any]]  # option that names a checkpoint -> its config.json
 
@@ -41,7 +43,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
         "remote_rm_timeout_seconds "
-        "adam_eps value_clip beta kl_target temperature eval_temperature vllm_kv_cache_gib gpu_memory_gib "
+        "adam_eps value_clip beta kl_target temperature ptx_coef eval_temperature vllm_kv_cache_gib gpu_memory_gib "
         "logprob_diff_budget logprob_kl_budget max_ckpt_mem repetition_penalty",
     ),
     (
@@ -155,6 +157,22 @@ def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freez
                 estimator != "gae" and algorithm.critic_loss_aggregation != "token"
             ),
             f"reward_clip_range={low} {high} must be the lowest reward and then a higher one": not low < high,
+        }
+    )
+
+
+def pretraining_errors(pretraining: PretrainingArguments) -> list[str]:
+    """Options of the pretraining loss without its data, and numbers of data sets that do not fit."""
+    own = vars(pretraining)
+    if pretraining.pretrain_data is not None:
+        return probability_errors(
+            "pretrain_data_probs", pretraining.pretrain_data_probs, "pretrain_data", pretraining.pretrain_data
+        )
+    return broken(
+        {
+            f"{name}={value} is ignored without pretrain_data (there is nothing to pre-train on): set it, or leave "
+            f"{name} out": value != getattr(PretrainingArguments, name)
+            for name, value in own.items()
         }
     )
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from megarlhf.formats.run_checkpoints import LATEST
 
 # of a run, if they are there
-_EXPORTS = ("hf", "hf.partial", "hf_ema", "hf_ema.partial", "hf_best", "hf_best.partial")
-_DIRECTORIES = ("checkpoints", *_EXPORTS, "logs", "tensorboard", "wandb")
+_EXPORTS = [name + suffix for name in ("hf", "hf_ema", "hf_best", "hf_critic") for suffix in ("", ".partial")]
+_DIRECTORIES = ("checkpoints", *_EXPORTS, "pretrain_data", "logs", "tensorboard", "wandb")
 _FILES = ("config.yaml", "metrics.jsonl", "report.html", "report.png")
 _LONGEST = 110  # characters of a run's longest file name, which is TensorBoard's with the host's name
 _PROBE_BYTES = 64 * 1024

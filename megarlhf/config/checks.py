@@ -22,6 +22,7 @@ from megarlhf.config.check_numbers import (
     engine_errors,
     length_errors,
     limit_errors,
+    pretraining_errors,
     sampling_errors,
     shared_prefix_errors,
 )
@@ -71,7 +72,7 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += engine_errors(config.cluster.vllm_tensor_parallel_size, models["pretrain"])
     errors += batch_errors(batch, max(role.layout(config).context_parallel_size for role in megatron_roles(config)))
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
-    errors += correction_errors(config) + adapter_errors(config.lora)
+    errors += correction_errors(config) + adapter_errors(config.lora) + pretraining_errors(config.pretraining)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
     errors += sampling_errors(config.rollout) + template_errors(config.data) + reward_errors(config.reward)
     errors += probability_errors(

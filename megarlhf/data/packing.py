@@ -89,6 +89,32 @@ def fill_fields(batch: MicroBatch, rows: TrainingRows) -> MicroBatch:
     return replace(batch, fields=fields)
 
 
+def lengthened(batch: MicroBatch, length: int) -> MicroBatch:
+    """A whole packed sequence with so many positions, by one more segment of padding.
+
+    Args:
+        length: at least its own, and a multiple of what it was padded to.
+    """
+    more = length - len(batch.tokens)
+    if not more:
+        return batch
+
+    def padded(values: Tensor, value: int = 0) -> Tensor:
+        return torch.cat([values, values.new_full((more, *values.shape[1:]), value)])
+
+    return replace(
+        batch,
+        tokens=padded(batch.tokens),
+        targets=padded(batch.targets),
+        position_ids=torch.cat([batch.position_ids, torch.arange(more)]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([length])]),
+        prefix_segments=(*batch.prefix_segments, None),
+        target_mask=padded(batch.target_mask),
+        fields={name: padded(values) for name, values in batch.fields.items()},
+        row_ids=padded(batch.row_ids, -1),
+    )
+
+
 def _spread(batch: MicroBatch, values: Floats, starts: Ints) -> Tensor:
     """Values of targets, those of each row from one of `starts` on, at their positions; 0 elsewhere."""
     packed = np.zeros((len(batch.tokens), *values.shape[1:]), dtype=np.float32)

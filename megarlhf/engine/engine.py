@@ -9,7 +9,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,25 @@ from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack
 from megarlhf.data.planning import PackingOptions, plan_micro_batches
 from megarlhf.data.types import Ints, MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.memory import DeviceMemory
-from megarlhf.engine.objective import NonFiniteError, Objective, Outputs, TokenOutputs
-from megarlhf.engine.optimizer import OptimizerOptions, build_optimizer, build_scheduler, optimizer_tensors
+from megarlhf.engine.objective import LossTerm, NonFiniteError, Objective, Outputs, TokenOutputs
+from megarlhf.engine.optimizer import (
+    OptimizerOptions,
+    build_optimizer,
+    build_scheduler,
+    empty_wrappers,
+    optimizer_tensors,
+)
 from megarlhf.engine.reference import Reference, reference_source
 from megarlhf.engine.schedule import (
     balance_loss_unit,
+    equally_long,
     run_evaluation,
     run_forward,
     run_forward_backward,
     sum_gradients,
+    summed,
     target_log_probs,
+    term_losses,
     token_outputs,
 )
 from megarlhf.formats.huggingface import read_checkpoint
@@ -133,7 +142,7 @@ class MegatronEngine:
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.model)
         ]
-        weakref.finalize(self, _empty_wrappers, self.model).atexit = False
+        weakref.finalize(self, empty_wrappers, self.model).atexit = False
         if options.overlap_grad_reduce:
             no_syncs = [chunk.no_sync for chunk in self.model]
             self.config.no_sync_func = no_syncs[0] if len(no_syncs) == 1 else no_syncs  # Megatron-Core's convention
@@ -213,23 +222,13 @@ class MegatronEngine:
     def evaluate(self, batches: list[MicroBatch], objective: Objective) -> tuple[float, dict[str, tuple[float, float]]]:
         """The objective without gradients over all ranks' rows: its sum, and each metric's sum and count."""
         self._evaluates()
-        return self._summed(run_evaluation(self.model, self._own_parts(batches), self._outputs, objective), objective)
+        stored = run_evaluation(self.model, self._own_parts(batches), self._outputs, objective)
+        return summed(stored, objective, counts=self.ranks.computes_results)
 
     def _evaluates(self) -> None:
         self.memory.require("parameters")
         for chunk in self.chunks:
             chunk.eval()
-
-    def _summed(self, stored: list[Tensor], objective: Objective) -> tuple[float, dict[str, tuple[float, float]]]:
-        """Loss and metrics of all ranks, from the sums of this rank's micro-batches."""
-        names = objective.metric_names
-        sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=current_device())
-        if self.ranks.computes_results:
-            for micro_sums in stored:
-                sums += micro_sums
-        dist.all_reduce(sums)
-        total, *values = sums.tolist()
-        return total, dict(zip(names, zip(values[: len(names)], values[len(names) :], strict=True), strict=True))
 
     def _own_parts(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         return [context_part(batch, self.ranks.cp_rank, self.ranks.cp_size) for batch in batches]
@@ -256,17 +255,21 @@ class MegatronEngine:
         """`step` on rows that every rank has."""
         return self.step(self.micro_batches(rows), objective, denominator=denominator)
 
-    def step(self, batches: list[MicroBatch], objective: Objective, *, denominator: float) -> StepResult:
-        """One optimizer step on sum(loss over all ranks' packed sequences) / denominator.
+    def step(
+        self, batches: list[MicroBatch], objective: Objective, *, denominator: float, beside: Sequence[LossTerm] = ()
+    ) -> StepResult:
+        """One optimizer step on sum(loss over all ranks' packed sequences) / denominator, and on the terms `beside` it.
 
         A metric that is not finite is reported as it is.
 
         Raises:
-            NonFiniteError: the loss or the gradient is not finite, on every rank; nothing has changed.
+            NonFiniteError: a loss or the gradient is not finite, on every rank; nothing has changed.
         """
         self.memory.require("parameters", "optimizer")
         try:
-            loss, metrics, outputs = self.accumulate_gradients(batches, objective, denominator=denominator)
+            loss, metrics, outputs = self.accumulate_gradients(
+                batches, objective, denominator=denominator, beside=beside
+            )
             self.scheduler.step(1)
             learning_rate = float(self.optimizer.param_groups[0]["lr"])
             try:
@@ -279,14 +282,18 @@ class MegatronEngine:
         return StepResult(loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs)
 
     def accumulate_gradients(
-        self, batches: list[MicroBatch], objective: Objective, *, denominator: float
+        self, batches: list[MicroBatch], objective: Objective, *, denominator: float, beside: Sequence[LossTerm] = ()
     ) -> tuple[float, dict[str, float], TargetValues]:
         """Forward and backward; gradients stay in the model's buffers, reduced over every group, and on the device.
 
+        Args:
+            beside: more terms of the loss. What is returned is the first one's, but for their metrics.
         Raises:
-            NonFiniteError: the loss is not finite, on every rank.
+            NonFiniteError: a loss is not finite, on every rank.
         """
-        parts = self._own_parts(batches)
+        first = LossTerm(name="", batches=batches, objective=objective, denominator=denominator)
+        terms = equally_long([first, *beside]) if self.packing.one_length else [first, *beside]
+        parts = [replace(term, batches=self._own_parts(term.batches)) for term in terms]
         self.memory.wake("gradients")
         for chunk, wrapped in zip(self.chunks, self.model, strict=True):
             chunk.train()
@@ -296,18 +303,17 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         if self._routers is not None:
             self._routers.start()
-        unit = balance_loss_unit(self.config, self.ranks, parts)
+        unit = balance_loss_unit(self.config, self.ranks, [batch for part in parts for batch in part.batches])
         self.config.grad_scale_func = None if unit is None else lambda gradient: gradient / unit
-        stored = run_forward_backward(self.model, parts, self._outputs, objective, denominator / (unit or 1.0))
-        total, pairs = self._summed([sums for _, sums in stored], objective)
-        loss, reported = total / denominator, {name: value / count for name, (value, count) in pairs.items() if count}
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"loss={loss}, {reported}; the step was not taken")
-        outputs = self._results(batches, [computed for computed, _ in stored])
+        stored = run_forward_backward(self.model, parts, self._outputs, unit=unit or 1.0)
+        losses, reported = term_losses(terms, stored, counts=self.ranks.computes_results)
+        if not all(map(math.isfinite, losses)):
+            raise NonFiniteError(f"loss={losses[0]}, {reported}; the step was not taken")
+        outputs = self._results(terms[0].batches, [computed for computed, _ in stored[0]])
         if self._routers is not None:
             experts, top_k = self.config.num_moe_experts, self.config.moe_router_topk
             reported |= self._routers.metrics(experts, top_k, current_device())
-        return loss, reported, outputs
+        return losses[0], reported, outputs
 
     def keep_reference(self, pretrain: str | Path | None = None) -> None:
         """Remember the present weights as the reference model, or those of another checkpoint.
@@ -385,13 +391,3 @@ class MegatronEngine:
         """Megatron-Core's buffers of parameters and gradients, experts' included."""
         chunks = [chunk for chunk in self.model if isinstance(chunk, DistributedDataParallel)]
         return [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-
-
-def _empty_wrappers(chunks: list[Any]) -> None:
-    """Part each wrapped chunk from its hooks on gradients, which hold it and are held by it.
-
-    The model's memory and its groups' threads then end with the engine. The garbage collector would find them late,
-    since it looks at old objects rarely, or never, since a worker freezes them.
-    """
-    for chunk in chunks:
-        chunk.__dict__.clear()

@@ -71,3 +71,19 @@ class Objective:
     metric_names: tuple[str, ...]
     entropy: EntropyUse = "unused"  # what `loss` does with the entropy of the policy
     outputs: Outputs | None = None  # what a language model's last stage computes; None: log-probs and entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerm:
+    """One term of an optimizer step's loss: coef * sum(objective over all ranks' packed sequences) / denominator.
+
+    Attributes:
+        name: of the metric `<name>_loss` that a further term reports, before its coefficient.
+        batches: this rank's packed sequences; as many on every rank.
+    """
+
+    name: str
+    batches: list[MicroBatch]
+    objective: Objective
+    denominator: float
+    coef: float = 1.0

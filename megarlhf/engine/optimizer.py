@@ -97,6 +97,16 @@ def hook_gradients(chunks: Sequence[Any]) -> None:
                     chunk.grad_accs.append(node)
 
 
+def empty_wrappers(chunks: list[Any]) -> None:
+    """Part each wrapped chunk from its hooks on gradients, which hold it and are held by it.
+
+    The model's memory and its groups' threads then end with the engine. The garbage collector would find them late,
+    since it looks at old objects rarely, or never, since a worker freezes them.
+    """
+    for chunk in chunks:
+        chunk.__dict__.clear()
+
+
 def main_weight(optimizer: Any, parameter: Any) -> Tensor:
     """The float32 weight that the optimizer steps, whole, in the parameter's shape.
 

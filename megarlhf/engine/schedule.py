@@ -4,9 +4,10 @@ The only place where gradients are scaled: not at all. Losses arrive as sums ove
 reduction adds, and Megatron-Core's own divisions (by micro-batches, by tokens) are switched off.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megarlhf.data.packing import lengthened
 from megarlhf.data.types import MicroBatch
-from megarlhf.engine.objective import Objective, OutputLayer, Outputs, TokenOutputs
+from megarlhf.engine.objective import LossTerm, Objective, OutputLayer, Outputs, TokenOutputs
 from megarlhf.models.heads import output_weight
 from megarlhf.parallel.device import current_device
 from megarlhf.parallel.groups import Ranks
@@ -27,6 +29,7 @@ from megarlhf.parallel.packed_params import packed_params
 from megarlhf.parallel.vocab import EntropyUse, OutputDistribution, vocab_parallel_log_probs
 
 OutputFn = Callable[[Tensor, MicroBatch, Outputs], TokenOutputs]
+Finish = Callable[[Tensor, MicroBatch], Any]  # makes a result of the last stage's output for a micro-batch
 
 
 def sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
@@ -89,7 +92,8 @@ def run_forward(
 ) -> list[Any]:
     """Forward only; the last stage returns the TokenOutputs of each micro-batch, other stages an empty list."""
     with torch.no_grad():
-        return _run(chunks, batches, lambda output, batch: outputs(output, batch, compute), forward_only=True)
+        finishes: list[Finish] = [lambda output, batch: outputs(output, batch, compute)] * len(batches)
+        return _run(chunks, batches, finishes, forward_only=True)
 
 
 def run_evaluation(
@@ -103,7 +107,7 @@ def run_evaluation(
         return objective_sums(objective, outputs(output, batch, compute), batch)[1]
 
     with torch.no_grad():
-        return _run(chunks, batches, sums, forward_only=True)
+        return _run(chunks, batches, [sums] * len(batches), forward_only=True)
 
 
 def objective_outputs(objective: Objective) -> Outputs:
@@ -120,23 +124,70 @@ def objective_sums(objective: Objective, computed: TokenOutputs, batch: MicroBat
 
 
 def run_forward_backward(
-    chunks: list[Any], batches: list[MicroBatch], outputs: OutputFn, objective: Objective, denominator: float
-) -> list[Any]:
-    """Add the gradient of sum(loss) / denominator to the model's buffers and reduce it.
+    chunks: list[Any], terms: list[LossTerm], outputs: OutputFn, *, unit: float
+) -> list[list[Any]]:
+    """Add the gradient of all terms together to the model's buffers, `unit` times as large, and reduce it once.
+
+    The micro-batches of all terms pass through one pipeline.
 
     Returns:
-        On the last stage, per micro-batch (TokenOutputs, [loss, *sums of metrics, *counts of metrics]); elsewhere an
-        empty list.
+        For each term, on the last stage, per micro-batch (TokenOutputs, [loss, *sums of metrics, *counts of metrics]);
+        elsewhere an empty list.
     """
 
-    compute = objective_outputs(objective)
+    def finish_of(term: LossTerm) -> Finish:
+        compute, divisor = objective_outputs(term.objective), term.denominator / unit
 
-    def loss(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Any]:
-        computed = outputs(output, batch, compute)
-        total, sums = objective_sums(objective, computed, batch)
-        return total / denominator, torch.zeros((), dtype=torch.int, device=total.device), (computed, sums)
+        def loss(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Any]:
+            computed = outputs(output, batch, compute)
+            total, sums = objective_sums(term.objective, computed, batch)
+            return term.coef * total / divisor, torch.zeros((), dtype=torch.int, device=total.device), (computed, sums)
 
-    return _run(chunks, batches, loss, forward_only=False)
+        return loss
+
+    finishes = [finish_of(term) for term in terms for _ in term.batches]
+    stored = iter(_run(chunks, [batch for term in terms for batch in term.batches], finishes, forward_only=False))
+    return [list(islice(stored, len(term.batches))) for term in terms]
+
+
+def equally_long(terms: Sequence[LossTerm]) -> list[LossTerm]:
+    """The terms with all packed sequences padded to the longest."""
+    longest = max(len(batch.tokens) for term in terms for batch in term.batches)
+    return [replace(term, batches=[lengthened(batch, longest) for batch in term.batches]) for term in terms]
+
+
+def summed(
+    stored: list[Tensor], objective: Objective, *, counts: bool
+) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Loss and metrics of all ranks, from the sums of this rank's micro-batches; every rank calls it.
+
+    Args:
+        counts: whether this rank's sums count.
+    """
+    names = objective.metric_names
+    sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=current_device())
+    for micro_sums in stored if counts else ():
+        sums += micro_sums
+    dist.all_reduce(sums)
+    total, *values = sums.tolist()
+    return total, dict(zip(names, zip(values[: len(names)], values[len(names) :], strict=True), strict=True))
+
+
+def term_losses(
+    terms: Sequence[LossTerm], stored: list[list[Any]], *, counts: bool
+) -> tuple[list[float], dict[str, float]]:
+    """Each term's loss before its coefficient, and the means of the first one's metrics with the others' losses.
+
+    Args:
+        stored: as `run_forward_backward` gives it.
+    """
+    losses, reported = list[float](), dict[str, float]()
+    for number, (term, results) in enumerate(zip(terms, stored, strict=True)):
+        total, pairs = summed([sums for _, sums in results], term.objective, counts=counts)
+        losses.append(total / term.denominator)
+        means = {name: value / count for name, (value, count) in pairs.items() if count}
+        reported |= {f"{term.name}_loss": losses[-1]} if number else means
+    return losses, reported
 
 
 def balance_loss_unit(config: Any, ranks: Ranks, batches: list[MicroBatch]) -> float | None:
@@ -153,12 +204,20 @@ def balance_loss_unit(config: Any, ranks: Ranks, batches: list[MicroBatch]) -> f
     return float(tokens) / ranks_in_balance_loss(ranks.tp_size, ranks.cp_size)
 
 
-def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
-    """Megatron-Core's schedule for one chunk of layers per rank, or the interleaved one for several."""
-    impl = get_model_config(chunks[0]).transformer_impl
+def _run(
+    chunks: list[Any], batches: list[MicroBatch], finishes: Sequence[Finish], *, forward_only: bool
+) -> list[Any]:
+    """Megatron-Core's schedule for one chunk of layers per rank, or the interleaved one for several.
 
-    def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = to_device(next(iterator), current_device())
+    Args:
+        finishes: what each micro-batch's last stage makes of its output.
+    """
+    impl = get_model_config(chunks[0]).transformer_impl
+    work = list(zip(batches, finishes, strict=True))
+
+    def forward_step(iterator: Iterator[tuple[MicroBatch, Finish]], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        packed, finish = next(iterator)
+        batch = to_device(packed, current_device())
         params = packed_params(batch, transformer_impl=impl)
         output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=params)
         if forward_only:
@@ -168,7 +227,7 @@ def _run(chunks: list[Any], batches: list[MicroBatch], finish: Callable[..., Any
     longest = max(int(batch.cu_seqlens[-1]) for batch in batches)
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
+        data_iterator=iter(work) if len(chunks) == 1 else [iter(work) for _ in chunks],
         model=chunks[0] if len(chunks) == 1 else chunks,
         num_microbatches=len(batches),
         seq_length=longest,

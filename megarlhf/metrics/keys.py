@@ -54,6 +54,7 @@ METRICS: dict[str, str] = {
     "policy/ratio_mean": "Mean of p(response token) in the update over p at generation (ratio)",
     "policy/tis_mean": "Mean of p(response token) in training over p in vLLM, same weights; 1 in expectation (ratio)",
     "policy/tis_clip_frac": "Response tokens whose such ratio was capped, or left out with --tis_mask_range (fraction)",
+    "policy/ptx_loss": "Cross-entropy of the pretraining documents' tokens, before ptx_coef (nats per token)",
     **{f"policy/{name}": meaning for name, meaning in _ROUTERS.items()},
     "critic/loss": "Value loss, mean over the step's optimizer steps (squared reward units)",
     "critic/clip_frac": "Response tokens whose value was clipped (fraction)",

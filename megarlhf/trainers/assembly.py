@@ -10,6 +10,7 @@ from megarlhf.config.lora import LoraArguments
 from megarlhf.config.roles import RoleSpec
 from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig
 from megarlhf.data.planning import PackingOptions
+from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
@@ -17,6 +18,7 @@ from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions
 from megarlhf.parallel.groups import ParallelSizes
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
+from megarlhf.trainers.pretraining import PretrainingLoss, pretraining_directory
 from megarlhf.trainers.value import value_objective
 
 
@@ -62,6 +64,19 @@ def build_objective(config: PPOConfig, role: RoleSpec) -> Objective:
             tis_cap=algorithm.tis_cap if config.uses_tis else None,
             tis_mask_range=algorithm.tis_mask_range if config.uses_tis else None,
         )
+    )
+
+
+def build_pretraining(config: PPOConfig, role: RoleSpec, engine: MegatronEngine) -> PretrainingLoss | None:
+    """The pretraining loss of the policy, whose data is there already; None where there is none."""
+    if config.pretraining.pretrain_data is None or role.head != "lm":
+        return None
+    return PretrainingLoss(
+        engine,
+        SupervisedData.open(pretraining_directory(config)),
+        coef=config.pretraining.ptx_coef,
+        batch_size=config.batch.global_batch_size,
+        seed=config.model.seed,
     )
 
 

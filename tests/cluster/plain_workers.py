@@ -114,7 +114,9 @@ class PlainEngine:
         yield
         self._in_reference = False
 
-    def step(self, batches: list[MicroBatch], objective: Any, *, denominator: float) -> StepResult:
+    def step(
+        self, batches: list[MicroBatch], objective: Any, *, denominator: float, beside: Sequence[Any] = ()
+    ) -> StepResult:
         outputs = self.forward(batches)
         self.lines.append((batches, denominator))
         number = float(len(self.lines))
@@ -147,7 +149,7 @@ class PlainWorkers(WorkerGroup):
         worker = object.__new__(MegatronWorker)  # whose __init__ takes over the process's output
         worker.spec, worker._store = SimpleNamespace(role=ROLES[role], config=config), store
         worker.engine = PlainEngine("value" if role == "critic" else "lm", kind, packing)
-        worker.objective = None
+        worker.objective = worker.pretraining = None
         return worker
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megarlhf.engine import average, checkpoint, engine, export, optimizer, schedule, sequences, sharing
-from megarlhf.engine.objective import TokenOutputs
+from megarlhf.engine.objective import LossTerm, TokenOutputs
 from megarlhf.models.build import transformer_config
 from megarlhf.parallel import groups
 from megarlhf.parallel.groups import Ranks
@@ -123,19 +123,21 @@ def run_forward(chunks: Any, batches: Sequence[Any], outputs: Any, compute: Any)
 
 
 def run_forward_backward(
-    chunks: Any, batches: Sequence[Any], outputs: Any, objective: Any, denominator: float
-) -> list[tuple[TokenOutputs, torch.Tensor]]:
-    """In the place of Megatron-Core's schedule: the real objective on those numbers."""
+    chunks: Any, terms: Sequence[Any], outputs: Any, *, unit: float
+) -> list[list[tuple[TokenOutputs, torch.Tensor]]]:
+    """In the place of Megatron-Core's schedule: the real objectives on those numbers."""
     results = []
-    for batch in batches:
-        computed = token_outputs(chunks, batch, outputs.keywords)
-        results.append((computed, schedule.objective_sums(objective, computed, batch)[1]))
+    for term in terms:
+        computed = [token_outputs(chunks, batch, outputs.keywords) for batch in term.batches]
+        pairs = zip(computed, term.batches, strict=True)
+        results.append([(found, schedule.objective_sums(term.objective, found, batch)[1]) for found, batch in pairs])
     return results
 
 
 def run_evaluation(chunks: Any, batches: Sequence[Any], outputs: Any, objective: Any) -> list[torch.Tensor]:
     """The same without gradients."""
-    return [sums for _, sums in run_forward_backward(chunks, batches, outputs, objective, 1.0)]
+    term = LossTerm(name="", batches=list(batches), objective=objective, denominator=1.0)
+    return [sums for _, sums in run_forward_backward(chunks, [term], outputs, unit=1.0)[0]]
 
 
 def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
@@ -207,11 +209,12 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
 
     packed: list[Any] = []  # the rows that were packed since: first those that are trained on
 
-    def step(self: Any, batches: Any, objective: Any, *, denominator: float) -> Any:
+    def step(self: Any, batches: Any, objective: Any, *, denominator: float, beside: Sequence[Any] = ()) -> Any:
         trace.given[f"rows {trace.process[0]}"] += packed[:1]
         packed.clear()
         trace.given[f"denominator {trace.process[0]}"].append(denominator)
-        return step_whole(self, batches, objective, denominator=denominator)
+        trace.given[f"beside {trace.process[0]}"] += beside
+        return step_whole(self, batches, objective, denominator=denominator, beside=beside)
 
     def share(self: Any, rows: Any, indices: Any = None) -> Any:
         if indices is not None:  # of a supervised run

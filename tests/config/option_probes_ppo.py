@@ -25,6 +25,7 @@ from tests.config.option_probes import (
     transformer,
     world,
 )
+from tests.config.option_probes_tricks import TRICKS
 
 RLOO = {"advantage_estimator": "rloo"}
 SERVER = "http://127.0.0.1:5000/get_reward"
@@ -487,4 +488,5 @@ def ppo_ranks(number: int) -> Options:
 PPO = {
     **(MODEL | layout_probes("actor", ppo_ranks) | critic_layout_probes() | kernel_probes("critic")),
     **(PASSED | CLUSTER | BATCH | OPTIMIZER | ALGORITHM | ROLLOUT | DATA | EVALUATION | REWARD | LOGGING | LORA),
+    **TRICKS,
 }
