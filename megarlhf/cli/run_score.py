@@ -32,7 +32,7 @@ def load_samples(score: ScoreArguments) -> tuple[Rows, list[Sample], list[int]]:
     Raises:
         ValueError: rows without a prompt or a response.
     """
-    rows = load_rows(score.dataset)
+    rows = load_rows(score.dataset, limit=score.max_samples)
 
     def read(index: int) -> tuple[str, str, Any]:
         texts = []
@@ -94,13 +94,19 @@ def run(config: ScoreConfig, *, dry_run: bool) -> int:
                         started = time.perf_counter()
                         found = sources.score(Rollout(samples=samples[first:last], tokens=()))
                         pairs = zip(rows.rows[first:last], found, strict=True)
-                        lines.append(json_value(row) | {"reward": sample.reward} for row, sample in pairs)
+                        lines.append(json_value(row) | _scored(sample) for row, sample in pairs)
                         speed = (last - first) / (time.perf_counter() - started)
                         console.log(last, {"perf/samples_per_second": speed})
     rewards = rewards_of(load_rows(str(output), columns=("reward",)).rows)
     print(f"{summary(rewards)}\nscored: {output}")
     check_results(rewards, reward)
     return 0
+
+
+def _scored(sample: Sample) -> dict[str, Any]:
+    """What a row has besides its own, under the names that select reads."""
+    response = sample.response_text.removesuffix(sample.stop_text)
+    return {"input": sample.prompt.text, "output": response, "reward": sample.reward}
 
 
 def _names(sources: SumOfSources) -> str:

@@ -38,6 +38,15 @@ ALIASES: dict[str, Alias] = {
     "save_steps": Alias(fields=("save_interval",), replace={"-1": "None"}),
     "eval_steps": Alias(fields=("eval_interval",), replace={"-1": "None"}),
     "logging_steps": Alias(fields=("log_interval",)),
+    # Prompts and responses
+    "output_path": Alias(fields=("output",)),
+    "dataset": Alias(fields=("prompt_data",)),
+    "dataset_probs": Alias(fields=("prompt_data_probs",)),
+    "dataset_split": Alias(fields=("prompt_split",)),
+    "max_new_tokens": Alias(fields=("generate_max_len",)),
+    "best_of_n": Alias(fields=("n_samples_per_prompt",)),
+    "greedy_sampling": Alias(settings={"greedy": "True"}),
+    "tp_size": Alias(fields=("vllm_tensor_parallel_size",)),
     # Batches and optimizer
     "train_batch_size": Alias(fields=("global_batch_size",)),
     "micro_train_batch_size": Alias(fields=("micro_batch_size",)),

@@ -174,7 +174,7 @@ class _Line:
 
 def _read_flags(argv: Sequence[str], options: Mapping[str, Option]) -> _Line:
     line = _Line()
-    for flag, texts in _flags_and_values(argv, line.errors):
+    for flag, texts in flags_and_values(argv, line.errors):
         name = flag.lstrip("-").replace("-", "_")
         positive = name.removeprefix("no_")
         if flag == "--help" and len(texts) == 1 and texts[0] in _programs(options):
@@ -198,7 +198,7 @@ def _read_flags(argv: Sequence[str], options: Mapping[str, Option]) -> _Line:
     return line
 
 
-def _flags_and_values(argv: Sequence[str], errors: list[str]) -> list[tuple[str, list[str]]]:
+def flags_and_values(argv: Sequence[str], errors: list[str]) -> list[tuple[str, list[str]]]:
     """Flags with the texts that follow them: `--a=1 --b 2 3` is [("--a", ["1"]), ("--b", ["2", "3"])]."""
     found: list[tuple[str, list[str]]] = []
     for token in argv:

@@ -78,6 +78,8 @@ class ScoreArguments:
     """Column with the response."""
     label_key: str = "label"
     """Column with the reference answer, any JSON value; may be absent where the reward needs none."""
+    max_samples: int | None = None
+    """Score only the first rows, this many. None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

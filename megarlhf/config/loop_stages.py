@@ -43,8 +43,9 @@ def evaluate_config(config: IterateConfig, number: int, model: str) -> GenerateC
 
 def score_config(config: IterateConfig, dataset: str, output: str) -> ScoreConfig:
     """Rewards of a file of samples, whose columns have the names that generating gives them."""
-    names = {"input_key": "input", "output_key": "output", "label_key": "label", "reward_skip_special_tokens": None}
-    return config_of(ScoreConfig, config, dataset=dataset, output=output, **names)
+    own = {"input_key": "input", "output_key": "output", "label_key": "label"}
+    own |= {"max_samples": None, "reward_skip_special_tokens": None}
+    return config_of(ScoreConfig, config, dataset=dataset, output=output, **own)
 
 
 def train_config(config: IterateConfig, number: int, model: str, *, dataset: str) -> SFTConfig | DPOConfig:

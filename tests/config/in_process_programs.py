@@ -16,12 +16,15 @@ import pytest
 
 from examples.demo.make_assets import make_tokenizer
 from megarlhf.cli import (
+    generate,
     interactive_chat,
     parity,
     rewards,
     run_parity,
     run_ppo,
     run_supervised,
+    score,
+    select,
     serve_rm,
     supervised,
     train_ppo,
@@ -30,6 +33,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.chat_arguments import ChatConfig
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.loop_arguments import GenerateConfig, ScoreConfig, SelectConfig
 from megarlhf.config.passed import PREFIXES
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
 from megarlhf.config.serve_arguments import ServeConfig
@@ -100,6 +104,11 @@ class Programs:
         self.kd, self.dpo, self.kto = cache(self._kd), cache(self._dpo), cache(self._kto)
         self.rm, self.prm, self.chat = cache(self._rm), cache(self._prm), cache(self._chat)
         self.serve = cache(self._serve)
+        self.generate, self.score, self.select = cache(self._generate), cache(self._score), cache(self._select)
+        for name, count in (("scored", 8), ("other_scored", 6)):
+            places = [i // 2 if count == 8 else i for i in range(count)]
+            samples = [{"input": f"{name[0]} {i}", "output": f"{i}", "reward": i / 2} for i in range(count)]
+            self._write(name, [s | {"place": place} for s, place in zip(samples, places, strict=True)])
         self.ppo((("save", "{}/first_ppo"),))  # to continue from
         self.sft((("save", "{}/first_sft"),))
         self.kd((("save", "{}/first_kd"),))
@@ -156,6 +165,35 @@ class Programs:
             train_ppo._run(config, dry_run=False)
 
         return self._finished(self._run(run), config.logging.save)
+
+    def _generate(self, changes: "Changes") -> Trace:
+        base = {"pretrain": "{}/model", "prompt_data": "{}/rows.jsonl", "prompt_max_len": 24, "generate_max_len": 8}
+        return self._lines(GenerateConfig, generate._run, base, changes)
+
+    def _score(self, changes: "Changes") -> Trace:
+        base = {"dataset": "{}/rows.jsonl", "output_key": "answer", "reward_function": "{}/reward.py"}
+        return self._lines(ScoreConfig, score._run, base, changes)
+
+    def _select(self, changes: "Changes") -> Trace:
+        return self._lines(SelectConfig, select._run, {"dataset": "{}/scored.jsonl", "post_processor": "csft"}, changes)
+
+    def _lines(self, config_class: Any, program: Any, base: Options, changes: "Changes") -> Trace:
+        """A program that writes a file of lines."""
+        own = base | {"output": f"{self._save()}.jsonl"} | dict(changes)
+        config = from_dict(config_class, self.options(tuple(own.items())))
+
+        def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
+            patch_ray(patch, trace)
+            patch_vllm(patch, trace)
+            patch.setattr(run_ppo, "RewardScorer", lambda **options: FakeScorer(trace, **options))
+            patch.setattr(run_ppo, "RemoteReward", lambda *arguments: FakeRemote(trace, *arguments))
+            program(config, dry_run=False)
+
+        trace, path = self._run(run), Path(self.options((("output", own["output"]),))["output"])
+        trace.given["path"] = [str(path)]
+        if path.exists():
+            trace.given["lines"] = [json.loads(line) for line in path.read_text().splitlines()]
+        return trace
 
     def _sft(self, changes: "Changes") -> Trace:
         return self._supervised(SFTConfig, {"output_key": "label"}, changes)

@@ -52,6 +52,7 @@ class FakeLLM:
     def __init__(self, trace: Trace, **options: Any) -> None:
         self.options, self._trace = options, trace
         self.parameters: list[Any] = []
+        self.prompts: list[list[int]] = []
         self._status: dict[str, Any] = {}
         self.given_weights: list[dict[str, Any]] = []
         self.streams: list[tuple[dict[str, Any], Any]] = []
@@ -73,6 +74,7 @@ class FakeLLM:
 
     def generate(self, inputs: Sequence[Any], parameters: Sequence[Any], *, use_tqdm: bool) -> list[Any]:
         self.parameters.append(parameters)
+        self.prompts += [each["prompt_token_ids"] for each in inputs]
         return [types.SimpleNamespace(outputs=[self._answer(p)]) for p in parameters]
 
     def _answer(self, parameters: Any) -> Any:

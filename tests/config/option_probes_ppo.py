@@ -284,6 +284,7 @@ ROLLOUT: dict[str, Probe] = {
     ),
     "top_p": Probe(value=0.9, seen=refused("top_p=0.9 is not offered"), expected=True),
     "top_k": Probe(value=50, seen=refused("top_k=50 is not offered"), expected=True),
+    "repetition_penalty": Probe(value=1.3, seen=refused("repetition_penalty=1.3 is not offered"), expected=True),
     "max_num_seqs": Probe(value=13, seen=llm("max_num_seqs")),
     "vllm_gpu_memory_utilization": Probe(value=0.66, seen=llm("gpu_memory_utilization")),
     "vllm_kv_cache_gib": Probe(value=0.25, seen=llm("kv_cache_memory_bytes"), expected=2**28),

@@ -8,6 +8,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.chat_arguments import ChatConfig
 from megarlhf.config.command_line import options_of
 from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.loop_arguments import GenerateConfig, ScoreConfig, SelectConfig
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
 from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityConfig, SFTConfig
@@ -15,6 +16,7 @@ from tests.config.in_process_programs import Programs
 from tests.config.option_probes import SAME, Probe
 from tests.config.option_probes_chat import CHAT
 from tests.config.option_probes_kd import KD
+from tests.config.option_probes_loops import GENERATE, SCORE, SELECT
 from tests.config.option_probes_ppo import PPO
 from tests.config.option_probes_preferences import DPO, KTO
 from tests.config.option_probes_rest import PARITY, PRM, RM, SFT
@@ -31,6 +33,9 @@ TABLES = {
     "parity": (ParityConfig, PARITY),
     "chat": (ChatConfig, CHAT),
     "serve": (ServeConfig, SERVE),
+    "generate": (GenerateConfig, GENERATE),
+    "score": (ScoreConfig, SCORE),
+    "select": (SelectConfig, SELECT),
 }
 
 
