@@ -1,10 +1,13 @@
 """Tiny random Hugging Face models, made on the spot."""
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
@@ -147,6 +150,21 @@ def make_model(
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(directory)
+    return directory
+
+
+def make_reward_model(
+    directory: Path, *, family: str = "llama", seed: int = 0, entries: dict[str, object] | None = None, **sizes: object
+) -> Path:
+    """Save a random sequence classifier of one label, with more entries in config.json."""
+    config = AutoConfig.from_pretrained(make_model(directory, family=family, seed=seed, **sizes))
+    config.num_labels, config.pad_token_id = 1, 0
+    model = AutoModelForSequenceClassification.from_pretrained(directory, config=config, dtype=torch.float32)
+    torch.manual_seed(seed + 1)
+    model.score.weight.data = 0.3 * torch.randn_like(model.score.weight)
+    model.save_pretrained(directory)
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | (entries or {})))
     return directory
 
 

@@ -89,7 +89,8 @@ def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -
     by_role: dict[str, Sequence[RoleBytes]] = {}
     for spec, hf in zip(megatron_roles(config), models, strict=True):
         layout, world_size, reference = spec.layout(config), spec.num_workers(config), spec.keeps_reference(config)
-        by_role[spec.name] = _training_ranks(config, hf, spec.head, layout, world_size, has_reference=reference)
+        own = config if spec.trains else replace(config, lora=LoraArguments())
+        by_role[spec.name] = _training_ranks(own, hf, spec.head, layout, world_size, has_reference=reference)
     by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
     first = 0
     for name, ranks in by_role.items():

@@ -2,10 +2,16 @@
 
 import os
 import sys
+from typing import Any
 
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.check_rewards import moments
 from megarlhf.config.reward_arguments import RewardArguments, RewardCodeArguments
+from megarlhf.config.roles import reward_roles
 from megarlhf.config.urls import TOKEN_VARIABLE
+from megarlhf.formats.huggingface import HFWeights, read_config
 from megarlhf.parallel.device import num_cores
+from megarlhf.reward.model import RewardModel
 from megarlhf.reward.remote import RemoteOptions, RemoteReward
 from megarlhf.reward.scorer import RewardScorer
 from megarlhf.reward.sources import RewardSource
@@ -16,6 +22,33 @@ MAX_RULE_WORKERS = 8  # processes that score by a rule, where the user gives no 
 def reward_sources(reward: RewardArguments, *, dry_run: bool = False) -> list[RewardSource]:
     """Code and servers, in the order of their weights; nothing runs yet. A dry run goes on where a server is not."""
     return [*code_sources(reward), *_servers(reward, is_required=not dry_run)]
+
+
+def model_sources(config: PPOConfig) -> list[RewardModel]:
+    """The reward models, whose weights come first; nothing runs yet."""
+    return [
+        RewardModel(
+            f"reward_model{role.name.removeprefix('reward')}",
+            role.name,
+            role.start(config)[1],
+            option=role.start(config)[0],
+            policy_tokenizer=config.model.tokenizer or config.model.pretrain,
+            apply_chat_template=config.data.apply_chat_template,
+            max_tokens=config.micro_batch_tokens,
+            normalize=config.algorithm.normalize_reward,
+        )
+        for role in reward_roles(config)
+    ]
+
+
+def reward_identity(config: PPOConfig) -> list[dict[str, Any]] | None:
+    """What a checkpoint and the reward models must agree on: their weights, and what scores are normalised by."""
+    found = []
+    for option, directory in (role.start(config) for role in reward_roles(config)):
+        scale = moments(vars(read_config(directory, option=option))) if config.algorithm.normalize_reward else None
+        weights = HFWeights(directory, option=option).fingerprint()
+        found.append({"weights": weights, "mean and std": None if scale is None else list(scale)})
+    return found or None
 
 
 def code_sources(reward: RewardCodeArguments) -> list[RewardSource]:

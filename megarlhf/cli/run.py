@@ -15,6 +15,7 @@ from megarlhf.config.check_kernels import kernel_errors, kernel_warnings
 from megarlhf.config.checks import raise_if
 from megarlhf.config.layouts import KernelArguments, LayoutArguments, TransformerImpl
 from megarlhf.config.lora import LoraArguments
+from megarlhf.config.roles import LISTS
 from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig, SupervisedDataArguments
 from megarlhf.data.token_ids import token_text
 from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
@@ -22,7 +23,7 @@ from megarlhf.formats import run_checkpoints
 from megarlhf.formats.huggingface import HFConfig, HFWeights, has_score_head, read_checkpoint, read_config
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.models.backend import model_backend, resolve_transformer_impl
-from megarlhf.models.names import check_names, stored_dtypes
+from megarlhf.models.names import check_names, check_reward_model, stored_dtypes
 from megarlhf.models.registry import check_computing, check_engine_head, check_transformer_engine, find_architecture
 from megarlhf.models.targets import check_model_targets, check_quantised
 from megarlhf.parallel.device import DeviceKind
@@ -79,6 +80,8 @@ def check_weights(
 
     def opened(option: str, directory: str, layout: LayoutArguments, head: str) -> Opened:
         config, source = read(directory, option=option)
+        if option.startswith(LISTS):
+            check_reward_model(config, source)
         if head == "lm" and has_score_head(config):
             raise ValueError(f"{source.source}; architectures={config.architectures} generate no text: use another")
         try:

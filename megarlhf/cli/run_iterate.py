@@ -125,7 +125,7 @@ def _check_stages(config: IterateConfig, *, dry_run: bool) -> str:
     impl = resolve_kernels(
         training, {"": training.layout}, share_prompt_prefix=training.share_prompt_prefix, device=device_kind()
     )
-    sources = SumOfSources(reward_sources(config.reward, dry_run=dry_run))
+    sources = SumOfSources(reward_sources(config.reward, dry_run=dry_run), config.reward.reward_weights)
     evaluations = [] if config.data.eval_data is None else [evaluate_config(config, 0, model)]
     try:
         (models, memory), _, *loaded = all_or_errors(

@@ -1,6 +1,7 @@
 """The run of train_ppo.py and train_ppo_ray.py, once checked: plan, load, start the cluster, train, export."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from megarlhf.cli.errors import all_or_errors, machine_checks, running
 from megarlhf.cli.memory import MemoryPlan, fitting_memory
 from megarlhf.cli.pretraining import load_pretraining, write_pretraining
 from megarlhf.cli.prompt_data import load_data, resolve_special_tokens
-from megarlhf.cli.rewards import reward_sources
+from megarlhf.cli.rewards import model_sources, reward_identity, reward_sources
 from megarlhf.cli.run import (
     Opened,
     StopSignal,
@@ -53,7 +54,7 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     share = (
         batch.n_samples_per_prompt > 1
         and batch.global_batch_size % batch.n_samples_per_prompt == 0
-        and all(role.layout(config).context_parallel_size == 1 for role in megatron_roles(config))
+        and all(role.layout(config).context_parallel_size == 1 for role in megatron_roles(config) if role.trains)
         and transformer_impl == "local"
     )
     if batch.share_prompt_prefix is None:
@@ -80,8 +81,15 @@ def _check_models(
     config: PPOConfig, transformer_impl: TransformerImpl, *, dry_run: bool
 ) -> tuple[list[Opened], MemoryPlan]:
     """The weights of every role, and room for them: on the devices, and where vLLM is to read the actor's."""
-    starts = [(*role.start(config), role.layout(config), role.head) for role in megatron_roles(config)]
-    models = check_weights(starts, transformer_impl=transformer_impl, generates=True, lora=config.lora)
+    roles = megatron_roles(config)
+
+    def opened(trains: bool, **options: Any) -> list[Opened]:
+        starts = [(*role.start(config), role.layout(config), role.head) for role in roles if role.trains == trains]
+        return check_weights(starts, transformer_impl=transformer_impl, **options)
+
+    trained = partial(opened, True, generates=True, lora=config.lora)
+    # In the table those that train stand first.
+    models: list[Opened] = [model for part in all_or_errors([trained, partial(opened, False)]) for model in part]
     # A cluster's store stands already; without Ray tokens lie in memory that has no place there.
     store = object_store_bytes(config) if config.cluster.ray is not False and config.cluster.ray_address is None else 0
 
@@ -131,7 +139,8 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
     )
     identity |= {"data": data_identity(len(prompts.prompts), prompts.fingerprint)}
     identity["pretrain_data"] = pretraining and data_identity(len(pretraining), pretraining.fingerprint)
-    resumed_step(config.logging, identity)  # again, now that the data is known
+    identity["reward_models"] = reward_identity(config)
+    resumed_step(config.logging, identity)  # again, now that data and models are known
     with machine_checks(dry_run=dry_run):
         trained = [model for model, role in zip(models, roles, strict=True) if role.trains]
         check_disk_space(config, trained, first_step=continued or 0, last_step=config.batch.train_iters)
@@ -146,10 +155,13 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=machine.kind)
     config = resolve(config, transformer_impl)
     plan = plan_placement(config, machine)
-    reward = SumOfSources(reward_sources(config.reward, dry_run=dry_run))
+    models = model_sources(config)
+    sources = [*models, *reward_sources(config.reward, dry_run=dry_run)]
+    reward = SumOfSources(sources, config.reward.reward_weights)
     inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
     kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
-    decided = "\n".join([plan.table(), *layout_lines(config), f"{kernels}\n", inputs.memory.text()])
+    lines = [*layout_lines(config), *(model.line() for model in models)]
+    decided = "\n".join([plan.table(), *lines, f"{kernels}\n", inputs.memory.text()])
     prompts, eval_sets, stops = inputs.prompts, inputs.eval_sets, inputs.stop_tokens
     labels = [prompt.label for members in (prompts.prompts, *eval_sets.values()) for prompt in members]
     config = resolve_special_tokens(config, labels)
@@ -174,6 +186,8 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
             ) as cluster,
         ):
             stop.listen()  # starting Ray takes SIGTERM
+            for model in models:
+                model.model = cluster.reward_models[model.role]
             state = LoopState.fresh(config.algorithm)
             if config.logging.load is not None:
                 state.restore(cluster.load(Path(config.logging.load) / "checkpoints"))

@@ -76,7 +76,7 @@ def run(config: ScoreConfig, *, dry_run: bool) -> int:
     """Score what is not scored yet; returns the exit status."""
     score, reward, output = config.score, config.reward.resolved(), Path(config.score.output)
     rows, samples, borders = load_samples(score)
-    with closing(SumOfSources(reward_sources(reward, dry_run=dry_run))) as sources:
+    with closing(SumOfSources(reward_sources(reward, dry_run=dry_run), reward.reward_weights)) as sources:
         sources.check()
         print(f"{len(samples)} samples of {score.dataset}; sources of the reward: {_names(sources)}")
         if dry_run:

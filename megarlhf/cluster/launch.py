@@ -1,22 +1,24 @@
 """Start the workers of a plan, with Ray or without, and hand the loop its roles."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.local_processes import local_processes
 from megarlhf.cluster.processes import Processes
 from megarlhf.cluster.resource_manager import ResourceManager
+from megarlhf.cluster.reward import RewardGroup
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
 from megarlhf.cluster.weight_sync import weight_sync
 from megarlhf.cluster.workers import MegatronWorker, RolloutWorker, WorkerSpec
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.roles import PARTS, ROLES, RoleSpec, roles_of
+from megarlhf.config.roles import PARTS, ROLES, RoleSpec, reward_roles, roles_of
 from megarlhf.parallel.device import visible_devices_environment
 from megarlhf.planner.placement import PlacementPlan, Worker
 from megarlhf.rollout.engine import engine_environment
@@ -27,12 +29,17 @@ _WORKERS: dict[str, Any] = {"megatron": MegatronWorker, "vllm": RolloutWorker}
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A started run: roles for the loop, and what only set-up and the end need."""
+    """A started run: roles for the loop, and what only set-up and the end need.
+
+    Attributes:
+        reward_models: by the names of their roles.
+    """
 
     roles: Roles
     phases: ResourceManager
     actor: WorkerGroup
     checkpoints: CheckpointGroup
+    reward_models: dict[str, RewardGroup]
 
     def export(self, directory: Path, *, of: Path | None = None) -> None:
         """Write the actor as a Hugging Face checkpoint.
@@ -100,7 +107,17 @@ def start(
             phases=phases,
             actor=groups["actor"],
             checkpoints=checkpoints,
+            reward_models=reward_models(config, groups),
         )
+
+
+def reward_models(config: PPOConfig, groups: Mapping[str, WorkerGroup]) -> dict[str, RewardGroup]:
+    """Those of started groups, by the names of their roles; on the same devices they compute one after another."""
+    turn = Lock() if config.cluster.colocate_all_models else nullcontext()
+    return {
+        role.name: RewardGroup(groups[role.name], groups[role.name].started, turn=turn)
+        for role in reward_roles(config)
+    }
 
 
 @contextmanager

@@ -15,20 +15,19 @@ from megarlhf.metrics.timers import Timers
 _Part = TypeVar("_Part", bound=str)
 
 
-def _phase(name: str, devices: Phase | None, *, timed: bool = True) -> Callable[[Any], AbstractContextManager[None]]:
+def _phase(name: str, devices: Phase, *, timed: bool = True) -> Callable[[Any], AbstractContextManager[None]]:
     """A method that enters a phase.
 
     Args:
         name: as it is shown and timed.
-        devices: the column of config/roles.py that says who is awake; None: as before.
+        devices: the column of config/roles.py that says who is awake; where nobody is, all stay as they are.
     """
 
     @contextmanager
     def enter(manager: "ResourceManager") -> Iterator[None]:
         manager._show(name)
         with manager._timers(name) if timed else nullcontext():
-            if devices is not None:
-                manager._give_devices(devices)
+            manager._give_devices(devices)
             yield
 
     return enter
@@ -38,14 +37,15 @@ class ResourceManager:
     """Phases over colocated or disjoint roles; see trainers/roles.py Phases.
 
     Args:
-        training: groups of training processes; where colocated all of them sleep at the start.
+        training: groups of Megatron's processes; where colocated all of them sleep at the start.
         rollout: the inference engines; awake at the start.
         show: is told the name of each phase that begins, for the progress bar.
         colocated: the roles share devices, so that only the phase's own may be awake. Disjoint roles never sleep.
     """
 
     rollout = _phase("rollout", "rollout")
-    reward = _phase("reward", None)
+    reward = _phase("reward", "reward")
+    judge = _phase("eval", "judge")
     train = _phase("train", "train")
     experience = _phase("experience", "train")
     sync = _phase("sync", "sync")
@@ -81,10 +81,10 @@ class ResourceManager:
         return found
 
     def _give_devices(self, phase: Phase) -> None:
-        if not self._colocated:
-            return
         wanted: dict[str, tuple[Part, ...]] = {g.role.name: g.role.awake.get(phase, ()) for g in self._training}
         engines: tuple[EnginePart, ...] = self._rollout.role.awake.get(phase, ())
+        if not self._colocated or not any((engines, *wanted.values())):  # rewards without a model need no device
+            return
         # First make room, then take it.
         self._tell("sleep", {role: _without(self._awake[role], parts) for role, parts in wanted.items()})
         if _without(self._engines_awake, engines):

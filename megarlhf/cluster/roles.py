@@ -68,16 +68,20 @@ class TrainingGroup:
         differences = [result.difference for result in results if result.difference is not None]
         return replace(results[0], difference=reduce(add, differences) if differences else None)
 
-    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a method on every process with the arguments of its data-parallel replica."""
         ranks = enumerate(self._replicas)
         refs = [self.workers.submit_to(rank, method, *arguments[replica]) for rank, replica in ranks]
-        self.workers.wait_for(refs, method)
+        return self.workers.wait_for(refs, method)
+
+    def _by_replica(self, results: Sequence[Floats | None]) -> list[Floats]:
+        """What each data-parallel replica has computed."""
+        pairs = zip(self._replicas, results, strict=True)
+        found = {replica: result for replica, result in pairs if result is not None}
+        return [found[replica] for replica in range(self._num_replicas)]
 
     def _gather(self, results: Sequence[Floats | None]) -> Floats:
-        pairs = zip(self._replicas, results, strict=True)
-        by_replica = {replica: found for replica, found in pairs if found is not None}
-        return self._split.gather([by_replica[replica] for replica in range(self._num_replicas)])
+        return self._split.gather(self._by_replica(results))
 
 
 class RolloutGroup:

@@ -16,9 +16,9 @@ from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.cluster.processes import Store
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import EnginePart, Part, megatron_roles
-from megarlhf.data.partition import Partition, RankRows
+from megarlhf.data.partition import Partition, RankRows, with_ends
 from megarlhf.data.planning import PackingOptions
-from megarlhf.data.types import Floats, GeneratedGroup, TokenIds
+from megarlhf.data.types import Floats, GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.formats.shared_memory import Block
 from megarlhf.parallel.device import DeviceKind
 from megarlhf.planner.placement import Worker
@@ -72,7 +72,7 @@ def check_own_device(spec: WorkerSpec) -> None:
 
 
 class MegatronWorker:
-    """One rank of a model: the actor (with the reference beside it) or the critic."""
+    """One rank of a model: the actor (with the reference beside it), the critic or a reward model."""
 
     def __init__(self, spec: WorkerSpec, store: Store) -> None:
         redirect_output(spec.log_file)
@@ -151,6 +151,24 @@ class MegatronWorker:
     def values(self) -> Floats | None:
         """Keep `old_values` and return them, where results count."""
         return self._forward("old_values")
+
+    def scores(self, given: tuple[Partition, list[tuple[Any, list[int]]], int | None]) -> Floats | None:
+        """The value of the last token of each of this rank's rows, where results count; nothing of them is kept.
+
+        Args:
+            given: its replica's partition; tokens of each of its groups, or references to them, with the numbers of
+                the samples that were stopped; and the model's EOS.
+        """
+        partition, groups, eos = given
+        tokens = []
+        for reference, stopped in groups:
+            (group,) = [reference] if isinstance(reference, GroupTokens) else self._store.get([reference])
+            tokens.append(with_ends(group, np.isin(np.arange(len(group.lengths)), stopped), eos=eos))
+        engine = self.engine
+        rows = RankRows(partition, tokens, engine.pack, one_length=engine.packing.one_length)
+        with self._giving_back():
+            found = engine.forward(rows.batches())
+        return rows.last_values(found) if engine.ranks.holds_results else None
 
     def _forward(self, name: str) -> Floats | None:
         with self._giving_back():

@@ -48,7 +48,9 @@ class AlgorithmArguments:
     reward_clip_range: tuple[float, float] = (-10.0, 10.0)
     """Lowest and highest reward; others are clamped."""
     normalize_reward: bool = False
-    """Subtract the running mean of rewards and divide by their running std."""
+    """With reward_pretrain: subtract from each model's score the mean that its config.json has and divide by the std
+    there (megarlhf rm writes both); other sources stay as they are. Without: subtract the running mean of rewards and
+    divide by their running std."""
     normalize_advantages: bool = True
     """Shift and scale advantages to mean 0 and std 1 over all response tokens of a step."""
     loss_aggregation: Literal["token", "sequence"] = "token"

@@ -143,8 +143,6 @@ _REFUSED = {  # why, and what to set instead -> flags
     "weights are not quantised here: leave it out; megarlhf merge_lora merges a 4-bit run's adapter": "load_in_4bit",
     "averaged weights are not offered for RL in this version": "enable_ema",
     # Rewards, algorithm, data
-    "reward models are not offered yet: use --reward_function or --reward_rule": "reward_pretrain "
-    "reward_num_nodes reward_num_gpus_per_node",
 }
 ALIASES |= {name: Alias(refused=why) for why, names in _REFUSED.items() for name in names.split()}
 

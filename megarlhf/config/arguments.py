@@ -12,7 +12,7 @@ from typing import Literal
 
 from megarlhf.config.algorithm_arguments import AlgorithmArguments
 from megarlhf.config.evaluation_arguments import EvaluationArguments
-from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments
+from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments, RewardLayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments
 from megarlhf.config.pretraining_arguments import PretrainingArguments
@@ -44,10 +44,14 @@ class ModelArguments(WeightsArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class RLModelArguments(ModelArguments):
-    """Which weights to start from, the critic's included."""
+    """Which weights to start from, the critic's included, and the reward models."""
 
     critic_pretrain: str | None = None
-    """Local directory of the critic's starting checkpoint (PPO with gae only). None: the same as pretrain."""
+    """Local directory of the critic's starting checkpoint (PPO with gae only). None: the first of reward_pretrain, else
+    the same as pretrain."""
+    reward_pretrain: str | None = None
+    """Local directories of reward models, with commas between several: ...ForSequenceClassification checkpoints with
+    one label, such as megarlhf rm exports. None: no reward model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +83,13 @@ class ClusterArguments(EngineArguments):
     """Nodes the critic is trained on (gae only). None: as many as the actor."""
     critic_num_gpus_per_node: int | None = None
     """Critic ranks on each node (gae only). None: as many as the actor."""
+    reward_num_nodes: int | None = None
+    """Nodes each reward model is on. None: as many as the actor."""
+    reward_num_gpus_per_node: int | None = None
+    """Ranks of each reward model on each node. None: as many as the actor."""
     colocate_all_models: bool = True
-    """Let all roles take turns on the same devices. Off: actor, critic and vLLM engines have their own."""
+    """Let all roles take turns on the same devices. Off: actor, critic, each reward model and vLLM engines have their
+    own."""
     gpu_memory_gib: float | None = None
     """Memory of each GPU in GiB, which the plan's bytes must fit into. None: this machine's GPUs tell; without any, the
     plan is printed and compared with nothing."""
@@ -296,6 +305,7 @@ class PPOConfig:
     model: RLModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     critic_layout: CriticLayoutArguments = field(default_factory=CriticLayoutArguments)
+    reward_layout: RewardLayoutArguments = field(default_factory=RewardLayoutArguments)
     kernels: KernelArguments = field(default_factory=KernelArguments)
     cluster: ClusterArguments = field(default_factory=ClusterArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
@@ -319,6 +329,11 @@ class PPOConfig:
     def micro_batch_tokens(self) -> int:
         """Most tokens in one forward and backward pass of a rank."""
         return self.batch.max_tokens_per_micro_batch or self.batch.micro_batch_size * self.max_row_tokens
+
+    @property
+    def keeps_reward_moments(self) -> bool:
+        """Whether rewards are normalised by their running moments; reward models have their own."""
+        return self.algorithm.normalize_reward and self.model.reward_pretrain is None
 
     @property
     def uses_tis(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megarlhf.config.roles import LISTS
 from megarlhf.formats.data_names import name_errors, set_errors
 from megarlhf.formats.json_files import read_json_object
 
@@ -17,7 +18,9 @@ _CHECKPOINT = (os.path.isdir, "is not a local directory (nothing is downloaded):
 _DATA = dict.fromkeys(("prompt_data", "pretrain_data", "dataset", "eval_dataset"), name_errors)
 _DATA |= {"eval_data": set_errors}
 _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
-    **dict.fromkeys(("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model", "tokenizer"), _CHECKPOINT),
+    **dict.fromkeys(
+        ("pretrain", "critic_pretrain", "reward_pretrain", "ref_pretrain", "teacher_model", "tokenizer"), _CHECKPOINT
+    ),
     "ta_prompt": (os.path.isfile, "is not a file: give that of the text"),
     "load": (os.path.isdir, "is not a directory: give the run directory (save) of an earlier run"),
     "reward_function": (
@@ -30,9 +33,11 @@ _PLACES: dict[str, tuple[Callable[[str], bool], str]] = {
 def place_errors(options: Mapping[str, Any]) -> list[str]:
     """Options, values by name, that name a file or directory which is not there."""
     errors = [
-        f"{key}={options[key]} {said}"
+        f"{key}={path} {said}"
         for key, (is_there, said) in _PLACES.items()
-        if options.get(key) is not None and not is_there(options[key])
+        if options.get(key) is not None
+        for path in (options[key].split(",") if key in LISTS else [options[key]])
+        if not is_there(path.strip())
     ]
     return errors + [error for key, found in _DATA.items() if options.get(key) for error in found(key, options[key])]
 
@@ -48,7 +53,21 @@ def read_model(key: str, path: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [str(error)]
 
 
-def token_errors(key: str, path: str, tokenizer: str, model: Mapping[str, Any], actor: Mapping[str, Any]) -> list[str]:
+def has_other_tokens(path: str, tokenizer: str) -> bool:
+    """Whether the tokenizer.json of two directories are there, can be read and differ."""
+    ours, theirs = (_vocabulary(Path(directory) / "tokenizer.json") for directory in (path, tokenizer))
+    return ours is not None and theirs is not None and ours != theirs
+
+
+def token_errors(
+    key: str,
+    path: str,
+    tokenizer: str,
+    model: Mapping[str, Any],
+    actor: Mapping[str, Any],
+    *,
+    cure: str = "use a checkpoint with the same tokenizer",
+) -> list[str]:
     """Whether another model reads the actor's (or the student's) tokens as that means them.
 
     Args:
@@ -56,13 +75,13 @@ def token_errors(key: str, path: str, tokenizer: str, model: Mapping[str, Any], 
         tokenizer: directory of the actor's tokenizer; without a readable tokenizer.json on both sides these are not
             compared.
         model, actor: config.json of either; sizes that are absent are not compared.
+        cure: what to do where the tokenizers differ.
     """
     errors = []
-    ours, theirs = (_vocabulary(Path(directory) / "tokenizer.json") for directory in (path, tokenizer))
-    if ours is not None and theirs is not None and ours != theirs:
+    if has_other_tokens(path, tokenizer):
         errors.append(
-            f"{key}={path} has a tokenizer of {len(ours)} tokens that differs from the {len(theirs)} tokens of "
-            f"{tokenizer} (it reads the same token ids): use a checkpoint with the same tokenizer"
+            f"{key}={path} has a tokenizer whose tokens differ from those of {tokenizer} (it reads the same token "
+            f"ids): {cure}"
         )
     size, actors = model.get("vocab_size"), actor.get("vocab_size")
     if isinstance(size, int) and isinstance(actors, int) and size < actors:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.config.roles import ROLES, first_given, megatron_roles
+from megarlhf.config.roles import ROLES, RoleSpec, first_given, megatron_roles
 
 Model = Mapping[str, Any]  # content of a config.json
 
@@ -84,15 +84,21 @@ def role_errors(config: PPOConfig, models: Mapping[str, Model]) -> list[str]:
         layout, (owner, _) = role.layout(config), role.start(config)
         prefix = role.prefix if layout != config.layout else ""
         errors += layout_errors(layout, {owner: models[owner]}, prefix)
-    estimator = config.algorithm.advantage_estimator
     errors += [
-        f"{option}={value} is ignored with advantage_estimator={estimator} (only {' or '.join(role.estimators or ())} "
-        f"has a {role.name}): leave it out"
+        f"{option}={value} is ignored {_why_absent(role, config)}: leave it out"
         for role in ROLES.values()
         if not role.is_in(config)
         for option, value in role.own_options(config).items()
     ]
     return list(dict.fromkeys(errors))
+
+
+def _why_absent(role: RoleSpec, config: PPOConfig) -> str:
+    """Why a run lacks a role."""
+    if role.estimators is None:
+        return f"without {role.checkpoint[0]} (there is no {role.name} model)"
+    estimator, others = config.algorithm.advantage_estimator, " or ".join(role.estimators)
+    return f"with advantage_estimator={estimator} (only {others} has a {role.name})"
 
 
 def _head_errors(layout: LayoutArguments, owner: str, model: Model, prefix: str) -> list[str]:
@@ -254,5 +260,6 @@ def cluster_errors(config: PPOConfig) -> list[str]:
             checked.append((layout, world_size))
             prefix = role.prefix if layout != config.layout else ""
             name = f"{role.workers[0][0]}={nodes[1]} x {role.workers[1][0]}={number[1]}"
-            errors += world_errors(name, world_size, layout, config.batch.global_batch_size, prefix)
+            samples = config.batch.global_batch_size if role.trains else world_size  # a frozen rank may have none
+            errors += world_errors(name, world_size, layout, samples, prefix)
     return list(dict.fromkeys(errors))

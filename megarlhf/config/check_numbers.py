@@ -29,6 +29,10 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "critic_pipeline_model_parallel_size critic_context_parallel_size critic_expert_model_parallel_size "
         "critic_expert_tensor_parallel_size critic_num_virtual_stages_per_pipeline_rank "
         "critic_decoder_first_pipeline_num_layers critic_decoder_last_pipeline_num_layers "
+        "reward_tensor_model_parallel_size reward_pipeline_model_parallel_size reward_context_parallel_size "
+        "reward_expert_model_parallel_size reward_expert_tensor_parallel_size "
+        "reward_num_virtual_stages_per_pipeline_rank reward_decoder_first_pipeline_num_layers "
+        "reward_decoder_last_pipeline_num_layers reward_num_nodes reward_num_gpus_per_node "
         "actor_num_nodes actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node num_gpus_per_node "
         "vllm_num_engines vllm_tensor_parallel_size tis_cap train_iters rollout_batch_size "
         "n_samples_per_prompt global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens "
@@ -75,7 +79,8 @@ def limit_errors(options: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}={options[name]} must be {range_text}"
         for name, (range_text, holds) in LIMITS.items()
-        if options.get(name) is not None and not holds(options[name])
+        if (value := options.get(name)) is not None
+        and not all(map(holds, value if isinstance(value, tuple) else (value,)))
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megarlhf.config.arguments import LoggingArguments, PPOConfig, RenderingArguments
 from megarlhf.config.chat_arguments import ChatConfig, ChatTextArguments
-from megarlhf.config.check_files import file_for_text_errors, place_errors, read_model, token_errors
+from megarlhf.config.check_files import file_for_text_errors, has_other_tokens, place_errors, read_model, token_errors
 from megarlhf.config.check_layout import broken, cluster_errors, layout_errors, role_errors, shared_errors, world_errors
 from megarlhf.config.check_numbers import (
     Models,
@@ -26,13 +26,13 @@ from megarlhf.config.check_numbers import (
     sampling_errors,
     shared_prefix_errors,
 )
-from megarlhf.config.check_rewards import reward_errors
+from megarlhf.config.check_rewards import reward_errors, reward_model_errors
 from megarlhf.config.check_save import ckpt_errors, save_errors
 from megarlhf.config.command_line import to_dict
 from megarlhf.config.evaluation_arguments import EvaluationArguments
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.reward_model_arguments import RMConfig
-from megarlhf.config.roles import megatron_roles
+from megarlhf.config.roles import LISTS, megatron_roles, reward_roles
 from megarlhf.config.supervised_arguments import (
     DPOConfig,
     KTODataArguments,
@@ -70,11 +70,13 @@ def check_ppo(config: PPOConfig) -> list[str]:
     models, errors = _models(config)
     errors += shared_errors(config.layout) + role_errors(config, models) + cluster_errors(config)
     errors += engine_errors(config.cluster.vllm_tensor_parallel_size, models["pretrain"])
-    errors += batch_errors(batch, max(role.layout(config).context_parallel_size for role in megatron_roles(config)))
+    trained = [role.layout(config) for role in megatron_roles(config) if role.trains]
+    errors += batch_errors(batch, max(layout.context_parallel_size for layout in trained))
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
     errors += correction_errors(config) + adapter_errors(config.lora) + pretraining_errors(config.pretraining)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
-    errors += sampling_errors(config.rollout) + template_errors(config.data) + reward_errors(config.reward)
+    errors += sampling_errors(config.rollout) + template_errors(config.data)
+    errors += reward_errors(config.reward, num_models=len(reward_roles(config))) + reward_model_errors(config, models)
     errors += probability_errors(
         "prompt_data_probs", config.data.prompt_data_probs, "prompt_data", config.data.prompt_data
     )
@@ -266,17 +268,23 @@ def _models(config: PPOConfig | SupervisedConfig | ParityConfig) -> tuple[Models
     """config.json of each model by the option that names it, and what is wrong with these, paths and single numbers."""
     model, options = config.model, to_dict(config)
     errors = place_errors(options) + limit_errors(options)
+    tokenizer, judges = model.tokenizer or model.pretrain, set[str]()
     starts = {"pretrain": model.pretrain}
     if isinstance(config, PPOConfig):
-        starts |= dict(role.start(config) for role in megatron_roles(config))
+        roles = megatron_roles(config)
+        starts |= dict(role.start(config) for role in roles)
+        judges = starts.keys() - {role.start(config)[0] for role in roles if role.trains}
     if isinstance(config, SupervisedConfig):
         starts |= config.other_models | ({} if config.ref_pretrain is None else {"ref_pretrain": config.ref_pretrain})
     models: dict[str, Mapping[str, Any]] = {}
     for key, path in starts.items():
         models[key], found = read_model(key, path)
         errors += found
-        if key != "pretrain":
-            errors += token_errors(key, path, model.tokenizer or model.pretrain, models[key], models["pretrain"])
+        if key == "pretrain" or (key in judges and has_other_tokens(path, tokenizer)):  # judges then read text
+            continue
+        cure = "set critic_pretrain, or use" if key.startswith(LISTS) else "use"
+        cure += " a checkpoint with the same tokenizer"
+        errors += token_errors(key, path, tokenizer, models[key], models["pretrain"], cure=cure)
     return models, errors
 
 

@@ -40,8 +40,8 @@ class Option(NamedTuple):
 
     @property
     def is_switch(self) -> bool:
-        """A bool, or a bool that may be None."""
-        return bool in alternatives(self.annotation)
+        """A bool, or a bool that may be None or come several times."""
+        return not {bool, tuple[bool, ...]}.isdisjoint(alternatives(self.annotation))
 
     def value(self, texts: Sequence[str]) -> Any:
         """The value that texts give; ValueError where they are of another type."""
@@ -217,7 +217,7 @@ def flags_and_values(argv: Sequence[str], errors: list[str]) -> list[tuple[str, 
 def _take(line: _Line, flag: str, name: str, texts: list[str], options: Mapping[str, Option]) -> None:
     option = options[name]
     try:
-        line.values[name] = True if option.is_switch and not texts else option.value(texts)
+        line.values[name] = option.value(texts or ["True"] if option.is_switch else texts)
     except ValueError as error:
         if name in SWITCH_VALUES and len(texts) == 1:
             line.values[name] = True

@@ -1,4 +1,4 @@
-"""How a model is cut, its critic too, and what its layers are computed with: options beside those of arguments.py."""
+"""How models are cut, and what their layers are computed with: options beside those of arguments.py."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -75,6 +75,32 @@ class CriticLayoutArguments:
     """Ranks that share each expert's matrices."""
     critic_sequence_parallel: bool | None = None
     """Split activations over tensor-parallel ranks. None: as the actor, where the critic's TP is above 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardLayoutArguments:
+    """The layout of reward models: one value for all of them, or one for each with commas between them. What is left
+    out is as the actor's."""
+
+    reward_tensor_model_parallel_size: tuple[int, ...] | None = None
+    """Ranks that share each layer's matrices. Where it or the experts' ranks are given, the actor's
+    expert_tensor_parallel_size does not count."""
+    reward_pipeline_model_parallel_size: tuple[int, ...] | None = None
+    """Pipeline stages. Where it is given, the actor's virtual and uneven stages do not count."""
+    reward_num_virtual_stages_per_pipeline_rank: tuple[int, ...] | None = None
+    """Chunks of layers on each pipeline rank."""
+    reward_decoder_first_pipeline_num_layers: tuple[int, ...] | None = None
+    """Layers of the first pipeline stage."""
+    reward_decoder_last_pipeline_num_layers: tuple[int, ...] | None = None
+    """Layers of the last pipeline stage."""
+    reward_context_parallel_size: tuple[int, ...] | None = None
+    """Ranks that share each sequence; above 1 its samples do not share their prompt."""
+    reward_expert_model_parallel_size: tuple[int, ...] | None = None
+    """Ranks the experts of a layer are dealt to."""
+    reward_expert_tensor_parallel_size: tuple[int, ...] | None = None
+    """Ranks that share each expert's matrices."""
+    reward_sequence_parallel: tuple[bool, ...] | None = None
+    """Split activations over tensor-parallel ranks. None: as the actor, where the model's TP is above 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,9 @@ class RewardArguments(RewardCodeArguments):
     with commas between them answer alike and share the requests; several with spaces are sources of their own, whose
     rewards are summed. The path of a .py file means the same as reward_function. A token that servers ask for is read
     from the environment variable MEGARLHF_RM_TOKEN."""
+    reward_weights: tuple[float, ...] | None = None
+    """What each source is multiplied by, with commas between the numbers: those of reward_pretrain come first, then
+    reward_function, reward_rule, and those of remote_rm_url. None: 1 each."""
     remote_rm_batch_size: int = 32
     """Responses in a request, at most. The responses to a prompt are in one request unless they are more than this."""
     remote_rm_concurrency: int = 8

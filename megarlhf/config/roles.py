@@ -5,7 +5,7 @@ layouts.py; of several names the first whose option is given counts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,8 +18,12 @@ PARTS: tuple[Part, ...] = ("parameters", "gradients", "optimizer", "reference")
 EnginePart = Literal["weights", "kv_cache"]  # of an inference engine, by vLLM's names
 ENGINE_PARTS: tuple[EnginePart, ...] = ("weights", "kv_cache")
 
-Phase = Literal["rollout", "train", "sync", "checkpoint", "export"]
-REPLACES_WEIGHTS: tuple[Phase, ...] = ("train", "sync")  # a sync comes before engines that slept for it answer again
+Phase = Literal["rollout", "reward", "judge", "train", "sync", "checkpoint", "export"]  # judge: of an evaluation
+# A sync comes before engines that slept for it answer again.
+REPLACES_WEIGHTS: tuple[Phase, ...] = ("reward", "train", "sync")
+
+
+LISTS = ("reward_pretrain",)  # options that name several directories, with commas between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class RoleSpec:
 
     name: str
     runs: Literal["megatron", "vllm"]  # what its processes are: ranks of one model, or engines side by side
-    checkpoint: tuple[str, ...]  # options of the directory that it starts from
+    checkpoint: tuple[str, ...]  # options of the directory that it starts from; without any it is in no run
     head: Literal["lm", "value"]  # vocabulary logits, or one value a token
     prefix: str = ""  # of the options of its layout; "": it has the actor's
     learning_rate: str | None = None  # option; None: it is frozen
@@ -37,6 +41,7 @@ class RoleSpec:
     workers: tuple[tuple[str, ...], ...]  # options whose product is the number of its processes
     devices: str | None = None  # option: devices of one process; None: it has one
     estimators: tuple[str, ...] | None = None  # advantage_estimator that needs it; None: every one
+    number: int = 0  # which of the directories of LISTS, and of values of its layout that are one for each of them
     awake: Mapping[Phase, tuple[Any, ...]]  # parts that are on the device in a phase; gradients and the reference are
     # left out: their engine brings them, inside an update and while the reference computes
 
@@ -52,11 +57,21 @@ class RoleSpec:
 
     def is_in(self, config: PPOConfig) -> bool:
         """Whether a run has it."""
-        return self.estimators is None or config.algorithm.advantage_estimator in self.estimators
+        is_named = any(getattr(config.model, option) is not None for option in self.checkpoint)
+        return is_named and (self.estimators is None or config.algorithm.advantage_estimator in self.estimators)
+
+    def models(self, config: PPOConfig) -> Iterator["RoleSpec"]:
+        """The row, or where its option lists several directories one for each, numbered from 0."""
+        option, value = first_given(config.model, self.checkpoint)
+        count = len(value.split(",")) if option in LISTS and option == self.checkpoint[0] else 1
+        yield from ([self] if count == 1 else (replace(self, name=f"{self.name}_{n}", number=n) for n in range(count)))
 
     def start(self, config: PPOConfig) -> tuple[str, str]:
-        """The option that names its checkpoint, and the directory."""
-        return first_given(config.model, self.checkpoint)
+        """The option that names its checkpoint, with the place of one of several, and the directory."""
+        option, value = first_given(config.model, self.checkpoint)
+        if option not in LISTS or "," not in value:
+            return option, value
+        return f"{option}[{self.number}]", value.split(",")[self.number].strip()
 
     def num_workers(self, config: PPOConfig) -> int:
         """Processes."""
@@ -73,7 +88,9 @@ class RoleSpec:
     def own_layout(self, config: PPOConfig) -> dict[str, Any]:
         """What is given of its layout, by the names of LayoutArguments."""
         given = vars(getattr(config, f"{self.prefix}layout")) if self.prefix else {}
-        return {name.removeprefix(self.prefix): value for name, value in given.items() if value is not None}
+        own = {name.removeprefix(self.prefix): value for name, value in given.items() if value not in (None, ())}
+        # A wrong number of values is told by the checks.
+        return {n: v[min(self.number, len(v) - 1)] if isinstance(v, tuple) else v for n, v in own.items()}
 
     def own_options(self, config: PPOConfig) -> dict[str, Any]:
         """What is given of the options that no other role reads."""
@@ -117,7 +134,7 @@ ROLES: dict[str, RoleSpec] = {
         RoleSpec(
             name="critic",
             runs="megatron",
-            checkpoint=("critic_pretrain", "pretrain"),
+            checkpoint=("critic_pretrain", "reward_pretrain", "pretrain"),
             head="value",
             prefix="critic_",
             learning_rate="critic_learning_rate",
@@ -127,6 +144,18 @@ ROLES: dict[str, RoleSpec] = {
             ),
             estimators=("gae",),
             awake={"train": ("parameters", "optimizer"), "checkpoint": ("parameters", "optimizer")},
+        ),
+        RoleSpec(
+            name="reward",
+            runs="megatron",
+            checkpoint=("reward_pretrain",),
+            head="value",
+            prefix="reward_",
+            workers=(
+                ("reward_num_nodes", "actor_num_nodes"),
+                ("reward_num_gpus_per_node", "actor_num_gpus_per_node"),
+            ),
+            awake={"reward": ("parameters",), "judge": ("parameters",)},
         ),
         RoleSpec(
             name="rollout",
@@ -141,6 +170,12 @@ ROLES: dict[str, RoleSpec] = {
 }
 
 
+def row_of(name: str) -> RoleSpec:
+    """The row of a role by its name, that of one of several models too."""
+    base, _, number = name.rpartition("_")
+    return ROLES[base if number.isdecimal() else name]
+
+
 def first_given(options: Any, names: tuple[str, ...]) -> tuple[str, Any]:
     """The first of these options that is not None, and its value."""
     return next((name, value) for name in names if (value := getattr(options, name)) is not None)
@@ -148,7 +183,13 @@ def first_given(options: Any, names: tuple[str, ...]) -> tuple[str, Any]:
 
 def megatron_roles(config: PPOConfig) -> list[RoleSpec]:
     """The roles of a run that are models of Megatron's, in the order of the table."""
-    return [role for role in ROLES.values() if role.is_in(config) and role.runs == "megatron"]
+    rows = [role for role in ROLES.values() if role.is_in(config) and role.runs == "megatron"]
+    return [model for role in rows for model in role.models(config)]
+
+
+def reward_roles(config: PPOConfig) -> list[RoleSpec]:
+    """The roles of a run's reward models, in the order of reward_pretrain."""
+    return list(ROLES["reward"].models(config)) if ROLES["reward"].is_in(config) else []
 
 
 def roles_of(config: PPOConfig) -> list[RoleSpec]:

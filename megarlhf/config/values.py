@@ -63,6 +63,8 @@ def _items(texts: Sequence[str], origin: type, parts: tuple[Any, ...]) -> list[A
     """Values of a sequence from a text each, or from one text that is a YAML list."""
     if len(texts) == 1 and texts[0].startswith("["):
         texts = [as_text(item) for item in yaml.safe_load(texts[0])]
+    elif len(texts) == 1 and parts[0] in (int, float, bool):
+        texts = texts[0].split(",")
     elif not texts and Ellipsis not in parts:
         raise ValueError
     kinds = parts if origin is tuple and Ellipsis not in parts else (*parts, Any)[:1] * len(texts)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megarlhf.data.packing import copy_runs, fill_fields
 from megarlhf.data.planning import PackingOptions, plan_micro_batches, prompt_units
@@ -103,6 +104,24 @@ def rows_of(partition: Partition, tokens: Sequence[GroupTokens]) -> TrainingRows
     )
 
 
+def with_ends(group: GroupTokens, stopped: NDArray[np.bool_], *, eos: int | None) -> GroupTokens:
+    """A group as a model of values reads it: the value of a response's last token is the one before its last target.
+
+    So one more token, which nobody reads, comes behind each response; and before it EOS, where the response was stopped
+    by another token, since reward models are trained on answers that end with theirs.
+
+    Args:
+        stopped: [n_samples], those that a stop token has ended.
+        eos: the model's; None where it has none.
+    """
+    last = group.response_ids[np.cumsum(group.lengths) - 1]
+    lengths = group.lengths + 1 + (stopped & (last != eos) if eos is not None else 0)
+    ids = np.full(int(lengths.sum()), eos or 0, dtype=np.int32)
+    copy_runs(group.response_ids, starts_of(group.lengths), group.lengths, ids, starts_of(lengths))
+    unknown = np.zeros(len(ids), dtype=np.float32)
+    return replace(group, response_ids=ids, rollout_log_probs=unknown, lengths=lengths)
+
+
 class RankRows:
     """A rank's rows of the present step, packed once for all passes, and the fields that collect on them.
 
@@ -143,3 +162,10 @@ class RankRows:
         copy_runs(values.values, starts_of(values.lengths), values.lengths, field, values.starts)
         self.keep({name: field})
         return field
+
+    def last_values(self, values: TargetValues) -> Floats:
+        """[rows] of what this rank has computed, the number of each row's last target."""
+        found = np.empty(len(self.rows), dtype=np.float32)
+        ends = np.cumsum(values.lengths) - 1
+        found[np.searchsorted(self.rows.target_starts, values.starts)] = values.values[ends]
+        return found

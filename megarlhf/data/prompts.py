@@ -66,20 +66,22 @@ def load_prompts(
     renderer = make_renderer(tokenizer, apply_chat_template=apply_chat_template, input_template=input_template)
     rows = load_rows(source, columns=(input_key, label_key, TOOLS), limit=max_samples)
 
-    def render(index: int) -> tuple[str, Any]:
+    def render(index: int) -> tuple[str, Any, dict[str, Any]]:
         tools = row_tools(rows, index) if apply_chat_template else None
-        text = renderer.prompt(rows.value(index, input_key, option="input_key"), tools=tools)
+        value = rows.value(index, input_key, option="input_key")
+        text = renderer.prompt(value, tools=tools)
+        given = {"chat": value, "tools": tools} if apply_chat_template else {}
         try:
-            return text, json_value(rows.rows[index].get(label_key))
+            return text, json_value(rows.rows[index].get(label_key)), given
         except ValueError as error:
             raise ValueError(f"label_key={label_key}: {error}") from error
 
     rendered = rows.collect(render)
-    if all(label is None for _, label in rendered):
+    if all(label is None for _, label, _ in rendered):
         if needs_label:
             raise ValueError(f"label_key={label_key} is in no row of {rows.path}: set label_key to the answer's column")
         logger.info("label_key=%s is in no row of %s: every label is None", label_key, rows.path)
-    encoded = encode_prompts(renderer, [text + suffix for text, _ in rendered], rows=rows)
+    encoded = encode_prompts(renderer, [text + suffix for text, *_ in rendered], rows=rows)
 
     def check(index: int) -> None:
         if not len(encoded[index]):
@@ -87,8 +89,8 @@ def load_prompts(
 
     rows.collect(check)
     prompts = [
-        Prompt(index=index, text=text, token_ids=ids, label=label)
-        for index, ((text, label), ids) in enumerate(zip(rendered, encoded, strict=True))
+        Prompt(index=index, text=text, token_ids=ids, label=label, **given)
+        for index, ((text, label, given), ids) in enumerate(zip(rendered, encoded, strict=True))
         if len(ids) <= prompt_max_len
     ]
     if not prompts:

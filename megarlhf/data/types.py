@@ -27,6 +27,8 @@ class Prompt:
     text: str  # rendered prompt, as the model reads it
     token_ids: TokenIds  # [p] tokens of `text`
     label: Any  # reference answer for the reward, any JSON value; None where the data has none
+    chat: Any = None  # what a chat template has made `text` of: a string or messages; None without one
+    tools: list[Any] | None = None  # JSON schemas of functions that it was given besides
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -111,8 +111,14 @@ def _run_files(path: Path, options: Sequence[str]) -> HFFiles | None:
     pretrain, template = model.get("pretrain"), data.get("tokenizer_chat_template")
     if not isinstance(pretrain, str):
         return None
+    option = next(option for option in (*options, "pretrain") if model.get(option))
     return HFFiles(
-        directory=Path(next(model[option] for option in (*options, "pretrain") if model.get(option))),
+        directory=Path(_first(option, model[option])),
         tokenizer=Path(model.get("tokenizer") or pretrain),
         chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _first(option: str, value: str) -> str:
+    """The directory that an option names; a critic starts from the first of several reward models."""
+    return value.split(",")[0].strip() if option == "reward_pretrain" else value

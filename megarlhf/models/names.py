@@ -42,6 +42,30 @@ def model_shapes(arch: ArchSpec, hf: HFConfig, head: str) -> dict[str, tuple[int
     }
 
 
+def check_reward_model(hf: HFConfig, source: HFWeights) -> None:
+    """For a model whose scores are rewards: it has one linear head, named as Transformers' classifiers name it.
+
+    Raises:
+        ValueError: another kind of model, several labels, or a head of another name or shape.
+    """
+    if not has_score_head(hf):
+        raise ValueError(
+            f"{source.source}; architectures={hf.architectures} is no reward model: use a ...ForSequenceClassification "
+            "with one label, such as megarlhf rm exports"
+        )
+    if hf.num_labels != 1:
+        raise ValueError(
+            f"{source.source}; config.json has num_labels={hf.num_labels} (its default is 2), and a reward is one "
+            'number: use a model with one, or set "num_labels": 1 where score.weight has one row'
+        )
+    heads = [name for name in source.names() if not name.startswith("model.") and name != LM_HEAD]
+    if heads != ["score.weight"]:
+        raise ValueError(
+            f"{source.source}; its head is {shortened(heads)}, and a reward is read by score.weight alone, as "
+            "Transformers names it: rename the tensor, or use another model"
+        )
+
+
 def check_names(arch: ArchSpec, hf: HFConfig, source: HFWeights, head: str) -> None:
     """Compare a checkpoint's tensors with the table.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megarlhf.config.roles import ENGINE_PARTS, PARTS, ROLES, Phase
+from megarlhf.config.roles import ENGINE_PARTS, PARTS, Phase, row_of
 from megarlhf.planner.memory import RankBytes
 
 GIB = 2**30
@@ -114,11 +114,14 @@ def misfits(tables: list[DeviceTable], engine: EngineBytes | None, memory: int) 
 def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool) -> dict[str, Column]:
     """Columns of one device."""
     models = [role for role, taken in held.items() if isinstance(taken, RankBytes)]
-    training = [role for role in models if ROLES[role].trains]
+    training = [role for role in models if row_of(role).trains]
+    judges = [role for role in models if "reward" in row_of(role).awake]
     columns: dict[str, Column] = {}
     if len(models) < len(held):
         columns["rollout"] = _awake(held, "rollout", colocated=colocated)
-    if models:
+    for role in judges:  # one after another where they share devices
+        columns[role] = _awake(held, "reward", colocated=colocated) | _passes(held, role, update=False)
+    if len(models) > len(judges):
         columns["experience"] = _awake(held, "train", colocated=colocated) | _passes(held, models[0], update=False)
         for role in training:
             name = "update" if len(training) == 1 else f"update {role}"
@@ -138,7 +141,7 @@ def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool) -> dic
 def _awake(held: Mapping[str, RoleBytes], phase: Phase, *, colocated: bool) -> Column:
     column: Column = {}
     for role, taken in held.items():
-        spec = ROLES[role]
+        spec = row_of(role)
         names = spec.awake.get(phase, ()) if colocated else spec.parts
         order = (*PARTS, *ENGINE_PARTS)
         column |= {(role, part.replace("_", " ")): getattr(taken, part) for part in order if part in names}

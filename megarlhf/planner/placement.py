@@ -1,7 +1,8 @@
 """Which process runs on which devices in which phase, decided and printed before anything starts.
 
 Each (role, rank) is a process of its own. Colocated roles share the same devices and take turns by phase; otherwise
-actor, critic and vLLM engines have devices of their own. The reference model lives inside the actor's processes.
+actor, critic, each reward model and vLLM engines have devices of their own. The reference model lives inside the
+actor's processes.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.roles import RoleSpec, roles_of
 from megarlhf.parallel.device import DeviceKind
 
-_WORK = ("rollout", "train")  # phases that compute
+_WORK = ("rollout", "reward", "train")  # phases that compute
 # int32 ids and log-probs from the engines; log-probs, KL and values on their way to the driver, advantages and returns
 # back: all float32
 _BYTES_PER_RESPONSE_TOKEN = 24

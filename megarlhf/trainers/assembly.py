@@ -1,7 +1,7 @@
 """From the configuration to a role's engine and objective, inside its worker process."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from megarlhf.config.arguments import PPOConfig, SharedOptimizerArguments
@@ -23,7 +23,7 @@ from megarlhf.trainers.value import value_objective
 
 
 def build_engine(config: PPOConfig, role: RoleSpec) -> MegatronEngine:
-    """A role's engine in a process whose groups are set up."""
+    """A role's engine in a process whose groups are set up. Adapters are of what trains."""
     layout, optimizer = role.layout(config), None
     if role.learning_rate is not None:
         rate, steps = getattr(config.optimizer, role.learning_rate), optimizer_steps(config, role)
@@ -31,9 +31,10 @@ def build_engine(config: PPOConfig, role: RoleSpec) -> MegatronEngine:
     return MegatronEngine(
         role.start(config)[1],
         head=role.head,
-        model=model_options(layout, config),
+        model=model_options(layout, config if role.trains else replace(config, lora=LoraArguments())),
         packing=PackingOptions(
-            max_tokens=config.micro_batch_tokens, share_prefix=bool(config.batch.share_prompt_prefix)
+            max_tokens=config.micro_batch_tokens,
+            share_prefix=bool(config.batch.share_prompt_prefix) and layout.context_parallel_size == 1,
         ),
         optimizer=optimizer,
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,

@@ -39,7 +39,7 @@ def answer(
         rollouts = [rollout.answer(prompts, n_samples=1, temperature=0.0)]
         if number:
             rollouts.append(rollout.answer(prompts, n_samples=number, temperature=options.eval_temperature))
-    with phases.reward():
+    with phases.judge():
         greedy, sampled = reward.score(rollouts[0]), reward.score(rollouts[1]) if number else []
     found, first = {}, 0
     for name, members in sets.items():
@@ -82,12 +82,14 @@ def _of_set(answers: Answers) -> dict[str, float]:
         "no_result_count": float(lost),
     }
     if rewards:
-        metrics["accuracy"] = statistics.fmean(reward >= CORRECT_REWARD for reward in rewards)
         metrics["reward_mean"] = statistics.fmean(rewards)
+    judged = [reward for sample in answers.greedy if (reward := _judged(sample)) is not None]
+    if judged:
+        metrics["accuracy"] = statistics.fmean(reward >= CORRECT_REWARD for reward in judged)
     groups = {sample.group_id: [0, 0] for sample in answers.sampled}  # of a prompt: correct ones, and those of a result
     for sample in answers.sampled:
-        if sample.reward is not None:
-            groups[sample.group_id][0] += sample.reward >= CORRECT_REWARD
+        if (reward := _judged(sample)) is not None:
+            groups[sample.group_id][0] += reward >= CORRECT_REWARD
             groups[sample.group_id][1] += 1
     correct, counts = [group[0] for group in groups.values()], [group[1] for group in groups.values()]
     for k in reported_k(len(answers.sampled) // len(answers.greedy)):
@@ -95,3 +97,12 @@ def _of_set(answers: Answers) -> dict[str, float]:
         if value is not None:
             metrics[f"pass@{k}"] = value
     return metrics
+
+
+def _judged(sample: Sample) -> float | None:
+    """What says whether a response is right: its reward by rule and function where one of these scores it, else all of
+    it; None without a result, and where reward models, whose scale is their own, score alone."""
+    own = [part for name, part in sample.parts.items() if name in ("function", "rule")]
+    if own:
+        return sum(part for part in own if part is not None) if None not in own else None
+    return None if any(name.startswith("reward_model") for name in sample.parts) else sample.reward

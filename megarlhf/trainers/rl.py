@@ -113,7 +113,7 @@ def train_step(
         state.finish_step(consumed_prompts=consumed, trained=False)
         return metrics | {"reward/untrained_steps": float(state.untrained_steps)}
     moments = RewardMoments()
-    if config.algorithm.normalize_reward:
+    if config.keeps_reward_moments:
         moments = state.reward_moments.merged([sample.reward for sample in samples if sample.reward is not None])
     step, coef, updates = state.step + 1, state.kl_controller.coef, Updates()
     with roles.phases.experience():

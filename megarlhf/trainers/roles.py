@@ -161,6 +161,9 @@ class Phases(Protocol):
     def reward(self) -> AbstractContextManager[None]:
         """Responses are scored."""
 
+    def judge(self) -> AbstractContextManager[None]:
+        """The answers of an evaluation are scored; the inference engines keep their weights."""
+
     def train(self) -> AbstractContextManager[None]:
         """The training roles have the devices; a sync comes before the next rollout."""
 

@@ -199,7 +199,8 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
     def remember(self: Any, *args: Any, **options: Any) -> None:
         built(self, *args, **options)
         # A teacher is in the student's process.
-        trace.engines[trace.process if self.optimizer is not None else ("teacher", trace.process[1])] = self
+        is_teacher = self.optimizer is None and self.head == "lm"
+        trace.engines[("teacher", trace.process[1]) if is_teacher else trace.process] = self
         trace.given["engines"].append((trace.process[0], self.head))
 
     def forward(self: Any, batches: Any, **options: Any) -> Any:

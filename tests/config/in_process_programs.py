@@ -48,7 +48,7 @@ from megarlhf.trainers import assembly, experience, tasks
 from megarlhf.trainers import parity as comparison
 from tests.config.in_process import Trace, patch_torch_and_megatron, watched
 from tests.config.in_process_services import patch_ray, patch_vllm
-from tests.tiny_models import make_model
+from tests.tiny_models import make_model, make_reward_model
 
 Options = dict[str, Any]
 TEMPLATE = "{% for m in messages %}q {{ m['content'] }} a {% endfor %}"
@@ -64,6 +64,9 @@ class Programs:
         sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "eos_token_id": 2}
         for seed, (name, family) in enumerate((("model", "llama"), ("other", "llama"), ("experts", "mixtral"))):
             make_model(directory / name, family=family, seed=seed, **sizes)
+            tokenizer.save_pretrained(directory / name)
+        for name, family in (("rm", "llama"), ("rm_experts", "mixtral")):
+            make_reward_model(directory / name, family=family, seed=7, entries={"mean": 0.5, "std": 2.0}, **sizes)
             tokenizer.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / "tokenizer")
         tokenizer.chat_template = TEMPLATE

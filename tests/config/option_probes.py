@@ -233,22 +233,31 @@ def optimizer_probes(role: str) -> dict[str, Probe]:
     }
 
 
-def critic_layout_probes() -> dict[str, Probe]:
-    """Options of the critic's own layout, each with the actor's beside it, which stays as it is."""
-    ranks = {"critic_num_gpus_per_node": 2}
-    pipeline = ranks | {"critic_pipeline_model_parallel_size": 2}
-    tensor = ranks | {"critic_tensor_model_parallel_size": 2}
-    experts = ranks | {"pretrain": "{}/experts"}
+def own_layout_probes(role: str, option_of_experts: str, *, several: bool = False, **also: Any) -> dict[str, Probe]:
+    """Options of a role's own layout, each with the actor's beside it, which stays as it is.
+
+    Args:
+        option_of_experts: names the role's checkpoint, with experts where they are split.
+        several: options take a value for each of several models.
+        also: what else a run needs that has the role.
+    """
+    ranks = also | {f"{role}_num_gpus_per_node": 2}
+
+    def given(name: str, value: Any) -> Options:
+        return {f"{role}_{name}": (value,) if several else value}
+
+    pipeline, tensor = (ranks | given(f"{kind}_model_parallel_size", 2) for kind in ("pipeline", "tensor"))
+    experts = ranks | {option_of_experts: "{}/experts" if option_of_experts == "pretrain" else "{}/rm_experts"}
 
     def sizes(name: str) -> Seen:
-        return both(transformer(name, "critic"), transformer(name, "actor"))
+        return both(transformer(name, role), transformer(name, "actor"))
 
     virtual, first, last = (
         "virtual_pipeline_model_parallel_size",
         "num_layers_in_first_pipeline_stage",
         "num_layers_in_last_pipeline_stage",
     )
-    moe = tensor | experts | {"critic_sequence_parallel": True}
+    moe = tensor | experts | given("sequence_parallel", True)
     table: tuple[tuple[str, Any, str, Any, Options], ...] = (
         ("tensor_model_parallel_size", 2, "tensor_model_parallel_size", 1, ranks),
         ("pipeline_model_parallel_size", 2, "pipeline_model_parallel_size", 1, ranks),
@@ -260,13 +269,15 @@ def critic_layout_probes() -> dict[str, Probe]:
         ("sequence_parallel", True, "sequence_parallel", False, tensor),
     )
     probes = {
-        f"critic_{option}": Probe(value=value, seen=sizes(name), expected=(value, actors), also=also)
-        for option, value, name, actors, also in table
+        f"{role}_{option}": Probe(
+            value=(value,) if several else value, seen=sizes(name), expected=(value, actors), also=options
+        )
+        for option, value, name, actors, options in table
     }
-    probes["critic_expert_tensor_parallel_size"] = Probe(
-        value=1,
+    probes[f"{role}_expert_tensor_parallel_size"] = Probe(
+        value=(1,) if several else 1,
         seen=sizes("expert_tensor_parallel_size"),
-        **{"expected": (1, 1), "also": moe | {"critic_expert_model_parallel_size": 2}},
+        **{"expected": (1, 1), "also": moe | given("expert_model_parallel_size", 2)},
     )
     return probes
 

@@ -12,7 +12,6 @@ from tests.config.option_probes import (
     adam,
     best_probes,
     both,
-    critic_layout_probes,
     given,
     kernel_probes,
     layout_probes,
@@ -20,6 +19,7 @@ from tests.config.option_probes import (
     megatron_probe,
     metric,
     optimizer_probes,
+    own_layout_probes,
     refused,
     steps_with,
     transformer,
@@ -30,6 +30,7 @@ from tests.config.option_probes_tricks import TRICKS
 RLOO = {"advantage_estimator": "rloo"}
 SERVER = "http://127.0.0.1:5000/get_reward"
 REMOTE = {"remote_rm_url": (SERVER,)}
+JUDGED = {"reward_pretrain": "{}/rm"}
 
 
 def llm(name: str) -> Seen:
@@ -82,6 +83,14 @@ MODEL = {
         seen=lambda t: [t.engine(role).pretrain.name for role in ("actor", "critic")],
         expected=["model", "other"],
     ),
+    "reward_pretrain": Probe(
+        value="{}/rm,{}/rm",
+        seen=both(
+            lambda t: [t.engine(role).pretrain.name for role in ("actor", "critic", "reward_0", "reward_1")],
+            lambda t: round(metric("reward/reward_model_1/mean", 1)(t), 5),
+        ),
+        expected=(["model", "rm", "rm", "rm"], 0.2),
+    ),
     "tokenizer": Probe(
         value="{}/tokenizer",
         seen=lambda t: [
@@ -122,6 +131,14 @@ CLUSTER = {
         value=3,
         seen=both(world("world_size", "critic"), calls("actor", "start"), calls("critic", "start")),
         expected=(3, 1, 3),
+    ),
+    "reward_num_nodes": Probe(
+        value=2, seen=refused("reward_num_nodes=2 is not supported yet"), expected=True, also=JUDGED
+    ),
+    "reward_num_gpus_per_node": Probe(
+        value=3,
+        seen=both(world("world_size", "reward"), calls("actor", "start"), calls("reward", "start")),
+        **{"expected": (3, 1, 3), "also": JUDGED},
     ),
     "colocate_all_models": Probe(
         value=False,
@@ -357,6 +374,11 @@ EVALUATION: dict[str, Probe] = {
 }
 
 REWARD: dict[str, Probe] = {
+    "reward_weights": Probe(
+        value=(10.0, 0.5),
+        seen=lambda t: round(metric("reward/mean", 1)(t) - 0.5 * metric("reward/function/mean", 1)(t), 5),
+        **{"expected": 2.0, "also": JUDGED},
+    ),
     "reward_function": Probe(
         value="{}/reward2.py",
         seen=lambda t: str(t.given["reward"][0]["function_path"]).rsplit("/", 1)[1],
@@ -487,7 +509,8 @@ def ppo_ranks(number: int) -> Options:
 
 
 PPO = {
-    **(MODEL | layout_probes("actor", ppo_ranks) | critic_layout_probes() | kernel_probes("critic")),
+    **own_layout_probes("reward", "reward_pretrain", several=True, **JUDGED),
+    **(MODEL | layout_probes("actor", ppo_ranks) | own_layout_probes("critic", "pretrain") | kernel_probes("critic")),
     **(PASSED | CLUSTER | BATCH | OPTIMIZER | ALGORITHM | ROLLOUT | DATA | EVALUATION | REWARD | LOGGING | LORA),
     **TRICKS,
 }

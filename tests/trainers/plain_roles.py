@@ -128,7 +128,7 @@ class PlainRoles:
         )
 
     def score(self, rollout: Rollout) -> list[Sample]:
-        assert self.phase == "reward"
+        assert self.phase in ("reward", "judge")
         return [
             replace(s, reward=None if (s.group_id, s.sample_id) in self._without_result else float(s.sample_id))
             for s in rollout.samples
@@ -217,7 +217,7 @@ class _Phases:
         self._parent.phase = before
 
     def __getattr__(self, name: str) -> Any:
-        assert name in ("rollout", "reward", "train", "sync", "evaluate", "save"), name
+        assert name in ("rollout", "reward", "train", "sync", "evaluate", "judge", "save"), name
         return lambda: self._enter(name)
 
     def experience(self) -> Any:
