@@ -55,8 +55,12 @@ def read_model(key: str, path: str) -> tuple[dict[str, Any], list[str]]:
 
 def has_other_tokens(path: str, tokenizer: str) -> bool:
     """Whether the tokenizer.json of two directories are there, can be read and differ."""
-    ours, theirs = (_vocabulary(Path(directory) / "tokenizer.json") for directory in (path, tokenizer))
+    ours, theirs = _vocabularies(path, tokenizer)
     return ours is not None and theirs is not None and ours != theirs
+
+
+def _vocabularies(*directories: str) -> list[dict[str, int] | None]:
+    return [_vocabulary(Path(directory) / "tokenizer.json") for directory in directories]
 
 
 def token_errors(
@@ -78,10 +82,11 @@ def token_errors(
         cure: what to do where the tokenizers differ.
     """
     errors = []
-    if has_other_tokens(path, tokenizer):
+    ours, theirs = _vocabularies(path, tokenizer)
+    if ours is not None and theirs is not None and ours != theirs:
         errors.append(
-            f"{key}={path} has a tokenizer whose tokens differ from those of {tokenizer} (it reads the same token "
-            f"ids): {cure}"
+            f"{key}={path} has a tokenizer of {len(ours)} tokens that differs from the {len(theirs)} tokens of "
+            f"{tokenizer} (it reads the same token ids): {cure}"
         )
     size, actors = model.get("vocab_size"), actor.get("vocab_size")
     if isinstance(size, int) and isinstance(actors, int) and size < actors:

@@ -13,7 +13,7 @@ from tests.config.in_process_programs import Programs
 
 SHAPE = {"architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"}
 KEYS = {
-    "ppo": SHAPE | {"lora", "optimizer_state", "advantage_estimator", "seed", "data"},
+    "ppo": SHAPE | {"lora", "optimizer_state", "advantage_estimator", "seed", "data", "reward_models"},
     "sft": SHAPE | {"lora", "optimizer_state", "seed", "data", "enable_ema"},
 }
 REFERENCE = "ref_pretrain or pretrain"
@@ -114,7 +114,8 @@ def test_a_key_that_differs(programs: Programs, numbers: Iterator[int], program:
     older = shutil.copytree(other, programs.directory / f"changed{next(numbers)}")
     del state["identity"][key]  # a checkpoint of a version that had no such key
     state_file(older, program).write_text(json.dumps(state))
-    goes_on = key in ("lora", "teacher_top_k", "enable_ema")  # None in this run, as they were before there were any
+    # None in this run, as they were before there were any.
+    goes_on = key in ("lora", "teacher_top_k", "enable_ema", "reward_models")
     assert (go_on(programs, program, older) == "") == goes_on
 
 
