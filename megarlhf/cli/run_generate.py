@@ -79,6 +79,7 @@ def engine_config(config: GenerateConfig, inputs: Inputs) -> PPOConfig:
         PPOConfig,
         config,
         save=str(Path(config.generate.output).absolute().parent),  # logs/ of the engines
+        ray=False,
         rollout_batch_size=min(len(inputs.prompts), -(-_TURNS * turn // per_prompt)),
     )
     ppo = replace(ppo, reward=replace(ppo.reward, reward_skip_special_tokens=config.generate.skip_special_tokens))
@@ -95,7 +96,7 @@ def run(config: GenerateConfig, *, dry_run: bool) -> int:
     if dry_run:
         print(f"{to_yaml(config)}\n{resolved_files(ppo.model, ppo.data)}\n\n{decided}")
         return 0
-    from megarlhf.cluster import launch  # Ray: nothing above needs it
+    from megarlhf.cluster import launch  # with vLLM behind it: nothing above needs it
 
     print(decided)
     options, per_prompt, size = config.generate, config.generate.n_samples_per_prompt, ppo.batch.rollout_batch_size

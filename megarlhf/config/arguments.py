@@ -62,9 +62,6 @@ class EngineArguments:
     """vLLM engines that generate side by side."""
     vllm_tensor_parallel_size: int = 1
     """Devices that share one vLLM engine."""
-    ray: bool | None = None
-    """Run the workers in Ray. Off: as child processes of the run, on this machine. None: on, but as in OpenRLHF off for
-    `python -m megarlhf.cli.train_ppo`."""
     start_timeout_seconds: float = 300.0
     """Seconds for all workers to be up and their models loaded."""
     phase_timeout_seconds: float = 1800.0
@@ -93,6 +90,9 @@ class ClusterArguments(EngineArguments):
     gpu_memory_gib: float | None = None
     """Memory of each GPU in GiB, which the plan's bytes must fit into. None: this machine's GPUs tell; without any, the
     plan is printed and compared with nothing."""
+    ray: bool | None = None
+    """Run the workers in Ray. Off: as child processes of the run, on this machine. None: on, but as in OpenRLHF off for
+    `python -m megarlhf.cli.train_ppo`."""
     ray_address: str | None = None
     """Address of a running Ray cluster to join, whose token is in RAY_AUTH_TOKEN. None: start one on this machine."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from megarlhf.rollout.engine import request_seed
 from tests.config.in_process import Trace
 from tests.config.in_process_programs import TEMPLATE
 from tests.config.option_probes import Options, Probe, Seen, both, refused
@@ -37,12 +38,12 @@ GENERATE: dict[str, Probe] = {
         expected="tokenizer",
     ),
     "bf16": Probe(value=True, seen=llm("dtype"), expected="bfloat16"),
-    "seed": Probe(value=1234, seen=both(llm("seed"), sampling("seed")), expected=(1234, 2103340363236195911)),
+    "seed": Probe(value=1234, seen=both(llm("seed"), sampling("seed")), expected=(1234, request_seed(1234, 0, 0, 0))),
     "vllm_num_engines": Probe(value=3, seen=lambda t: len(t.llms)),
     "vllm_tensor_parallel_size": Probe(value=2, seen=llm("tensor_parallel_size")),
     "start_timeout_seconds": Probe(value=71.0, seen=lambda t: round(t.waits[0]), expected=71),
     "phase_timeout_seconds": Probe(value=1717.0, seen=lambda t: round(t.waits[-1]), expected=1717),
-    "prompt_max_len": Probe(value=5, seen=lines(len), expected=4, also={"prompt_data": "{}/ragged.jsonl"}),
+    "prompt_max_len": Probe(value=5, seen=lines(len), also={"prompt_data": "{}/ragged.jsonl"}),
     "generate_max_len": Probe(value=3, seen=sampling("max_tokens")),
     "temperature": Probe(value=0.7, seen=sampling("temperature")),
     "top_p": Probe(value=0.9, seen=sampling("top_p")),
@@ -132,7 +133,7 @@ def template_of(trace: Trace) -> set[str]:
 SELECT: dict[str, Probe] = {
     "dataset": Probe(value="{}/other_scored.jsonl", seen=lines(len), expected=6),
     "output": Probe(value="{}/elsewhere.jsonl", seen=lambda t: t.given["path"][0][-15:], expected="elsewhere.jsonl"),
-    "post_processor": Probe(value="iter_dpo", seen=lines(lambda rows: rows[0]["chosen_reward"]), expected=3.0),
+    "post_processor": Probe(value="iter_dpo", seen=lines(lambda rows: rows[0]["chosen_reward"]), expected=0.5),
     "normalize_reward": Probe(
         value=True, seen=lines(lambda rows: abs(sum(row["reward"] for row in rows)) < 1e-9), expected=True
     ),

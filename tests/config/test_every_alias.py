@@ -8,6 +8,7 @@ from megarlhf.config.aliases import ALIASES
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import options_of, parse, to_dict
 from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.loop_arguments import GenerateConfig
 from megarlhf.config.reward_model_arguments import RMConfig
 from megarlhf.config.supervised_arguments import DPOConfig, SFTConfig
 
@@ -17,6 +18,7 @@ PROGRAMS: dict[Any, list[str]] = {
     SFTConfig: ["--pretrain", "m", "--save", "s"],
     RMConfig: ["--pretrain", "m", "--dataset", "d", "--save", "s"],
     DPOConfig: ["--pretrain", "m", "--dataset", "d", "--save", "s"],
+    GenerateConfig: ["--pretrain", "m", "--prompt_data", "d", "--output", "o"],
     KDConfig: ["--pretrain", "m", "--teacher_model", "t", "--save", "s"],
 }
 REQUIRED = PROGRAMS[PPOConfig]
@@ -24,6 +26,14 @@ REQUIRED = PROGRAMS[PPOConfig]
 # Words of the command line, and what they set. Values differ from every default.
 MEANT: dict[str, tuple[str, dict[str, Any]]] = {
     "save_path": ("--save_path there", {"save": "there"}),
+    "output_path": ("--output_path there.jsonl", {"output": "there.jsonl"}),
+    "dataset": ("--dataset there", {"prompt_data": "there"}),
+    "dataset_probs": ("--dataset_probs 0.4,0.6", {"prompt_data_probs": "0.4,0.6"}),
+    "dataset_split": ("--dataset_split test", {"prompt_split": "test"}),
+    "max_new_tokens": ("--max_new_tokens 44", {"generate_max_len": 44}),
+    "best_of_n": ("--best_of_n 45", {"n_samples_per_prompt": 45}),
+    "greedy_sampling": ("--greedy_sampling", {"greedy": True}),
+    "tp_size": ("--tp_size 46", {"vllm_tensor_parallel_size": 46}),
     "save_steps": ("--save_steps 7", {"save_interval": 7}),
     "eval_steps": ("--eval_steps 8", {"eval_interval": 8}),
     "logging_steps": ("--logging_steps 9", {"log_interval": 9}),
