@@ -188,8 +188,8 @@ class Programs:
         def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
             patch_ray(patch, trace)
             patch_vllm(patch, trace)
-            patch.setattr(run_ppo, "RewardScorer", lambda **options: FakeScorer(trace, **options))
-            patch.setattr(run_ppo, "RemoteReward", lambda *arguments: FakeRemote(trace, *arguments))
+            patch.setattr(rewards, "RewardScorer", lambda **options: FakeScorer(trace, **options))
+            patch.setattr(rewards, "RemoteReward", lambda *arguments: FakeRemote(trace, *arguments))
             program(config, dry_run=False)
 
         trace, path = self._run(run), Path(self.options((("output", own["output"]),))["output"])
