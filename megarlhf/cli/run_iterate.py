@@ -28,8 +28,8 @@ from megarlhf.cli.local_ranks import run_program
 from megarlhf.cli.merge_lora import MergeArguments, MergeConfig
 from megarlhf.cli.rewards import reward_sources
 from megarlhf.cli.run import StopSignal, open_run_directory, resolve_kernels
+from megarlhf.cli.run_select import select, select_file
 from megarlhf.cli.run_supervised import check_models, resolved
-from megarlhf.cli.select import select, select_file
 from megarlhf.config.command_line import config_of, to_dict, to_yaml
 from megarlhf.config.loop_arguments import IterateConfig, PostProcessor, SelectArguments, SelectConfig
 from megarlhf.config.loop_stages import (

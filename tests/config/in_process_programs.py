@@ -16,21 +16,23 @@ import pytest
 
 from examples.demo.make_assets import make_tokenizer
 from megarlhf.cli import (
-    generate,
     interactive_chat,
     parity,
     rewards,
+    run_generate,
     run_parity,
     run_ppo,
+    run_score,
+    run_select,
     run_supervised,
-    score,
-    select,
     serve_rm,
     supervised,
     train_ppo,
 )
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.chat_arguments import ChatConfig
+from megarlhf.config.check_loops import check_generate, check_score, check_select
+from megarlhf.config.checks import raise_if
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.loop_arguments import GenerateConfig, ScoreConfig, SelectConfig
@@ -171,16 +173,17 @@ class Programs:
 
     def _generate(self, changes: "Changes") -> Trace:
         base = {"pretrain": "{}/model", "prompt_data": "{}/rows.jsonl", "prompt_max_len": 24, "generate_max_len": 8}
-        return self._lines(GenerateConfig, generate._run, base, changes)
+        return self._lines(GenerateConfig, check_generate, run_generate.run, base, changes)
 
     def _score(self, changes: "Changes") -> Trace:
         base = {"dataset": "{}/rows.jsonl", "output_key": "answer", "reward_function": "{}/reward.py"}
-        return self._lines(ScoreConfig, score._run, base, changes)
+        return self._lines(ScoreConfig, check_score, run_score.run, base, changes)
 
     def _select(self, changes: "Changes") -> Trace:
-        return self._lines(SelectConfig, select._run, {"dataset": "{}/scored.jsonl", "post_processor": "csft"}, changes)
+        base = {"dataset": "{}/scored.jsonl", "post_processor": "csft"}
+        return self._lines(SelectConfig, check_select, run_select.run, base, changes)
 
-    def _lines(self, config_class: Any, program: Any, base: Options, changes: "Changes") -> Trace:
+    def _lines(self, config_class: Any, check: Any, program: Any, base: Options, changes: "Changes") -> Trace:
         """A program that writes a file of lines."""
         own = base | {"output": f"{self._save()}.jsonl"} | dict(changes)
         config = from_dict(config_class, self.options(tuple(own.items())))
@@ -190,6 +193,7 @@ class Programs:
             patch_vllm(patch, trace)
             patch.setattr(rewards, "RewardScorer", lambda **options: FakeScorer(trace, **options))
             patch.setattr(rewards, "RemoteReward", lambda *arguments: FakeRemote(trace, *arguments))
+            raise_if(check(config))
             program(config, dry_run=False)
 
         trace, path = self._run(run), Path(self.options((("output", own["output"]),))["output"])
