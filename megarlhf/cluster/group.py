@@ -71,7 +71,7 @@ class WorkerGroup:
         """
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + limit
-        pending, results = list(refs), {}
+        pending, results = list(refs), dict[Any, Any]()
         while pending:
             left = deadline - time.monotonic()
             done, pending = self._processes.wait(pending, all_of_them=False, timeout_seconds=left)

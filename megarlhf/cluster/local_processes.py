@@ -120,5 +120,5 @@ class LocalProcesses:
         """End all processes."""
         for process in self._started:
             process.kill()
-        for process in self._started:
-            process.close()
+        while self._started:
+            self._started.pop().close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.cli import train_ppo, train_sft
+from megarlhf.cli import train_ppo_ray, train_sft
 from megarlhf.cli.disk import check_shared_memory
 from megarlhf.cli.run import check_weights
 from megarlhf.config.layouts import LayoutArguments
@@ -30,7 +30,7 @@ def flags(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flag
             raise AssertionError(f"ray.{name} was called")
 
     monkeypatch.setitem(sys.modules, "ray", Forbidden())
-    monkeypatch.delitem(sys.modules, "megarlhf.cluster.launch", raising=False)
+    monkeypatch.delitem(sys.modules, "megarlhf.cluster.ray_processes", raising=False)
     inputs = SMALL | write_inputs(tmp_path) | {"--pretrain": str(assets / "model"), "--save": str(tmp_path / "run")}
     return inputs | {"--train-iters": "1", "--actor_num_gpus_per_node": "2"}
 
@@ -39,7 +39,7 @@ def fail(flags: Flags, capsys: pytest.CaptureFixture[str]) -> str:
     """Run, expect status 2, return what was said."""
     words = [word for flag, value in flags.items() for word in ([flag] if value is None else [flag, value])]
     try:
-        status = train_ppo.main(words)
+        status = train_ppo_ray.main(words)
     except SystemExit as stop:
         status = int(stop.code or 0)
     captured = capsys.readouterr()
@@ -132,7 +132,7 @@ def test_too_little_disk(flags: Flags, capsys: pytest.CaptureFixture[str], monke
     words = [
         word for item in (flags | {"--advantage_estimator": "gae", "--dry-run": None}).items() for word in item if word
     ]
-    assert train_ppo.main(words) == 0
+    assert train_ppo_ray.main(words) == 0
     assert f"note: save={flags['--save']}; the disk of" in capsys.readouterr().err
 
 
@@ -246,7 +246,7 @@ def test_checkpoint_of_another_model(flags: Flags, tmp_path: Path, capsys: pytes
 
 def test_dry_run_prints_configuration_and_plan(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
     words = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
-    assert train_ppo.main([*words, "--dry-run"]) == 0
+    assert train_ppo_ray.main([*words, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "actor_learning_rate: 0.001" in printed
     model = flags["--pretrain"]

@@ -195,7 +195,7 @@ def flags(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
         raise AssertionError("ranks were started")
 
     monkeypatch.setitem(sys.modules, "ray", Forbidden())
-    monkeypatch.delitem(sys.modules, "megarlhf.cluster.launch", raising=False)
+    monkeypatch.delitem(sys.modules, "megarlhf.cluster.ray_processes", raising=False)
     for program in ("run_supervised", "run_parity"):
         monkeypatch.setattr(f"megarlhf.cli.{program}.run_local_ranks", forbidden)
     monkeypatch.delenv("MEGARLHF_PARITY", raising=False)
