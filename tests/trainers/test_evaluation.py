@@ -30,7 +30,7 @@ class Judged(PlainRoles):
         self._greedy, self._sampled = greedy, sampled
 
     def score(self, rollout: Rollout) -> list[Sample]:
-        assert self.phase == "reward"
+        assert self.phase == "judge"
         alone = len(rollout.samples) == len(rollout.tokens)
         return [
             replace(s, reward=self._greedy[s.prompt.text] if alone else self._sampled[s.prompt.text][s.sample_id])
