@@ -1,5 +1,5 @@
 # make setup   .venv with everything, CPU only; nothing to do when it is up to date
-# make demo    a short RL run on this machine, from the weights to the report
+# make demo    a short RL run on this machine, from the weights to the report; FLAGS=--no_ray goes to PPO
 # make test    the short tests; .ci/run has the whole of it
 # make test-slow   all slow tests; SHARE=K/N runs the K-th of N shares of them
 # make test-gpu    what needs one GPU, in some minutes; PYTHON=... names the interpreter, which need not be .venv's
@@ -11,7 +11,7 @@ setup:
 	@bash requirements/install.sh
 
 demo: setup
-	@bash examples/demo/run.sh
+	@bash examples/demo/run.sh $(FLAGS)
 
 test: setup
 	.venv/bin/python -m pytest -m "not slow and not gpu" --durations 25

@@ -148,7 +148,7 @@ def run_megarlhf(options: argparse.Namespace, directory: Path) -> list[Step]:
         "--vllm_kv_cache_gib": "1",
     }
     switches = ["--use_kl_loss", "--no-normalize_advantages"] + ([] if options.smoke else ["--apply_chat_template"])
-    command = [sys.executable, "-m", "megarlhf.cli.train_ppo", *(word for pair in flags.items() for word in pair)]
+    command = [sys.executable, "-m", "megarlhf.cli.train_ppo_ray", *(word for pair in flags.items() for word in pair)]
     subprocess.run([*command, *switches], cwd=ROOT, check=True, stdout=sys.stderr)
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
     return [

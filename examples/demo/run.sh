@@ -4,6 +4,7 @@
 #
 #     examples/demo/run.sh                          everything goes to runs/demo
 #     examples/demo/run.sh --train-iters 20         further flags go to PPO; --seed N holds for every stage
+#     examples/demo/run.sh --no_ray                 the same model, from plain child processes
 #
 # From the environment: SEED, OUT (output directory), PYTHON.
 set -euo pipefail

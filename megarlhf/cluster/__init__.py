@@ -1,4 +1,4 @@
-"""Ray: placement, worker processes, the resource manager and launch. The only folder that imports ray."""
+"""Worker processes, the resource manager and launch. The only folder that imports ray, or makes workers without it."""
 
 import os
 

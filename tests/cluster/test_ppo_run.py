@@ -22,7 +22,7 @@ def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = shutil.copytree(assets / "model", directory / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
     (other / "vocabulary.tiktoken").write_text("trained with this")
     flags |= {"--tokenizer": str(other), "--tokenizer_chat_template": TEMPLATE}
-    run("train_ppo", flags)
+    run("train_ppo_ray", flags)
     return directory / "run"
 
 

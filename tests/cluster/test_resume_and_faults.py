@@ -1,6 +1,5 @@
-"""Kill, resume, signals: what a run leaves behind and how it goes on. Whole runs, so slow."""
+"""Kill, resume, signals: what a run leaves behind and how it goes on, with Ray or without. Whole runs, so slow."""
 
-import contextlib
 import json
 import os
 import signal
@@ -41,24 +40,27 @@ def wait_for_step(process: Run, save: Path, step: int) -> None:
 
 
 def workers_of(process: Run, name: str) -> list[psutil.Process]:
-    """Ray worker processes below a run, by actor class name."""
+    """Worker processes below a run, by what their command lines have: Ray's the class, children role and rank."""
     children = psutil.Process(process.pid).children(recursive=True)
     return [child for child in children if name in " ".join(child.cmdline())]
 
 
 def test_kill_and_resume_gives_the_same_run(flags: dict[str, str | None], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run("train_ppo", flags | {"--save": str(whole)})
+    """It is killed without Ray, where its processes end by themselves, and goes on in Ray."""
+    run("train_ppo_ray", flags | {"--save": str(whole)})
     process = start("train_ppo", flags | {"--save": str(broken)})
     wait_for_step(process, broken, 3)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # Ray's own go when their parent does
-            child.kill()
+    children = psutil.Process(process.pid).children(recursive=True)
+    names = [" ".join(child.cmdline()) for child in children]
+    assert all(any(role in name for name in names) for role in ("actor-1", "critic-1", "rollout-0")), names
     process.kill()
     process.wait()
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert not left
     saved = int((broken / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= saved < 6
-    run("train_ppo", flags | {"--save": str(broken), "--load": str(broken)})
+    run("train_ppo_ray", flags | {"--save": str(broken), "--load": str(broken)})
     expected, found = metrics(whole), metrics(broken)
     assert set(found) == set(expected)
     for step in range(1, 7):
@@ -80,10 +82,12 @@ def test_resume_in_another_layout(flags: dict[str, str | None], tmp_path: Path) 
         assert found[4][key] == pytest.approx(expected[4][key], abs=1e-5), key
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_signal_finishes_the_step_and_saves(flags: dict[str, str | None], tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("program", "name"), [("train_ppo_ray", "SIGTERM"), ("train_ppo", "SIGUSR1")])
+def test_signal_finishes_the_step_and_saves(
+    flags: dict[str, str | None], tmp_path: Path, program: str, name: str
+) -> None:
     save = tmp_path / "run"
-    process = start("train_ppo", flags | {"--save": str(save), "--train-iters": "500", "--save-interval": "1000"})
+    process = start(program, flags | {"--save": str(save), "--train-iters": "500", "--save-interval": "1000"})
     deadline = time.monotonic() + 300
     while not (save / "metrics.jsonl").exists() or len(metrics(save)) < 2:
         assert process.poll() is None and time.monotonic() < deadline
@@ -100,7 +104,7 @@ def test_signal_finishes_the_step_and_saves(flags: dict[str, str | None], tmp_pa
 def test_dead_engine_leaves_the_last_finished_step(flags: dict[str, str | None], tmp_path: Path) -> None:
     save = tmp_path / "run"
     rare = {"--advantage_estimator": "rloo", "--train-iters": "500", "--save-interval": "1000", "--save": str(save)}
-    process = start("train_ppo", flags | rare)
+    process = start("train_ppo_ray", flags | rare)
     deadline = time.monotonic() + 300
     while not (save / "metrics.jsonl").exists() or len(metrics(save)) < 3:
         assert process.poll() is None and time.monotonic() < deadline
@@ -111,15 +115,17 @@ def test_dead_engine_leaves_the_last_finished_step(flags: dict[str, str | None],
     assert process.returncode == 1 and "rollout rank 0 died" in output and "last lines of" in output, output
     saved = int((save / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert saved >= 2 and f"the state after step {saved} is saved" in output
-    run("train_ppo", flags | rare | {"--load": str(save), "--train-iters": str(saved + 1)})
+    run("train_ppo_ray", flags | rare | {"--load": str(save), "--train-iters": str(saved + 1)})
     assert max(metrics(save)) == saved + 1
 
 
-@pytest.mark.parametrize(("worker", "role"), [("MegatronWorker", "actor")])
-def test_dead_worker_ends_the_run_by_name(flags: dict[str, str | None], tmp_path: Path, worker: str, role: str) -> None:
-    save = tmp_path / "run"
+@pytest.mark.parametrize(("program", "worker"), [("train_ppo_ray", "MegatronWorker"), ("train_ppo", "actor-")])
+def test_dead_worker_ends_the_run_by_name(
+    flags: dict[str, str | None], tmp_path: Path, program: str, worker: str
+) -> None:
+    save, role = tmp_path / "run", "actor"
     estimator = {"--advantage_estimator": "rloo"}  # no critic: every MegatronWorker is the actor's
-    process = start("train_ppo", flags | estimator | {"--save": str(save), "--train-iters": "500"})
+    process = start(program, flags | estimator | {"--save": str(save), "--train-iters": "500"})
     wait_for_step(process, save, 1)
     workers_of(process, worker)[0].kill()
     process.wait(timeout=120)

@@ -314,6 +314,8 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ({"advantage_estimator": "reinforce_baseline"}, "n_samples_per_prompt=1"),
         ({"actor_num_nodes": 2}, "actor_num_nodes=2 is not supported yet"),
         ({"critic_num_nodes": 2}, "critic_num_nodes=2 is not supported yet"),
+        ({"ray": False, "critic_num_nodes": 3}, "critic_num_nodes=3 needs Ray (ray=False"),
+        ({"ray": False, "ray_address": "10.0.0.1:6379"}, "ray_address=10.0.0.1:6379 is ignored with ray=False"),
         ({"advantage_estimator": "reinforce", "critic_num_nodes": 1}, "critic_num_nodes=1 is ignored"),
         ({"advantage_estimator": "reinforce", "critic_pretrain": "."}, "critic_pretrain=. is ignored"),
         ({"advantage_estimator": "reinforce", "freezing_actor_steps": 2}, "freezing_actor_steps=2"),
