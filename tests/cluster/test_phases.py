@@ -18,7 +18,13 @@ from tests.cluster.runs import SMALL, metrics, run, write_inputs
 Log = list[tuple[str, str, tuple[Any, ...]]]
 
 
-def manager(log: Log, *, colocated: bool = True, show: Callable[[str], None] = lambda name: None) -> ResourceManager:
+def manager(
+    log: Log,
+    *,
+    colocated: bool = True,
+    show: Callable[[str], None] = lambda name: None,
+    models: Sequence[str] = ("actor", "critic"),
+) -> ResourceManager:
     groups = [
         RecordedGroup(
             role,
@@ -26,9 +32,9 @@ def manager(log: Log, *, colocated: bool = True, show: Callable[[str], None] = l
             ranks=2,
             largest_bytes=lambda rank, args: {"parameters": (1 + rank) * 2**30, "gradients": (2 - rank) * 2**29},
         )
-        for role in ("actor", "critic", "rollout")
+        for role in (*models, "rollout")
     ]
-    return ResourceManager(groups[:2], groups[2], show, colocated=colocated)
+    return ResourceManager(groups[:-1], groups[-1], show, colocated=colocated)
 
 
 def said(log: Log) -> list[str]:
@@ -71,6 +77,26 @@ def test_a_step_from_the_start_to_the_checkpoint() -> None:
     with phases.rollout():
         sleeping = [f"{role} sleep parameters+optimizer" for role in ("actor", "critic")]
         assert said(log) == [*sleeping, "rollout wake weights+kv_cache"]
+
+
+def test_reward_models_wake_to_score_and_the_engines_keep_weights_that_nobody_replaces() -> None:
+    log: Log = []
+    phases = manager(log, models=("actor", "reward"))
+    with phases.sync():
+        pass
+    with phases.evaluate():
+        said(log)
+    with phases.judge():
+        assert said(log) == ["rollout sleep keeping weights", "reward wake parameters"]
+    with phases.rollout():
+        assert said(log) == ["reward sleep parameters", "rollout wake weights+kv_cache"]
+    with phases.reward():
+        assert said(log) == ["rollout sleep dropping weights", "reward wake parameters"]
+    with phases.train():
+        assert said(log) == ["reward sleep parameters", "actor wake parameters+optimizer"]
+    with phases.sync():
+        assert said(log) == ["actor sleep optimizer", "rollout wake weights"]
+    assert {"reward", "eval"} <= {name.split("/")[1].removesuffix("_seconds") for name in phases.seconds()}
 
 
 def test_the_end_of_a_run() -> None:

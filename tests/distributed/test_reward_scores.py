@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from transformers import AutoModelForSequenceClassification
 
@@ -18,7 +17,7 @@ from megarlhf.cluster.workers import MegatronWorker
 from megarlhf.config.roles import ROLES
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GroupTokens, Prompt, Rollout, Sample
-from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, build, world
+from tests.distributed.layouts import LAYOUTS, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_reward_model
 
@@ -105,11 +104,14 @@ class PoolWorkers(WorkerGroup):
     """Processes of the pool: a call runs when all of its results are waited for."""
 
     def __init__(self, ranks: RankPool, layout: Layout, model_dir: Path) -> None:
-        def handle(rank: int) -> Any:
-            return SimpleNamespace(scores=SimpleNamespace(remote=lambda given: given))
-
-        super().__init__(ROLES["reward"], [handle(rank) for rank in range(layout.world_size)], [], timeout_seconds=1.0)
         self._run = lambda given: ranks.run(layout.world_size, scores_case, layout, model_dir, given)
+
+    def put(self, values: Sequence[Any]) -> list[Any]:
+        return list(values)
+
+    def submit_to(self, rank: int, method: str, *args: Any) -> Any:
+        assert method == "scores"
+        return args[0]
 
     def wait_for(self, refs: Sequence[Any], what: str, *, timeout_seconds: float | None = None) -> list[Any]:
         return self._run(list(refs))
@@ -128,12 +130,6 @@ def scored(ranks: RankPool, case: str, model_dir: Path, given: Rollout, *, eos: 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_reward_model(tmp_path_factory.mktemp("rewards") / "llama")
-
-
-@pytest.fixture(autouse=True)
-def plain_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's store without Ray."""
-    monkeypatch.setattr(ray, "put", lambda value: value)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,7 +154,3 @@ def test_fewer_responses_than_ranks_and_a_model_without_eos(ranks: RankPool, lla
     without = sequences(one)[0][:-1]
     (expected,) = transformers_scores(llama, [without])
     assert scored(ranks, "DP2", llama, one, eos=None).tolist() == pytest.approx([expected], abs=1e-5)
-
-
-def test_a_layout_is_one_process(llama: Path) -> None:
-    assert SINGLE.world_size == len(CASES["one process"][1]) == 1

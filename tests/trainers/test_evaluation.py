@@ -82,6 +82,22 @@ def test_one_set_without_a_name_is_reported_without_one() -> None:
     assert found["eval/accuracy"] == found["eval/math/accuracy"] == 1.0
 
 
+def test_reward_models_do_not_say_what_is_right() -> None:
+    """Their scale is their own: where a rule or a function scores too that decides, and else nothing does."""
+
+    class Parts(Judged):
+        def score(self, rollout: Rollout) -> list[Sample]:
+            parts = {"a": {"rule": 1.0}, "b": {"rule": 0.0}, "c": {"rule": None}, "d": {"function": 0.5, "rule": 0.5}}
+            found = super().score(rollout)
+            return [replace(s, parts={"reward_model_0": 3.0} | parts.get(s.prompt.text, {})) for s in found]
+
+    plain = Parts({"a": -4.0, "b": 7.0, "c": None, "d": 0.0, "e": 9.0}, {})
+    found = evaluated(plain, {"": prompts("a", "b", "c", "d", "e")})
+    assert found["eval/accuracy"] == 2 / 3 and found["eval/reward_mean"] == pytest.approx(3.0)
+    alone = evaluated(plain, {"": prompts("e")})
+    assert "eval/accuracy" not in alone and alone["eval/reward_mean"] == 9.0
+
+
 def test_what_has_no_result_is_not_wrong() -> None:
     found = evaluated(Judged({"a": None}, {"a": [None, None]}), {"": prompts("a")}, eval_n_samples_per_prompt=2)
     assert set(found) == {"eval/response_length_mean", "eval/no_result_count"} and found["eval/no_result_count"] == 3
