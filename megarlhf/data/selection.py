@@ -70,9 +70,8 @@ def iterative_dpo(samples: Sequence[Row], groups: Ints, rewards: Rewards) -> Sel
     that are no function of the text may give.
     """
     found = extremes(groups, rewards)
-    differs = rewards[found.best] > rewards[found.worst]
     texts = np.array([sample["output"] for sample in samples], dtype=object)
-    differs &= (texts[found.best] != texts[found.worst]).astype(bool)
+    differs = (texts[found.best] != texts[found.worst]).astype(bool)  # of equal rewards both are the first sample
     rows = [
         {
             "prompt": samples[chosen]["input"],
