@@ -39,6 +39,7 @@ REFUSED: dict[str, dict[str, str]] = {  # task -> flag, why it cannot be used, a
     "rm": {
         "apply_chat_template": _RENDERED,
         "input_template": _RENDERED,
+        "value_head_prefix": "reward models name their head score, as Transformers does: leave it out",
         "dataset_split": "give the path of the split's files as --dataset",
     },
 }
@@ -69,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if task == "generate":
         return generate.main(_words(flags), prog=PROG)
     selecting = {flag: flags.pop(flag) for flag in SELECTING if flag in flags}
+    if "normalize_reward" in selecting and "reward_pretrain" in flags:
+        flags["normalize_reward"] = selecting["normalize_reward"]
+        if selecting.get("post_processor") != ["csft"]:
+            del selecting["normalize_reward"]
     if "post_processor" not in selecting:
         return score.main(_words(flags), prog=PROG)
     output = " ".join(flags.pop("output_path", flags.pop("output", [])))

@@ -24,17 +24,17 @@ def reward_sources(reward: RewardArguments, *, dry_run: bool = False) -> list[Re
     return [*code_sources(reward), *_servers(reward, is_required=not dry_run)]
 
 
-def model_sources(config: PPOConfig) -> list[RewardModel]:
-    """The reward models, whose weights come first; nothing runs yet."""
+def model_sources(config: PPOConfig, *, read_text: bool = False) -> list[RewardModel]:
+    """The reward models, whose weights come first; nothing runs yet. Without the policy's tokens they read text."""
     return [
         RewardModel(
             f"reward_model{role.name.removeprefix('reward')}",
             role.name,
             role.start(config)[1],
             option=role.start(config)[0],
-            policy_tokenizer=config.model.tokenizer or config.model.pretrain,
+            policy_tokenizer=None if read_text else config.model.tokenizer or config.model.pretrain,
             apply_chat_template=config.data.apply_chat_template,
-            max_tokens=config.micro_batch_tokens,
+            max_tokens=config.max_row_tokens if read_text else config.micro_batch_tokens,
             normalize=config.algorithm.normalize_reward,
         )
         for role in reward_roles(config)

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from megarlhf.cli import run_generate
+from megarlhf.cli import run_generate, run_score
 from megarlhf.cli.disk import check_disk_space, space_problems, stored_bytes
 from megarlhf.cli.errors import RunError, all_or_errors, machine_checks, running
 from megarlhf.cli.local_ranks import run_program
 from megarlhf.cli.merge_lora import MergeArguments, MergeConfig
-from megarlhf.cli.rewards import reward_sources
 from megarlhf.cli.run import StopSignal, open_run_directory, resolve_kernels
 from megarlhf.cli.run_select import select, select_file
 from megarlhf.cli.run_supervised import check_models, resolved
@@ -45,7 +44,6 @@ from megarlhf.formats.stages import Stages
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import METRICS_FILE, Sinks, read_rows
 from megarlhf.parallel.device import device_kind
-from megarlhf.reward.sources import SumOfSources
 from megarlhf.trainers.evaluation import CORRECT_REWARD
 
 if TYPE_CHECKING:
@@ -125,18 +123,20 @@ def _check_stages(config: IterateConfig, *, dry_run: bool) -> str:
     impl = resolve_kernels(
         training, {"": training.layout}, share_prompt_prefix=training.share_prompt_prefix, device=device_kind()
     )
-    sources = SumOfSources(reward_sources(config.reward, dry_run=dry_run), config.reward.reward_weights)
+    scoring = score_config(config, config.data.prompt_data, str(round_directory(config, 1) / "scored.jsonl"))
+
+    def check_sources() -> None:
+        with run_score.checked_sources(scoring, dry_run=dry_run):
+            pass
+
     evaluations = [] if config.data.eval_data is None else [evaluate_config(config, 0, model)]
-    try:
-        (models, memory), _, *loaded = all_or_errors(
-            [
-                partial(check_models, training, impl),
-                sources.check,
-                *[partial(run_generate.load, each) for each in (generate_config(config, 1, model), *evaluations)],
-            ]
-        )
-    finally:
-        sources.close()
+    (models, memory), _, *loaded = all_or_errors(
+        [
+            partial(check_models, training, impl),
+            check_sources,
+            *[partial(run_generate.load, each) for each in (generate_config(config, 1, model), *evaluations)],
+        ]
+    )
     most = iterate.rollout_batch_size * (iterate.n_samples_per_prompt if iterate.method == "conditional_sft" else 1)
     steps = config.batch.train_iters or max(1, most * config.batch.max_epochs // config.batch.global_batch_size)
     with machine_checks(dry_run=dry_run):

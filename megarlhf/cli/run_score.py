@@ -1,17 +1,26 @@
 """The run of score.py, whose options are checked already: read the samples, ask the sources, write the file."""
 
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megarlhf.cli.errors import RunError, running
-from megarlhf.cli.rewards import reward_sources
+from megarlhf.cli.errors import RunError, all_or_errors, running
+from megarlhf.cli.rewards import model_sources, reward_identity, reward_sources
+from megarlhf.cli.run import check_weights, resolve_kernels
+from megarlhf.cli.run_ppo import find_machine
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.loop_arguments import ScoreArguments, ScoreConfig
+from megarlhf.config.loop_stages import reward_models_config
 from megarlhf.config.reward_arguments import RewardArguments
+from megarlhf.config.roles import reward_roles
 from megarlhf.data.loading import load_rows
 from megarlhf.data.rows import Rows, json_value
 from megarlhf.data.selection import Rewards, rewards_of
@@ -19,6 +28,8 @@ from megarlhf.data.token_ids import fingerprint
 from megarlhf.data.types import Prompt, Rollout, Sample
 from megarlhf.formats.growing_lines import GrowingLines
 from megarlhf.metrics.sinks import ConsoleSink
+from megarlhf.planner.placement import plan_placement
+from megarlhf.reward.model import RewardModel
 from megarlhf.reward.sources import SumOfSources
 
 _PART = 2048  # samples that are scored and written at a time, at least
@@ -72,25 +83,68 @@ def load_samples(score: ScoreArguments) -> tuple[Rows, list[Sample], list[int]]:
     return rows, samples, [*borders, len(samples)]
 
 
+@contextmanager
+def checked_sources(config: ScoreConfig, *, dry_run: bool) -> Iterator[tuple[SumOfSources, PPOConfig | None]]:
+    """The sources of the reward, checked, their code loaded; and the configuration of the models among them.
+
+    Raises:
+        ConfigError: what is wrong with any of them.
+    """
+    ppo, reward = reward_models_config(config), config.reward.resolved()
+    models = [] if ppo is None else model_sources(ppo, read_text=True)
+    sources = SumOfSources([*models, *reward_sources(reward, dry_run=dry_run)], reward.reward_weights)
+    with closing(sources):
+        steps: list[Callable[[], Any]] = [sources.check]
+        if ppo is not None:
+            layouts = {role.prefix: role.layout(ppo) for role in reward_roles(ppo)}
+            impl = resolve_kernels(ppo, layouts, share_prompt_prefix=False, device=find_machine(ppo).kind)
+            starts = [(*role.start(ppo), role.layout(ppo), role.head) for role in reward_roles(ppo)]
+            steps.append(partial(check_weights, starts, transformer_impl=impl))
+        all_or_errors(steps)
+        yield sources, ppo
+
+
+@contextmanager
+def running_models(sources: SumOfSources, ppo: PPOConfig | None) -> Iterator[None]:
+    """The reward models' processes, which end with the block."""
+    if ppo is None:
+        yield
+        return
+    from megarlhf.cluster import launch  # seconds, for those who have reward models
+
+    impl = resolve_kernels(ppo, {}, share_prompt_prefix=False, device=find_machine(ppo).kind)
+    ppo = replace(ppo, batch=replace(ppo.batch, share_prompt_prefix=impl == "local"))
+    plan = plan_placement(ppo, find_machine(ppo)).only(*(role.name for role in reward_roles(ppo)))
+    print(plan.table())
+    with launch.open_groups(ppo, plan, reward_roles(ppo)) as groups:
+        found = launch.reward_models(ppo, groups)
+        for source in sources.sources:
+            if isinstance(source, RewardModel):
+                source.model = found[source.role]
+                groups[source.role].call("wake", ("parameters",))
+        yield
+
+
 def run(config: ScoreConfig, *, dry_run: bool) -> int:
     """Score what is not scored yet; returns the exit status."""
-    score, reward, output = config.score, config.reward.resolved(), Path(config.score.output)
+    score, output = config.score, Path(config.score.output)
     rows, samples, borders = load_samples(score)
-    with closing(SumOfSources(reward_sources(reward, dry_run=dry_run), reward.reward_weights)) as sources:
-        sources.check()
+    with checked_sources(config, dry_run=dry_run) as (sources, ppo):
         print(f"{len(samples)} samples of {score.dataset}; sources of the reward: {_names(sources)}")
         if dry_run:
             print(to_yaml(config))
             return 0
         texts = [[sample.prompt.text, sample.response_text, sample.prompt.label] for sample in samples]
         identity = to_dict(config) | {"samples": fingerprint(np.zeros(0), np.zeros(0), texts)}
+        identity["reward_models"] = None if ppo is None else reward_identity(ppo)
         with GrowingLines(output, identity) as lines:
             finished = max(border for border in borders if border <= lines.num_lines)
             lines.keep(finished)
-            console = ConsoleSink(total_steps=len(samples), first_step=finished, unit="samples")
-            with running(), closing(console):
-                for first, last in zip(borders, borders[1:], strict=False):
-                    if first >= finished:
+            parts = [pair for pair in pairwise(borders) if pair[0] >= finished]
+            with running(), running_models(sources, ppo if parts else None):
+                console = ConsoleSink(total_steps=len(samples), first_step=finished, unit="samples")
+                with closing(console):
+                    for first, last in parts:
                         started = time.perf_counter()
                         found = sources.score(Rollout(samples=samples[first:last], tokens=()))
                         pairs = zip(rows.rows[first:last], found, strict=True)
@@ -99,7 +153,7 @@ def run(config: ScoreConfig, *, dry_run: bool) -> int:
                         console.log(last, {"perf/samples_per_second": speed})
     rewards = rewards_of(load_rows(str(output), columns=("reward",)).rows)
     print(f"{summary(rewards)}\nscored: {output}")
-    check_results(rewards, reward)
+    check_results(rewards, config.reward.resolved())
     return 0
 
 

@@ -2,10 +2,11 @@
 
 import os
 
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_files import place_errors, read_model
-from megarlhf.config.check_layout import broken
+from megarlhf.config.check_layout import broken, layout_errors
 from megarlhf.config.check_numbers import engine_errors, length_errors, limit_errors
-from megarlhf.config.check_rewards import reward_errors
+from megarlhf.config.check_rewards import reward_errors, reward_model_errors
 from megarlhf.config.check_save import directory_errors, save_errors
 from megarlhf.config.checks import check_supervised, template_errors
 from megarlhf.config.command_line import to_dict
@@ -16,8 +17,15 @@ from megarlhf.config.loop_arguments import (
     ScoreConfig,
     SelectConfig,
 )
-from megarlhf.config.loop_stages import evaluate_config, generate_config, train_config
+from megarlhf.config.loop_stages import (
+    evaluate_config,
+    generate_config,
+    reward_models_config,
+    score_config,
+    train_config,
+)
 from megarlhf.config.reward_arguments import RewardArguments
+from megarlhf.config.roles import reward_roles
 from megarlhf.config.supervised_arguments import DPOArguments
 from megarlhf.formats.data_names import probability_errors
 
@@ -38,12 +46,34 @@ def check_generate(config: GenerateConfig) -> list[str]:
 
 def check_score(config: ScoreConfig) -> list[str]:
     """Every mistake found in the options of a scoring, none where it may start."""
-    score, reward = config.score, config.reward
-    errors = place_errors(to_dict(config)) + limit_errors(to_dict(config)) + reward_errors(reward)
+    score, reward, ppo = config.score, config.reward, reward_models_config(config)
+    errors = place_errors(to_dict(config)) + limit_errors(to_dict(config))
+    errors += reward_errors(reward, num_models=0 if ppo is None else len(reward_roles(ppo)))
+    errors += _own_errors(config) if ppo is None else _model_errors(ppo)
     said = "reward_skip_special_tokens is ignored (responses are text already): leave it out, or set megarlhf "
     said += "generate's skip_special_tokens"
     errors += broken({said: reward.reward_skip_special_tokens is not None}) + _untrained_errors(reward)
     return errors + output_errors(score.output, score.dataset)
+
+
+def _model_errors(ppo: PPOConfig) -> list[str]:
+    """What is wrong with reward models and their layouts."""
+    errors, models = [], {}
+    for role in reward_roles(ppo):
+        option, path = role.start(ppo)
+        models[option], found = read_model(option, path)
+        errors += found + layout_errors(role.layout(ppo), {option: models[option]}, role.prefix)
+    return list(dict.fromkeys(errors + reward_model_errors(ppo, models)))
+
+
+def _own_errors(config: ScoreConfig) -> list[str]:
+    """Options of reward models without any."""
+    own = vars(config.reward_layout) | {"reward_num_gpus_per_node": config.models.reward_num_gpus_per_node}
+    return [
+        f"{name}={value} is ignored without reward_pretrain (there is no reward model): leave it out"
+        for name, value in own.items()
+        if value not in (None, ())
+    ]
 
 
 def _untrained_errors(reward: RewardArguments) -> list[str]:
@@ -58,11 +88,11 @@ def check_select(config: SelectConfig) -> list[str]:
     return errors + output_errors(select.output, select.dataset)
 
 
-def _condition_errors(given: ConditionArguments, conditional: bool) -> list[str]:
+def _condition_errors(given: ConditionArguments, conditional: bool, *, models: bool = False) -> list[str]:
     template = given.reward_template
     ignored = [
         f"{name}={value} is ignored (conditional SFT alone writes rewards into prompts): leave it out"
-        for name in ("normalize_reward", "reward_template")
+        for name in ("reward_template", *(() if models else ("normalize_reward",)))
         if not conditional and (value := getattr(given, name)) != getattr(ConditionArguments, name)
     ]
     missing = "{input}" not in template or "{reward}" not in template
@@ -118,11 +148,14 @@ def check_iterate(config: IterateConfig) -> list[str]:
             for name, value in given.items()
         }
     )
-    errors += limit_errors(to_dict(config)) + _condition_errors(iterate, conditional) + _untrained_errors(config.reward)
+    errors += limit_errors(to_dict(config))
+    errors += _condition_errors(iterate, conditional, models=config.models.reward_pretrain is not None)
     errors += save_errors(config.logging.save, None, starts_again=True)
     errors += check_generate(generate_config(config, 1, model))
-    errors += reward_errors(config.reward) + place_errors(to_dict(config))
+    scoring = score_config(config, config.data.prompt_data, f"{config.logging.save}/scored.jsonl")
+    errors += check_score(scoring) + place_errors(to_dict(config))
     if config.data.eval_data is not None:
         errors += check_generate(evaluate_config(config, 0, model))
     training = check_supervised(train_config(config, 1, model, dataset=config.data.prompt_data))  # there is no other
-    return list(dict.fromkeys([*errors, *(error for error in training if not error.startswith("dataset="))]))
+    found = [error for error in [*errors, *training] if not error.startswith("dataset=")]
+    return list(dict.fromkeys(found))

@@ -11,7 +11,7 @@ from megarlhf.config.arguments import (
     SamplingArguments,
     WeightsArguments,
 )
-from megarlhf.config.layouts import KernelArguments, LayoutArguments
+from megarlhf.config.layouts import KernelArguments, LayoutArguments, RewardLayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments, VLLMPassedArguments
 from megarlhf.config.reward_arguments import RewardArguments
@@ -83,10 +83,42 @@ class ScoreArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardModelsArguments:
+    """Reward models that score."""
+
+    reward_pretrain: str | None = None
+    """Local directories of reward models, with commas between several: ...ForSequenceClassification checkpoints with
+    one label, such as megarlhf rm exports. None: no reward model."""
+    reward_num_gpus_per_node: int | None = None
+    """Ranks of each reward model: one GPU each, or one process each on a machine without GPUs. None: one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreForwardArguments:
+    """How reward models compute."""
+
+    bf16: bool = False
+    """Compute in bfloat16."""
+    max_len: int = 2048
+    """Longest sample in tokens; longer ones, and those longer than a model knows, have no result."""
+    micro_batch_size: int = 4
+    """Samples of full length in one forward pass of a rank. Samples are packed without padding."""
+    normalize_reward: bool = False
+    """Subtract from each model's score the mean that its config.json has and divide by the std there."""
+    start_timeout_seconds: float = 300.0
+    """Seconds for all processes to be up and their models loaded."""
+    phase_timeout_seconds: float = 1800.0
+    """Seconds for the scores of one part of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """Give each sample of a file its reward."""
 
     score: ScoreArguments
+    models: RewardModelsArguments = field(default_factory=RewardModelsArguments)
+    reward_layout: RewardLayoutArguments = field(default_factory=RewardLayoutArguments)
+    forward: ScoreForwardArguments = field(default_factory=ScoreForwardArguments)
     reward: RewardArguments = field(default_factory=RewardArguments)
 
 
@@ -95,7 +127,8 @@ class ConditionArguments:
     """How conditional SFT writes rewards into prompts (csft)."""
 
     normalize_reward: bool = False
-    """Shift and scale rewards to mean 0 and std 1 over the file first."""
+    """csft: shift and scale rewards to mean 0 and std 1 over the file first. In iterate also, of each model of
+    reward_pretrain: subtract the mean that its config.json has and divide by the std there."""
     reward_template: str = "{input} <rm_score>: {reward} "
     """Prompt and its reward, which take the place of {input} and {reward}."""
 
@@ -165,6 +198,8 @@ class IterateConfig:
     cluster: EngineArguments = field(default_factory=EngineArguments)
     rollout: SamplingArguments = field(default_factory=SamplingArguments)
     data: IterateDataArguments
+    models: RewardModelsArguments = field(default_factory=RewardModelsArguments)
+    reward_layout: RewardLayoutArguments = field(default_factory=RewardLayoutArguments)
     reward: RewardArguments = field(default_factory=RewardArguments)
     logging: RunArguments
     passed: PassedArguments = field(default_factory=PassedArguments)

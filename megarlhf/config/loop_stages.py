@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import config_of
 from megarlhf.config.loop_arguments import GenerateConfig, IterateConfig, ScoreConfig
 from megarlhf.config.supervised_arguments import DPOConfig, SFTConfig
@@ -46,6 +47,24 @@ def score_config(config: IterateConfig, dataset: str, output: str) -> ScoreConfi
     own = {"input_key": "input", "output_key": "output", "label_key": "label"}
     own |= {"max_samples": None, "reward_skip_special_tokens": None}
     return config_of(ScoreConfig, config, dataset=dataset, output=output, **own)
+
+
+def reward_models_config(config: ScoreConfig) -> PPOConfig | None:
+    """The same reward models as in RL; None: none are asked for. Nothing of it is the policy's."""
+    if config.models.reward_pretrain is None:
+        return None
+    return config_of(
+        PPOConfig,
+        config,
+        pretrain=config.models.reward_pretrain.split(",")[0].strip(),
+        prompt_data=config.score.dataset,
+        save=str(Path(config.score.output).absolute().parent),  # logs/ of the processes
+        ray=False,
+        advantage_estimator="reinforce",
+        prompt_max_len=config.forward.max_len - 1,
+        generate_max_len=1,
+        share_prompt_prefix=True,
+    )
 
 
 def train_config(config: IterateConfig, number: int, model: str, *, dataset: str) -> SFTConfig | DPOConfig:

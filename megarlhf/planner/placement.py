@@ -48,9 +48,10 @@ class PlacementPlan:
         """The workers of a role, by rank."""
         return tuple(worker for worker in self.workers if worker.role.name == role)
 
-    def only(self, role: str) -> "PlacementPlan":
-        """The same places for the workers of one role alone."""
-        return replace(self, workers=self.of(role), notes=())
+    def only(self, *roles: str) -> "PlacementPlan":
+        """The same places for the workers of these roles alone."""
+        workers = tuple(worker for worker in self.workers if worker.role.name in roles)
+        return replace(self, workers=workers, notes=())
 
     def table(self) -> str:
         """Aligned text: a header, one line a worker, then the notes."""

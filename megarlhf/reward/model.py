@@ -45,7 +45,7 @@ class RewardModel:
         directory: str,
         *,
         option: str,
-        policy_tokenizer: str,
+        policy_tokenizer: str | None,
         apply_chat_template: bool,
         max_tokens: int,
         normalize: bool,
@@ -55,7 +55,7 @@ class RewardModel:
         Args:
             role: name of its processes' role.
             option: what gave the directory, for messages.
-            policy_tokenizer: directory of the policy's tokenizer.
+            policy_tokenizer: directory of the policy's tokenizer; None: no policy's tokens are there, it reads text.
             apply_chat_template: prompts are chats.
             max_tokens: of a row, at most.
             normalize: a score s becomes the reward (s - mean) / std, by the numbers in config.json.
@@ -79,11 +79,11 @@ class RewardModel:
         self._max_tokens = min(self._max_tokens, config.max_position_embeddings)
         if self._normalize:
             self._mean, self._std = moments(vars(config)) or (0.0, 1.0)
-        policy = load_tokenizer(self._policy_tokenizer, chat_template=None)
-        has_own = any(Path(self.directory).glob("tokenizer*"))
-        own = load_tokenizer(self.directory, chat_template=None) if has_own else policy
+        given = None if self._policy_tokenizer is None else load_tokenizer(self._policy_tokenizer, chat_template=None)
+        has_own = given is None or any(Path(self.directory).glob("tokenizer*"))
+        own = load_tokenizer(self.directory, chat_template=None) if has_own else given
         self._eos = own.eos_token_id
-        if own.get_vocab() != policy.get_vocab():
+        if given is None or own.get_vocab() != given.get_vocab():
             try:
                 self._renderer = self._own_renderer(own)
             except ValueError as error:

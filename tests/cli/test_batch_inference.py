@@ -13,7 +13,7 @@ from megarlhf.config.loop_arguments import GenerateConfig, ScoreConfig, SelectCo
 FLAGS: dict[str, str] = {  # all 37 of 0.5.3 -> a value that its parser takes; "" for a switch
     **{"eval_task": "", "zero_stage": "0", "local_rank": "-1", "bf16": "", "flash_attn": "", "micro_batch_size": "16"},
     **{"seed": "1234", "pretrain": "m", "value_head_prefix": "value_head", "dataset": "d", "dataset_probs": "1.0"},
-    **{"dataset_split": "test", "input_key": "q", "output_key": "a", "apply_chat_template": "", "max_len": "2048"},
+    **{"dataset_split": "test", "input_key": "q", "output_key": "a", "apply_chat_template": "", "max_len": "2049"},
     **{"input_template": "'Q: {} A:'", "max_samples": "7", "output_path": "o.jsonl", "prompt_max_len": "33"},
     **{"max_new_tokens": "34", "greedy_sampling": "", "top_p": "0.9", "temperature": "0.7", "best_of_n": "4"},
     **{"repetition_penalty": "1.2", "post_processor": "rs", "tp_size": "2", "max_num_seqs": "128", "iter": "3"},
@@ -68,7 +68,8 @@ def test_each_flag_of_generate(task: str, flag: str, calls: Calls, capsys: pytes
 
 SCORED: dict[str, dict[str, Any]] = {
     **{"dataset": {"dataset": "d"}, "input_key": {"input_key": "q"}, "output_key": {"output_key": "a"}},
-    **{"max_samples": {"max_samples": 7}, "output_path": {"output": "o.jsonl"}},
+    **{"max_samples": {"max_samples": 7}, "output_path": {"output": "o.jsonl"}, "bf16": {"bf16": True}},
+    **{"pretrain": {"reward_pretrain": "m"}, "max_len": {"max_len": 2049}},
 }
 
 
@@ -83,9 +84,11 @@ def test_each_flag_of_rm(flag: str, calls: Calls, capsys: pytest.CaptureFixture[
 
 def test_no_flag_is_without_a_meaning() -> None:
     assert len(FLAGS) == 37
-    of_models = {"pretrain", "bf16", "max_len", "value_head_prefix", "disable_fast_tokenizer"}
     known = {*SCORED, *batch_inference.UNREAD["rm"], *batch_inference.REFUSED["rm"], *batch_inference.SELECTING}
-    assert known | of_models | {"eval_task"} == FLAGS.keys()
+    assert known | {"eval_task", "disable_fast_tokenizer"} == FLAGS.keys()
+    for task in ("generate", "rm"):
+        with pytest.raises(SystemExit):  # the programs refuse it, with the reason
+            batch_inference.main(["--eval_task", task, "--disable_fast_tokenizer"])
 
 
 def test_post_processing_comes_behind_scoring(calls: Calls) -> None:
@@ -101,6 +104,10 @@ def test_post_processing_comes_behind_scoring(calls: Calls) -> None:
             },
         ),
     ]
+    calls.clear()
+    line = "--eval_task rm --pretrain m --dataset g.jsonl --output_path rm.jsonl --normalize_reward --post_processor"
+    assert run(f"{line} rs") == 0 == run(f"{line} csft")
+    assert [call[1].get("normalize_reward") for call in calls] == [True, None, True, True]
     calls.clear()
     assert run("--eval_task rm --dataset g.jsonl --output_path rm.jsonl --post_processor rs --reward_rule math") == 0
     assert [call[1].get("post_processor") for call in calls] == [None, "rs"]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from examples.demo.make_assets import make_model, make_tokenizer
 from tests.cluster.runs import Run, run, start
+from tests.tiny_models import make_reward_model
 
 pytestmark = pytest.mark.slow
 
@@ -113,3 +114,28 @@ def test_a_loop_that_is_killed_in_its_stages_ends_with_the_same_weights(
     assert "eval accuracy" in said
     rows = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["select/rows"] > 0
+
+
+def test_scores_of_a_reward_model_are_those_of_transformers(assets: Path, tmp_path: Path) -> None:
+    sizes = {"vocab_size": len(make_tokenizer()), "hidden_size": 64, "intermediate_size": 64, "eos_token_id": 2}
+    make_reward_model(tmp_path / "rm", seed=5, **sizes)
+    AutoTokenizer.from_pretrained(assets / "model").save_pretrained(tmp_path / "rm")
+    rows = [
+        {"input": f"sort {i // 3} 4=", "output": f"{i}{i}"[: i % 5], "place": i // 3}
+        | {"finish_reason": "length" if i % 2 else "stop"}
+        for i in range(20)
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given: dict[str, str | None] = {"--dataset": f"{tmp_path}/samples.jsonl", "--output": f"{tmp_path}/scored.jsonl"}
+    layout = {"--reward_num_gpus_per_node": "2", "--reward_pipeline_model_parallel_size": "2"}
+    run("score", given | layout | {"--reward_pretrain": f"{tmp_path}/rm", "--max_len": "64"})
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [row["reward"] is None for row in found] == [row["output"] == "" for row in rows]
+    for row in found:
+        if row["reward"] is not None:
+            ids = tokenizer(row["input"] + row["output"], add_special_tokens=False)["input_ids"]
+            ids += [tokenizer.eos_token_id] if row["finish_reason"] == "stop" else []
+            hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            assert row["reward"] == pytest.approx(model.score(hidden).item(), abs=1e-5)

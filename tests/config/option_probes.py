@@ -233,12 +233,15 @@ def optimizer_probes(role: str) -> dict[str, Probe]:
     }
 
 
-def own_layout_probes(role: str, option_of_experts: str, *, several: bool = False, **also: Any) -> dict[str, Probe]:
+def own_layout_probes(
+    role: str, option_of_experts: str, *, several: bool = False, beside: bool = True, **also: Any
+) -> dict[str, Probe]:
     """Options of a role's own layout, each with the actor's beside it, which stays as it is.
 
     Args:
         option_of_experts: names the role's checkpoint, with experts where they are split.
         several: options take a value for each of several models.
+        beside: there is an actor.
         also: what else a run needs that has the role.
     """
     ranks = also | {f"{role}_num_gpus_per_node": 2}
@@ -250,7 +253,7 @@ def own_layout_probes(role: str, option_of_experts: str, *, several: bool = Fals
     experts = ranks | {option_of_experts: "{}/experts" if option_of_experts == "pretrain" else "{}/rm_experts"}
 
     def sizes(name: str) -> Seen:
-        return both(transformer(name, role), transformer(name, "actor"))
+        return both(transformer(name, role), transformer(name, "actor") if beside else lambda trace: None)
 
     virtual, first, last = (
         "virtual_pipeline_model_parallel_size",
@@ -270,14 +273,17 @@ def own_layout_probes(role: str, option_of_experts: str, *, several: bool = Fals
     )
     probes = {
         f"{role}_{option}": Probe(
-            value=(value,) if several else value, seen=sizes(name), expected=(value, actors), also=options
+            value=(value,) if several else value,
+            seen=sizes(name),
+            expected=(value, actors if beside else None),
+            also=options,
         )
         for option, value, name, actors, options in table
     }
     probes[f"{role}_expert_tensor_parallel_size"] = Probe(
         value=(1,) if several else 1,
         seen=sizes("expert_tensor_parallel_size"),
-        **{"expected": (1, 1), "also": moe | given("expert_model_parallel_size", 2)},
+        **{"expected": (1, 1 if beside else None), "also": moe | given("expert_model_parallel_size", 2)},
     )
     return probes
 

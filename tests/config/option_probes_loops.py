@@ -6,8 +6,8 @@ from typing import Any
 from megarlhf.rollout.engine import request_seed
 from tests.config.in_process import Trace
 from tests.config.in_process_programs import TEMPLATE
-from tests.config.option_probes import Options, Probe, Seen, both, refused
-from tests.config.option_probes_ppo import REWARD, llm
+from tests.config.option_probes import Options, Probe, Seen, both, own_layout_probes, refused, transformer, world
+from tests.config.option_probes_ppo import JUDGED, REWARD, llm
 
 
 def lines(look: Callable[[list[dict[str, Any]]], Any]) -> Seen:
@@ -94,6 +94,36 @@ def scored(look: Callable[[Any], Any]) -> Seen:
     return lambda trace: [look(sample) for samples in trace.given["scored"] for sample in samples]
 
 
+MODELS: dict[str, Probe] = {
+    **own_layout_probes("reward", "reward_pretrain", several=True, beside=False, **JUDGED),
+    "reward_pretrain": Probe(
+        value="{}/rm,{}/rm",
+        seen=lambda t: [t.engine(role).pretrain.name for role in ("reward_0", "reward_1")],
+        expected=["rm", "rm"],
+    ),
+    "reward_num_gpus_per_node": Probe(value=3, seen=world("world_size", "reward"), also=JUDGED),
+    "bf16": Probe(value=True, seen=transformer("bf16", "reward"), also=JUDGED),
+    "max_len": Probe(
+        value=5, seen=lines(lambda rows: {row["reward"] for row in rows}), **{"expected": {None}, "also": JUDGED}
+    ),
+    "micro_batch_size": Probe(
+        value=1,
+        seen=lambda t: t.engine("reward").packing.max_tokens,
+        **{"expected": 64, "also": JUDGED | {"max_len": 64}},
+    ),
+    "normalize_reward": Probe(
+        value=True, seen=lines(lambda rows: round(rows[1]["reward"], 5)), **{"expected": 1.0, "also": JUDGED}
+    ),
+    "start_timeout_seconds": Probe(value=71.0, seen=lambda t: round(t.waits[0]), **{"expected": 71, "also": JUDGED}),
+    "phase_timeout_seconds": Probe(
+        value=1717.0, seen=lambda t: round(t.waits[-1]), **{"expected": 1717, "also": JUDGED}
+    ),
+    "reward_weights": Probe(
+        value=(10.0, 0.5),
+        seen=lines(lambda rows: round(rows[1]["reward"], 5)),
+        **{"expected": 0.625, "also": JUDGED},
+    ),
+}
 LOST: Options = {"reward_function": None, "reward_rule": "format", "reward_format": "0.5"}
 SCORE: dict[str, Probe] = {
     "dataset": Probe(value="{}/other_rows.jsonl", seen=lines(len), expected=6),
@@ -102,10 +132,12 @@ SCORE: dict[str, Probe] = {
     "output_key": Probe(value="question", seen=scored(lambda s: s.response_text[:3]), expected=["ask"] * 8),
     "label_key": Probe(value="answer", seen=scored(lambda s: len(s.prompt.label)), expected=[3] * 8),
     "max_samples": Probe(value=3, seen=lines(len)),
+    **MODELS,
     **{
         name: probe
         for name, probe in REWARD.items()
-        if name.startswith(("reward_", "remote_")) and name not in ("reward_skip_special_tokens", "remote_rm_url")
+        if name.startswith(("reward_", "remote_"))
+        and name not in ("reward_skip_special_tokens", "reward_weights", "remote_rm_url")
     },
     "remote_rm_url": Probe(
         value=("http://[::1]:7/b",),
