@@ -24,6 +24,7 @@ _COMMANDS = {  # name -> module of this folder, and what it does
     "iterate": ("iterate", "rejection sampling, iterative DPO, conditional SFT: rounds of all of these and training"),
     "chat": ("interactive_chat", "talk to a model"),
     "serve_rm": ("serve_rm", "a reward over HTTP, for --remote_rm_url here and in OpenRLHF"),
+    "eval": ("evaluate", "accuracy and pass@k of a model on held-out prompts"),
     "flags": ("flags", "what each flag of OpenRLHF 0.5.3 means here"),
     "parity": ("parity", "compare a layout with one process"),
 }

@@ -1,4 +1,4 @@
-"""All that can be known to be wrong with the loops over batches before PyTorch is imported."""
+"""All that can be known to be wrong with loops over batches, and with an evaluation, before PyTorch is imported."""
 
 import os
 
@@ -8,8 +8,9 @@ from megarlhf.config.check_layout import broken, layout_errors
 from megarlhf.config.check_numbers import engine_errors, length_errors, limit_errors
 from megarlhf.config.check_rewards import reward_errors, reward_model_errors
 from megarlhf.config.check_save import directory_errors, save_errors
-from megarlhf.config.checks import check_supervised, template_errors
+from megarlhf.config.checks import check_supervised, evaluation_errors, template_errors
 from megarlhf.config.command_line import to_dict
+from megarlhf.config.eval_config import EvalConfig
 from megarlhf.config.loop_arguments import (
     ConditionArguments,
     GenerateConfig,
@@ -32,16 +33,30 @@ from megarlhf.formats.data_names import probability_errors
 
 def check_generate(config: GenerateConfig) -> list[str]:
     """Every mistake found in the options of a generation, none where it may start."""
-    data, rollout, options = config.data, config.rollout, to_dict(config)
-    model, errors = read_model("pretrain", config.model.pretrain)
-    errors += place_errors(options) + limit_errors(options) + template_errors(data)
-    errors += engine_errors(config.cluster.vllm_tensor_parallel_size, model)
-    longest = rollout.prompt_max_len + rollout.generate_max_len
-    errors += length_errors("prompt_max_len + generate_max_len", longest, None, {"pretrain": model})
+    data, number = config.data, config.generate.n_samples_per_prompt
+    errors = _answering_errors(config)
     errors += probability_errors("prompt_data_probs", data.prompt_data_probs, "prompt_data", data.prompt_data)
-    number = config.generate.n_samples_per_prompt
     said = f"n_samples_per_prompt={number} with greedy=True (all would be one response): use 1"
     return errors + broken({said: config.generate.greedy and number > 1}) + output_errors(config.generate.output)
+
+
+def check_eval(config: EvalConfig) -> list[str]:
+    """Every mistake found in the options of an evaluation by itself, none where it may start."""
+    errors = _answering_errors(config) + reward_errors(config.reward) + _untrained_errors(config.reward)
+    errors += evaluation_errors(config.evaluation) + output_errors(config.result.output, suffix=".json")
+    errors += broken({"eval_data is missing (it is what is measured on): set it": config.evaluation.eval_data is None})
+    responses = config.result.responses
+    return errors + ([] if responses is None else output_errors(responses, option="responses"))
+
+
+def _answering_errors(config: GenerateConfig | EvalConfig) -> list[str]:
+    """Models, prompts and their lengths, where engines alone run."""
+    rollout, options = config.rollout, to_dict(config)
+    model, errors = read_model("pretrain", config.model.pretrain)
+    errors += place_errors(options) + limit_errors(options) + template_errors(config.data)
+    errors += engine_errors(config.cluster.vllm_tensor_parallel_size, model)
+    longest = rollout.prompt_max_len + rollout.generate_max_len
+    return errors + length_errors("prompt_max_len + generate_max_len", longest, None, {"pretrain": model})
 
 
 def check_score(config: ScoreConfig) -> list[str]:
@@ -99,18 +114,21 @@ def _condition_errors(given: ConditionArguments, conditional: bool, *, models: b
     return ignored + broken({f"reward_template={template!r} must hold {{input}} and {{reward}}": missing})
 
 
-def output_errors(output: str, dataset: str | None = None) -> list[str]:
+def output_errors(
+    output: str, dataset: str | None = None, *, option: str = "output", suffix: str = ".jsonl"
+) -> list[str]:
     """A file that cannot be written, or that is read as well."""
+    what = "one object a line" if suffix == ".jsonl" else "one object"
     errors = broken(
         {
-            f"output={output} must end in .jsonl (one object a line is written)": not output.endswith(".jsonl"),
-            f"output={output} is a directory: name a file": os.path.isdir(output),
-            f"output={output} is dataset too (it is read while output is written): name another file": (
+            f"{option}={output} must end in {suffix} ({what} is written)": not output.endswith(suffix),
+            f"{option}={output} is a directory: name a file": os.path.isdir(output),
+            f"{option}={output} is dataset too (it is read while output is written): name another file": (
                 dataset is not None and os.path.abspath(output) == os.path.abspath(dataset)
             ),
         }
     )
-    return errors + directory_errors(os.path.dirname(output) or ".", option="output")
+    return errors + directory_errors(os.path.dirname(output) or ".", option=option)
 
 
 def check_iterate(config: IterateConfig) -> list[str]:

@@ -80,13 +80,21 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += probability_errors(
         "prompt_data_probs", config.data.prompt_data_probs, "prompt_data", config.data.prompt_data
     )
-    evaluates, given = config.evaluation.eval_data is not None, vars(config.evaluation)
-    unread = [] if evaluates else [name for name in given if given[name] != getattr(EvaluationArguments, name)]
-    errors += [f"{name}={given[name]} has nothing to evaluate on: set eval_data" for name in unread]
-    number, temperature = config.evaluation.eval_n_samples_per_prompt, config.evaluation.eval_temperature
-    said = f"eval_temperature={temperature} is ignored with eval_n_samples_per_prompt=0 (greedy responses have none): "
-    errors += broken({said + "set it, or leave it out": temperature is not None and not number})
+    evaluates = config.evaluation.eval_data is not None
+    errors += evaluation_errors(config.evaluation)
     return errors + _logging_errors(config.logging, evaluation="eval_data", evaluates=evaluates)
+
+
+def evaluation_errors(evaluation: EvaluationArguments) -> list[str]:
+    """Options of an evaluation that are without effect."""
+    number, default = evaluation.eval_n_samples_per_prompt, EvaluationArguments()
+    given = {name: value for name, value in vars(evaluation).items() if value != getattr(default, name)}
+    unread = given if evaluation.eval_data is None else ()
+    said = f"eval_temperature={evaluation.eval_temperature} is ignored with eval_n_samples_per_prompt={number} (greedy "
+    said += "responses have none): set that, or leave it out"
+    return [f"{name}={given[name]} has nothing to evaluate on: set eval_data" for name in unread] + broken(
+        {said: evaluation.eval_temperature is not None and number == 0}
+    )
 
 
 def check_supervised(config: SupervisedConfig) -> list[str]:

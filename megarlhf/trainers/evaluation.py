@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from megarlhf.algos.pass_at_k import pass_at_k, reported_k
@@ -30,16 +31,22 @@ def evaluation_is_due(step: int, sampler: PromptSampler, interval: int | None) -
 
 
 def answer(
-    phases: Phases, rollout: RolloutRole, reward: RewardRole, sets: EvaluationSets, options: EvaluationArguments
+    rollout: RolloutRole,
+    reward: RewardRole,
+    sets: EvaluationSets,
+    options: EvaluationArguments,
+    *,
+    generating: AbstractContextManager[None],
+    scoring: AbstractContextManager[None],
 ) -> dict[str, Answers]:
-    """Each set's prompts answered and scored, all sets together."""
+    """Each set's prompts answered and scored, all sets together; the contexts are entered while that goes on."""
     prompts = [prompt for members in sets.values() for prompt in members]
     number = options.eval_n_samples_per_prompt
-    with phases.evaluate():
+    with generating:
         rollouts = [rollout.answer(prompts, n_samples=1, temperature=0.0)]
         if number:
             rollouts.append(rollout.answer(prompts, n_samples=number, temperature=options.eval_temperature))
-    with phases.judge():
+    with scoring:
         greedy, sampled = reward.score(rollouts[0]), reward.score(rollouts[1]) if number else []
     found, first = {}, 0
     for name, members in sets.items():
@@ -53,7 +60,10 @@ def evaluate(
     phases: Phases, rollout: RolloutRole, reward: RewardRole, sets: EvaluationSets, options: EvaluationArguments
 ) -> dict[str, float]:
     """Metrics of `answer`; none without sets."""
-    return answers_metrics(answer(phases, rollout, reward, sets, options)) if sets else {}
+    if not sets:
+        return {}
+    phase = {"generating": phases.evaluate(), "scoring": phases.judge()}
+    return answers_metrics(answer(rollout, reward, sets, options, **phase))
 
 
 def answers_metrics(answers: Mapping[str, Answers]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,10 @@ def logged(save: str = "s", **options: Any) -> LoggingArguments:
     return LoggingArguments(save=save, **({"best_metric": "eval/accuracy"} | options))
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("max", [1, 2, 2, 2, 2]), ("min", [1, 1, 3, 3, 3])])
+@pytest.mark.parametrize(("mode", "expected"), [("max", [None, 2, 3, 3, 3, 3]), ("min", [None, 2, 2, 4, 4, 4])])
 def test_the_first_of_the_best_stays(mode: Any, expected: list[int]) -> None:
     best, found = Best(), []
-    for step, value in enumerate((0.5, 0.75, 0.25, float("nan"), 0.75 if mode == "max" else 0.25), start=1):
+    for step, value in enumerate((nan, 0.5, 0.75, 0.25, nan, 0.75 if mode == "max" else 0.25), start=1):
         best = best.after(step, {"eval/accuracy": value}, logged(best_metric_mode=mode))
         found.append(best.step)
     assert found == expected

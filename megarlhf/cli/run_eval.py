@@ -1,0 +1,108 @@
+"""The run of evaluate.py, whose options are checked already: load the prompts, start the engines, measure."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megarlhf.cli.errors import all_or_errors, running
+from megarlhf.cli.prompt_data import load_evaluation, resolve_special_tokens
+from megarlhf.cli.rewards import reward_sources
+from megarlhf.cli.run import check_weights, resolved_files
+from megarlhf.cli.run_ppo import find_machine
+from megarlhf.cli.run_score import check_results
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.command_line import config_of, to_dict, to_yaml
+from megarlhf.config.eval_config import EvalConfig
+from megarlhf.config.layouts import LayoutArguments
+from megarlhf.metrics.timers import Timers
+from megarlhf.planner.placement import plan_placement
+from megarlhf.reward.sources import SumOfSources
+from megarlhf.trainers.evaluation import Answers, answer, answers_metrics
+
+
+def run(config: EvalConfig, *, dry_run: bool) -> int:
+    """Measure; returns the exit status."""
+    output, reward = Path(config.result.output).absolute(), config.reward.resolved()
+    start = ("pretrain", config.model.pretrain, LayoutArguments(), "lm")
+    with closing(SumOfSources(reward_sources(reward, dry_run=dry_run))) as sources:
+        options = {"prompt_data": config.evaluation.eval_data, "save": str(output.parent), "ray": False}
+        ppo = config_of(PPOConfig, config, **options)  # the same engines as in RL
+        (sets, stops), *_ = all_or_errors(
+            [
+                lambda: load_evaluation(ppo),
+                lambda: check_weights([start], transformer_impl="local", generates=True),
+                sources.check,
+            ]
+        )
+        ppo = resolve_special_tokens(ppo, [prompt.label for members in sets.values() for prompt in members])
+        plan = plan_placement(ppo, find_machine(ppo)).only("rollout")
+        counts = {name: len(members) for name, members in sets.items()}
+        if dry_run:
+            print(f"{to_yaml(config)}\n{resolved_files(ppo.model, ppo.data)}\n\nprompts: {counts}\n{plan.table()}")
+            return 0
+        from megarlhf.cluster import launch  # with vLLM behind it: nothing above needs it
+
+        timers = Timers()
+        with running(), launch.open_engines(ppo, plan, stop_token_ids=stops) as engines:
+            answers = answer(
+                engines,
+                sources,
+                sets,
+                config.evaluation,
+                generating=timers("eval"),
+                scoring=timers("reward"),
+            )
+    metrics = answers_metrics(answers)
+    print_table(metrics, counts)
+    result = {"metrics": metrics, "num_prompts": counts, "seconds": timers.pop(), "options": to_dict(config)}
+    _write(output, json.dumps(result, indent=1) + "\n")
+    if config.result.responses is not None:
+        _write(Path(config.result.responses), "".join(json.dumps(row) + "\n" for row in response_rows(answers)))
+    print(f"results: {output}")
+    rewards = [row["reward"] for row in response_rows(answers)]
+    check_results(np.array([np.nan if value is None else value for value in rewards]), reward)
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def print_table(metrics: Mapping[str, float], counts: Mapping[str, int]) -> None:
+    """A row for each set, and for all together where they have names."""
+    keys = [key.removeprefix("eval/") for key in metrics if key.count("/") == 1]
+    table = Table("set", "prompts", *keys)
+    for name, count in counts.items():
+        if name:
+            table.add_row(name, str(count), *_cells(metrics, f"eval/{name}/", keys))
+    table.add_row("all", str(sum(counts.values())), *_cells(metrics, "eval/", keys))
+    Console().print(table)
+
+
+def _cells(metrics: Mapping[str, float], prefix: str, keys: list[str]) -> list[str]:
+    return [f"{metrics[prefix + key]:.4g}" if prefix + key in metrics else "" for key in keys]
+
+
+def response_rows(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
+    """A line of the file for each response; sample is None for the greedy one."""
+    for name, found in answers.items():
+        for is_greedy, samples in ((True, found.greedy), (False, found.sampled)):
+            for sample in samples:
+                yield {
+                    "set": name,
+                    "index": sample.prompt.index,
+                    "sample": None if is_greedy else sample.sample_id,
+                    "input": sample.prompt.text,
+                    "output": sample.response_text.removesuffix(sample.stop_text),
+                    "label": sample.prompt.label,
+                    "reward": sample.reward,
+                    "finish_reason": sample.finish_reason,
+                }
