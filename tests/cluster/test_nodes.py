@@ -2,18 +2,29 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import ray
 
-from megarlhf.cluster import ray_processes
+from megarlhf.cluster import launch, ray_processes
+from megarlhf.cluster.local_processes import LocalProcesses
 from megarlhf.cluster.nodes import devices_of, machine_of
+from megarlhf.cluster.workers import WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
+from megarlhf.parallel import device
 from megarlhf.parallel.device import check_device, visible_devices_environment
 from megarlhf.planner.placement import Machine, PlacementPlan, plan_placement
+
+CONFIG = from_dict(
+    PPOConfig,
+    {
+        **{"pretrain": "m", "prompt_data": "d", "save": "s"},
+        **{"actor_num_gpus_per_node": 2, "vllm_tensor_parallel_size": 2},
+    },
+)
 
 
 def node(*, cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[str, Any]:
@@ -69,9 +80,33 @@ def given_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def two_roles() -> PlacementPlan:
     """Actor and critic of two ranks each share two of the GPUs, an engine of two takes both."""
-    flags = {"actor_num_gpus_per_node": 2, "vllm_tensor_parallel_size": 2}
-    config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s", **flags})
-    return plan_placement(config, Machine("gpu", 1, 3, 4))
+    return plan_placement(CONFIG, Machine("gpu", 1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, "0 1 2"), ("GPU-c,GPU-a,GPU-b", "GPU-c GPU-a GPU-b"), ("7,5,3,2", "7 5 3")]
+)
+def test_children_get_the_gpus_that_the_run_sees(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(device, "num_local_gpus", lambda: 3)
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    started: list[tuple[str, str]] = []
+
+    def start(worker: Any, spec: WorkerSpec, environment: Mapping[str, str]) -> None:
+        started.append((spec.name, environment["CUDA_VISIBLE_DEVICES"]))
+
+    children = LocalProcesses()
+    monkeypatch.setattr(children, "start", start)
+    plan = two_roles()
+    for worker in plan.workers:
+        launch._launch(children, launch._spec(CONFIG, plan, worker, ()))
+    first, second, _ = expected.split()
+    pairs = [("actor-0", first), ("actor-1", second), ("critic-0", first), ("critic-1", second)]
+    assert started == [*pairs, ("rollout-0", f"{first},{second}")]
 
 
 def test_workers_get_the_jobs_own_gpus_by_name(given_gpus: list[str]) -> None:
