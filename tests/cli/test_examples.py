@@ -112,3 +112,11 @@ def test_smollm2_on_two_cores(script: str, places: dict[str, str], tmp_path: Pat
     check_documented(script, printed)
     assert "rollout_batch_size: 4" in printed
     assert not (tmp_path / "run with space").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["rejection_sampling_demo.sh", "iterative_dpo_demo.sh"])
+def test_the_demos_of_loops(script: str, tmp_path: Path) -> None:
+    printed = dry_run(script, tmp_path, DATA=str(tmp_path / "some data"))
+    assert "2 rounds of 400 prompts x 16 samples, 150 to evaluate on" in printed
+    assert not (tmp_path / "run with space").exists()

@@ -41,6 +41,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     corpus += ["--tokenizer_type", "HuggingFaceTokenizer"]
     merged = ["--model_path", "/nowhere", "--lora_path", "/nowhere", "--output_path", "x"]
     preprocess = ("preprocess", tool["preprocess_data"])
+    given = ["--pretrain", "/nowhere", "--prompt_data", "/nowhere"]
     rl = ["ppo", "--pretrain", "/nowhere/model", "--save", "/dev/null/run"]
     cases: list[tuple[list[str], int, str]] = [
         ([], 0, "usage: megarlhf COMMAND"),
@@ -53,6 +54,14 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         (["ppo", "--vllm_seed", "3"], 2, "--vllm_seed cannot be passed on; set seed"),
         (["sft", "--help"], 0, "--output-key"),
         (["parity", "--help"], 0, "--objectives"),
+        (["generate", "--help"], 0, "--csft-prompt"),
+        (["score", "--help"], 0, "--reward-pretrain"),
+        (["select", "--help"], 0, "--post-processor"),
+        (["iterate", "--help"], 0, "--num-rounds"),
+        (["generate", *given, "--output", "o.txt"], 2, "must end in .jsonl"),
+        (["score", "--dataset", "/nowhere", "--output", "o.jsonl"], 2, "nothing scores"),
+        (["select", "--dataset", "/nowhere", "--output", "o.jsonl", "--post_processor", "rs"], 2, "/nowhere"),
+        (["iterate", *given, "--method", "iterative_dpo", "--save", "x", "--num_rounds", "0"], 2, "num_rounds=0"),
         (["inspect", "--help"], 0, "--role"),
         (["convert", "--help"], 0, "hf-to-megatron|megatron-to-hf"),
         (["convert", "hf-to-megatron", "--help"], 0, "--target-tensor-parallel-size"),
