@@ -178,8 +178,11 @@ def test_the_journal_of_stages(tmp_path: Path) -> None:
     Stages(tmp_path, {"seed": 1, "x": (1, 2)}).finish("a", 1.5)
     with (tmp_path / JOURNAL).open("a") as file:
         file.write('{"stage": "b"')  # cut off
-    stages = Stages(tmp_path, {"seed": 1, "x": [1, 2]})
+    stages = Stages(tmp_path, {"seed": 1, "x": [1, 2], "new": 3})
     stages.finish("c", 2.0)
+    with pytest.raises(ValueError, match="another process runs its stages"):
+        Stages(tmp_path, {"seed": 1})
+    del stages
     assert Stages(tmp_path, {"seed": 1, "x": (1, 2)}).seconds == {"a": 1.5, "c": 2.0}
     with pytest.raises(ValueError, match="seed: was 1, now 2"):
         Stages(tmp_path, {"seed": 2, "x": [1, 2]})
@@ -271,16 +274,15 @@ def test_a_loop_goes_on_wherever_it_was_killed(
     table = capsys.readouterr().out.splitlines()
     assert ["2", "1.2500", "2", "2", "50.0%"] in [line.split() for line in table]
     for number, stage in enumerate(STAGES):
-        for when in ("before", "after"):
-            programs, save = PlainPrograms(), tmp_path / f"{number}{when}"
-            programs.dies = (stage, when)
-            with pytest.raises(Killed):
-                loop(assets, save, programs, monkeypatch)
-            programs.dies, before = None, list(programs.ran)
+        programs, save = PlainPrograms(), tmp_path / f"{number}"
+        programs.dies = (stage, ("before", "after")[number % 2])
+        with pytest.raises(Killed):
             loop(assets, save, programs, monkeypatch)
-            assert programs.ran == before + STAGES[number:]
-            assert (save / "hf" / "weights").read_text().replace(str(save), str(tmp_path / "whole")) == weights
-            assert [row["step"] for row in read(save / "metrics.jsonl")] == [0, 1, 2]
+        programs.dies, before = None, list(programs.ran)
+        loop(assets, save, programs, monkeypatch)
+        assert programs.ran == before + STAGES[number:]
+        assert (save / "hf" / "weights").read_text().replace(str(save), str(tmp_path / "whole")) == weights
+        assert [row["step"] for row in read(save / "metrics.jsonl")] == [0, 1, 2]
     with pytest.raises(ValueError, match="n_samples_per_prompt: was 2, now 3"):
         loop(assets, tmp_path / "whole", whole, monkeypatch, n_samples_per_prompt=3)
     loop(assets, tmp_path / "whole", whole, monkeypatch, num_rounds=3)
