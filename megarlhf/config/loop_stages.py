@@ -44,9 +44,17 @@ def evaluate_config(config: IterateConfig, number: int, model: str) -> GenerateC
 
 def score_config(config: IterateConfig, dataset: str, output: str) -> ScoreConfig:
     """Rewards of a file of samples, whose columns have the names that generating gives them."""
-    own = {"input_key": "input", "output_key": "output", "label_key": "label"}
-    own |= {"max_samples": None, "reward_skip_special_tokens": None}
-    return config_of(ScoreConfig, config, dataset=dataset, output=output, **own)
+    return config_of(
+        ScoreConfig,
+        config,
+        dataset=dataset,
+        output=output,
+        input_key="input",
+        output_key="output",
+        label_key="label",
+        max_samples=None,
+        reward_skip_special_tokens=None,
+    )
 
 
 def reward_models_config(config: ScoreConfig) -> PPOConfig | None:
