@@ -80,8 +80,8 @@ class RewardModel:
         if self._normalize:
             self._mean, self._std = moments(vars(config)) or (0.0, 1.0)
         given = None if self._policy_tokenizer is None else load_tokenizer(self._policy_tokenizer, chat_template=None)
-        has_own = given is None or any(Path(self.directory).glob("tokenizer*"))
-        own = load_tokenizer(self.directory, chat_template=None) if has_own else given
+        has_own = any(Path(self.directory).glob("tokenizer*"))
+        own = load_tokenizer(self.directory, chat_template=None) if given is None or has_own else given
         self._eos = own.eos_token_id
         if given is None or own.get_vocab() != given.get_vocab():
             try:
