@@ -79,10 +79,12 @@ def check_disk_space(
     more = num_checkpoints(first_step=first_step, last_step=last_step, interval=interval, keep=keep, present=present)
     size = checkpoint_bytes(sum(trained), bf16=config.model.bf16, distributed=distributed)
     exported = 4 * trained[0] if config.lora.lora_rank else stored_bytes(source)
-    averaged = isinstance(config, SupervisedConfig) and config.optimizer.enable_ema
+    averaged = config.optimizer.enable_ema
     size += 4 * trained[0] * averaged
     needs = {root: (more * size, f"{more} checkpoint(s)"), save / "hf": (exported, "the exported model")}
     needs |= {save / "hf_ema": (exported, "its average")} if averaged else {}
+    if isinstance(config, PPOConfig) and config.model.save_value_network:
+        needs[save / "hf_critic"] = (stored_bytes(models[1].weights), "the exported critic")
     if problems := space_problems(needs):
         raise ValueError(f"save={logging.save}; {'; '.join(problems)}")
 

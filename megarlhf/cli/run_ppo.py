@@ -125,6 +125,7 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
     identity = model_identity(config.model.pretrain, *layouts, lora=config.lora) | {
         "advantage_estimator": config.algorithm.advantage_estimator,
         "seed": config.model.seed,
+        "enable_ema": config.optimizer.enable_ema or None,  # as in checkpoints from before there were averages
     }
     names = metric_names([name for name, _ in named_sets(config.evaluation.eval_data or "")], config.evaluation)
     (prompts, eval_sets, stop_tokens), pretraining, continued, (models, memory), *_ = all_or_errors(
@@ -193,6 +194,7 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
                 state.restore(cluster.load(Path(config.logging.load) / "checkpoints"))
             rl.train(config, cluster.roles, prompts, eval_sets, state, sinks, stop)
             cluster.export(directory / "hf")
+            cluster.export_beside(config, directory)
             if (best := state.best.directory(logging)) is not None:
                 cluster.export(directory / "hf_best", of=best)
     finally:

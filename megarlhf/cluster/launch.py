@@ -53,6 +53,14 @@ class Cluster:
         with self.phases.export():
             self.actor.call("export", str(directory.absolute()))
 
+    def export_beside(self, config: PPOConfig, directory: Path) -> None:
+        """What is asked for beside the model: the average of its weights to hf_ema, the critic to hf_critic."""
+        with self.phases.export():
+            if config.optimizer.enable_ema:
+                self.actor.call("export_average", str((directory / "hf_ema").absolute()))
+            if config.model.save_value_network:
+                self.checkpoints.roles["critic"].call("export", str((directory / "hf_critic").absolute()))
+
     def load(self, root: Path) -> dict[str, Any]:
         """Bring every role to the latest checkpoint under `root`; see CheckpointGroup.load."""
         with self.phases.load():

@@ -19,6 +19,7 @@ from megarlhf.config.roles import EnginePart, Part, megatron_roles
 from megarlhf.data.partition import Partition, RankRows, with_ends
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GeneratedGroup, GroupTokens, TokenIds
+from megarlhf.formats.run_checkpoints import AVERAGE
 from megarlhf.formats.shared_memory import Block
 from megarlhf.parallel.device import DeviceKind
 from megarlhf.planner.placement import Worker
@@ -89,6 +90,7 @@ class MegatronWorker:
         from megarlhf.parallel.device import freeze_garbage_collector
         from megarlhf.parallel.groups import initialize_groups
         from megarlhf.trainers.assembly import (
+            build_average,
             build_engine,
             build_objective,
             build_pretraining,
@@ -111,6 +113,7 @@ class MegatronWorker:
             self.engine.keep_reference()
         self.objective = build_objective(spec.config, spec.role)
         self.pretraining = build_pretraining(spec.config, spec.role, self.engine)
+        self.average = build_average(spec.config, spec.role, self.engine)
         self._chat_template = chat_template(spec.config) if spec.rank == 0 else None
         freeze_garbage_collector()
         return self.engine.ranks.dp_rank, self.engine.packing
@@ -186,6 +189,8 @@ class MegatronWorker:
             batches = self.rows.batches(mini_batch, unread=unread)
             beside = [] if self.pretraining is None else [self.pretraining.next_term()]
             done = self.engine.step(batches, self.objective, denominator=denominator, beside=beside)
+            if self.average is not None:
+                self.average.update()
         difference = None
         if is_policy and "old_log_probs" not in fields and self.engine.ranks.holds_results:
             difference = LogProbDifference.between(
@@ -226,17 +231,27 @@ class MegatronWorker:
             chat_template=self._chat_template,
         )
 
+    def export_average(self, directory: str) -> None:
+        """Write the average of the weights in the same way."""
+        assert self.average is not None, "enable_ema keeps it"
+        with self.average.in_place():
+            self.export(directory)
+
     def save(self, directory: str) -> None:
-        """Write this role's checkpoint."""
+        """Write this role's checkpoint, the average of its weights in a directory beside it."""
         from megarlhf.engine.checkpoint import save_engine
 
         save_engine(self.engine, Path(directory))
+        if self.average is not None:
+            self.average.save(Path(directory).with_name(AVERAGE))
 
     def load(self, directory: str) -> None:
         """Continue from this role's checkpoint."""
         from megarlhf.engine.checkpoint import load_engine
 
         load_engine(self.engine, Path(directory), with_optimizer=not self.spec.config.logging.no_load_optim)
+        if self.average is not None:
+            self.average.load(Path(directory).with_name(AVERAGE))
 
     def sleep(self, parts: Sequence[Part]) -> None:
         """Give the device's memory of these parts to other roles."""

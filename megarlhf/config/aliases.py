@@ -113,7 +113,6 @@ _REFUSED = {  # why, and what to set instead -> flags
     # Run directory
     "the Hugging Face checkpoint is written once, at the end, to <save>/hf": "save_hf_ckpt",
     "set --save_interval; without it only the last step is saved": "disable_ds_ckpt",
-    "exporting the critic is not offered in this version": "save_value_network",
     # Batches and optimizer
     "set --train_iters to num_episodes * number of prompts / rollout_batch_size": "num_episodes",
     "set --prompt_max_len and --generate_max_len": "max_len",
@@ -141,7 +140,6 @@ _REFUSED = {  # why, and what to set instead -> flags
         "disable_fast_tokenizer"
     ),
     "weights are not quantised here: leave it out; megarlhf merge_lora merges a 4-bit run's adapter": "load_in_4bit",
-    "averaged weights are not offered for RL in this version": "enable_ema",
     # Rewards, algorithm, data
 }
 ALIASES |= {name: Alias(refused=why) for why, names in _REFUSED.items() for name in names.split()}

@@ -52,6 +52,8 @@ class RLModelArguments(ModelArguments):
     reward_pretrain: str | None = None
     """Local directories of reward models, with commas between several: ...ForSequenceClassification checkpoints with
     one label, such as megarlhf rm exports. None: no reward model."""
+    save_value_network: bool = False
+    """Export the critic too at the end (gae only), as a sequence classifier, to <save>/hf_critic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,18 @@ class SharedOptimizerArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerArguments(SharedOptimizerArguments):
+class AveragedOptimizerArguments(SharedOptimizerArguments):
+    """AdamW and its learning-rate schedule."""
+
+    enable_ema: bool = False
+    """Average the weights over the optimizer steps, in RL the actor's, and export the average beside the model, to
+    <save>/hf_ema."""
+    ema_decay: float = 0.992
+    """Part of the average that stays at each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArguments(AveragedOptimizerArguments):
     """AdamW and its learning-rate schedule, for actor and critic."""
 
     actor_learning_rate: float = 1e-6

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megarlhf.config.algorithm_arguments import AlgorithmArguments
-from megarlhf.config.arguments import BatchArguments, PPOConfig, RolloutArguments
+from megarlhf.config.arguments import AveragedOptimizerArguments, BatchArguments, PPOConfig, RolloutArguments
 from megarlhf.config.check_layout import broken, one_of, size
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.pretraining_arguments import PretrainingArguments
@@ -164,6 +164,20 @@ def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freez
             f"reward_clip_range={low} {high} must be the lowest reward and then a higher one": not low < high,
         }
     )
+
+
+def average_errors(optimizer: AveragedOptimizerArguments) -> list[str]:
+    """A decay of no average."""
+    decay = optimizer.ema_decay
+    ignored = decay != AveragedOptimizerArguments.ema_decay and not optimizer.enable_ema
+    return broken({f"ema_decay={decay} is ignored with enable_ema=False: set it, or leave ema_decay out": ignored})
+
+
+def value_network_errors(config: PPOConfig) -> list[str]:
+    """A critic to be exported that there is not."""
+    estimator = config.algorithm.advantage_estimator
+    said = f"save_value_network=True with advantage_estimator={estimator} (only gae trains a critic): leave it out"
+    return broken({said: config.model.save_value_network and estimator != "gae"})
 
 
 def pretraining_errors(pretraining: PretrainingArguments) -> list[str]:

@@ -17,6 +17,7 @@ from megarlhf.config.check_numbers import (
     Models,
     adapter_errors,
     algorithm_errors,
+    average_errors,
     batch_errors,
     correction_errors,
     engine_errors,
@@ -25,6 +26,7 @@ from megarlhf.config.check_numbers import (
     pretraining_errors,
     sampling_errors,
     shared_prefix_errors,
+    value_network_errors,
 )
 from megarlhf.config.check_rewards import reward_errors, reward_model_errors
 from megarlhf.config.check_save import ckpt_errors, save_errors
@@ -41,7 +43,6 @@ from megarlhf.config.supervised_arguments import (
     SFTDataArguments,
     SupervisedConfig,
     SupervisedDataArguments,
-    SupervisedOptimizerArguments,
 )
 from megarlhf.formats.blends import blend_errors, parse_split
 from megarlhf.formats.data_names import held_out_part, probability_errors
@@ -74,6 +75,7 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += batch_errors(batch, max(layout.context_parallel_size for layout in trained))
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
     errors += correction_errors(config) + adapter_errors(config.lora) + pretraining_errors(config.pretraining)
+    errors += average_errors(config.optimizer) + value_network_errors(config)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
     errors += sampling_errors(config.rollout) + template_errors(config.data)
     errors += reward_errors(config.reward, num_models=len(reward_roles(config))) + reward_model_errors(config, models)
@@ -106,9 +108,7 @@ def check_supervised(config: SupervisedConfig) -> list[str]:
     errors += world_errors(f"{name}={config.world_size}", config.world_size, config.layout, batch.global_batch_size)
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
     errors += template_errors(data) + _data_errors(data) + adapter_errors(config.lora)
-    decay = config.optimizer.ema_decay
-    ignored = decay != SupervisedOptimizerArguments.ema_decay and not config.optimizer.enable_ema
-    errors += broken({f"ema_decay={decay} is ignored with enable_ema=False: set it, or leave ema_decay out": ignored})
+    errors += average_errors(config.optimizer)
     if isinstance(data, SFTDataArguments | KTODataArguments):
         errors += _answer_errors(data)
     if isinstance(config, PairsConfig):

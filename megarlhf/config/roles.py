@@ -143,7 +143,11 @@ ROLES: dict[str, RoleSpec] = {
                 ("critic_num_gpus_per_node", "actor_num_gpus_per_node"),
             ),
             estimators=("gae",),
-            awake={"train": ("parameters", "optimizer"), "checkpoint": ("parameters", "optimizer")},
+            awake={
+                "train": ("parameters", "optimizer"),
+                "checkpoint": ("parameters", "optimizer"),
+                "export": ("parameters",),
+            },
         ),
         RoleSpec(
             name="reward",

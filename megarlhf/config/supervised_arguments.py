@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from megarlhf.config.arguments import LoggingArguments, ModelArguments, RenderingArguments, SharedOptimizerArguments
+from megarlhf.config.arguments import AveragedOptimizerArguments, LoggingArguments, ModelArguments, RenderingArguments
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import MegatronPassedArguments
@@ -47,15 +47,11 @@ class SupervisedBatchArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedOptimizerArguments(SharedOptimizerArguments):
+class SupervisedOptimizerArguments(AveragedOptimizerArguments):
     """AdamW and its learning-rate schedule."""
 
     learning_rate: float = 5e-6
     """Largest learning rate."""
-    enable_ema: bool = False
-    """Average the weights over the optimizer steps, and export the average beside the model, to <save>/hf_ema."""
-    ema_decay: float = 0.992
-    """Part of the average that stays at each step."""
 
 
 @dataclass(frozen=True, kw_only=True)

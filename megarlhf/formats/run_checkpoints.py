@@ -3,6 +3,7 @@
     checkpoints/latest_checkpointed_iteration.txt
     checkpoints/iter_0000010/run_state.json          what the loop needs: step, coefficients, identity
     checkpoints/iter_0000010/actor/, critic/         torch_dist: weights, optimizer, schedule
+    checkpoints/iter_0000010/average/                torch_dist: weights averaged over the steps, with enable_ema
     checkpoints/best                                 with --best_metric a link to the iteration of the best evaluation
 
 A save goes to `iter_0000010.partial/`, is synced to disk and renamed; then the latest pointer is replaced, so that a
@@ -17,6 +18,7 @@ from typing import Any
 from megarlhf.formats.staging import replace_directory, sync
 
 OPTIMIZER_STATE = "optimizer_state"  # entry of an identity: what of the layout decides how optimizer state is kept
+AVERAGE = "average"  # directory of a checkpoint
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best"
 

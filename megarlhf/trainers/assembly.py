@@ -12,6 +12,7 @@ from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.tokenizer import load_tokenizer
+from megarlhf.engine.average import WeightAverage
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions
@@ -66,6 +67,12 @@ def build_objective(config: PPOConfig, role: RoleSpec) -> Objective:
             tis_mask_range=algorithm.tis_mask_range if config.uses_tis else None,
         )
     )
+
+
+def build_average(config: PPOConfig, role: RoleSpec, engine: MegatronEngine) -> WeightAverage | None:
+    """The average of the policy's weights, from those that it has now; None where none is kept."""
+    averages = config.optimizer.enable_ema and role.head == "lm"
+    return WeightAverage(engine, config.optimizer.ema_decay) if averages else None
 
 
 def build_pretraining(config: PPOConfig, role: RoleSpec, engine: MegatronEngine) -> PretrainingLoss | None:

@@ -25,7 +25,6 @@ from megarlhf.parallel.device import current_device
 from megarlhf.trainers.best import Best
 from megarlhf.trainers.evaluation import evaluation_is_due
 
-_AVERAGE = "average"  # folder of a checkpoint
 Prepare = Callable[[SupervisedData, Ints, list[MicroBatch]], list[MicroBatch]]
 MEASURED_UNITS = 1024  # of the training data, for entries of config.json where there is no evaluation data
 
@@ -234,7 +233,7 @@ def save_checkpoint(
         staging = run_checkpoints.staging_directory(root, step)
         checkpoint.save_engine(engine, staging / "actor")
         if average is not None:
-            average.save(staging / _AVERAGE)
+            average.save(staging / run_checkpoints.AVERAGE)
         if dist.get_rank() == 0:
             state = {
                 "step": step,
@@ -263,7 +262,7 @@ def load(
     run_checkpoints.check_identity(state.get("identity", {}), identity, directory, with_optimizer=with_optimizer)
     checkpoint.load_engine(engine, directory / "actor", with_optimizer=with_optimizer)
     if average is not None:
-        average.load(directory / _AVERAGE)
+        average.load(directory / run_checkpoints.AVERAGE)
     return Progress(
         step=int(state["step"]),
         consumed=int(state["consumed"]),

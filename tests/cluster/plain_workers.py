@@ -149,7 +149,7 @@ class PlainWorkers(WorkerGroup):
         worker = object.__new__(MegatronWorker)  # whose __init__ takes over the process's output
         worker.spec, worker._store = SimpleNamespace(role=ROLES[role], config=config), store
         worker.engine = PlainEngine("value" if role == "critic" else "lm", kind, packing)
-        worker.objective = worker.pretraining = None
+        worker.objective = worker.pretraining = worker.average = None
         return worker
 
 

@@ -259,6 +259,8 @@ def patch_files(patch: pytest.MonkeyPatch, trace: Trace) -> None:
 
         def save(self, directory: Path) -> None: ...
 
+        def load(self, directory: Path) -> None: ...
+
         in_place = contextlib.nullcontext
 
     patch.setattr(average, "WeightAverage", Average)

@@ -13,8 +13,18 @@ def documents(trace: Trace) -> list[list[int]]:
     return sorted(map(list, found))
 
 
+def exports(trace: Trace) -> list[str]:
+    """Directories of what is exported."""
+    return [given["directory"].name for given in trace.given["export"]]
+
+
 PTX = {"pretrain_data": "{}/other_rows.jsonl"}
 TRICKS: dict[str, Probe] = {
+    "enable_ema": Probe(value=True, seen=exports, expected=["hf", "hf_ema"]),
+    "ema_decay": Probe(
+        value=0.75, seen=lambda t: t.given["ema"], **{"expected": [0.75], "also": {"enable_ema": True}}
+    ),
+    "save_value_network": Probe(value=True, seen=exports, expected=["hf", "hf_critic"]),
     "pretrain_data": Probe(
         value="{}/other_rows.jsonl",
         seen=both(

@@ -213,7 +213,7 @@ def test_every_alias_leads_to_options_that_exist() -> None:
 
 def test_names_are_shared_by_an_option_and_no_alias_of_the_same_program() -> None:
     assert not options_of(PPOConfig).keys() & ALIASES.keys()
-    assert options_of(SFTConfig).keys() & ALIASES.keys() == {"max_len", "enable_ema"}  # refused in PPO
+    assert options_of(SFTConfig).keys() & ALIASES.keys() == {"max_len"}  # refused in PPO
 
 
 def test_sft_has_its_own_names() -> None:

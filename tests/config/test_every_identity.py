@@ -13,7 +13,8 @@ from tests.config.in_process_programs import Programs
 
 SHAPE = {"architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"}
 KEYS = {
-    "ppo": SHAPE | {"lora", "optimizer_state", "advantage_estimator", "seed", "data", "reward_models"},
+    "ppo": SHAPE
+    | {"lora", "optimizer_state", "advantage_estimator", "seed", "data", "reward_models", "pretrain_data", "enable_ema"},
     "sft": SHAPE | {"lora", "optimizer_state", "seed", "data", "enable_ema"},
 }
 REFERENCE = "ref_pretrain or pretrain"
@@ -39,6 +40,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
         {"max_samples": 7},
         {"input_template": "say {}"},
         {"input_key": "question"},
+        {"pretrain_data": "{}/rows.jsonl"},
+        {"enable_ema": True},
         {"use_distributed_optimizer": False},
         {"lora_rank": 2},
     ],
@@ -115,7 +118,7 @@ def test_a_key_that_differs(programs: Programs, numbers: Iterator[int], program:
     del state["identity"][key]  # a checkpoint of a version that had no such key
     state_file(older, program).write_text(json.dumps(state))
     # None in this run, as they were before there were any.
-    goes_on = key in ("lora", "teacher_top_k", "enable_ema", "reward_models")
+    goes_on = key in ("lora", "teacher_top_k", "enable_ema", "reward_models", "pretrain_data")
     assert (go_on(programs, program, older) == "") == goes_on
 
 
