@@ -4,7 +4,7 @@ import os
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_files import place_errors, read_model
-from megarlhf.config.check_layout import broken, layout_errors
+from megarlhf.config.check_layout import broken, cluster_errors, layout_errors
 from megarlhf.config.check_numbers import engine_errors, length_errors, limit_errors
 from megarlhf.config.check_rewards import reward_errors, reward_model_errors
 from megarlhf.config.check_save import directory_errors, save_errors
@@ -27,6 +27,7 @@ from megarlhf.config.loop_stages import (
 )
 from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.config.roles import reward_roles
+from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.supervised_arguments import DPOArguments
 from megarlhf.formats.data_names import probability_errors
 
@@ -64,24 +65,24 @@ def check_score(config: ScoreConfig) -> list[str]:
     score, reward, ppo = config.score, config.reward, reward_models_config(config)
     errors = place_errors(to_dict(config)) + limit_errors(to_dict(config))
     errors += reward_errors(reward, num_models=0 if ppo is None else len(reward_roles(ppo)))
-    errors += _own_errors(config) if ppo is None else _model_errors(ppo)
+    errors += unread_errors(config) if ppo is None else model_errors(ppo)
     said = "reward_skip_special_tokens is ignored (responses are text already): leave it out, or set megarlhf "
     said += "generate's skip_special_tokens"
     errors += broken({said: reward.reward_skip_special_tokens is not None}) + _untrained_errors(reward)
     return errors + output_errors(score.output, score.dataset)
 
 
-def _model_errors(ppo: PPOConfig) -> list[str]:
+def model_errors(ppo: PPOConfig) -> list[str]:
     """What is wrong with reward models and their layouts."""
     errors, models = [], {}
     for role in reward_roles(ppo):
         option, path = role.start(ppo)
         models[option], found = read_model(option, path)
         errors += found + layout_errors(role.layout(ppo), {option: models[option]}, role.prefix)
-    return list(dict.fromkeys(errors + reward_model_errors(ppo, models)))
+    return list(dict.fromkeys(errors + cluster_errors(ppo) + reward_model_errors(ppo, models)))
 
 
-def _own_errors(config: ScoreConfig) -> list[str]:
+def unread_errors(config: ScoreConfig | ServeConfig) -> list[str]:
     """Options of reward models without any."""
     own = vars(config.reward_layout) | {"reward_num_gpus_per_node": config.models.reward_num_gpus_per_node}
     return [

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.check_files import file_for_text_errors, place_errors
+from megarlhf.config.check_files import file_for_text_errors
 from megarlhf.config.check_layout import broken
-from megarlhf.config.check_numbers import limit_errors
-from megarlhf.config.command_line import to_dict
 from megarlhf.config.reward_arguments import RewardArguments, RewardCodeArguments
 from megarlhf.config.roles import reward_roles
-from megarlhf.config.serve_arguments import ServeConfig
-from megarlhf.config.urls import TOKEN_VARIABLE, is_loopback, url_errors
+from megarlhf.config.urls import TOKEN_VARIABLE, url_errors
 
 
 def reward_errors(reward: RewardArguments, *, num_models: int = 0) -> list[str]:
@@ -43,33 +40,6 @@ def reward_errors(reward: RewardArguments, *, num_models: int = 0) -> list[str]:
         errors += url_errors("remote_rm_url", url, has_token=bool(token), allow_http=allow_http)
     num_sources = num_models + (function is not None) + (rule is not None) + len(servers)
     return errors + _weight_errors(reward.reward_weights, num_sources) + code_errors(reward)
-
-
-def serve_errors(config: ServeConfig) -> list[str]:
-    """What is wrong with a server of rewards."""
-    serve, reward = config.serve, config.reward
-    function, rule = reward.reward_function, reward.reward_rule
-    options = to_dict(config)
-    errors = broken(
-        {
-            f"reward_function={function} and reward_rule={rule} (one of them scores): set reward_function to a Python "
-            "file, or reward_rule to math, exact_match or format": (function is None) == (rule is None),
-            f"stop_texts={' '.join(serve.stop_texts)} is ignored without reward_rule (reward functions read whole "
-            "queries): leave it out": serve.stop_texts and rule is None,
-            f"host={serve.host} is open to other machines, and nothing keeps them out: set {TOKEN_VARIABLE} in the "
-            "environment, or use host=127.0.0.1": not is_loopback(serve.host) and not os.environ.get(TOKEN_VARIABLE),
-            f"ssl_keyfile={serve.ssl_keyfile} is ignored without ssl_certfile: set both": (
-                serve.ssl_keyfile is not None and serve.ssl_certfile is None
-            ),
-            f"max_waiting_queries={serve.max_waiting_queries} is below max_queries={serve.max_queries} (a full request "
-            "could never wait): raise it": serve.max_waiting_queries < serve.max_queries,
-        }
-        | {
-            f"{name}={path} is not a file: give one in PEM format": path is not None and not os.path.isfile(path)
-            for name, path in (("ssl_certfile", serve.ssl_certfile), ("ssl_keyfile", serve.ssl_keyfile))
-        }
-    )
-    return errors + limit_errors(options) + place_errors(options) + code_errors(reward)
 
 
 def code_errors(reward: RewardCodeArguments) -> list[str]:

@@ -1,13 +1,18 @@
 """Scoring of texts that come from elsewhere, as the server does (server.py)."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from megarlhf.data.types import Prompt, Rollout, Sample, TokenIds
+from megarlhf.data.rows import Rows
+from megarlhf.data.templates import encode_prompts, make_renderer
+from megarlhf.data.types import GroupTokens, Prompt, Rollout, Sample, TokenIds
+from megarlhf.reward.model import RewardModel
 from megarlhf.reward.sources import RewardSource, SourceResult
 
 CHARACTERS_PER_TOKEN = 4  # where there is no tokenizer that could count
@@ -101,3 +106,93 @@ class CodeTextScorer:
 
 
 _NO_TOKENS: TokenIds = np.zeros(0, dtype=np.int32)
+
+
+class ModelTextScorer:
+    """Scores texts by a reward model.
+
+    A text that is whole ends with EOS, once, whether or not it came with it and with padding behind, as OpenRLHF 0.5's
+    server has it; one that was cut ends as it came. Texts of one prompt that follow each other share what they begin
+    with.
+    """
+
+    def __init__(
+        self, source: RewardModel, tokenizer: PreTrainedTokenizerBase, started: AbstractContextManager[None]
+    ) -> None:
+        """Nothing runs before `open`.
+
+        Args:
+            tokenizer: the model's own.
+            started: in whose block the source's model runs.
+        """
+        self._source, self._tokenizer, self._started = source, tokenizer, started
+        self._renderer = make_renderer(tokenizer, apply_chat_template=False, input_template=None)
+        self._stack = ExitStack()
+
+    def open(self) -> None:
+        """Start the model. Raises ValueError, or what its processes fail with."""
+        self._source.check()
+        self._stack.enter_context(self._started)
+
+    def tokenize(self, texts: Sequence[Text]) -> list[Text]:
+        """See TextScorer."""
+        eos, found = self._tokenizer.eos_token_id, []
+        queries = [text.query if text.is_cut else self._without_end(text.query) for text in texts]
+        rows = Rows(path="the request", rows=[{}] * len(texts))
+        encoded = encode_prompts(self._renderer, queries, rows=rows)
+        for index, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            if not text.is_cut and eos is not None:
+                ids = np.append(ids, np.int32(eos))
+            if len(ids) < 2:
+                raise ValueError(f"query[{index}] has {len(ids)} tokens (a prompt and a response have two or more)")
+            found.append(replace(text, num_tokens=len(ids), token_ids=ids))
+        return found
+
+    def score(self, texts: Sequence[Text]) -> SourceResult:
+        """See TextScorer."""
+        samples, tokens = list[Sample](), []
+        for _, members in groupby(texts, key=lambda text: text.prompt):
+            rows = [text.token_ids for text in members if text.token_ids is not None]
+            shared = _common_length(rows)
+            prompt = Prompt(index=0, text="", token_ids=rows[0][:shared], label=None)
+            lengths = np.array([len(row) - shared for row in rows], dtype=np.int64)
+            for sample_id, length in enumerate(lengths.tolist()):
+                samples.append(
+                    Sample(
+                        prompt=prompt,
+                        group_id=len(tokens),
+                        sample_id=sample_id,
+                        response_length=length,
+                        response_text="",
+                        finish_reason="length",  # EOS is among the tokens
+                        weight_version=0,
+                    )
+                )
+            tokens.append(
+                GroupTokens(
+                    prompt_ids=prompt.token_ids,
+                    response_ids=np.concatenate([row[shared:] for row in rows]),
+                    rollout_log_probs=np.zeros(int(lengths.sum()), dtype=np.float32),
+                    lengths=lengths,
+                )
+            )
+        return self._source.score(Rollout(samples=samples, tokens=tuple(tokens)))
+
+    def close(self) -> None:
+        """End the model's processes."""
+        self._stack.close()
+
+    def _without_end(self, query: str) -> str:
+        """A query without EOS and padding at its end."""
+        ends = [end for end in (self._tokenizer.eos_token, self._tokenizer.pad_token) if end]
+        while any(query.endswith(end) for end in ends):
+            query = query.removesuffix(next(end for end in ends if query.endswith(end)))
+        return query
+
+
+def _common_length(rows: Sequence[TokenIds]) -> int:
+    """Tokens with which all rows begin, without the last of the shortest; at least 1."""
+    shortest = min(map(len, rows)) - 1
+    first = rows[0][:shortest]
+    same = np.all([row[:shortest] == first for row in rows], axis=0)
+    return max(1, int(np.argmin(same)) if not same.all() else shortest)

@@ -24,6 +24,7 @@ from megarlhf.cli import (
     run_ppo,
     run_score,
     run_select,
+    run_serve,
     run_supervised,
     serve_rm,
     supervised,
@@ -272,7 +273,7 @@ class Programs:
                 return types.SimpleNamespace(run=serve)
 
             patch.setattr(rewards, "RewardScorer", lambda **options: FakeScorer(trace, **options))
-            patch.setattr(server, "RewardServer", made)
+            patch.setattr(run_serve, "RewardServer", made)
             serve_rm._run(config, "megarlhf serve-rm", dry_run=False)
 
         return self._run(run)

@@ -1,0 +1,89 @@
+"""The run of serve_rm.py, whose options are checked already: what scores, and where the server listens."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+
+from megarlhf.cli.errors import running
+from megarlhf.cli.rewards import code_sources, model_sources
+from megarlhf.cli.run import check_weights, resolve_kernels
+from megarlhf.cli.run_ppo import find_machine
+from megarlhf.cli.run_score import running_models
+from megarlhf.config.command_line import to_yaml
+from megarlhf.config.roles import reward_roles
+from megarlhf.config.serve_arguments import ServeConfig
+from megarlhf.config.urls import TOKEN_VARIABLE
+from megarlhf.data.tokenizer import load_tokenizer
+from megarlhf.reward.model import RewardModel
+from megarlhf.reward.server import Limits, RewardServer
+from megarlhf.reward.sources import SumOfSources
+from megarlhf.reward.texts import CodeTextScorer, ModelTextScorer, TextScorer
+
+
+def run(config: ServeConfig, prog: str, *, dry_run: bool) -> int:
+    """Serve until a signal; returns the exit status."""
+    serve = config.serve
+    if config.models.reward_pretrain is None:
+        (source,) = code_sources(config.reward)
+        scorer: TextScorer = CodeTextScorer(source, stop_texts=serve.stop_texts)
+        if dry_run:
+            source.check()
+            source.close()
+    else:
+        scorer = _model_scorer(config)
+    if dry_run:
+        print(to_yaml(config))
+        return 0
+    limits = Limits(
+        token=os.environ.get(TOKEN_VARIABLE) or None,
+        max_body_bytes=serve.max_body_mib << 20,
+        max_queries=serve.max_queries,
+        max_len=serve.max_len,
+        max_batch_tokens=serve.max_batch_tokens,
+        max_waiting_queries=serve.max_waiting_queries,
+    )
+    with _listening(serve.host, serve.port) as listening:
+        port = listening.getsockname()[1]
+        host = f"[{serve.host}]" if ":" in serve.host else serve.host
+        address = f"{'https' if serve.ssl_certfile else 'http'}://{host}:{port}/get_reward"
+        server = RewardServer(scorer, limits, on_ready=lambda: print(f"{prog}: ready at {address}", flush=True))
+        server.run(listening, ssl_certfile=serve.ssl_certfile, ssl_keyfile=serve.ssl_keyfile)
+    print(f"{prog}: stopped, all that was accepted is answered", flush=True)
+    return 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Raises ValueError where nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ValueError(f"host={host} port={port} cannot be listened at ({error}): set others") from error
+
+
+def _model_scorer(config: ServeConfig) -> ModelTextScorer:
+    """The reward model on ranks of its own, which start when the scorer is opened.
+
+    Raises:
+        ValueError: files of the model, or kernels, that cannot be used.
+    """
+    ppo = config.as_ppo()
+    (role,), (source,) = reward_roles(ppo), model_sources(ppo)
+    (option, directory), layout = role.start(ppo), role.layout(ppo)
+    impl = resolve_kernels(ppo, {role.prefix: layout}, share_prompt_prefix=False, device=find_machine(ppo).kind)
+    check_weights([(option, directory, layout, role.head)], transformer_impl=impl)
+    source.check()
+    print(source.line())
+    return ModelTextScorer(source, load_tokenizer(directory, chat_template=None), _started(config, source))
+
+
+@contextmanager
+def _started(config: ServeConfig, source: RewardModel) -> Iterator[None]:
+    with (
+        TemporaryDirectory(prefix="megarlhf-logs-") as logs,
+        running(),
+        running_models(SumOfSources([source]), config.as_ppo(save=logs)),
+    ):
+        yield
