@@ -152,6 +152,7 @@ def compute_advantages(
     lambd: float,
     clip_range: tuple[float, float],
     normalize: bool,
+    trained: Tensor | None = None,
 ) -> AdvantageResult:
     """Advantages and returns of a whole rollout batch.
 
@@ -177,6 +178,8 @@ def compute_advantages(
         kl: [t] float, nats; None for no penalty.
         lengths: [b] int64 response lengths in tokens, each at least 1.
         values: [t] float from the critic, for gae and no other.
+        trained: [b] bool; the rewards of the others count in the baselines alone, and kl, lengths, values and the
+            result are without them. None: all.
     Returns:
         Advantages and returns; without a critic the returns are the advantages before whitening.
     Raises:
@@ -196,6 +199,7 @@ def compute_advantages(
             "must be finite (one NaN would spread over the batch): drop samples without a result"
         )
     outcomes = _OUTCOME_BASELINES[estimator](rewards.clamp(*clip_range), group_ids)
+    outcomes = outcomes if trained is None else outcomes[trained]
     on_last_token = torch.zeros_like(outcomes) if estimator in _BROADCAST else outcomes
     pairs = []
     for samples, tokens in _blocks(lengths):

@@ -112,6 +112,23 @@ class Inputs(NamedTuple):
     identity: dict[str, Any]  # what a checkpoint must agree with
     continued: int | None  # step of the checkpoint to continue from
     memory: MemoryPlan
+    total_steps: int  # RL steps of the run
+
+
+def total_steps(config: PPOConfig, prompts: PromptData) -> int:
+    """RL steps of the run: train_iters, or those of num_episodes passes over the prompts.
+
+    Raises:
+        ValueError: the critic's warm-up takes all of them.
+    """
+    batch, frozen = config.batch, config.optimizer.freezing_actor_steps
+    steps = batch.train_iters or max(1, batch.num_episodes * len(prompts.prompts) // batch.rollout_batch_size)
+    if frozen >= steps:
+        raise ValueError(
+            f"freezing_actor_steps={frozen} leaves none of the {steps} steps that num_episodes={batch.num_episodes} "
+            f"makes of {len(prompts.prompts)} prompts to train the actor: use fewer, or more episodes"
+        )
+    return steps
 
 
 def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: TransformerImpl, *, dry_run: bool) -> Inputs:
@@ -142,11 +159,12 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
     identity["pretrain_data"] = pretraining and data_identity(len(pretraining), pretraining.fingerprint)
     identity["reward_models"] = reward_identity(config)
     resumed_step(config.logging, identity)  # again, now that data and models are known
+    steps = total_steps(config, prompts)
     with machine_checks(dry_run=dry_run):
         trained = [model for model, role in zip(models, roles, strict=True) if role.trains]
-        check_disk_space(config, trained, first_step=continued or 0, last_step=config.batch.train_iters)
+        check_disk_space(config, trained, first_step=continued or 0, last_step=steps)
     configs = [model.config for model in models]
-    return Inputs(prompts, eval_sets, pretraining, stop_tokens, configs, identity, continued, memory)
+    return Inputs(prompts, eval_sets, pretraining, stop_tokens, configs, identity, continued, memory, steps)
 
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:
@@ -161,7 +179,9 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     reward = SumOfSources(sources, config.reward.reward_weights)
     inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
     kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
-    lines = [*layout_lines(config), *(model.line() for model in models)]
+    epochs = inputs.total_steps * config.batch.rollout_batch_size / len(inputs.prompts.prompts)
+    lines = [f"{inputs.total_steps} steps, {epochs:.3g} passes over the prompts", *layout_lines(config)]
+    lines += [model.line() for model in models]
     decided = "\n".join([plan.table(), *lines, f"{kernels}\n", inputs.memory.text()])
     prompts, eval_sets, stops = inputs.prompts, inputs.eval_sets, inputs.stop_tokens
     labels = [prompt.label for members in (prompts.prompts, *eval_sets.values()) for prompt in members]
@@ -172,9 +192,10 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         return 0
     from megarlhf.cluster import launch  # the workers and, maybe, Ray: nothing above needs them
 
-    logging, total = config.logging, config.batch.train_iters
+    logging, total = config.logging, inputs.total_steps
     directory = open_run_directory(logging.save, to_yaml(config), ckpt_path=logging.ckpt_path)
     write_pretraining(inputs.pretraining, pretraining_directory(config))
+    config = replace(config, batch=replace(config.batch, train_iters=total))  # config.yaml keeps what was asked for
     stop = StopSignal()
     print(decided)
     sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=inputs.continued)

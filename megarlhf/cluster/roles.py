@@ -90,9 +90,9 @@ class RolloutGroup:
     def __init__(self, workers: WorkerGroup, *, n_samples_per_prompt: int) -> None:
         self.workers, self.n_samples = workers, n_samples_per_prompt
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
+    def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
         """See RolloutRole."""
-        return self._generate(prompts, range(len(prompts)), self.n_samples, step, None)
+        return self.generate_part(prompts, step=step, first_place=first_place, greedy=False)
 
     def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
         """See RolloutRole."""

@@ -53,6 +53,23 @@ class AlgorithmArguments:
     divide by their running std."""
     normalize_advantages: bool = True
     """Shift and scale advantages to mean 0 and std 1 over all response tokens of a step."""
+    overlong_filter: bool = False
+    """Leave responses that were cut at generate_max_len out of the losses; their rewards count in their group's
+    baseline."""
+    overlong_buffer_len: int | None = None
+    """Tokens before generate_max_len over which a response's reward falls, linearly, by up to overlong_penalty_factor
+    (DAPO). None: no penalty."""
+    overlong_penalty_factor: float = 1.0
+    """Penalty of a response of generate_max_len tokens."""
+    dynamic_filtering: bool = False
+    """Replace prompts whose samples all have the same reward by fresh ones (DAPO's dynamic sampling); data is then used
+    up faster."""
+    dynamic_filtering_reward_range: tuple[float, float] | None = None
+    """Keep the prompts whose samples' mean reward lies between these two numbers, such as 0 1. None: those whose
+    rewards differ."""
+    dynamic_filtering_max_rounds: int = 10
+    """Rounds of generating in a step, at most; then it goes on with the prompts that it has, if min_result_fraction
+    allows it."""
     loss_aggregation: Literal["token", "sequence"] = "token"
     """Average of the policy loss: over all tokens of a batch, or over each response first and then over responses."""
     critic_loss_aggregation: Literal["token", "sequence"] = "token"

@@ -114,7 +114,6 @@ _REFUSED = {  # why, and what to set instead -> flags
     "the Hugging Face checkpoint is written once, at the end, to <save>/hf": "save_hf_ckpt",
     "set --save_interval; without it only the last step is saved": "disable_ds_ckpt",
     # Batches and optimizer
-    "set --train_iters to num_episodes * number of prompts / rollout_batch_size": "num_episodes",
     "set --prompt_max_len and --generate_max_len": "max_len",
     # Memory and layout
     "it is an option of DeepSpeed: leave it out": "overlap_comm",

@@ -103,8 +103,11 @@ class ClusterArguments(EngineArguments):
 class BatchArguments:
     """How much work a step is."""
 
-    train_iters: int = 100
-    """RL steps to run; each one generates, scores and trains on rollout_batch_size prompts."""
+    train_iters: int | None = None
+    """RL steps to run, whatever num_episodes is; each one generates, scores and trains on rollout_batch_size prompts.
+    None: as many as num_episodes makes."""
+    num_episodes: int = 1
+    """Passes over the prompts; those that dynamic_filtering draws more of do not count."""
     rollout_batch_size: int = 128
     """Prompts in a step."""
     n_samples_per_prompt: int = 1
@@ -122,6 +125,12 @@ class BatchArguments:
     """Times the samples of one step are trained on."""
     share_prompt_prefix: bool | None = None
     """Compute the prompt once for all of its samples in a micro-batch. None: on where the layout allows it."""
+
+    @property
+    def total_steps(self) -> int:
+        """RL steps of the run, once the data is known."""
+        assert self.train_iters is not None, "resolved before anything starts"
+        return self.train_iters
 
     @property
     def updates_per_step(self) -> int:

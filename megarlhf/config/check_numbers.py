@@ -34,7 +34,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "reward_num_virtual_stages_per_pipeline_rank reward_decoder_first_pipeline_num_layers "
         "reward_decoder_last_pipeline_num_layers reward_num_nodes reward_num_gpus_per_node "
         "actor_num_nodes actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node num_gpus_per_node "
-        "vllm_num_engines vllm_tensor_parallel_size tis_cap train_iters rollout_batch_size "
+        "vllm_num_engines vllm_tensor_parallel_size tis_cap train_iters num_episodes rollout_batch_size "
+        "dynamic_filtering_max_rounds overlong_buffer_len "
         "n_samples_per_prompt global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens "
         "max_epochs max_len eval_iters prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "
@@ -46,8 +47,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "above 0",
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
-        "remote_rm_timeout_seconds "
-        "adam_eps value_clip beta kl_target temperature ptx_coef eval_temperature vllm_kv_cache_gib gpu_memory_gib "
+        "remote_rm_timeout_seconds ptx_coef overlong_penalty_factor "
+        "adam_eps value_clip beta kl_target temperature eval_temperature vllm_kv_cache_gib gpu_memory_gib "
         "logprob_diff_budget logprob_kl_budget max_ckpt_mem repetition_penalty",
     ),
     (
@@ -151,7 +152,7 @@ def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freez
             f"freezing_actor_steps={frozen} with advantage_estimator={estimator} (without a critic those steps would "
             "train nothing): leave it out": frozen > 0 and estimator != "gae",
             f"freezing_actor_steps={frozen} leaves none of train_iters={steps} steps to train the actor: use fewer": (
-                estimator == "gae" and frozen > 0 and frozen >= steps >= 1
+                estimator == "gae" and steps is not None and frozen > 0 and frozen >= steps >= 1
             ),
             f"loss_aggregation={algorithm.loss_aggregation} is ignored with advantage_estimator=dr_grpo (its "
             "denominator is generate_max_len): leave it out": (
@@ -162,6 +163,32 @@ def algorithm_errors(algorithm: AlgorithmArguments, batch: BatchArguments, freez
                 estimator != "gae" and algorithm.critic_loss_aggregation != "token"
             ),
             f"reward_clip_range={low} {high} must be the lowest reward and then a higher one": not low < high,
+        }
+    )
+
+
+def filter_errors(config: PPOConfig) -> list[str]:
+    """Options of filters that are off, and limits that no response or group can meet."""
+    algorithm, default, longest = config.algorithm, AlgorithmArguments(), config.rollout.generate_max_len
+    buffer, band = algorithm.overlong_buffer_len, algorithm.dynamic_filtering_reward_range
+    owners = dict.fromkeys(("dynamic_filtering_reward_range", "dynamic_filtering_max_rounds"), "dynamic_filtering")
+    owners |= {"overlong_penalty_factor": "overlong_buffer_len"}
+    ignored = {
+        f"{name}={getattr(algorithm, name)} is ignored without {owner}: set it, or leave {name} out": (
+            getattr(algorithm, name) != getattr(default, name) and not getattr(algorithm, owner)
+        )
+        for name, owner in owners.items()
+    }
+    return broken(
+        ignored
+        | {
+            f"overlong_buffer_len={buffer} is above generate_max_len={longest} (it is the last part of that): use at "
+            f"most {longest}": buffer is not None and buffer > longest,
+            "dynamic_filtering=True with n_samples_per_prompt=1 (it compares the samples of one prompt): use 2 or "
+            "more, or leave it out": algorithm.dynamic_filtering and config.batch.n_samples_per_prompt == 1,
+            f"dynamic_filtering_reward_range={band} must be the lowest mean and then a higher one": (
+                band is not None and not band[0] < band[1]
+            ),
         }
     )
 

@@ -21,6 +21,7 @@ from megarlhf.config.check_numbers import (
     batch_errors,
     correction_errors,
     engine_errors,
+    filter_errors,
     length_errors,
     limit_errors,
     pretraining_errors,
@@ -75,7 +76,7 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += batch_errors(batch, max(layout.context_parallel_size for layout in trained))
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
     errors += correction_errors(config) + adapter_errors(config.lora) + pretraining_errors(config.pretraining)
-    errors += average_errors(config.optimizer) + value_network_errors(config)
+    errors += average_errors(config.optimizer) + value_network_errors(config) + filter_errors(config)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
     errors += sampling_errors(config.rollout) + template_errors(config.data)
     errors += reward_errors(config.reward, num_models=len(reward_roles(config))) + reward_model_errors(config, models)

@@ -10,10 +10,22 @@ def _order(num_rows: int, seed: int) -> torch.Tensor:
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
 
 
+def drawn_rows(num_rows: int, seed: int, start: int, stop: int) -> list[int]:
+    """Places in a list of rows of the draws number `start` to `stop`, at least one, counted from 0 over all epochs.
+
+    Epoch e is the permutation drawn from seed + e.
+    """
+    found: list[int] = []
+    for epoch in range(start // num_rows, (stop - 1) // num_rows + 1):
+        order, offset = _order(num_rows, seed + epoch), epoch * num_rows
+        found += order[max(0, start - offset) : stop - offset].tolist()
+    return found
+
+
 class PromptSampler:
     """Endless, stateless order of rows: a batch depends on the seed and on how many rows were drawn before it.
 
-    Epoch e is the permutation drawn from seed + e; batches cut the endless line of epochs, so one batch may hold the
+    Epochs are those of `drawn_rows`; batches cut the endless line of epochs, so one batch may hold the
     end of an epoch and the start of the next, and a batch larger than the data holds rows more than once. Continuing
     a run needs its step and the rows consumed so far, and nothing else: the batch size may change.
     """
@@ -44,11 +56,7 @@ class PromptSampler:
         start, stop = self.consumed(step), self.consumed(step + 1)
         if not self.shuffles:
             return list(range(start, stop))
-        found: list[int] = []
-        for epoch in range(start // self.num_rows, (stop - 1) // self.num_rows + 1):
-            order, offset = _order(self.num_rows, self.seed + epoch), epoch * self.num_rows
-            found += order[max(0, start - offset) : stop - offset].tolist()
-        return found
+        return drawn_rows(self.num_rows, self.seed, start, stop)
 
     def consumed(self, step: int) -> int:
         """Rows drawn before a step."""

@@ -37,12 +37,13 @@ def _supervised(name: str, loss: str, **others: str) -> dict[str, str]:
 
 
 METRICS: dict[str, str] = {
-    "reward/mean": "Mean outcome reward of the step's samples, before the KL penalty (reward units)",
+    "reward/mean": "Mean outcome reward of the step's samples, before KL and overlong penalties (reward units)",
     "reward/std": "Standard deviation of that reward over the samples (reward units)",
     "reward/no_result_count": "Samples that the reward gave no result for, left out of training (samples)",
     "reward/SOURCE/mean": "Mean of one source of the reward, or of a further number of it, before weights (its units)",
     "reward/SOURCE/no_result_count": "Samples that it gave no result for (samples)",
     "reward/untrained_steps": "Steps so far that were not trained as too few rewards gave a result (steps)",
+    "reward/overlong_penalty": "Mean of what the overlong penalty adds to the rewards, 0 or less (reward units)",
     "kl/mean": "Estimated KL of the policy to the reference, mean over response tokens (nats per token)",
     "kl/coef": "Coefficient of the KL penalty in this step (reward units per nat)",
     "policy/loss": "Policy loss, mean over the step's optimizer steps (no unit)",
@@ -70,6 +71,10 @@ METRICS: dict[str, str] = {
     "rollout/response_length_max": "Longest response of the step (tokens)",
     "rollout/prompt_length_mean": "Mean length of a prompt (tokens)",
     "rollout/truncated_frac": "Responses cut at the length limit (fraction)",
+    "rollout/filter_rounds": "Rounds of generating that dynamic filtering took in the step (rounds)",
+    "rollout/filtered_groups": "Prompts that dynamic filtering left out, whose rewards teach nothing (prompts)",
+    "rollout/surplus_groups": "Prompts that dynamic filtering kept beyond rollout_batch_size, not trained on (prompts)",
+    "rollout/overlong_filtered": "Samples cut at the length limit, left out of the losses (samples)",
     "rollout/logprob_diff_mean": "Mean |log-prob in training - log-prob in vLLM| of the same response tokens (nats)",
     "rollout/logprob_diff_max": "Largest such difference in the step (nats)",
     "rollout/logprob_kl": "Estimated KL of the policy in training from the one in vLLM, same weights (nats per token)",

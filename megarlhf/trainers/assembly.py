@@ -47,7 +47,7 @@ def build_engine(config: PPOConfig, role: RoleSpec) -> MegatronEngine:
 def optimizer_steps(config: PPOConfig, role: RoleSpec) -> int:
     """Optimizer steps of the whole run, for the role's learning-rate schedule; frozen steps make none."""
     frozen = 0 if role.freezing_steps is None else max(0, getattr(config.optimizer, role.freezing_steps))
-    return (config.batch.train_iters - frozen) * config.batch.updates_per_step
+    return (config.batch.total_steps - frozen) * config.batch.updates_per_step
 
 
 def build_objective(config: PPOConfig, role: RoleSpec) -> Objective:

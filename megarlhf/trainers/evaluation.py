@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from megarlhf.algos.pass_at_k import pass_at_k, reported_k
 from megarlhf.config.evaluation_arguments import EvaluationArguments
-from megarlhf.data.sampling import PromptSampler
 from megarlhf.data.types import Prompt, Sample
 from megarlhf.trainers.roles import Phases, RewardRole, RolloutRole
 
@@ -23,10 +22,14 @@ class Answers:
     sampled: list[Sample]  # eval_n_samples_per_prompt of each prompt
 
 
-def evaluation_is_due(step: int, sampler: PromptSampler, interval: int | None) -> bool:
-    """After so many steps, or without an interval where an epoch ends."""
+def evaluation_is_due(step: int, interval: int | None, *, epochs: tuple[float, float]) -> bool:
+    """After so many steps, or without an interval where an epoch ends.
+
+    Args:
+        epochs: passes over the data before the step and after it.
+    """
     if interval is None:
-        return int(sampler.epoch(step)) > int(sampler.epoch(step - 1))
+        return int(epochs[1]) > int(epochs[0])
     return step % interval == 0
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megarlhf.algos.advantages import compute_advantages
 from megarlhf.algos.losses import Aggregation, token_weights
+from megarlhf.algos.overlong import overlong_penalties
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
 from megarlhf.data.types import Floats, Rollout, Sample
@@ -56,6 +57,26 @@ def with_result(samples: Sequence[Sample], *, estimator: str) -> list[Sample]:
     return scored
 
 
+def in_loss(sample: Sample, config: PPOConfig) -> bool:
+    """Whether the losses look at a sample: not at what was cut, with overlong_filter."""
+    return not (config.algorithm.overlong_filter and sample.finish_reason == "length")
+
+
+def penalised(samples: Sequence[Sample], config: PPOConfig) -> list[Sample]:
+    """Samples, all with a reward, with the penalty of overlong ones in it."""
+    algorithm = config.algorithm
+    if algorithm.overlong_buffer_len is None:
+        return list(samples)
+    penalties = overlong_penalties(
+        [sample.response_length for sample in samples],
+        max_length=config.rollout.generate_max_len,
+        buffer=algorithm.overlong_buffer_len,
+        factor=algorithm.overlong_penalty_factor,
+    )
+    pairs = zip(samples, penalties, strict=True)
+    return [replace(s, reward=s.reward + penalty) for s, penalty in pairs if s.reward is not None]
+
+
 def enough_results(usable: int, generated: int, least_fraction: float) -> bool:
     """Whether a step is trained: with at least this fraction of its samples, and at least one."""
     return usable > 0 and usable >= least_fraction * generated
@@ -90,8 +111,14 @@ def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig)
         raise NoSamplesError(
             f"{limit} steps in a row had too few rewards to train on (max_untrained_steps={limit}, "
             f"min_result_fraction={config.reward.min_result_fraction}); in step {state.step} the reward gave no result "
-            f"for {missing} of {len(scored)} samples: see its errors in the log"
+            f"for {missing} of {len(scored)} samples{_left_out(config)}: see its errors in the log"
         )
+
+
+def _left_out(config: PPOConfig) -> str:
+    """Which filters may have left samples out."""
+    names = [name for name in ("dynamic_filtering", "overlong_filter") if getattr(config.algorithm, name)]
+    return f", and {' and '.join(names)} left others out" if names else ""
 
 
 def make_experience(
@@ -107,11 +134,14 @@ def make_experience(
     """Run the forward passes that the estimator needs, compute advantages, and give both roles what their losses need.
 
     Args:
-        rollout: samples with rewards.
+        rollout: samples with rewards; those that the losses do not look at count in the baselines alone.
         kl_coef: present coefficient of the KL penalty.
         reward_scale: (shift, scale): rewards enter as (reward - shift) / scale.
     """
-    algorithm, samples = config.algorithm, rollout.samples
+    algorithm, everyone = config.algorithm, rollout.samples
+    trained = [in_loss(sample, config) for sample in everyone]
+    samples = [sample for sample, is_trained in zip(everyone, trained, strict=True) if is_trained]
+    rollout = replace(rollout, samples=samples)
     mini_batches = split_mini_batches(samples, config, step=step)
     actor.begin(rollout, mini_batches)
     # Where one update uses every sample once and the KL is part of the loss, its own forward pass gives the log-probs;
@@ -131,8 +161,8 @@ def make_experience(
     lengths = torch.tensor([sample.response_length for sample in samples])
     result = compute_advantages(
         algorithm.advantage_estimator,
-        rewards=torch.tensor([(sample.reward - shift) / scale for sample in samples if sample.reward is not None]),
-        group_ids=torch.tensor([sample.group_id for sample in samples]),
+        rewards=torch.tensor([(sample.reward - shift) / scale for sample in everyone if sample.reward is not None]),
+        group_ids=torch.tensor([sample.group_id for sample in everyone]),
         kl=None if algorithm.use_kl_loss or kl is None else torch.from_numpy(kl),
         lengths=lengths,
         values=None if values is None else torch.from_numpy(values),
@@ -141,6 +171,7 @@ def make_experience(
         lambd=algorithm.lambd,
         clip_range=algorithm.reward_clip_range,
         normalize=algorithm.normalize_advantages,
+        trained=torch.tensor(trained),
     )
     weights, actor_denominators = loss_weights(lengths, mini_batches, config, critic=False)
     actor.keep({"advantages": result.advantages.numpy()}, scalars={"weights": weights.numpy()})

@@ -70,8 +70,12 @@ class RoleFailedError(RuntimeError):
 class RolloutRole(Protocol):
     """The inference engines."""
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
-        """n_samples_per_prompt samples of each prompt; seeds depend on (run seed, step, place, sample) alone."""
+    def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
+        """n_samples_per_prompt samples of each prompt; seeds depend on (run seed, step, place, sample) alone.
+
+        Args:
+            first_place: place in the step of the first prompt, where others of it have been answered before.
+        """
 
     def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
         """n_samples answers to each of an evaluation's prompts; at temperature 0 the likeliest, None: at the run's.

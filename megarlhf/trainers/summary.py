@@ -9,7 +9,7 @@ import torch
 from megarlhf.algos.losses import explained_variance
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.types import Sample
-from megarlhf.trainers.experience import Experience, Updates
+from megarlhf.trainers.experience import Experience, Updates, in_loss
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,17 @@ def _parts(scored: Sequence[Sample]) -> dict[str, float]:
         if found:
             metrics[f"reward/{name}/mean"] = statistics.fmean(found)
         metrics[f"reward/{name}/no_result_count"] = float(len(scored) - len(found))
+    return metrics
+
+
+def overlong_metrics(plain: Sequence[Sample], penalised: Sequence[Sample], config: PPOConfig) -> dict[str, float]:
+    """Of samples with a reward, before the penalty of overlong ones and after it; nothing of what is off."""
+    metrics = {}
+    if config.algorithm.overlong_buffer_len is not None:
+        sums = [sum(s.reward for s in samples if s.reward is not None) for samples in (plain, penalised)]
+        metrics["reward/overlong_penalty"] = (sums[1] - sums[0]) / len(plain)
+    if config.algorithm.overlong_filter:
+        metrics["rollout/overlong_filtered"] = float(sum(not in_loss(sample, config) for sample in plain))
     return metrics
 
 

@@ -134,10 +134,10 @@ def train(
         metrics["perf/samples_per_second"] = len(units) / seconds
         if step == progress.step + 1:
             metrics |= memory(engine, task.name)
-        stopping = agree(should_stop())
+        stopping, epochs = agree(should_stop()), (sampler.epoch(step - 1), sampler.epoch(step))
         last = step == total_steps or stopping
         found: dict[str, float] = {}
-        if evaluation is not None and (last or evaluation_is_due(step, sampler, logging.eval_interval)):
+        if evaluation is not None and (last or evaluation_is_due(step, logging.eval_interval, epochs=epochs)):
             with timers("eval"):
                 found = evaluate(engine, task, evaluation, config.batch.global_batch_size)
                 metrics |= {f"{task.name}/eval_{name}": value for name, value in found.items()}

@@ -221,6 +221,25 @@ def test_gae_estimator_uses_values_per_sample() -> None:
         assert result.returns.split(LENGTHS)[i].tolist() == returns.tolist()
 
 
+def test_rewards_of_untrained_samples_count_in_baselines_alone() -> None:
+    """Groups of rewards 1, 4, 4.5 and 2, 4, of which the 4 of the first and the 2 of the second are trained."""
+    trained = torch.tensor([False, True, False, True, False])
+    found = compute(
+        "reinforce_baseline",
+        rewards=torch.tensor([1.0, 4.0, 4.5, 2.0, 4.0]),
+        group_ids=torch.tensor([0, 0, 0, 1, 1]),
+        lengths=torch.tensor([2, 3]),
+        kl=torch.tensor([0.5, 0.0, 0.0, 0.0, 1.0]),
+        values=None,
+        kl_coef=0.1,
+        gamma=1.0,
+        normalize=False,
+        trained=trained,
+    )
+    first, second = 4.0 - 9.5 / 3, 2.0 - 3.0
+    assert_ragged_close(found.advantages, [[first - 0.05, first], [second - 0.1] * 3])
+
+
 def test_no_kl_is_a_kl_of_weight_zero() -> None:
     result = compute("rloo", kl=None, gamma=0.9)
     assert_ragged_close(result.advantages, [compute("rloo", gamma=0.9, kl_coef=0.0).advantages.tolist()])

@@ -142,9 +142,9 @@ def test_a_run_that_goes_on_draws_the_same_of_a_mixture(assets: Path, tmp_path: 
             super().__init__()
             self.drawn: list[str] = []
 
-        def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
+        def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
             self.drawn += texts(prompts)
-            return super().generate(prompts, step=step)
+            return super().generate(prompts, step=step, first_place=first_place)
 
     files = [write(tmp_path / f"{name}.jsonl", rows(name, count)) for name, count in (("a", 4), ("b", 6))]
     options = {"prompt_data": ",".join(map(str, files)), "prompt_data_probs": "0.5,0.5", "seed": 11}

@@ -22,7 +22,7 @@ from megarlhf.engine.objective import LossTerm, TokenOutputs
 from megarlhf.models.build import transformer_config
 from megarlhf.parallel import groups
 from megarlhf.parallel.groups import Ranks
-from megarlhf.trainers import kd
+from megarlhf.trainers import assembly, kd
 
 STEP = 0.004  # what an optimizer step adds to a weight
 
@@ -264,6 +264,7 @@ def patch_files(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         in_place = contextlib.nullcontext
 
     patch.setattr(average, "WeightAverage", Average)
+    patch.setattr(assembly, "WeightAverage", Average)
     patch.setattr(checkpoint, "save_engine", save)
     patch.setattr(checkpoint, "load_engine", load)
     patch.setattr(export, "export_hf", write)

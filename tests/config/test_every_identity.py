@@ -14,7 +14,8 @@ from tests.config.in_process_programs import Programs
 SHAPE = {"architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"}
 KEYS = {
     "ppo": SHAPE
-    | {"lora", "optimizer_state", "advantage_estimator", "seed", "data", "reward_models", "pretrain_data", "enable_ema"},
+    | {"lora", "optimizer_state", "advantage_estimator", "seed", "data", "reward_models"}
+    | {"pretrain_data", "enable_ema"},
     "sft": SHAPE | {"lora", "optimizer_state", "seed", "data", "enable_ema"},
 }
 REFERENCE = "ref_pretrain or pretrain"

@@ -99,7 +99,7 @@ class PlainRoles:
             checkpoint=self,
         )
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
+    def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
         assert self.phase == "rollout"
         assert self.version == step - 1, "samples must come from the weights of the step before"
         self.events.append(f"generate {step}")

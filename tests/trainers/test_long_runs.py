@@ -38,9 +38,9 @@ class Failing(PlainRoles):
         self._count("score")
         return super().score(rollout)
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
+    def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
         self._count("generate")
-        return super().generate(prompts, step=step)
+        return super().generate(prompts, step=step, first_place=first_place)
 
     def push(self, version: int) -> dict[str, float]:
         self._count("push")
@@ -210,9 +210,9 @@ def test_evaluation_and_saving_are_not_in_the_steps_time(tmp_path: Path, monkeyp
     class Clocked(PlainRoles):
         now = 0.0
 
-        def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
+        def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
             self.now += 3.0
-            return super().generate(prompts, step=step)
+            return super().generate(prompts, step=step, first_place=first_place)
 
         def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
             self.now += 100.0
@@ -235,9 +235,9 @@ def test_a_resumed_run_goes_on_with_the_next_prompts_whatever_the_batch_size(tmp
             super().__init__()
             self.drawn: list[int] = []
 
-        def generate(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
+        def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
             self.drawn += [prompt.index for prompt in prompts]
-            return super().generate(prompts, step=step)
+            return super().generate(prompts, step=step, first_place=first_place)
 
     whole, first, rest = Noting(), Noting(), Noting()
     run(tmp_path / "whole", whole, batch={"train_iters": 4})

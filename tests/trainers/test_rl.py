@@ -1,6 +1,7 @@
 """The loop's order, what it hands to whom, and what it does when something is missing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megarlhf.data.types import starts_of
 from megarlhf.engine.engine import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import rl
+from megarlhf.trainers.experience import NoSamplesError
 from megarlhf.trainers.state import LoopState
 from megarlhf.trainers.summary import LogProbDifferenceError
 from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
@@ -23,6 +25,7 @@ def run(
     *,
     stop_after: int | None = None,
     resume: dict[str, Any] | None = None,
+    count: int = 6,
     **options: Any,
 ) -> list[dict[str, float]]:
     """Run the loop, from the state `resume` if given, and return the logged rows."""
@@ -35,7 +38,7 @@ def run(
     rl.train(
         config,
         plain.roles(critic=critic),
-        PromptData(prompts=make_prompts(), num_dropped=2),
+        PromptData(prompts=make_prompts(count), num_dropped=2),
         {"": make_prompts(2)},
         state,
         sinks,
@@ -106,6 +109,46 @@ def test_samples_without_result_are_left_out_and_counted(tmp_path: Path) -> None
     assert sorted(np.concatenate(trained)) == sorted(2 * drawn[2:])  # groups 0 and 1 lost the comparison
 
 
+def test_overlong_samples_leave_the_loss_and_stay_in_their_groups_baseline(tmp_path: Path) -> None:
+    """Sample 0 of each group is cut: the other's advantage is its reward of 1 less the mean of the others, 0."""
+    plain = PlainRoles()
+    algorithm = {"advantage_estimator": "rloo", "overlong_filter": True, "init_kl_coef": 0.0}
+    algorithm |= {"normalize_advantages": False}
+    rows = run(tmp_path, plain, batch={"train_iters": 1}, algorithm=algorithm)
+    updates = [(trained, total) for _, trained, total in plain.updates]
+    assert sum(len(trained) for trained, _ in updates) == 4 and len(updates) == 1
+    for trained, total in updates:
+        assert total == trained.num_targets.sum(), "nor are they in the denominator"
+        assert set(trained.fields["advantages"].tolist()) == {1.0}
+    assert rows[1]["rollout/overlong_filtered"] == 4 and rows[1]["reward/mean"] == 0.5
+
+
+def test_a_step_of_overlong_samples_alone_is_not_trained(tmp_path: Path) -> None:
+    class Cut(PlainRoles):
+        def rollout_of(self, prompts: Any, step: int) -> Any:
+            rollout = super().rollout_of(prompts, step)
+            return replace(rollout, samples=[replace(sample, finish_reason="length") for sample in rollout.samples])
+
+    plain = Cut()
+    with pytest.raises(NoSamplesError, match="and overlong_filter left others out"):
+        run(tmp_path, plain, algorithm={"overlong_filter": True}, reward={"max_untrained_steps": 2})
+    assert plain.updates == []
+
+
+def test_overlong_penalty_is_in_what_is_trained_and_not_in_the_reported_reward(tmp_path: Path) -> None:
+    """Responses have 1 to 3 of 8 tokens, and the penalty begins behind the first: -(length - 1) / 7 x 3.5."""
+    plain = PlainRoles()
+    algorithm = {"advantage_estimator": "reinforce", "init_kl_coef": 0.0, "normalize_advantages": False}
+    algorithm |= {"overlong_buffer_len": 7, "overlong_penalty_factor": 3.5}
+    rows = run(tmp_path, plain, batch={"train_iters": 1}, algorithm=algorithm)
+    lengths = [1 + (group + sample + 1) % 3 for group in range(4) for sample in range(2)]
+    penalties = [-(length - 1) / 2 for length in lengths]
+    assert rows[1]["reward/overlong_penalty"] == pytest.approx(sum(penalties) / 8)
+    assert rows[1]["reward/mean"] == 0.5
+    trained = {a for _, rows, _ in plain.updates for a in rows.fields["advantages"].tolist()}
+    assert trained == {number % 2 + penalty for number, penalty in enumerate(penalties)}
+
+
 def test_stop_signal_saves_and_leaves_after_the_step(tmp_path: Path) -> None:
     plain = PlainRoles()
     rows = run(tmp_path, plain, stop_after=1)
@@ -135,7 +178,7 @@ def test_samples_of_older_weights_are_refused(tmp_path: Path) -> None:
         def push(self, version: int) -> dict[str, float]:
             return super().push(min(version, 1)) | {"sync/version": float(version)}
 
-        def generate(self, prompts: Any, *, step: int) -> Any:
+        def generate(self, prompts: Any, *, step: int, first_place: int = 0) -> Any:
             return self.rollout_of(prompts, step)
 
     with pytest.raises(RuntimeError, match=r"samples of weight versions \[1\] where .* version 2"):
