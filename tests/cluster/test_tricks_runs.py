@@ -1,4 +1,4 @@
-"""PPO with averaged weights, an exported critic and a pretraining loss, as a user starts it. Whole runs, so slow."""
+"""PPO with averaged weights, an exported critic, a pretraining loss, dynamic sampling. Whole runs, so slow."""
 
 import json
 import shutil
@@ -96,3 +96,36 @@ def test_adapters_are_averaged(flags: dict[str, str | None], tmp_path: Path) -> 
     assert last.keys() == average.keys() and all(torch.equal(last[name], average[name]) for name in last)
     assert max(float(weight.abs().max()) for name, weight in average.items() if "lora_B" in name) > 0
     assert (tmp_path / "run" / "hf_critic" / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def filtering(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """Without a critic; responses of one token, so that many prompts have two of one reward; a checkpoint a step."""
+    inputs = write_inputs(tmp_path_factory.mktemp("inputs"))
+    given = SMALL | inputs | {"--pretrain": str(assets / "model"), "--advantage_estimator": "rloo"}
+    given |= {"--generate_max_len": "2", "--dynamic_filtering": None, "--dynamic_filtering_max_rounds": "4"}
+    given |= {"--overlong_buffer_len": "2", "--overlong_penalty_factor": "0.25", "--init_kl_coef": "0"}
+    return given | {"--train-iters": "5", "--save-interval": "1", "--max_ckpt_num": "9"}
+
+
+def test_dynamic_sampling_goes_on_where_it_was(filtering: dict[str, str | None], tmp_path: Path) -> None:
+    """Steps draw different numbers of prompts; a run that is continued equals the uninterrupted one bit for bit."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("train_ppo", filtering | {"--save": str(whole)})
+    states = [json.loads(file.read_text()) for file in sorted(whole.glob("checkpoints/*/run_state.json"))]
+    consumed = [0, *(state["consumed_prompts"] for state in states)]
+    steps = [after - before for before, after in zip(consumed[:-1], consumed[1:], strict=True)]
+    assert max(steps) > 8 and len(set(steps)) > 1, steps
+    expected = metrics(whole)
+    assert any(expected[step]["rollout/filter_rounds"] > 1 for step in range(1, 6))
+    for step, number in enumerate(steps, 1):
+        left = expected[step]["rollout/filtered_groups"] + expected[step]["rollout/surplus_groups"]
+        assert left == number - 8 or expected[step]["rollout/filter_rounds"] == 4
+    shutil.copytree(whole, broken)
+    (broken / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    run("train_ppo", filtering | {"--save": str(broken), "--load": str(broken)})
+    found = metrics(broken)
+    for step in (3, 4, 5):
+        assert numbers(found[step]) == numbers(expected[step]), f"step {step}"
+    first, second = (load_file(save / "hf" / "model.safetensors") for save in (whole, broken))
+    assert all(torch.equal(first[name], second[name]) for name in first)
