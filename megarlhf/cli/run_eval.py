@@ -77,18 +77,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def print_table(metrics: Mapping[str, float], counts: Mapping[str, int]) -> None:
-    """A row for each set, and for all together where they have names."""
-    keys = [key.removeprefix("eval/") for key in metrics if key.count("/") == 1]
-    table = Table("set", "prompts", *keys)
-    for name, count in counts.items():
-        if name:
-            table.add_row(name, str(count), *_cells(metrics, f"eval/{name}/", keys))
-    table.add_row("all", str(sum(counts.values())), *_cells(metrics, "eval/", keys))
+    """A row for each metric, a column for each set that has a name, and one for all together."""
+    prefixes = [f"eval/{name}/" for name in counts if name] + ["eval/"]
+    numbers = [*(str(count) for name, count in counts.items() if name), str(sum(counts.values()))]
+    table = Table("", *(prefix.split("/")[1] or "all" for prefix in prefixes))
+    table.add_row("prompts", *numbers)
+    for key in (key.removeprefix("eval/") for key in metrics if key.count("/") == 1):
+        table.add_row(key, *(f"{metrics[p + key]:.4g}" if p + key in metrics else "" for p in prefixes))
     Console().print(table)
-
-
-def _cells(metrics: Mapping[str, float], prefix: str, keys: list[str]) -> list[str]:
-    return [f"{metrics[prefix + key]:.4g}" if prefix + key in metrics else "" for key in keys]
 
 
 def response_rows(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ from megarlhf.cli import (
     interactive_chat,
     parity,
     rewards,
+    run_eval,
     run_generate,
     run_parity,
     run_ppo,
@@ -32,9 +33,10 @@ from megarlhf.cli import (
 )
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.chat_arguments import ChatConfig
-from megarlhf.config.check_loops import check_generate, check_score, check_select
+from megarlhf.config.check_loops import check_eval, check_generate, check_score, check_select
 from megarlhf.config.checks import raise_if
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.eval_config import EvalConfig
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.loop_arguments import GenerateConfig, ScoreConfig, SelectConfig
 from megarlhf.config.passed import PREFIXES
@@ -111,6 +113,7 @@ class Programs:
         self.rm, self.prm, self.chat = cache(self._rm), cache(self._prm), cache(self._chat)
         self.serve = cache(self._serve)
         self.generate, self.score, self.select = cache(self._generate), cache(self._score), cache(self._select)
+        self.eval = cache(self._eval)
         for name, count in (("scored", 8), ("other_scored", 6)):
             places = [i // 2 if count == 8 else i for i in range(count)]
             samples = [{"input": f"{name[0]} {i}", "output": f"{i}", "reward": i / 2} for i in range(count)]
@@ -184,9 +187,19 @@ class Programs:
         base = {"dataset": "{}/scored.jsonl", "post_processor": "csft"}
         return self._lines(SelectConfig, check_select, run_select.run, base, changes)
 
-    def _lines(self, config_class: Any, check: Any, program: Any, base: Options, changes: "Changes") -> Trace:
-        """A program that writes a file of lines."""
-        own = base | {"output": f"{self._save()}.jsonl"} | dict(changes)
+    def _eval(self, changes: "Changes") -> Trace:
+        base = {"pretrain": "{}/model", "eval_data": "{}/rows.jsonl", "prompt_max_len": 24, "generate_max_len": 8}
+        base |= {"reward_function": "{}/reward.py", "responses": f"{self._save()}.jsonl"}
+        trace = self._lines(EvalConfig, check_eval, run_eval.run, base, changes, written="responses", suffix=".json")
+        trace.given["metrics"] = [json.loads(path.read_text())["metrics"] for path in map(Path, trace.given["output"])]
+        return trace
+
+    def _lines(
+        self, config_class: Any, check: Any, program: Any, base: Options, changes: "Changes",
+        *, written: str = "output", suffix: str = ".jsonl",
+    ) -> Trace:  # fmt: skip
+        """A program that writes a file of lines, which the option `written` names."""
+        own = base | {"output": f"{self._save()}{suffix}"} | dict(changes)
         config = from_dict(config_class, self.options(tuple(own.items())))
 
         def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
@@ -197,8 +210,9 @@ class Programs:
             raise_if(check(config))
             program(config, dry_run=False)
 
-        trace, path = self._run(run), Path(self.options((("output", own["output"]),))["output"])
-        trace.given["path"] = [str(path)]
+        trace, paths = self._run(run), self.options(tuple((name, own[name]) for name in {"output", written}))
+        path, trace.given["path"] = Path(paths[written]), [paths[written]]
+        trace.given["output"] = [paths["output"]] if Path(paths["output"]).exists() else []
         if path.exists():
             trace.given["lines"] = [json.loads(line) for line in path.read_text().splitlines()]
         return trace

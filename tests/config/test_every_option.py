@@ -7,6 +7,7 @@ import pytest
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.chat_arguments import ChatConfig
 from megarlhf.config.command_line import options_of
+from megarlhf.config.eval_config import EvalConfig
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.loop_arguments import GenerateConfig, ScoreConfig, SelectConfig
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
@@ -15,6 +16,7 @@ from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityCon
 from tests.config.in_process_programs import Programs
 from tests.config.option_probes import SAME, Probe
 from tests.config.option_probes_chat import CHAT
+from tests.config.option_probes_eval import EVAL
 from tests.config.option_probes_kd import KD
 from tests.config.option_probes_loops import GENERATE, SCORE, SELECT
 from tests.config.option_probes_ppo import PPO
@@ -36,6 +38,7 @@ TABLES = {
     "generate": (GenerateConfig, GENERATE),
     "score": (ScoreConfig, SCORE),
     "select": (SelectConfig, SELECT),
+    "eval": (EvalConfig, EVAL),
 }
 
 
