@@ -75,7 +75,6 @@ def _model_scorer(config: ServeConfig) -> ModelTextScorer:
     impl = resolve_kernels(ppo, {role.prefix: layout}, share_prompt_prefix=False, device=find_machine(ppo).kind)
     check_weights([(option, directory, layout, role.head)], transformer_impl=impl)
     source.check()
-    print(source.line())
     return ModelTextScorer(source, load_tokenizer(directory, chat_template=None), _started(config, source))
 
 

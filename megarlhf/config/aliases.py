@@ -53,6 +53,9 @@ ALIASES: dict[str, Alias] = {
     "micro_rollout_batch_size": Alias(
         num_ignored_values=1, note="vLLM batches by itself (--max_num_seqs); no effect", only_with="max_num_seqs"
     ),
+    "batch_size": Alias(
+        num_ignored_values=1, note="queries are packed, up to --max_batch_tokens; no effect", only_with="max_queries"
+    ),
     "max_norm": Alias(fields=("clip_grad",)),
     "l2": Alias(fields=("weight_decay",)),
     "adam_betas": Alias(fields=("adam_beta1", "adam_beta2")),

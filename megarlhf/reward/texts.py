@@ -151,8 +151,9 @@ class ModelTextScorer:
     def score(self, texts: Sequence[Text]) -> SourceResult:
         """See TextScorer."""
         samples, tokens = list[Sample](), []
-        for _, members in groupby(texts, key=lambda text: text.prompt):
-            rows = [text.token_ids for text in members if text.token_ids is not None]
+        pairs = [(text.prompt, text.token_ids) for text in texts if text.token_ids is not None]
+        for _, members in groupby(pairs, key=lambda pair: (pair[0], pair[1][0])):
+            rows = [ids for _, ids in members]
             shared = _common_length(rows)
             prompt = Prompt(index=0, text="", token_ids=rows[0][:shared], label=None)
             lengths = np.array([len(row) - shared for row in rows], dtype=np.int64)
@@ -191,8 +192,7 @@ class ModelTextScorer:
 
 
 def _common_length(rows: Sequence[TokenIds]) -> int:
-    """Tokens with which all rows begin, without the last of the shortest; at least 1."""
+    """Tokens with which all rows begin, without the last of the shortest: at least the first, which is the same."""
     shortest = min(map(len, rows)) - 1
-    first = rows[0][:shortest]
-    same = np.all([row[:shortest] == first for row in rows], axis=0)
-    return max(1, int(np.argmin(same)) if not same.all() else shortest)
+    same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    return shortest if same.all() else int(np.argmin(same))

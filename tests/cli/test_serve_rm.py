@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
+from examples.demo.make_assets import make_tokenizer
 from megarlhf.cli.main import main
 from megarlhf.reward.remote import RemoteReward
 from tests.reward.servers import write_certificate
 from tests.reward.test_remote import OPTIONS, rollout
+from tests.tiny_models import make_reward_model
 
 ROOT = Path(__file__).resolve().parents[2]
 # Rewards are lengths; the number of the call and of its queries is kept beside, and what responses say is done.
@@ -50,12 +55,13 @@ class Server:
     def __init__(self, directory: Path, *flags: str, token: str = "", reward: str = REWARD) -> None:
         (directory / "reward.py").write_text(reward)
         self.directory = directory
-        code = [] if "--reward_rule" in flags else ["--reward_function", str(directory / "reward.py")]
+        has_scorer = {"--reward_rule", "--reward_pretrain"} & {*flags}
+        code = [] if has_scorer else ["--reward_function", str(directory / "reward.py")]
         command = [sys.executable, "-m", "megarlhf.cli.serve_rm", "--port", "0", *code, *flags]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "MEGARLHF_RM_TOKEN": token}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        self.said = self.process.stdout.readline()
+        self.said = next((line for line in self.process.stdout if "ready" in line), "")
         self.url = self.said.rpartition(" ")[2].strip()
         headers = {"authorization": f"Bearer {token}"} if token else {}
         self.client = httpx.Client(trust_env=False, timeout=20, headers=headers)
@@ -298,13 +304,53 @@ def test_a_rule_over_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert server.stop() == 0
 
 
-Fail = Callable[..., str]
+@pytest.mark.slow  # it loads a model on two ranks
+@pytest.mark.parametrize("flags", [(), ("--reward_num_gpus_per_node=2", "--reward_pipeline_model_parallel_size=2")])
+def test_a_reward_model_gives_the_scores_of_transformers(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    tokenizer = make_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "eos_token_id": 2}
+    directory = make_reward_model(tmp_path / "rm", entries={"mean": 0.25, "std": 0.5}, **sizes)
+    tokenizer.save_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+
+    def expected(text: str) -> float:
+        with torch.no_grad():
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return (float(model(torch.tensor([ids])).logits) - 0.25) / 0.5
+
+    queries = ["1+2=3</s>", "1+2=41", "1+2=4</s><pad>", "17-9", "1+2=3</s>"]
+    whole = ["1+2=3</s>", "1+2=41</s>", "1+2=4</s>", "17-9</s>", "1+2=3</s>"]
+    given = ("--reward_pretrain", str(directory), "--normalize_reward", "--max_len=64", *flags)
+    server = Server(tmp_path, *given)
+    try:
+        answer = openrlhf(server, {"query": queries})
+        assert answer["rewards"] == pytest.approx([expected(text) for text in whole], abs=1e-5)
+        prompts = ["1+2=", "1+2=", "1+2=", "17", "1+2="]
+        reasons = ["stop", "length", "stop", "length", "stop"]
+        answer = openrlhf(server, {"query": queries, "prompts": prompts, "finish_reasons": reasons})
+        cut = [whole[0], "1+2=41", whole[2], "17-9", whole[4]]
+        assert answer["rewards"] == pytest.approx([expected(text) for text in cut], abs=1e-5)
+        alone = [openrlhf(server, {"query": [text]})["rewards"][0] for text in whole]
+        assert alone == pytest.approx([expected(text) for text in whole], abs=1e-5)
+        long = server.ask({"query": ["1", "2" * 64]})
+        assert long.status_code == 413 and "query[1] has 65 tokens, more than max_len=64" in long.text
+        for worker in psutil.Process(server.process.pid).children(recursive=True):
+            worker.kill()
+        lost = server.ask({"query": ["1+2"]})
+        assert lost.status_code == 500 and "scoring failed: reward rank 0 died" in lost.json()["detail"]
+        assert server.process.wait(20) == 1
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ((), "reward_function=None and reward_rule=None (one of them scores)"),
+        ((), "reward_pretrain=None, reward_function=None and reward_rule=None (one of them scores)"),
+        (("--reward_rule=math", "--reward_pretrain=/none"), "reward_pretrain=/none is not a local directory"),
+        (("--reward_pretrain=a,b",), "reward_pretrain=a,b names several models (a server has one)"),
+        (("--reward_rule=math", "--reward_pipeline_model_parallel_size=2"), "reward_pipeline_model_parallel_size=(2,)"),
+        (("--reward_rule=math", "--max_batch_tokens=9"), "max_batch_tokens=9 is below max_len=2048"),
         (("--reward_rule=math", "--host=0.0.0.0"), "host=0.0.0.0 is open to other machines, and nothing"),
         (("--reward_rule=math", "--port=70000"), "port=70000 must be from 0 to 65535"),
         (("--reward_rule=math", "--max_body_mib=0"), "max_body_mib=0 must be at least 1"),

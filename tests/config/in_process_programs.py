@@ -7,7 +7,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,12 @@ from megarlhf.config.passed import PREFIXES
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
 from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, ParityConfig, SFTConfig, SupervisedConfig
-from megarlhf.data.types import Rollout
 from megarlhf.engine.indexed_data import CorpusWriter
 from megarlhf.metrics import sinks
-from megarlhf.reward import server
-from megarlhf.reward.remote import RemoteOptions
-from megarlhf.reward.sources import SourceResult
 from megarlhf.trainers import assembly, experience, tasks
 from megarlhf.trainers import parity as comparison
 from tests.config.in_process import Trace, patch_torch_and_megatron, watched
+from tests.config.in_process_rewards import FakeRemote, FakeScorer, FakeServer
 from tests.config.in_process_services import patch_ray, patch_vllm
 from tests.tiny_models import make_model, make_reward_model
 
@@ -276,18 +273,9 @@ class Programs:
         config = from_dict(ServeConfig, self.options(tuple((base | dict(changes)).items())))
 
         def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
-            def made(scorer: Any, limits: server.Limits, *, on_ready: Callable[[], None]) -> Any:
-                trace.given["server"].append(vars(limits) | vars(scorer))
-
-                def serve(listening: Any, **tls: str | None) -> None:
-                    trace.given["listening"].append(listening.getsockname())
-                    trace.given["tls"].append(tls)
-                    on_ready()
-
-                return types.SimpleNamespace(run=serve)
-
+            patch_ray(patch, trace)
             patch.setattr(rewards, "RewardScorer", lambda **options: FakeScorer(trace, **options))
-            patch.setattr(run_serve, "RewardServer", made)
+            patch.setattr(run_serve, "RewardServer", partial(FakeServer, trace))
             serve_rm._run(config, "megarlhf serve-rm", dry_run=False)
 
         return self._run(run)
@@ -364,39 +352,6 @@ def solution(letter: str, number: int) -> Options:
 
 
 Changes = tuple[tuple[str, Any], ...]  # option and value; a tuple, since runs are remembered by it
-
-
-class FakeScorer:
-    """Rewards that depend on prompt and response; some have none if a run asks for it by its rule's pattern."""
-
-    name = "function"
-
-    def __init__(self, trace: Trace, **options: Any) -> None:
-        self._trace = trace
-        trace.given["reward"].append(options)
-
-    def check(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def score(self, rollout: Rollout) -> SourceResult:
-        samples = rollout.samples
-        self._trace.given["scored"].append(samples)
-        lost = self._trace.given["reward"][0]["rule_pattern"]
-        keep = 1.0 if lost is None else float(lost)  # part of the samples with a result
-        rewards = [(sum(map(ord, s.response_text)) % 7 + s.prompt.index) / 4 for s in samples]
-        lost_one = None, "lost"
-        return SourceResult(
-            outcomes=[(r, None) if i < keep * len(samples) else lost_one for i, r in enumerate(rewards)]
-        )
-
-
-class FakeRemote(FakeScorer):
-    """A server that scores as the code does."""
-
-    def __init__(self, trace: Trace, name: str, urls: Sequence[str], options: RemoteOptions) -> None:
-        self.name, self._trace = name, trace
-        trace.given["remote"].append({"name": name, "urls": list(urls)} | vars(options))
 
 
 def _spy(patch: pytest.MonkeyPatch, trace: Trace, module: types.ModuleType, name: str) -> None:

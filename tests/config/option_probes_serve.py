@@ -1,10 +1,31 @@
 """Every option of `megarlhf serve-rm`: what it is set to, and where the server shows it."""
 
-from tests.config.option_probes import Probe, given
+from tests.config.option_probes import Probe, given, own_layout_probes, transformer, world
 
 RULE = {"reward_function": None, "reward_rule": "exact_match"}
+MODEL = {"reward_function": None, "reward_pretrain": "{}/rm", "max_len": 64}
 
-SERVE = {
+SERVE: dict[str, Probe] = {
+    **own_layout_probes("reward", "reward_pretrain", several=True, beside=False, **MODEL),
+    "reward_pretrain": Probe(
+        value="{}/rm_experts",
+        seen=lambda t: t.engine("reward").pretrain.name,
+        expected="rm_experts",
+        also={"reward_function": None, "max_len": 64},
+        before={"reward_pretrain": "{}/rm"},
+    ),
+    "reward_num_gpus_per_node": Probe(value=3, seen=world("world_size", "reward"), also=MODEL),
+    "bf16": Probe(value=True, seen=transformer("bf16", "reward"), also=MODEL),
+    # The value of a token is a tenth of its number, and EOS has 2: (0.2 - 0.5) / 2.
+    "normalize_reward": Probe(
+        value=True,
+        seen=lambda t: [(round(reward, 5), why) for reward, why in t.given["outcomes"]],
+        **{"expected": [(-0.15, None)], "also": MODEL},
+    ),
+    "start_timeout_seconds": Probe(value=71.0, seen=lambda t: round(t.waits[0]), **{"expected": 71, "also": MODEL}),
+    "phase_timeout_seconds": Probe(
+        value=1717.0, seen=lambda t: round(t.waits[-1]), **{"expected": 1717, "also": MODEL}
+    ),
     "host": Probe(
         value="127.0.0.2",
         seen=lambda t: (t.given["listening"][0][0], "http://127.0.0.2:" in t.said),
@@ -28,7 +49,11 @@ SERVE = {
     ),
     "stop_texts": Probe(value=("</s>", "<e>"), seen=given("server", "_stop_texts"), also=RULE),
     "max_len": Probe(value=77, seen=given("server", "max_len")),
-    "max_batch_tokens": Probe(value=78, seen=given("server", "max_batch_tokens")),
+    "max_batch_tokens": Probe(
+        value=3456,
+        seen=lambda t: (t.given["server"][0]["max_batch_tokens"], t.engine("reward").packing.max_tokens),
+        **{"expected": (3456, 3456), "also": MODEL},
+    ),
     "max_queries": Probe(value=79, seen=given("server", "max_queries")),
     "max_waiting_queries": Probe(value=8000, seen=given("server", "max_waiting_queries")),
     "max_body_mib": Probe(value=3, seen=given("server", "max_body_bytes"), expected=3 << 20),

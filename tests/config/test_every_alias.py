@@ -10,6 +10,7 @@ from megarlhf.config.command_line import options_of, parse, to_dict
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.loop_arguments import GenerateConfig
 from megarlhf.config.reward_model_arguments import RMConfig
+from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.supervised_arguments import DPOConfig, SFTConfig
 
 # What parses an alias: the first of these that has what it needs.
@@ -20,6 +21,7 @@ PROGRAMS: dict[Any, list[str]] = {
     DPOConfig: ["--pretrain", "m", "--dataset", "d", "--save", "s"],
     GenerateConfig: ["--pretrain", "m", "--prompt_data", "d", "--output", "o"],
     KDConfig: ["--pretrain", "m", "--teacher_model", "t", "--save", "s"],
+    ServeConfig: [],
 }
 REQUIRED = PROGRAMS[PPOConfig]
 
@@ -40,6 +42,7 @@ MEANT: dict[str, tuple[str, dict[str, Any]]] = {
     "train_batch_size": ("--train_batch_size 33", {"global_batch_size": 33}),
     "micro_train_batch_size": ("--micro_train_batch_size 34", {"micro_batch_size": 34}),
     "micro_rollout_batch_size": ("--micro_rollout_batch_size 35", {}),
+    "batch_size": ("--batch_size 36", {}),
     "max_norm": ("--max_norm 0.36", {"clip_grad": 0.36}),
     "l2": ("--l2 0.37", {"weight_decay": 0.37}),
     "adam_betas": ("--adam_betas 0.38 0.39", {"adam_beta1": 0.38, "adam_beta2": 0.39}),
