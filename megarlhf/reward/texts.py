@@ -150,7 +150,7 @@ class ModelTextScorer:
 
     def score(self, texts: Sequence[Text]) -> SourceResult:
         """See TextScorer."""
-        samples, tokens = list[Sample](), []
+        samples, tokens = list[Sample](), list[GroupTokens]()
         pairs = [(text.prompt, text.token_ids) for text in texts if text.token_ids is not None]
         for _, members in groupby(pairs, key=lambda pair: (pair[0], pair[1][0])):
             rows = [ids for _, ids in members]
