@@ -99,8 +99,8 @@ class RemoteReward:
         """
         try:
             errors = self._run(self._probe_all())
-        except httpx.InvalidURL as error:
-            errors = [f"remote_rm_url={','.join(self._urls)} is no address ({error}): correct it"]
+        except httpx.InvalidURL as wrong:
+            errors = [f"remote_rm_url={','.join(self._urls)} is no address ({wrong}): correct it"]
         if errors and self._options.is_required:
             raise ValueError("\n".join(errors))
         for error in errors:
