@@ -44,7 +44,8 @@ class ResourceManager:
     """
 
     rollout = _phase("rollout", "rollout")
-    reward = _phase("reward", "reward")
+    _last_reward = _phase("reward", "reward")
+    _other_reward = _phase("reward", "judge")
     judge = _phase("eval", "judge")
     train = _phase("train", "train")
     experience = _phase("experience", "train")
@@ -61,6 +62,10 @@ class ResourceManager:
         self._timers = Timers()
         self._awake: dict[str, tuple[Part, ...]] = {group.role.name: () for group in training}
         self._engines_awake: tuple[EnginePart, ...] = ENGINE_PARTS
+
+    def reward(self, *, is_last: bool = True) -> AbstractContextManager[None]:
+        """Responses are scored; weights that a sync replaces next are dropped."""
+        return self._last_reward() if is_last else self._other_reward()
 
     def rescue(self) -> AbstractContextManager[None]:
         """The run is failing: the engines, which may not answer, are ended, and the training roles are saved."""

@@ -162,8 +162,8 @@ class Phases(Protocol):
     def rollout(self) -> AbstractContextManager[None]:
         """The inference engines generate."""
 
-    def reward(self) -> AbstractContextManager[None]:
-        """Responses are scored."""
+    def reward(self, *, is_last: bool = True) -> AbstractContextManager[None]:
+        """Responses are scored; if they may not be the step's last, the inference engines keep their weights."""
 
     def judge(self) -> AbstractContextManager[None]:
         """The answers of an evaluation are scored; the inference engines keep their weights."""

@@ -47,7 +47,9 @@ def collect(config: PPOConfig, roles: Roles, prompts: Sequence[Prompt], state: L
     while len(kept) < wanted and rounds < most:
         first, missing, rounds = len(tokens), wanted - len(kept), rounds + 1
         count = min(wanted, -(-missing * first // max(1, len(kept)))) if first else wanted
-        scored = _round(config, roles, prompts, state, first_place=first, count=count)
+        scored = _round(
+            config, roles, prompts, state, first_place=first, count=count, is_last=rounds == most
+        )
         teaching = _teaching(scored.samples, algorithm)
         kept += [first + group for group in teaching]
         tokens += [one if group in teaching else None for group, one in enumerate(scored.tokens)]
@@ -73,14 +75,21 @@ def collect(config: PPOConfig, roles: Roles, prompts: Sequence[Prompt], state: L
 
 
 def _round(
-    config: PPOConfig, roles: Roles, prompts: Sequence[Prompt], state: LoopState, *, first_place: int, count: int
+    config: PPOConfig,
+    roles: Roles,
+    prompts: Sequence[Prompt],
+    state: LoopState,
+    *,
+    first_place: int,
+    count: int,
+    is_last: bool,
 ) -> Rollout:
     """The next `count` prompts behind those of earlier rounds, answered and scored."""
     step, start = state.step + 1, state.consumed_prompts + first_place
     chosen = [prompts[i] for i in drawn_rows(len(prompts), config.model.seed, start, start + count)]
     with roles.phases.rollout():
         generated = of_version(roles.rollout.generate(chosen, step=step, first_place=first_place), state.step)
-    with roles.phases.reward():
+    with roles.phases.reward(is_last=is_last):
         scored = replace(generated, samples=roles.reward.score(generated))
     check_results(scored.samples, config, step=step)
     return scored

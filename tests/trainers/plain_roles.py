@@ -218,7 +218,7 @@ class _Phases:
 
     def __getattr__(self, name: str) -> Any:
         assert name in ("rollout", "reward", "train", "sync", "evaluate", "judge", "save"), name
-        return lambda: self._enter(name)
+        return lambda **_: self._enter(name)
 
     def experience(self) -> Any:
         assert self._parent.phase == "train"
