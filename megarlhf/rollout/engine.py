@@ -132,7 +132,12 @@ class RolloutEngine:
         self._workers_apart = tensor_parallel_size > 1  # from this process
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
         self._texts = partial(response_texts, tokenizer, skip_special_tokens=skip_special_tokens)
-        cpu_only = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "block_size": _CPU_BLOCK_TOKENS}
+        cpu_only = {
+            "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+            "block_size": _CPU_BLOCK_TOKENS,
+            # vLLM takes a seeded request's generator back a step where its prompt was cut, which a CPU's cannot.
+            "enable_chunked_prefill": False,
+        }
         self._llm = LLM(
             model=str(model_dir),
             hf_overrides={"tie_word_embeddings": bool(config.tie_word_embeddings)},  # as the weights say

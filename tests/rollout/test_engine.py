@@ -27,6 +27,7 @@ from tests.rollout.models import (
 )
 
 PROMPTS = make_prompts([5, 40, 70])
+BUDGET = 150  # tokens that vLLM computes at a time: fewer than the prompts of a call have
 OPTIONS: dict[str, Any] = {
     "group_ids": [0, 1, 2],
     "n_samples": 4,
@@ -47,7 +48,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(model_dir: Path) -> Iterator[RolloutEngine]:
     environment = dict(os.environ)
     engine = RolloutEngine(
-        model_dir, dtype="float32", seed=0, max_model_len=128, max_num_seqs=16, kv_cache_gib=0.1, threads=1
+        model_dir,
+        dtype="float32",
+        seed=0,
+        max_model_len=128,
+        max_num_seqs=16,
+        kv_cache_gib=0.1,
+        threads=1,
+        passed={"max_num_batched_tokens": BUDGET},
     )
     yield engine
     engine.close()
@@ -106,6 +114,14 @@ def test_seeds_decide_the_tokens(engine: RolloutEngine) -> None:
     assert [s.response_ids for s in alone] == first[4:8]
     twice = generate(engine, [PROMPTS[1]] * 2, group_ids=[1, 5])
     assert len({s.response_ids for s in twice}) == 8  # a prompt that a batch holds twice is answered twice
+
+
+def test_prompts_beyond_a_batch_of_tokens_wait_whole(engine: RolloutEngine) -> None:
+    """vLLM would cut one of them, and then seeds fail on a CPU."""
+    prompts = make_prompts([70, 71, 72, 73, 74])
+    together = generate(engine, prompts, group_ids=[0, 1, 2, 3, 4], n_samples=1)
+    alone = [generate(engine, [prompt], group_ids=[i], n_samples=1)[0] for i, prompt in enumerate(prompts)]
+    assert [each.response_ids for each in together] == [each.response_ids for each in alone]
 
 
 def test_stop_token_ends_a_response_and_is_kept(
