@@ -95,13 +95,45 @@ ALIASES: dict[str, Alias] = {
     "local_rank": Alias(num_ignored_values=1, note="ranks come from the launcher's environment; no effect"),
     "virtual_pipeline_model_parallel_size": Alias(fields=("num_virtual_stages_per_pipeline_rank",)),
     "packing_samples": Alias(note=ALWAYS),
-    "colocate_actor_ref": Alias(note=ALWAYS, only_with="max_num_seqs"),
+    "colocate_actor_ref": Alias(note=ALWAYS, only_with="actor_num_nodes"),
+    "colocate_critic_reward": Alias(
+        note="all models, and the engines too, take turns on the same devices here, unless --no_colocate_all_models "
+        "gives actor, critic, each reward model and engines their own; no effect",
+        only_with="actor_num_nodes",
+    ),
+    **dict.fromkeys(
+        ("ref_num_nodes", "ref_num_gpus_per_node"),
+        Alias(
+            num_ignored_values=1,
+            note="the reference is in the actor's processes, of which --actor_num_nodes and --actor_num_gpus_per_node "
+            "are the number; no effect",
+            only_with="actor_num_nodes",
+        ),
+    ),
+    "ref_reward_offload": Alias(
+        note="the reference, and reward models that share devices, are there only while they compute; no effect",
+        only_with="actor_num_nodes",
+    ),
+    "actor_init_on_gpu": Alias(note="weights are loaded where they are used; no effect", only_with="actor_num_nodes"),
+    "vllm_sync_backend": Alias(
+        num_ignored_values=1, note="the devices decide how weights reach vLLM; no effect", only_with="actor_num_nodes"
+    ),
+    "vllm_sync_with_ray": Alias(
+        note="the devices decide how weights reach vLLM; no effect", only_with="actor_num_nodes"
+    ),
+    "enable_prefix_caching": Alias(note=ALWAYS + "; each sync empties the cache", only_with="max_num_seqs"),
     "ref_offload": Alias(note="the reference is on the device only while it computes; no effect", only_with="beta"),
     "teacher_offload": Alias(note=ALWAYS, only_with="teacher_model"),
-    "vllm_enable_sleep": Alias(note=ALWAYS + " where models share devices", only_with="max_num_seqs"),
-    "perf": Alias(note="times are always measured; no effect", only_with="max_num_seqs"),
+    "vllm_enable_sleep": Alias(note=ALWAYS + " where models share devices", only_with="actor_num_nodes"),
+    "perf": Alias(note="times are always measured; no effect", only_with="actor_num_nodes"),
+    "batch_size": Alias(
+        num_ignored_values=1, note="requests are batched by --max_batch_tokens; no effect", only_with="max_batch_tokens"
+    ),
     # Model and algorithm
     "seq_length": Alias(fields=("max_len",)),
+    "value_head_prefix": Alias(
+        choices={"score": {}}, note="heads are named score, as Transformers names them", only_with="reward_pretrain"
+    ),
     "aux_loss_coef": Alias(fields=("moe_aux_loss_coeff",)),
     "loss": Alias(
         choices={"sigmoid": {}, "logexp": {}},
@@ -120,13 +152,6 @@ _REFUSED = {  # why, and what to set instead -> flags
     "set --prompt_max_len and --generate_max_len": "max_len",
     # Memory and layout
     "it is an option of DeepSpeed: leave it out": "overlap_comm",
-    "weights are always loaded where they are used: leave it out": "actor_init_on_gpu",
-    "set --colocate_all_models or --no_colocate_all_models": "colocate_critic_reward",
-    "the reference model lives inside the actor's processes: set --actor_num_nodes, --actor_num_gpus_per_node": (
-        "ref_num_nodes ref_num_gpus_per_node ref_reward_offload"
-    ),
-    "the transport of the weights is chosen by the devices: leave it out": "vllm_sync_backend vllm_sync_with_ray",
-    "prefix caching is vLLM's default and is reset at each sync: leave it out": "enable_prefix_caching",
     "set --num_virtual_stages_per_pipeline_rank, the layers of a pipeline rank divided by this number": (
         "num_layers_per_virtual_pipeline_stage"
     ),
@@ -136,13 +161,11 @@ _REFUSED = {  # why, and what to set instead -> flags
     "--tokenizer_model DIR": "vocab_file merge_file vocab_size",
     "the file is read piece by piece and its order is kept: leave it out": "partitions keep_sequential_samples",
     # Models
-    "the critic's value head is named score, as Transformers names it: leave it out": "value_head_prefix",
     "FP8 is not offered in this version: set --bf16": "fp8_format fp8",
     "Transformers 5 has one tokenizer for each model, the fast one, and vLLM loads the same: leave it out": (
         "disable_fast_tokenizer"
     ),
     "weights are not quantised here: leave it out; megarlhf merge_lora merges a 4-bit run's adapter": "load_in_4bit",
-    # Rewards, algorithm, data
 }
 ALIASES |= {name: Alias(refused=why) for why, names in _REFUSED.items() for name in names.split()}
 

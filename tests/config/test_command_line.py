@@ -13,8 +13,10 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import LIMITS
 from megarlhf.config.command_line import from_dict, options_of, parse, to_dict, to_yaml
 from megarlhf.config.kd_arguments import KDConfig
+from megarlhf.config.loop_arguments import GenerateConfig
 from megarlhf.config.passed import PREFIXES
 from megarlhf.config.reward_model_arguments import RMConfig
+from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.supervised_arguments import DPOConfig, SFTConfig
 
 PPO = ["--pretrain", "m", "--prompt_data", "p.jsonl", "--save", "run"]
@@ -205,15 +207,16 @@ def test_aliases_take_their_number_of_values(capsys: pytest.CaptureFixture[str],
 
 
 def test_every_alias_leads_to_options_that_exist() -> None:
-    known = {name for program in (PPOConfig, RMConfig, DPOConfig, KDConfig) for name in options_of(program)}
+    programs = (PPOConfig, RMConfig, DPOConfig, KDConfig, GenerateConfig, ServeConfig)
+    known = {name for program in programs for name in options_of(program)}
     for name, alias in ALIASES.items():
         assert alias.needs <= known, name
         assert alias.needs or alias.note or alias.refused, name
 
 
 def test_names_are_shared_by_an_option_and_no_alias_of_the_same_program() -> None:
-    assert not options_of(PPOConfig).keys() & ALIASES.keys()
-    assert options_of(SFTConfig).keys() & ALIASES.keys() == {"max_len"}  # refused in PPO
+    assert options_of(PPOConfig).keys() & ALIASES.keys() == {"load_in_4bit"}  # refused in chat
+    assert options_of(SFTConfig).keys() & ALIASES.keys() == {"max_len", "load_in_4bit", "dataset", "dataset_probs"}
 
 
 def test_sft_has_its_own_names() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from megarlhf.config.aliases import ALIASES
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.chat_arguments import ChatConfig
 from megarlhf.config.command_line import options_of, parse, to_dict
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.loop_arguments import GenerateConfig
@@ -22,6 +23,7 @@ PROGRAMS: dict[Any, list[str]] = {
     GenerateConfig: ["--pretrain", "m", "--prompt_data", "d", "--output", "o"],
     KDConfig: ["--pretrain", "m", "--teacher_model", "t", "--save", "s"],
     ServeConfig: [],
+    ChatConfig: ["--pretrain", "m"],
 }
 REQUIRED = PROGRAMS[PPOConfig]
 
@@ -55,6 +57,16 @@ MEANT: dict[str, tuple[str, dict[str, Any]]] = {
     "ring_attn_size": ("--ring_attn_size 4", {"context_parallel_size": 4}),
     "packing_samples": ("--packing_samples", {}),
     "colocate_actor_ref": ("--colocate_actor_ref", {}),
+    "colocate_critic_reward": ("--colocate_critic_reward", {}),
+    "ref_num_nodes": ("--ref_num_nodes 3", {}),
+    "ref_num_gpus_per_node": ("--ref_num_gpus_per_node 3", {}),
+    "ref_reward_offload": ("--ref_reward_offload", {}),
+    "actor_init_on_gpu": ("--actor_init_on_gpu", {}),
+    "vllm_sync_backend": ("--vllm_sync_backend nccl", {}),
+    "vllm_sync_with_ray": ("--vllm_sync_with_ray", {}),
+    "enable_prefix_caching": ("--enable_prefix_caching", {}),
+    "batch_size": ("--batch_size 8", {}),
+    "value_head_prefix": ("--value_head_prefix score", {}),
     "vllm_enable_sleep": ("--vllm_enable_sleep", {}),
     "perf": ("--perf", {}),
     "loss": ("--loss logexp", {}),
@@ -119,8 +131,9 @@ def test_another_loss_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", [name for name, alias in ALIASES.items() if alias.refused])
 @pytest.mark.parametrize("words", [[], ["1"]], ids=["bare", "with a value"])
 def test_a_refused_flag_gives_the_reason(name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    program, required = next((p, r) for p, r in PROGRAMS.items() if name not in options_of(p))
     with pytest.raises(SystemExit):
-        parse(PPOConfig, [*REQUIRED, f"--{name}", *words], "ppo")
+        parse(program, [*required, f"--{name}", *words], "ppo")
     assert f"--{name} is not an option here; {ALIASES[name].refused}" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.cli.flags import PROGRAMS, main
+from megarlhf.cli.flags import SUPERVISED, main
 from megarlhf.config.checks import check_supervised
 from megarlhf.config.command_line import options_of, parse
 from megarlhf.config.openrlhf_flags import OPENRLHF_FLAGS, meaning
@@ -60,15 +60,15 @@ GIVEN = {  # flag -> a value that its parser takes; others are switches
 APART = {"input_template", "ipo", "ref_pretrain"}  # they contradict a chat template, label_smoothing, adapters
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", SUPERVISED)
 def test_every_flag_has_a_meaning(program: str) -> None:
     assert set(OPENRLHF_FLAGS[program]) == COMMON | OWN[program]
-    options = options_of(PROGRAMS[program])
+    options = options_of(SUPERVISED[program])
     for flag in COMMON | OWN[program]:
         assert meaning(flag, options).startswith("refused: ") is (flag in REFUSED)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", SUPERVISED)
 def test_every_flag_is_taken(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All on one line, and what contradicts another by itself."""
     monkeypatch.chdir(tmp_path)
@@ -86,7 +86,7 @@ def test_every_flag_is_taken(program: str, tmp_path: Path, monkeypatch: pytest.M
             value = GIVEN.get(flag, "")
             is_text = flag in ("input_template", "tokenizer_chat_template")
             words += [f"--{flag}", *([value] if is_text else value.replace("{}", str(tmp_path)).split())]
-        return check_supervised(parse(PROGRAMS[program], words, program)[0])
+        return check_supervised(parse(SUPERVISED[program], words, program)[0])
 
     assert errors(taken - APART) == []
     needed = {"pretrain", "dataset", "save_path", "output_key", "teacher_model", "placeholder_token", "prompt_key"}
