@@ -18,7 +18,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import EnginePart, Part, megatron_roles
 from megarlhf.data.partition import Partition, RankRows, with_ends
 from megarlhf.data.planning import PackingOptions
-from megarlhf.data.types import Floats, GeneratedGroup, GroupTokens, TokenIds
+from megarlhf.data.types import KEPT_TOKENS, Floats, GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.formats.run_checkpoints import AVERAGE
 from megarlhf.formats.shared_memory import Block
 from megarlhf.parallel.device import DeviceKind
@@ -133,8 +133,22 @@ class MegatronWorker:
         self.rows.keep(fields, scalars=scalars)
 
     def log_probs(self) -> LogProbDifference | None:
-        """Keep `old_log_probs`; their difference to the inference engine's, where results count."""
-        found = self._forward("old_log_probs")
+        """Keep `old_log_probs`; their difference to the inference engine's, where results count.
+
+        Of truncated distributions also the tokens that they keep: all later passes of the step are over these, the
+        reference's too, so that ratios and KL compare distributions of the same tokens (arXiv:2512.02556, keep sampling
+        mask).
+        """
+        from megarlhf.engine.schedule import kept_tokens
+
+        if not self.spec.config.rollout.is_truncated:
+            found = self._forward("old_log_probs")
+        else:
+            found = self._forward(KEPT_TOKENS, kept_tokens)
+            if self.engine.ranks.is_last_stage:
+                both = self.rows.rows.fields[KEPT_TOKENS]
+                self.rows.keep({"old_log_probs": both[:, 0].copy(), KEPT_TOKENS: both[:, 1:]})
+            found = None if found is None else found[:, 0]
         return None if found is None else LogProbDifference.between(found, self.rows.rows.fields["rollout_log_probs"])
 
     def ref_log_probs(self) -> None:
@@ -173,9 +187,10 @@ class MegatronWorker:
             found = engine.forward(rows.batches())
         return rows.last_values(found) if engine.ranks.holds_results else None
 
-    def _forward(self, name: str) -> Floats | None:
+    def _forward(self, name: str, compute: Any = None) -> Floats | None:
+        """Keep what a pass over all rows gives for each target: log-probs, values, or what `compute` makes of it."""
         with self._giving_back():
-            found = self.engine.forward(self.rows.batches())
+            found = self.engine.forward(self.rows.batches(), **({} if compute is None else {"compute": compute}))
         if not self.engine.ranks.is_last_stage:
             return None
         field = self.rows.keep_values(name, found)
@@ -322,6 +337,7 @@ class RolloutWorker:
             temperature=options.temperature if temperature is None else temperature,
             top_p=options.top_p,
             top_k=options.top_k,
+            min_p=options.min_p,
             repetition_penalty=options.repetition_penalty,
             stop_token_ids=list(self.spec.stop_token_ids),
             run_seed=config.model.seed,

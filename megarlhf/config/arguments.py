@@ -195,9 +195,12 @@ class SamplingArguments:
     temperature: float = 1.0
     """Sampling temperature; log-probabilities of the trainer are taken at the same temperature."""
     top_p: float = 1.0
-    """Nucleus sampling. Only 1 (off) is offered."""
+    """Sample from the fewest tokens that together have this probability. In training log-probs, entropy and KL are of
+    the distribution over these tokens. 1: all."""
     top_k: int = -1
-    """Sampling from the k likeliest tokens. Only -1 (off) is offered."""
+    """Sample from the k likeliest tokens, of which top_p then chooses. -1: all."""
+    min_p: float = 0.0
+    """Leave out tokens less than this times as likely as the likeliest, before top_k and top_p. 0: none."""
     repetition_penalty: float = 1.0
     """Divisor of the logits of tokens that prompt and response hold already, above 1 (below: a factor). Only 1 (off) is
     offered in training."""
@@ -209,6 +212,11 @@ class SamplingArguments:
     """Size of a vLLM engine's KV cache in GiB (machines without GPUs only)."""
     enforce_eager: bool = True
     """Run vLLM without compiled graphs: slower steps, faster start, less memory."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a part of the distribution is never sampled."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +364,17 @@ class PPOConfig:
     def keeps_reward_moments(self) -> bool:
         """Whether rewards are normalised by their running moments; reward models have their own."""
         return self.algorithm.normalize_reward and self.model.reward_pretrain is None
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether a step's one update gives the log-probs of the policy that sampled, in its own forward pass.
+
+        No other pass needs them before, the KL being part of the loss; with dropout they would be another policy's. The
+        reference needs the tokens that a truncated policy keeps.
+        """
+        algorithm, others = self.algorithm, bool(self.lora.lora_dropout) or self.batch.updates_per_step > 1
+        needs_kept = self.rollout.is_truncated or not algorithm.use_kl_loss
+        return not others and not (algorithm.init_kl_coef > 0 and needs_kept)
 
     @property
     def uses_tis(self) -> bool:

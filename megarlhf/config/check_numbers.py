@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megarlhf.config.algorithm_arguments import AlgorithmArguments
-from megarlhf.config.arguments import AveragedOptimizerArguments, BatchArguments, PPOConfig, RolloutArguments
+from megarlhf.config.arguments import AveragedOptimizerArguments, BatchArguments, PPOConfig
 from megarlhf.config.check_layout import broken, one_of, size
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.pretraining_arguments import PretrainingArguments
@@ -65,11 +65,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "max_no_result_fraction",
     ),
     ("from 0 to below 0.5", lambda v: 0 <= v < 0.5, "label_smoothing"),
-    ("from 0 to below 1", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2 lora_dropout"),
+    ("from 0 to below 1", lambda v: 0 <= v < 1, "min_p adam_beta1 adam_beta2 lora_dropout"),
     ("above 0 and below 1", lambda v: 0 < v < 1, "eps_clip eps_clip_high"),
     ("above 0 and at most 1", lambda v: 0 < v <= 1, "vllm_gpu_memory_utilization top_p"),
     ("above 1", lambda v: v > 1, "dual_clip"),
-    ("-1 or more", lambda v: v >= -1, "freezing_actor_steps"),
+    ("-1 or more", lambda v: v >= -1, "top_k freezing_actor_steps"),
     ("from 0 to 65535", lambda v: 0 <= v <= 65535, "port"),
 )
 LIMITS = {name: (range_text, holds) for range_text, holds, names in _RANGES for name in names.split()}
@@ -268,15 +268,17 @@ def length_errors(name: str, length: int, max_tokens: int | None, models: Models
     return errors
 
 
-def sampling_errors(rollout: RolloutArguments) -> list[str]:
-    """Sampling from another distribution than the one that the trainer computes."""
-    return [
-        f"{name}={value} is not offered (log-probabilities under cut-off sampling differ from the trainer's, which "
-        f"biases the policy ratio): use {off}"
-        for name, value, off in (
-            ("top_p", rollout.top_p, 1.0),
-            ("top_k", rollout.top_k, -1),
-            ("repetition_penalty", rollout.repetition_penalty, 1.0),
-        )
-        if value != off
-    ]
+def sampling_errors(config: PPOConfig) -> list[str]:
+    """Sampling from another distribution than the trainer computes, or from one that takes too much memory."""
+    rollout = config.rollout
+    given = [f"{name}={getattr(rollout, name)}" for name in ("top_p", "min_p")]
+    return broken(
+        {
+            f"repetition_penalty={rollout.repetition_penalty} is not offered (the trainer's log-probabilities are "
+            "without it, which biases the policy ratio): use 1.0": rollout.repetition_penalty != 1,
+            f"{' and '.join(given)} need top_k unless a step is one update without a KL (the tokens that are kept at "
+            "each place are stored for the passes that follow, and top_k bounds them): set top_k, such as 64": (
+                rollout.is_truncated and rollout.top_k <= 0 and not config.is_one_pass
+            ),
+        }
+    )

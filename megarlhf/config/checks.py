@@ -78,7 +78,7 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += correction_errors(config) + adapter_errors(config.lora) + pretraining_errors(config.pretraining)
     errors += average_errors(config.optimizer) + value_network_errors(config) + filter_errors(config)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
-    errors += sampling_errors(config.rollout) + template_errors(config.data)
+    errors += sampling_errors(config) + template_errors(config.data)
     errors += reward_errors(config.reward, num_models=len(reward_roles(config))) + reward_model_errors(config, models)
     errors += probability_errors(
         "prompt_data_probs", config.data.prompt_data_probs, "prompt_data", config.data.prompt_data

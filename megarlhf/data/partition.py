@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 from megarlhf.data.packing import copy_runs, fill_fields
 from megarlhf.data.planning import PackingOptions, plan_micro_batches, prompt_units
-from megarlhf.data.types import Floats, GroupTokens, Ints, MicroBatch, Sample, TargetValues, TrainingRows, starts_of
+from megarlhf.data.types import (
+    KEPT_TOKENS,
+    Floats,
+    GroupTokens,
+    Ints,
+    MicroBatch,
+    Sample,
+    TargetValues,
+    TrainingRows,
+    starts_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,20 +155,21 @@ class RankRows:
             self._packed = [[pack(self.rows, indices, longest) for indices in part] for part in partition.plan]
 
     def batches(self, mini_batch: int | None = None, *, unread: Collection[str] = ()) -> list[MicroBatch]:
-        """Packed sequences of one mini-batch with all fields but `unread`, or of the whole step without any."""
-        if mini_batch is None:
-            return [batch for batches in self._packed for batch in batches]
-        fields = {name: values for name, values in self.rows.fields.items() if name not in unread}
-        rows = replace(self.rows, fields=fields)
-        return [fill_fields(batch, rows) for batch in self._packed[mini_batch]]
+        """Packed sequences of one mini-batch with all fields but `unread`, or of the whole step without any but the
+        tokens that distributions are over."""
+        whole = mini_batch is None
+        fields = {n: v for n, v in self.rows.fields.items() if (n == KEPT_TOKENS if whole else n not in unread)}
+        rows = replace(self.rows, fields=fields, scalars={} if whole else self.rows.scalars)
+        packed = [batch for part in self._packed for batch in part] if mini_batch is None else self._packed[mini_batch]
+        return [fill_fields(batch, rows) for batch in packed]
 
     def keep(self, fields: Mapping[str, Floats], *, scalars: Mapping[str, Floats] | None = None) -> None:
         """Add fields, one number for each target, and scalars, one for each row."""
         self.rows = self.rows.with_fields(fields, scalars=scalars)
 
     def keep_values(self, name: str, values: TargetValues) -> Floats:
-        """Add a field that this rank has computed, for every target; returns it."""
-        field = np.empty(int(self.rows.num_targets.sum()), dtype=np.float32)
+        """Add a field that this rank has computed, one number or k for every target; returns it."""
+        field = np.empty((int(self.rows.num_targets.sum()), *values.values.shape[1:]), dtype=np.float32)
         copy_runs(values.values, starts_of(values.lengths), values.lengths, field, values.starts)
         self.keep({name: field})
         return field

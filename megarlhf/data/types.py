@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+KEPT_TOKENS = "kept_tokens"  # field of rows, [targets, k]: output-layer rows here that distributions are restricted to
 FinishReason = Literal["stop", "length"]
 Ints = NDArray[np.int64]
 TokenIds = NDArray[np.int32]

@@ -58,6 +58,7 @@ from megarlhf.models.weights import ModelWeights
 from megarlhf.parallel.context import context_part, join_context
 from megarlhf.parallel.device import current_device, release_memory
 from megarlhf.parallel.groups import current_ranks, seed_generators
+from megarlhf.parallel.truncation import Truncation
 from megarlhf.parallel.vocab import OutputDistribution
 
 
@@ -79,6 +80,7 @@ class MegatronEngine:
         pretrain: HF checkpoint directory that gives configuration and weights.
         optimizer: None for a model that only runs forward.
         logprob_chunk_tokens: tokens whose logits exist at once.
+        truncation: what of the distributions at the temperature the log-probs are over; None: all.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class MegatronEngine:
         optimizer: OptimizerOptions | None,
         logprob_chunk_tokens: int,
         temperature: float = 1.0,
+        truncation: Truncation | None = None,
         seed: int = 42,
     ) -> None:
         self.pretrain, self.head = Path(pretrain), head
@@ -116,6 +119,7 @@ class MegatronEngine:
             chunk_tokens=logprob_chunk_tokens,
             temperature=temperature,
             soft_cap=arch.additions(self.hf).logit_soft_cap,
+            truncation=truncation or Truncation(),
         )
         self._outputs = partial(token_outputs, model=self.chunks[-1], head=head, distribution=self.distribution)
         self.model: list[Any] = [Float16Module(self.config, c) if model.bf16 else c for c in self.chunks]

@@ -19,14 +19,19 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megarlhf.data.packing import lengthened
-from megarlhf.data.types import MicroBatch
+from megarlhf.data.types import KEPT_TOKENS, MicroBatch
 from megarlhf.engine.objective import LossTerm, Objective, OutputLayer, Outputs, TokenOutputs
 from megarlhf.models.heads import output_weight
 from megarlhf.parallel.device import current_device
 from megarlhf.parallel.groups import Ranks
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 from megarlhf.parallel.packed_params import packed_params
-from megarlhf.parallel.vocab import EntropyUse, OutputDistribution, vocab_parallel_log_probs
+from megarlhf.parallel.vocab import (
+    EntropyUse,
+    OutputDistribution,
+    vocab_parallel_kept_tokens,
+    vocab_parallel_log_probs,
+)
 
 OutputFn = Callable[[Tensor, MicroBatch, Outputs], TokenOutputs]
 Finish = Callable[[Tensor, MicroBatch], Any]  # makes a result of the last stage's output for a micro-batch
@@ -66,13 +71,18 @@ def token_outputs(
 
 
 def target_log_probs(layer: OutputLayer, batch: MicroBatch, *, entropy: EntropyUse = "unused") -> TokenOutputs:
-    """Log-probs of the targets, and the entropy of their distributions where it is used."""
+    """Log-probs of the targets, and the entropy of their distributions where it is used.
+
+    Of rows with the field `kept_tokens` distributions are over these tokens, whatever weights compute.
+    """
+    kept = batch.fields.get(KEPT_TOKENS)
     log_probs, entropies = vocab_parallel_log_probs(
         layer.hidden,
         layer.weight,
         batch.targets[layer.places],
         of=layer.distribution,
         entropy=entropy,
+        kept=None if kept is None else kept[layer.places].long(),
         group=layer.group,
     )
     length = len(batch.targets)
@@ -80,6 +90,16 @@ def target_log_probs(layer: OutputLayer, batch: MicroBatch, *, entropy: EntropyU
         log_probs=layer.on_sequence(log_probs, length),
         entropy=None if entropies is None else layer.on_sequence(entropies, length),
     )
+
+
+def kept_tokens(layer: OutputLayer, batch: MicroBatch) -> TokenOutputs:
+    """The targets' log-probs, and behind each what the field `kept_tokens` is to hold: this rank's part of the tokens
+    that the truncation keeps."""
+    kept = vocab_parallel_kept_tokens(layer.hidden, layer.weight, of=layer.distribution, group=layer.group)
+    log_probs = target_log_probs(layer, batch).log_probs
+    assert log_probs is not None
+    found = layer.on_sequence(kept.float(), len(batch.targets))  # float32 holds columns up to 2^24
+    return TokenOutputs(candidates=torch.cat([log_probs[:, None], found], -1))
 
 
 def hidden_outputs(layer: OutputLayer, batch: MicroBatch) -> TokenOutputs:

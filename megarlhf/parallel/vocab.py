@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarlhf.parallel.truncation import Truncation, kept_columns, leave_out, leave_out_others, smallest_kept
+
 EntropyUse = Literal["unused", "metric", "loss"]  # not computed; without a gradient; with one
 
 _PARTS = 8  # what is computed beside a chunk's logits takes an eighth of their memory
@@ -26,6 +28,7 @@ class OutputDistribution:
     chunk_tokens: int  # tokens whose logits exist at once
     temperature: float = 1.0
     soft_cap: float | None = None  # a logit x becomes soft_cap * tanh(x / soft_cap)
+    truncation: Truncation = Truncation()  # of log-probs, entropy and their gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,22 @@ class OutputShard:
         if not exact:
             scores.copy_(logits)
         return scores if self.of.temperature == 1.0 else scores.div_(self.of.temperature)
+
+    def truncate(
+        self, scores: Tensor, places: tuple[Tensor, Tensor], kept: Tensor | None, least: Tensor, *, known: bool
+    ) -> None:
+        """Leave tokens out of a chunk's scores: all but the kept ones, or by the distribution's truncation.
+
+        Args:
+            kept: [n, k] int64 columns; None: the truncation's, whose lowest scores are put into `least` [n], or are
+                there if they are `known`.
+        """
+        if kept is not None:
+            leave_out_others(scores, kept, places)
+        elif not self.of.truncation.is_whole:
+            if not known:
+                least.copy_(smallest_kept(scores, self.of.truncation, self.of.vocab_size, self.group))
+            leave_out(scores, least, places)
 
     def normalize(self, scores: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
         """Overwrite scores with exp(log-softmax over this rank's rows).
@@ -167,19 +186,21 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, part: OutputShard, keep: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kept: Tensor | None, part: OutputShard, keep: bool
     ) -> tuple[Tensor, Tensor]:
         rows = part.rows(weight)
         # Holds scores, probabilities and gradients in turn.
         dtype = torch.promote_types(rows.dtype, torch.float32)
         buffer = hidden.new_empty(min(len(hidden), part.of.chunk_tokens), len(rows), dtype=dtype)
-        notes = buffer.new_zeros(4, len(hidden))
+        notes, least = buffer.new_zeros(4, len(hidden)), buffer.new_empty(len(hidden))
         for chunk in part.chunks(len(hidden)):
-            scores = part.scores(hidden[chunk], rows, buffer)
-            notes[:, chunk] = part.normalize(scores, part.places(targets[chunk], weight))
+            scores, places = part.scores(hidden[chunk], rows, buffer), part.places(targets[chunk], weight)
+            part.truncate(scores, places, None if kept is None else kept[chunk], least[chunk], known=False)
+            notes[:, chunk] = part.normalize(scores, places)
         log_probs, entropy, log_share, log_total = part.merge(notes, targets // len(weight))
         if keep:
-            ctx.save_for_backward(hidden, weight, targets, torch.stack([log_probs, entropy, log_share, log_total]))
+            notes = torch.stack([log_probs, entropy, log_share, log_total])
+            ctx.save_for_backward(hidden, weight, targets, kept, least, notes)
             ctx.part, ctx.buffer = part, buffer
         ctx.set_materialize_grads(False)
         if part.entropy != "loss":
@@ -187,8 +208,8 @@ class _LogProbs(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, targets, notes = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        hidden, weight, targets, kept, least, notes = ctx.saved_tensors
         part, buffer, ctx.buffer = ctx.part, ctx.buffer, None
         rows, chunks = part.rows(weight), part.chunks(len(hidden))
         grad_log_probs = torch.zeros_like(notes[0]) if grads[0] is None else grads[0]
@@ -198,6 +219,7 @@ class _LogProbs(torch.autograd.Function):
             probs, places = buffer[: len(hidden[chunk])], part.places(targets[chunk], weight)
             if number < len(chunks) - 1:  # the last chunk's are there still
                 probs = part.scores(hidden[chunk], rows, buffer)
+                part.truncate(probs, places, None if kept is None else kept[chunk], least[chunk], known=True)
                 part.normalize(probs, places)
             wanted = (grad_log_probs[chunk], None if grads[1] is None else grads[1][chunk])
             grad = part.to_gradient(probs, places, notes[:, chunk], wanted).to(weight.dtype)
@@ -205,7 +227,7 @@ class _LogProbs(torch.autograd.Function):
                 torch.mm(grad, rows, out=grad_hidden[chunk])
             if total is not None:
                 total.add(grad, hidden[chunk])
-        return grad_hidden, None if total is None else total.result(), None, None, None
+        return grad_hidden, None if total is None else total.result(), None, None, None, None
 
 
 class WeightGradient:
@@ -239,6 +261,7 @@ def vocab_parallel_log_probs(
     *,
     of: OutputDistribution,
     entropy: EntropyUse = "unused",
+    kept: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target and entropy of each distribution, of an output layer's logits.
@@ -251,6 +274,8 @@ def vocab_parallel_log_probs(
         hidden: [n, h], equal on every rank of the group; its gradient here is this rank's part of a sum over the group.
         weight: [padded_vocab / tp, h], this rank's rows of the output layer, in rank order.
         targets: [n] int64, global token ids below vocab_size, equal on every rank of the group.
+        kept: [n, k] int64, this rank's part of the tokens to which each distribution is restricted, by
+            vocab_parallel_kept_tokens; None: those that the truncation keeps. A target is always kept.
         group: tensor-parallel group; None for an output layer that is whole.
     Returns:
         (log_probs, entropy), each [n] float32, bit-equal on every rank of the group; entropy in nats, None where it is
@@ -258,5 +283,24 @@ def vocab_parallel_log_probs(
     """
     part = OutputShard(of=of, entropy=entropy, group=group)
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    log_probs, entropies = _LogProbs.apply(hidden, weight, targets, part, keep)
+    log_probs, entropies = _LogProbs.apply(hidden, weight, targets, kept, part, keep)
     return log_probs, None if entropy == "unused" else entropies
+
+
+def vocab_parallel_kept_tokens(
+    hidden: Tensor, weight: Tensor, *, of: OutputDistribution, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """[n, k] int64: this rank's part of the tokens that the truncation keeps, -1 where there are fewer than its top_k.
+
+    Arguments as of vocab_parallel_log_probs, which takes them back for other weights.
+    """
+    part, k = OutputShard(of=of, group=group), of.truncation.top_k
+    assert k is not None, "top_k bounds what is kept: config/check_numbers.py asks for it"
+    rows = part.rows(weight).detach()
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    buffer = hidden.new_empty(min(len(hidden), of.chunk_tokens), len(rows), dtype=dtype)
+    kept = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    for chunk in part.chunks(len(hidden)):
+        scores = part.scores(hidden[chunk].detach(), rows, buffer)
+        kept[chunk] = kept_columns(scores, smallest_kept(scores, of.truncation, of.vocab_size, group), k)
+    return kept

@@ -173,6 +173,7 @@ class RolloutEngine:
         greedy: bool = False,
         top_p: float = 1.0,
         top_k: int = -1,
+        min_p: float = 0.0,
         repetition_penalty: float = 1.0,
     ) -> list[GeneratedGroup]:
         """Answer each prompt `n_samples` times.
@@ -184,7 +185,7 @@ class RolloutEngine:
             temperature: above 0; ignored when greedy.
             stop_token_ids: a response ends with the first of these tokens; no others stop it.
             run_seed, step: with the group and the sample's number they seed each response.
-            top_p, top_k: of the sampled distribution; 1.0 and -1 leave it whole.
+            top_p, top_k, min_p: of the sampled distribution; 1.0, -1 and 0.0 leave it whole.
             repetition_penalty: of tokens that are there already, for greedy too; 1.0: none.
         Returns:
             The samples of each prompt. The log-probs are of the distribution sampled from (for greedy: of the model's
@@ -211,6 +212,7 @@ class RolloutEngine:
                 temperature=0.0 if greedy else temperature,
                 top_p=1.0 if greedy else top_p,
                 top_k=-1 if greedy else top_k,
+                min_p=0.0 if greedy else min_p,
                 repetition_penalty=repetition_penalty,
                 max_tokens=max_tokens,
                 seed=request_seed(run_seed, step, group_id, sample_id),

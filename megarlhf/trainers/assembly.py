@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from megarlhf.config.arguments import PPOConfig, SharedOptimizerArguments
+from megarlhf.config.arguments import PPOConfig, RolloutArguments, SharedOptimizerArguments
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.roles import RoleSpec
@@ -18,6 +18,7 @@ from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions
 from megarlhf.parallel.groups import ParallelSizes
+from megarlhf.parallel.truncation import Truncation
 from megarlhf.trainers.policy import PolicyLossOptions, policy_objective
 from megarlhf.trainers.pretraining import PretrainingLoss, pretraining_directory
 from megarlhf.trainers.value import value_objective
@@ -40,8 +41,15 @@ def build_engine(config: PPOConfig, role: RoleSpec) -> MegatronEngine:
         optimizer=optimizer,
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         temperature=config.rollout.temperature,
+        truncation=truncation(config.rollout),
         seed=config.model.seed,
     )
+
+
+def truncation(rollout: RolloutArguments) -> Truncation:
+    """What of the policy's distribution responses are sampled from."""
+    top_k = rollout.top_k if rollout.top_k > 0 else None
+    return Truncation(top_p=rollout.top_p, top_k=top_k, min_p=rollout.min_p)
 
 
 def optimizer_steps(config: PPOConfig, role: RoleSpec) -> int:

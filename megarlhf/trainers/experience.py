@@ -144,11 +144,7 @@ def make_experience(
     rollout = replace(rollout, samples=samples)
     mini_batches = split_mini_batches(samples, config, step=step)
     actor.begin(rollout, mini_batches)
-    # Where one update uses every sample once and the KL is part of the loss, its own forward pass gives the log-probs;
-    # with dropout those would be another policy's than the one that the engines sampled from.
-    one_pass = config.batch.updates_per_step == 1 and (algorithm.use_kl_loss or not algorithm.init_kl_coef)
-    one_pass = one_pass and not config.lora.lora_dropout
-    difference = None if one_pass else actor.log_probs()
+    difference = None if config.is_one_pass else actor.log_probs()
     has_reference = algorithm.init_kl_coef > 0
     if has_reference:
         actor.ref_log_probs()

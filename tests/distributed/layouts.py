@@ -13,6 +13,7 @@ from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import OptimizerOptions
 from megarlhf.models.build import ModelOptions
 from megarlhf.parallel.groups import ParallelSizes, destroy_groups, initialize_groups
+from megarlhf.parallel.truncation import Truncation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,7 @@ def build(
     optimizer: bool = True,
     total_steps: int = 20,
     temperature: float = 1.0,
+    truncation: Truncation | None = None,
     options: OptimizerOptions | None = None,
     lora: LoraArguments | None = None,
 ) -> MegatronEngine:
@@ -197,4 +199,5 @@ def build(
         optimizer=options if optimizer else None,
         logprob_chunk_tokens=7,  # a micro-batch has several chunks
         temperature=temperature,
+        truncation=truncation,
     )
