@@ -126,9 +126,6 @@ ALIASES: dict[str, Alias] = {
     "teacher_offload": Alias(note=ALWAYS, only_with="teacher_model"),
     "vllm_enable_sleep": Alias(note=ALWAYS + " where models share devices", only_with="actor_num_nodes"),
     "perf": Alias(note="times are always measured; no effect", only_with="actor_num_nodes"),
-    "batch_size": Alias(
-        num_ignored_values=1, note="requests are batched by --max_batch_tokens; no effect", only_with="max_batch_tokens"
-    ),
     # Model and algorithm
     "seq_length": Alias(fields=("max_len",)),
     "value_head_prefix": Alias(

@@ -65,7 +65,6 @@ MEANT: dict[str, tuple[str, dict[str, Any]]] = {
     "vllm_sync_backend": ("--vllm_sync_backend nccl", {}),
     "vllm_sync_with_ray": ("--vllm_sync_with_ray", {}),
     "enable_prefix_caching": ("--enable_prefix_caching", {}),
-    "batch_size": ("--batch_size 8", {}),
     "value_head_prefix": ("--value_head_prefix score", {}),
     "vllm_enable_sleep": ("--vllm_enable_sleep", {}),
     "perf": ("--perf", {}),
