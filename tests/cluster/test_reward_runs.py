@@ -44,7 +44,7 @@ def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     flags |= {"--reward_function": str(directory / "oracle.py"), "--no_reward_skip_special_tokens": None}
     flags |= {"--reward_pretrain": f"{first},{second}", "--reward_weights": "0.5,-2,0.125"}
     flags |= {"--actor_num_gpus_per_node": "2", "--reward_num_gpus_per_node": "2", "--reward_timeout_seconds": "60"}
-    flags |= {"--reward_pipeline_model_parallel_size": "2,1", "--eval-interval": "1"}
+    flags |= {"--reward_pipeline_model_parallel_size": "2,1", "--eval-interval": "1", "--normalize_reward": None}
     for placement in ("colocated", "disjoint"):
         own = {} if placement == "colocated" else {"--no_colocate_all_models": None}
         run("train_ppo", flags | own | {"--save": str(directory / placement)})
@@ -57,7 +57,8 @@ def test_scores_are_those_of_transformers_and_the_reward_their_weighted_sum(fini
     for step in (1, 2):
         row = rows[step]
         oracle = row["reward/function/mean"]
-        assert row["reward/reward_model_0/mean"] == pytest.approx(oracle, abs=1e-5) and abs(oracle) > 0.01
+        assert row["reward/reward_model_0/mean"] == pytest.approx((oracle - 0.25) / 0.5, abs=2e-5)
+        assert abs(oracle) > 0.01
         parts = (0.5, "reward_model_0"), (-2.0, "reward_model_1"), (0.125, "function")
         expected = sum(weight * row[f"reward/{name}/mean"] for weight, name in parts)
         assert row["reward/mean"] == pytest.approx(expected, abs=1e-6)

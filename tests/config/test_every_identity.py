@@ -45,6 +45,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
         {"enable_ema": True},
         {"use_distributed_optimizer": False},
         {"lora_rank": 2},
+        {"reward_pretrain": "{}/rm", "critic_pretrain": "{}/model"},
     ],
     "sft": [
         {"pretrain": "{}/experts"},

@@ -131,6 +131,11 @@ def test_what_a_reward_model_must_be_among_the_files(check: Check, judge: str, t
     assert check(reward_pretrain=other, advantage_estimator="reinforce") == []
 
 
+def test_running_moments_are_of_rewards_without_a_model() -> None:
+    assert make(normalize_reward=True).keeps_reward_moments and not make().keeps_reward_moments
+    assert not make(normalize_reward=True, reward_pretrain="a").keeps_reward_moments
+
+
 def test_the_moments_of_a_checkpoint() -> None:
     assert moments({"mean": 1, "std": 0.5}) == (1.0, 0.5)
     numbers = ((None, None), (1.0, None), (1.0, 0), ("1", 1), (1, float("nan")), (True, 1))
