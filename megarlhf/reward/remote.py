@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 NULL_HEADER = "megarlhf-accepts-null"
 CONNECT_TIMEOUT_SECONDS = 10.0
 MAX_ANSWER_BYTES = 1 << 24
+_KEEP_ALIVE_SECONDS = 60.0  # an idle connection; our server closes it later
 _BACK_OFF_SECONDS = 0.5  # before the first repetition, doubled with each
 _MAX_BACK_OFF_SECONDS = 10.0
 _MAX_REASON = 200  # characters of what a server says
@@ -158,7 +159,7 @@ class RemoteReward:
         headers = {"content-type": "application/json", "accept-encoding": "identity", NULL_HEADER: "1"}
         if options.token is not None:
             headers["authorization"] = f"Bearer {options.token}"
-        limits = httpx.Limits(max_connections=options.concurrency)
+        limits = httpx.Limits(max_connections=options.concurrency, keepalive_expiry=_KEEP_ALIVE_SECONDS)
         for url in self._urls:
             here = is_loopback(httpx.URL(url).host)  # where no proxy of the environment is asked
             client = httpx.AsyncClient(
