@@ -10,6 +10,7 @@ from megarlhf.data.types import MicroBatch
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import LossTerm, Objective, OutputLayer, TokenOutputs
 from megarlhf.engine.schedule import target_log_probs
+from megarlhf.parallel.truncation import Truncation
 from megarlhf.trainers.sft import sft_objective
 
 
@@ -48,10 +49,10 @@ class PretrainingLoss:
 
 
 def pretraining_objective() -> Objective:
-    """-log p of each target, summed, at temperature 1 whatever the rollout's is."""
+    """-log p of each target, summed, of the whole distribution at temperature 1 however the rollout samples."""
 
     def outputs(layer: OutputLayer, batch: MicroBatch) -> TokenOutputs:
-        distribution = replace(layer.distribution, temperature=1.0)
+        distribution = replace(layer.distribution, temperature=1.0, truncation=Truncation())
         return target_log_probs(replace(layer, distribution=distribution), batch)
 
     return replace(sft_objective(), outputs=outputs)

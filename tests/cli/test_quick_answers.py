@@ -73,7 +73,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         (["convert", "hf-to-megatron", "--load", "/nowhere", "--save", "/dev/null/x"], 2, "save=/dev/null/x cannot be"),
         (["convert", "megatron-to-hf", "--load", "/nowhere", "--save", "n" * 250], 2, ".partial cannot be made"),
         (["ppo", "--config", str(tmp_path / "bad.yaml")], 2, "train_iters='many'"),
-        ([*rl, "--prompt_data", "/nowhere.parquet", "--top_p", "0.9"], 2, "top_p=0.9"),
+        ([*rl, "--prompt_data", "/nowhere.parquet", "--top_p", "1.9"], 2, "top_p=1.9"),
         (["flags"], 0, "train_prm of OpenRLHF, megarlhf prm:"),
         (["flags", "--help"], 0, "usage: megarlhf flags"),
         (["flags", "nothing"], 2, "no program 'nothing'"),

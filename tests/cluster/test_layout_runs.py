@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def test_actor_and_critic_have_their_own_layouts(assets: Path, tmp_path: Path, placement: str) -> None:
     flags = SMALL | write_inputs(tmp_path) | {"--pretrain": str(assets / "model"), "--save": str(tmp_path / "run")}
     flags |= {"--train-iters": "3", "--actor_num_gpus_per_node": "2", "--tensor-model-parallel-size": "2"}
-    flags |= {"--sequence-parallel": None}
+    flags |= {"--sequence-parallel": None, "--top_p": "0.8", "--top_k": "20"}
     flags |= {"--critic_tensor_model_parallel_size": "1", "--critic_pipeline_model_parallel_size": "2"}
     if placement == "disjoint":
         flags |= {"--no-colocate-all-models": None, "--critic_num_virtual_stages_per_pipeline_rank": "2"}

@@ -19,6 +19,7 @@ def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = SMALL | write_inputs(directory) | {"--pretrain": str(assets / "model"), "--save": str(directory / "run")}
     flags |= {"--train-iters": "2", "--pipeline-model-parallel-size": "2", "--actor_num_gpus_per_node": "2"}
     flags |= {"--use_tensorboard": None, "--temperature": "0.8", "--apply_chat_template": None}
+    flags |= {"--top_p": "0.9", "--top_k": "25", "--min_p": "0.01"}
     other = shutil.copytree(assets / "model", directory / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
     (other / "vocabulary.tiktoken").write_text("trained with this")
     flags |= {"--tokenizer": str(other), "--tokenizer_chat_template": TEMPLATE}

@@ -119,7 +119,12 @@ def token_outputs(chunks: Sequence[Any], batch: Any, options: dict[str, Any]) ->
 
 def run_forward(chunks: Any, batches: Sequence[Any], outputs: Any, compute: Any) -> list[TokenOutputs]:
     """In the place of Megatron-Core's forward pass."""
-    return [token_outputs(chunks, batch, outputs.keywords) for batch in batches]
+    found = [token_outputs(chunks, batch, outputs.keywords) for batch in batches]
+    if compute is not schedule.kept_tokens:
+        return found
+    log_probs = [each.log_probs[:, None] for each in found if each.log_probs is not None]
+    kept = outputs.keywords["distribution"].truncation.top_k
+    return [TokenOutputs(candidates=torch.cat([each, each.new_zeros(len(each), kept)], -1)) for each in log_probs]
 
 
 def run_forward_backward(

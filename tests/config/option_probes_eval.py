@@ -31,10 +31,10 @@ def has(trace: Trace) -> list[str]:
 
 NOT_HERE = (
     "prompt_data prompt_data_probs prompt_split output n_samples_per_prompt greedy iter rollout_batch_size enable_csft "
-    "csft_prompt skip_special_tokens temperature top_p top_k repetition_penalty"
+    "csft_prompt skip_special_tokens temperature top_p top_k min_p repetition_penalty"
 )
 TWO: Options = {"eval_n_samples_per_prompt": 2}
-DRAWN: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.3}
+DRAWN: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.05, "repetition_penalty": 1.3}
 
 EVAL: dict[str, Probe] = {
     **{n: replace(p, also=renamed(p.also)) for n, p in GENERATE.items() if n not in NOT_HERE.split()},

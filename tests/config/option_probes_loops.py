@@ -48,6 +48,7 @@ GENERATE: dict[str, Probe] = {
     "temperature": Probe(value=0.7, seen=sampling("temperature")),
     "top_p": Probe(value=0.9, seen=sampling("top_p")),
     "top_k": Probe(value=50, seen=sampling("top_k")),
+    "min_p": Probe(value=0.05, seen=sampling("min_p")),
     "repetition_penalty": Probe(value=1.3, seen=sampling("repetition_penalty")),
     "max_num_seqs": Probe(value=13, seen=llm("max_num_seqs")),
     "vllm_gpu_memory_utilization": Probe(value=0.66, seen=llm("gpu_memory_utilization")),

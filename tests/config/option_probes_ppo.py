@@ -281,6 +281,11 @@ def sum_of_denominators(trace: Trace, role: str) -> set[float]:
     return set(trace.given[f"denominator {role}"])
 
 
+def kept(name: str) -> Seen:
+    """What the trainer takes log-probs over."""
+    return lambda trace: getattr(trace.engine()._outputs.keywords["distribution"].truncation, name)
+
+
 ROLLOUT: dict[str, Probe] = {
     "prompt_max_len": Probe(
         value=18, seen=both(llm("max_model_len"), lambda t: t.engine().packing.max_tokens), expected=(26, 104)
@@ -299,8 +304,9 @@ ROLLOUT: dict[str, Probe] = {
         ),
         expected=(0.7, 0.7, 0.7),
     ),
-    "top_p": Probe(value=0.9, seen=refused("top_p=0.9 is not offered"), expected=True),
-    "top_k": Probe(value=50, seen=refused("top_k=50 is not offered"), expected=True),
+    "top_p": Probe(value=0.9, seen=both(sampling("top_p"), kept("top_p")), expected=(0.9, 0.9), also={"top_k": 5}),
+    "top_k": Probe(value=5, seen=both(sampling("top_k"), kept("top_k")), expected=(5, 5)),
+    "min_p": Probe(value=0.1, seen=both(sampling("min_p"), kept("min_p")), expected=(0.1, 0.1), also={"top_k": 5}),
     "repetition_penalty": Probe(value=1.3, seen=refused("repetition_penalty=1.3 is not offered"), expected=True),
     "max_num_seqs": Probe(value=13, seen=llm("max_num_seqs")),
     "vllm_gpu_memory_utilization": Probe(value=0.66, seen=llm("gpu_memory_utilization")),

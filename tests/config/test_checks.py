@@ -101,10 +101,12 @@ def test_sound_configurations_have_no_mistake(check: Check) -> None:
     assert check() == []
     assert check(tensor_model_parallel_size=2, sequence_parallel=True, actor_num_gpus_per_node=4) == []
     assert check(advantage_estimator="group_norm", n_samples_per_prompt=4, share_prompt_prefix=True) == []
+    assert check(top_p=0.9, min_p=0.02, top_k=64, max_epochs=3) == []
+    assert check(top_p=0.9, init_kl_coef=0) == []
 
 
 def test_mistakes_are_collected_one_a_line(check: Check) -> None:
-    errors = check(tensor_model_parallel_size=3, gamma=2, top_p=0.9, reward_rule=None, pipeline_model_parallel_size=5)
+    errors = check(tensor_model_parallel_size=3, gamma=2, top_p=1.9, reward_rule=None, pipeline_model_parallel_size=5)
     with pytest.raises(ConfigError) as raised:
         raise_if(errors)
     assert str(raised.value).split("\n") == errors
@@ -112,7 +114,7 @@ def test_mistakes_are_collected_one_a_line(check: Check) -> None:
         "tensor_model_parallel_size=3",
         "pipeline_model_parallel_size=5",
         "gamma=2",
-        "top_p=0.9",
+        "top_p=1.9",
         "reward_rule=None",
     ):
         assert key in str(raised.value)
@@ -306,8 +308,12 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ({"generate_max_len": 33}, "prompt_max_len + generate_max_len = 65 is above max_position_embeddings=64"),
         ({"max_tokens_per_micro_batch": 63}, "max_tokens_per_micro_batch=63 is below"),
         ({"temperature": 0}, "temperature=0.0 must be above 0"),
-        ({"top_p": 0.5}, "top_p=0.5 is not offered"),
-        ({"top_k": 50}, "top_k=50 is not offered"),
+        ({"top_p": 0.0, "top_k": 9}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"top_k": -2}, "top_k=-2 must be -1 or more"),
+        ({"min_p": 1.0, "top_k": 9}, "min_p=1.0 must be from 0 to below 1"),
+        ({"top_p": 0.5}, "top_p=0.5 and min_p=0.0 need top_k"),
+        ({"min_p": 0.1, "init_kl_coef": 0, "max_epochs": 2}, "top_p=1.0 and min_p=0.1 need top_k"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1 is not offered"),
         ({"advantage_estimator": "rloo"}, "n_samples_per_prompt=1 with advantage_estimator=rloo"),
         ({"advantage_estimator": "group_norm"}, "n_samples_per_prompt=1"),
         ({"advantage_estimator": "dr_grpo"}, "n_samples_per_prompt=1"),

@@ -12,11 +12,12 @@ from megarlhf.data.supervised import SupervisedData
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import LossTerm, NonFiniteError
+from megarlhf.parallel.truncation import Truncation
 from megarlhf.trainers.parity import whole_gradients
 from megarlhf.trainers.parity_cases import fitting, parity_case, parity_rows
 from megarlhf.trainers.pretraining import PretrainingLoss
 from tests.distributed.cases import Parts, assemble, build_for, make_rows, parts
-from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, world
+from tests.distributed.layouts import LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import VOCAB_SIZE, make_model
 
@@ -50,8 +51,8 @@ def gradients_case(
 ) -> tuple[Parts, Parts, float, float, dict[str, float]]:
     """Gradients of both terms together and of the policy alone, and what each reports."""
     with world(layout, rank, init_method):
-        engine, case = build_for("actor", layout, model_dir), parity_case("actor")
-        rows = fitting(engine, make_rows())
+        engine = build(layout, model_dir, temperature=0.7, truncation=Truncation(top_p=0.6))
+        case, rows = parity_case("actor"), fitting(engine, make_rows())
         batches, denominator = engine.micro_batches(rows), case.denominator(rows)
         for chunk in engine.model:
             chunk.force_all_reduce = True  # what is reduced during the backward pass is left whole too
@@ -87,7 +88,7 @@ def lm_gradients(model_dir: Path) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("name", ["TP2-SP", "PP2", "PP2-VPP2", "DP2-distopt-overlap", "CP2-p2p", "share-prefix"])
 def test_gradient_is_the_sum_of_both_losses(ranks: RankPool, tmp_path: Path, name: str) -> None:
-    """The pretraining loss's is Transformers', at temperature 1 where the policy's is at 0.7."""
+    """The pretraining loss's is Transformers', of all tokens at temperature 1, the policy's of some of them at 0.7."""
     model_dir, layout = make_model(tmp_path / "model", family="llama"), LAYOUTS[name]
     expected_loss, expected = lm_gradients(model_dir)
     results = ranks.run(layout.world_size, gradients_case, layout, model_dir)
