@@ -89,6 +89,7 @@ def role_errors(config: PPOConfig, models: Mapping[str, Model]) -> list[str]:
         for role in ROLES.values()
         if not role.is_in(config)
         for option, value in role.own_options(config).items()
+        if option not in {names[0] for names in role.workers}  # OpenRLHF's lines give numbers of ranks in any case
     ]
     return list(dict.fromkeys(errors))
 

@@ -322,7 +322,10 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ({"critic_num_nodes": 2}, "critic_num_nodes=2 is not supported yet"),
         ({"ray": False, "critic_num_nodes": 3}, "critic_num_nodes=3 needs Ray (ray=False"),
         ({"ray": False, "ray_address": "10.0.0.1:6379"}, "ray_address=10.0.0.1:6379 is ignored with ray=False"),
-        ({"advantage_estimator": "reinforce", "critic_num_nodes": 1}, "critic_num_nodes=1 is ignored"),
+        (
+            {"advantage_estimator": "reinforce", "critic_pipeline_model_parallel_size": 2},
+            "critic_pipeline_model_parallel_size=2 is ignored",
+        ),
         ({"advantage_estimator": "reinforce", "critic_pretrain": "."}, "critic_pretrain=. is ignored"),
         ({"advantage_estimator": "reinforce", "freezing_actor_steps": 2}, "freezing_actor_steps=2"),
         (
