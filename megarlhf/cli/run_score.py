@@ -135,7 +135,7 @@ def run(config: ScoreConfig, *, dry_run: bool) -> int:
             print(to_yaml(config))
             return 0
         texts = [[sample.prompt.text, sample.response_text, sample.prompt.label] for sample in samples]
-        identity = to_dict(config) | {"samples": fingerprint(np.zeros(0), np.zeros(0), texts)}
+        identity = to_dict(config) | {"samples": fingerprint(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64), texts)}
         identity["reward_models"] = None if ppo is None else reward_identity(ppo)
         with GrowingLines(output, identity) as lines:
             finished = max(border for border in borders if border <= lines.num_lines)
