@@ -32,6 +32,7 @@ from megarlhf.planner.placement import plan_placement
 from megarlhf.reward.model import RewardModel
 from megarlhf.reward.sources import SumOfSources
 
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
 _PART = 2048  # samples that are scored and written at a time, at least
 
 
@@ -69,7 +70,7 @@ def load_samples(score: ScoreArguments) -> tuple[Rows, list[Sample], list[int]]:
             group_id, sample_id, before = group_id + 1, 0, group
         samples.append(
             Sample(
-                prompt=Prompt(index=index, text=prompt, token_ids=np.zeros(0, dtype=np.int32), label=label),
+                prompt=Prompt(index=index, text=prompt, token_ids=_NO_TOKENS, label=label),
                 group_id=group_id,
                 sample_id=sample_id,
                 response_length=0,
@@ -135,7 +136,7 @@ def run(config: ScoreConfig, *, dry_run: bool) -> int:
             print(to_yaml(config))
             return 0
         texts = [[sample.prompt.text, sample.response_text, sample.prompt.label] for sample in samples]
-        identity = to_dict(config) | {"samples": fingerprint(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64), texts)}
+        identity = to_dict(config) | {"samples": fingerprint(_NO_TOKENS, _NO_TOKENS.astype(np.int64), texts)}
         identity["reward_models"] = None if ppo is None else reward_identity(ppo)
         with GrowingLines(output, identity) as lines:
             finished = max(border for border in borders if border <= lines.num_lines)
