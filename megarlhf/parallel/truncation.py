@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 LEFT_OUT = -1e9  # score of a token that is not kept: exp(it) is 0, and no infinities meet
-_HALVINGS = 32  # of the range of scores in which the last of the kept tokens is looked for
+_PARTS = 8  # what is computed beside the scores takes an eighth of their memory, or three
+_COARSE, _FINE = 10, 26  # halvings of the range of the last kept score, of all scores and then of those that are left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,59 +34,81 @@ class Truncation:
 def smallest_kept(scores: Tensor, of: Truncation, vocab_size: int, group: dist.ProcessGroup | None) -> Tensor:
     """[n] thresholds: every kept token of any rank has at least this score, all others less; bit-equal on each rank.
 
-    For top-p the likeliest tokens here are sorted, as many as the flattest distribution needs.
-
     Args:
         scores: [n, v] of this rank's rows of tokens that exist, in float32, after the temperature; v may be 0.
     """
+    if not scores.shape[1]:
+        scores = scores.new_full((len(scores), 1), -torch.inf)
+    parts = scores.split(max(1, -(-len(scores) // _PARTS)))
+    return torch.cat([_Search(part, of, vocab_size, group).threshold() for part in parts])
 
-    def merged(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        if group is not None and group.size() > 1:
-            dist.all_reduce(values, op=op, group=group)
+
+@dataclass(frozen=True)
+class _Search:
+    """For the lowest kept score of some tokens."""
+
+    scores: Tensor  # [n, v]
+    of: Truncation
+    vocab_size: int
+    group: dist.ProcessGroup | None
+
+    def threshold(self) -> Tensor:
+        """[n]."""
+        of, scores = self.of, self.scores
+        top = self._merged(scores.amax(-1), dist.ReduceOp.MAX)
+        least = top + math.log(of.min_p) if of.min_p else torch.full_like(top, -torch.inf)
+        if of.top_k is not None and of.top_k < self.vocab_size:
+            scores = scores.topk(min(of.top_k, scores.shape[1]), -1).values
+            least = torch.maximum(least, self._kth_largest(scores, of.top_k))
+        return least if of.top_p == 1.0 else self._last_of_top_p(scores, least, top)
+
+    def _last_of_top_p(self, scores: Tensor, least: Tensor, top: Tensor) -> Tensor:
+        """[n]: the lowest of the scores from `least` on whose sum of exp(score) is the first to reach top_p."""
+
+        def mass_above(limit: Tensor) -> Tensor:
+            torch.gt(scores, limit[:, None], out=chosen)
+            return chosen.mul_(weights).sum(-1).double()
+
+        weights, chosen = (scores - top[:, None]).exp_(), torch.empty_like(scores)
+        below = torch.nextafter(least, torch.full_like(least, -torch.inf))
+        wanted = self.of.top_p * self._merged(mass_above(below), dist.ReduceOp.SUM)
+        # Tokens that are less likely than (1 - top_p) / vocab_size have together less than 1 - top_p: none is the last.
+        low = torch.maximum(least, top + math.log((1 - self.of.top_p) / self.vocab_size)) - 0.01
+        high = top
+        for _ in range(_COARSE):
+            middle = (low + high) / 2
+            enough = self._merged(mass_above(middle), dist.ReduceOp.SUM) >= wanted
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        above, left = mass_above(high), (scores > low[:, None]) & (scores <= high[:, None])
+        left = scores.masked_fill(~left, -torch.inf).topk(max(1, int(left.sum(-1).amax())), -1).values
+        sums = (left - top[:, None]).double().exp_().cumsum(-1).add_(above[:, None])
+        sums, ascending = torch.cat([above[:, None], sums], -1), -left
+        for _ in range(_FINE):
+            middle = (low + high) / 2
+            found = sums.gather(-1, torch.searchsorted(ascending, -middle[:, None]))[:, 0]
+            enough = self._merged(found, dist.ReduceOp.SUM) >= wanted
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        last = torch.where(left > low[:, None], left, torch.inf).amin(-1)
+        return torch.maximum(least, self._merged(last, dist.ReduceOp.MIN))
+
+    def _kth_largest(self, best: Tensor, k: int) -> Tensor:
+        """[n]: of all ranks' scores, of which each has its k largest; -inf where there are fewer."""
+        own = torch.cat([best, best.new_full((len(best), k - best.shape[1]), -torch.inf)], -1)
+        every = [own]
+        if self._is_split:
+            every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+            dist.all_gather(every, own, group=self.group)
+        return torch.cat(every, -1).topk(k, -1).values[:, -1]
+
+    @property
+    def _is_split(self) -> bool:
+        return self.group is not None and self.group.size() > 1
+
+    def _merged(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        """Of all ranks, in the place of this rank's."""
+        if self._is_split:
+            dist.all_reduce(values, op=op, group=self.group)
         return values
-
-    padded = scores if scores.shape[1] else scores.new_full((len(scores), 1), -torch.inf)
-    top = merged(padded.amax(-1), dist.ReduceOp.MAX)
-    least = top + math.log(of.min_p) if of.min_p else torch.full_like(top, -torch.inf)
-    best = padded
-    if of.top_k is not None and of.top_k < vocab_size:
-        best = padded.topk(min(of.top_k, padded.shape[1]), -1).values
-        least = torch.maximum(least, _kth_largest(best, of.top_k, group))
-    if of.top_p == 1.0:
-        return least
-    mass = merged(_mass(best, least, top), dist.ReduceOp.SUM)
-    # The tokens below this have together less than 1 - top_p: the last kept one is above.
-    bound = torch.maximum(least, (top + (mass * ((1 - of.top_p) / vocab_size)).log()).to(top.dtype))
-    count = int((best >= bound[:, None]).sum(-1).amax()) if len(best) else 0
-    best = best.topk(max(count, 1), -1).values
-    low, high = bound.double() - 1.0, top.double()
-    probability = torch.where(best >= least[:, None], (best - top[:, None]).double().exp(), 0.0)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        above = merged((probability * (best > middle[:, None])).sum(-1), dist.ReduceOp.SUM)
-        enough = above >= of.top_p * mass
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    last = torch.where(best > low[:, None], best, torch.inf).amin(-1)
-    return torch.maximum(least, merged(last, dist.ReduceOp.MIN))
-
-
-def _kth_largest(best: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
-    """[n]: of all ranks' scores, of which each has its k largest; -inf where there are fewer."""
-    own = torch.cat([best, best.new_full((len(best), k - best.shape[1]), -torch.inf)], -1)
-    every = [own]
-    if group is not None and group.size() > 1:
-        every = [torch.empty_like(own) for _ in range(group.size())]
-        dist.all_gather(every, own, group=group)
-    return torch.cat(every, -1).topk(k, -1).values[:, -1]
-
-
-def _mass(scores: Tensor, least: Tensor, top: Tensor) -> Tensor:
-    """[n] float64: sum of exp(score - top) over scores from `least` on."""
-    mass = [
-        torch.where(s >= a[:, None], (s - b[:, None]).exp(), 0.0).sum(-1, dtype=torch.float64)
-        for s, a, b in zip(scores.split(128), least.split(128), top.split(128), strict=True)
-    ]
-    return torch.cat(mass) if mass else top.double()
 
 
 def leave_out(scores: Tensor, least: Tensor, places: tuple[Tensor, Tensor]) -> None:
