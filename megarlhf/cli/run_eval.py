@@ -30,7 +30,7 @@ def run(config: EvalConfig, *, dry_run: bool) -> int:
     """Measure; returns the exit status."""
     output, reward = Path(config.result.output).absolute(), config.reward.resolved()
     start = ("pretrain", config.model.pretrain, LayoutArguments(), "lm")
-    with closing(SumOfSources(reward_sources(reward, dry_run=dry_run))) as sources:
+    with closing(SumOfSources(reward_sources(reward, dry_run=dry_run), reward.reward_weights)) as sources:
         options = {"prompt_data": config.evaluation.eval_data, "save": str(output.parent), "ray": False}
         ppo = config_of(PPOConfig, config, **options)  # the same engines as in RL
         (sets, stops), *_ = all_or_errors(

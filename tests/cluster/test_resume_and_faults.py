@@ -46,8 +46,10 @@ def workers_of(process: Run, name: str) -> list[psutil.Process]:
 
 
 def test_kill_and_resume_gives_the_same_run(flags: dict[str, str | None], tmp_path: Path) -> None:
+    """It is killed without Ray, where its processes end by themselves, and goes on in Ray; prompts are of a mixture."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    """It is killed without Ray, where its processes end by themselves, and goes on in Ray."""
+    (tmp_path / "more.jsonl").write_text("".join(f'{{"input": "{i}{i}{i}=", "label": "0"}}\n' for i in range(9)))
+    flags |= {"--prompt_data": f"{flags['--prompt_data']},{tmp_path / 'more.jsonl'}", "--prompt_data_probs": "0.6,0.4"}
     run("train_ppo_ray", flags | {"--save": str(whole)})
     process = start("train_ppo", flags | {"--save": str(broken)})
     wait_for_step(process, broken, 3)

@@ -34,12 +34,21 @@ NOT_HERE = (
     "csft_prompt skip_special_tokens temperature top_p top_k min_p repetition_penalty"
 )
 TWO: Options = {"eval_n_samples_per_prompt": 2}
-DRAWN: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.05, "repetition_penalty": 1.3}
+DRAWN: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.1, "repetition_penalty": 1.3}
+
+
+def weights(trace: Trace) -> set[float]:
+    """What the sources' sum is of the reward that FakeScorer gives as each source."""
+    own = [(sum(map(ord, row["output"])) % 7 + row["index"]) / 4 for row in trace.given["lines"]]
+    return {round(row["reward"] / r, 5) for row, r in zip(trace.given["lines"], own, strict=True) if r}
+
+
 
 EVAL: dict[str, Probe] = {
     **{n: replace(p, also=renamed(p.also)) for n, p in GENERATE.items() if n not in NOT_HERE.split()},
     **{name: Probe(value=value, seen=sampled(name), also=TWO) for name, value in DRAWN.items()},
     **{name: SCORE[name] for name in REWARD if name not in ("reward_skip_special_tokens", "reward_weights")},
+    "reward_weights": Probe(value=(10.0, 0.5), seen=weights, expected={10.5}, also={"reward_rule": "exact_match"}),
     "reward_skip_special_tokens": Probe(
         value=False,
         seen=lambda t: {s.response_text.endswith("</s>") for s in t.given["scored"][0] if s.finish_reason == "stop"},
