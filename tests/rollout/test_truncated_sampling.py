@@ -4,8 +4,9 @@ Importing vLLM and loading the engine takes about 10 seconds.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,8 @@ TRUNCATIONS = {
     "all": Truncation(top_p=0.8, top_k=30, min_p=0.02),
 }
 TEMPERATURE = 0.7
-NAMED = {
-    name: replace(LAYOUTS.get(name, SINGLE), max_tokens=200) for name in ("one process", "TP2-SP", "CP2-p2p", "PP2")
-}
+WHOLE = "one process"
+Trained = Callable[[str], dict[str, list[list[Tensor]]]]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def trainer_case(
             passes = [engine.forward(batches)]
             if of.top_k is not None:
                 both = engine.forward(batches, compute=kept_tokens)
-                first = TargetValues(starts=both.starts, lengths=both.lengths, values=both.values[:, :1].ravel())
-                with_kept = rows[name]
+                first, with_kept = both, rows[name]
                 if engine.ranks.is_last_stage:
+                    first = TargetValues(starts=both.starts, lengths=both.lengths, values=both.values[:, 0].copy())
                     field = np.zeros((int(rows[name].num_targets.sum()), of.top_k), dtype=np.float32)
                     copy_runs(both.values[:, 1:], starts_of(both.lengths), both.lengths, field, both.starts)
                     with_kept = rows[name].with_fields({KEPT_TOKENS: field})
@@ -96,31 +96,34 @@ def largest(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    ranks: RankPool, sampled: dict[str, list[Answer]], model_dir: Path
-) -> Iterator[dict[str, dict[str, list[list[Tensor]]]]]:
-    """By layout and truncation: each pass's log-probs, row by row."""
-    rows, found = {name: rows_of(samples) for name, samples in sampled.items()}, {}
-    for place, layout in NAMED.items():
+def trained(ranks: RankPool, sampled: dict[str, list[Answer]], model_dir: Path) -> Trained:
+    """Each pass's log-probs in a layout, row by row."""
+    rows = {name: rows_of(samples) for name, samples in sampled.items()}
+
+    @cache
+    def passes(name: str) -> dict[str, list[list[Tensor]]]:
+        layout = replace(LAYOUTS.get(name, SINGLE), max_tokens=200)
         by_rank = ranks.run(layout.world_size, trainer_case, layout, model_dir, rows)
-        found[place] = {
+        return {
             name: [[part[row] for row in range(len(rows[name]))] for part in parts]
             for name, parts in by_rank[-1].items()
         }
-    yield found
+
+    return passes
 
 
-@pytest.mark.parametrize("layout", NAMED)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("CP2-p2p", "PP2", "share-prefix-TP2-SP")]
+
+
+@pytest.mark.parametrize("layout", [WHOLE, "TP2-SP", *SLOW])
 @pytest.mark.parametrize("name", TRUNCATIONS)
-def test_trainer_and_vllm_agree(
-    sampled: dict[str, list[Answer]], trained: dict[str, dict[str, list[list[Tensor]]]], name: str, layout: str
-) -> None:
+def test_trainer_and_vllm_agree(sampled: dict[str, list[Answer]], trained: Trained, name: str, layout: str) -> None:
     theirs = [torch.tensor(sample.rollout_log_probs) for sample in sampled[name]]
-    own = trained[layout][name]
+    own = trained(layout)[name]
     assert largest(own[0], theirs) < 1e-4
     if TRUNCATIONS[name].top_k is not None:
         assert largest(own[1], theirs) < 1e-4
-        later = trained["one process"][name]
+        later = trained(WHOLE)[name]
         assert largest(own[2], later[2]) < 2e-5  # over the same tokens, whatever rank has them
         assert largest(own[3], later[3]) < 2e-5
         assert largest(own[2], own[3]) > 1e-2, "these weights would keep other tokens"
