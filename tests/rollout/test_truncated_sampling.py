@@ -112,7 +112,7 @@ def trained(ranks: RankPool, sampled: dict[str, list[Answer]], model_dir: Path) 
     return passes
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("CP2-p2p", "PP2", "share-prefix-TP2-SP")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("CP2-p2p", "PP2")]
 
 
 @pytest.mark.parametrize("layout", [WHOLE, "TP2-SP", *SLOW])
