@@ -76,6 +76,8 @@ def check_disk_space(
     root = Path(logging.ckpt_path or save / "checkpoints").absolute()
     present = sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*"))
     interval, keep = logging.save_interval, logging.max_ckpt_num
+    if logging.best_metric is not None:  # every evaluation may be the best, whose checkpoint stays besides
+        interval, keep = min(interval or last_step, logging.eval_interval or 1), keep + 1
     more = num_checkpoints(first_step=first_step, last_step=last_step, interval=interval, keep=keep, present=present)
     size = checkpoint_bytes(sum(trained), bf16=config.model.bf16, distributed=distributed)
     exported = 4 * trained[0] if config.lora.lora_rank else stored_bytes(source)
@@ -83,6 +85,7 @@ def check_disk_space(
     size += 4 * trained[0] * averaged
     needs = {root: (more * size, f"{more} checkpoint(s)"), save / "hf": (exported, "the exported model")}
     needs |= {save / "hf_ema": (exported, "its average")} if averaged else {}
+    needs |= {save / "hf_best": (exported, "the best model")} if logging.best_metric is not None else {}
     if isinstance(config, PPOConfig) and config.model.save_value_network:
         needs[save / "hf_critic"] = (stored_bytes(models[1].weights), "the exported critic")
     if problems := space_problems(needs):

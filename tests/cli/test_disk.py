@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from megarlhf.cli import disk
 from megarlhf.cli.disk import checkpoint_bytes, num_checkpoints, space_problems
+from megarlhf.cli.run import Opened
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.command_line import parse
+from megarlhf.formats.huggingface import read_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,26 @@ def test_each_disk_is_asked_for_what_comes_to_it(tmp_path: Path, monkeypatch: py
     free(disk=3.5, memory=1.5)
     (problem,) = space_problems(needs)
     assert "the disk of /dev/shm has 1.5 GiB free where the run needs 2 GiB (2 GiB for another model)" in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--save_interval", "4"], {"checkpoints": "4 checkpoint(s)", "hf": "the exported model"}),
+        (["--best_metric", "eval/accuracy", "--eval_interval", "10"], {"checkpoints": "4 checkpoint(s)"}),
+        (["--best_metric", "eval/accuracy", "--save_interval", "4"], {"checkpoints": "5 checkpoint(s)"}),
+        (["--best_metric", "eval/accuracy"], {"checkpoints": "5 checkpoint(s)", "hf_best": "the best model"}),
+    ],
+)
+def test_room_for_the_best_checkpoint_and_its_model(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, str]
+) -> None:
+    """Three are kept, of at most 40 steps, and one more is there while the oldest of them goes."""
+    found: dict[Path, tuple[int, str]] = {}
+    monkeypatch.setattr(disk, "space_problems", lambda needs: found.update(needs))
+    words = ["--pretrain", str(assets / "model"), "--prompt_data", "p", "--save", str(tmp_path), *flags]
+    config, _ = parse(PPOConfig, words, "ppo")
+    opened = Opened(*read_checkpoint(assets / "model", option="pretrain"), head="lm")
+    disk.check_disk_space(config, [opened], first_step=0, last_step=40)
+    assert expected.items() <= {place.name: what for place, (_, what) in found.items()}.items()
+    assert (tmp_path / "hf_best" in found) == ("--best_metric" in flags)
