@@ -43,11 +43,11 @@ def test_a_served_reward_model_gives_the_rewards_and_weights_of_the_same_model_i
     weights, others = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("inside", "served"))
     assert max(float((weights[name] - before[name]).abs().max()) for name in before) > 5e-4
     for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, atol=1e-6, rtol=0, msg=name)
+        # Adam divides by the gradient's size, so that rounding of rewards shows where that is small.
+        torch.testing.assert_close(others[name], weight, atol=1e-5, rtol=0, msg=name)
 
 
 def test_a_server_that_is_killed_ends_the_run_with_its_last_step_saved(assets: Path, tmp_path: Path) -> None:
-    """Its weights are those that a run of as many steps saves."""
     server = Server(tmp_path)
     flags = SMALL | write_inputs(tmp_path) | {"--pretrain": str(assets / "model"), "--train-iters": "50"}
     del flags["--reward_function"]
@@ -63,7 +63,7 @@ def test_a_server_that_is_killed_ends_the_run_with_its_last_step_saved(assets: P
     killed = time.monotonic()
     assert process.wait(90) == 1
     assert time.monotonic() - killed < 60
-    said, last = process.read(), max(row["step"] for row in metrics(save))
+    said, last = process.read(), max(metrics(save))
     assert f"in step {last + 1}, which is not trained, the reward gave no result for" in said
     assert "(remote for" in said and "max_no_result_fraction=0.1 allows" in said and "ConnectError" in said
     assert f"the state after step {last} is saved: mend the cause, and continue with load" in said
