@@ -168,7 +168,6 @@ class RemoteReward:
                 limits=limits,
                 follow_redirects=False,
                 transport=httpx.AsyncHTTPTransport(limits=limits) if here else None,
-                trust_env=not here,
             )
             self._clients.append(client)
 

@@ -195,7 +195,7 @@ def test_health_asks_for_no_token(server: Server) -> None:
 
 def test_requests_that_wait_are_scored_together_as_one_by_one(server: Server) -> None:
     """Of 30 tokens a batch has three of four requests of 8 tokens each; values are those of each alone."""
-    queries = [[letter * 32] for letter in "abcd"]
+    queries = [[letter * length] for letter, length in zip("abcd", (32, 31, 30, 29), strict=True)]
     alone = [openrlhf(server, {"query": query})["rewards"] for query in queries]
     calls = len(server.calls())
     with ThreadPoolExecutor(8) as pool:

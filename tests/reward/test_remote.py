@@ -152,16 +152,16 @@ def test_a_reward_that_is_none_costs_its_own_sample_alone() -> None:
 
 def test_scores_and_further_numbers_come_along_for_every_sample(make_remote: Any) -> None:
     def reply(handler: Any, asked: Any) -> None:
-        (today if asked["labels"] != ["6", "6"] else answering(422, b""))(handler, asked)
+        (answering(422, b"") if asked["labels"][0] in "57" else today)(handler, asked)
 
     with serving(reply) as server:
-        result = make_remote(server.url, batch_size=2).score(rollout(prompts=3))
-    assert [reward is None for reward, _ in result.outcomes] == [False, False, True, True, False, False]
+        result = make_remote(server.url, batch_size=2).score(rollout(prompts=4))
+    lost = [True, True, False, False, True, True, False, False]
+    assert [reward is None for reward, _ in result.outcomes] == lost
     assert set(result.logs) == {"scores", "label"}
-    first, last = EXPECTED[0] / 2, (len("what is 34?abc") + 0.25) / 2
-    assert result.logs["scores"][0] == first and result.logs["scores"][5] == last
-    assert [score is None for score in result.logs["scores"]] == [False, False, True, True, False, False]
-    assert result.logs["label"][4:] == [7.0, 7.0]
+    assert result.logs["scores"][2] == EXPECTED[2] / 2 and result.logs["scores"][7] == EXPECTED[2] / 2 + 0.5
+    assert [score is None for score in result.logs["scores"]] == lost
+    assert result.logs["label"] == [None, None, 6.0, 6.0, None, None, 8.0, 8.0]
 
 
 def test_requests_go_to_all_servers_and_a_prompts_samples_stay_together(make_remote: Any) -> None:
