@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.append(f"--eval_task is {task}: give generate_vllm, generate (the same here) or rm")
     task = "rm" if task == "rm" else "generate"
     errors += [f"--{flag} is not an option here; {why}" for flag, why in REFUSED[task].items() if flag in flags]
+    if task == "rm" and "post_processor" in flags and not flags.keys() & {"output_path", "output"}:
+        errors.append("--output_path is missing; it has no default: set it")
     if errors:
         print("\n".join(f"{PROG}: error: {error}" for error in errors), file=sys.stderr)
         return 2

@@ -38,9 +38,11 @@ class Inputs(NamedTuple):
     identity: dict[str, Any]  # what decides the file
 
 
-def load(config: GenerateConfig) -> Inputs:
+def load(config: GenerateConfig, *, needs_label: bool = False) -> Inputs:
     """Read and check prompts, tokenizer and the model's files.
 
+    Args:
+        needs_label: a rule is going to compare with it.
     Raises:
         ValueError: what is wrong with any of them.
     """
@@ -58,7 +60,7 @@ def load(config: GenerateConfig) -> Inputs:
         prompt_max_len=config.rollout.prompt_max_len,
         max_samples=data.max_samples,
         vocab_size=hf_config.vocab_size,
-        needs_label=data.label_key != PromptColumnArguments.label_key,
+        needs_label=needs_label or data.label_key != PromptColumnArguments.label_key,
         suffix=f" {options.csft_prompt.strip()} " if options.enable_csft else "",
     )
     prompts, number = found.prompts, len(found.prompts)

@@ -130,11 +130,13 @@ def _check_stages(config: IterateConfig, *, dry_run: bool) -> str:
             pass
 
     evaluations = [] if config.data.eval_data is None else [evaluate_config(config, 0, model)]
+    compares = scoring.reward.reward_rule in ("math", "exact_match")
+    load = partial(run_generate.load, needs_label=compares)
     (models, memory), _, *loaded = all_or_errors(
         [
             partial(check_models, training, impl),
             check_sources,
-            *[partial(run_generate.load, each) for each in (generate_config(config, 1, model), *evaluations)],
+            *[partial(load, each) for each in (generate_config(config, 1, model), *evaluations)],
         ]
     )
     most = iterate.rollout_batch_size * (iterate.n_samples_per_prompt if iterate.method == "conditional_sft" else 1)

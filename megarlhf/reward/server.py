@@ -73,6 +73,7 @@ class Batcher:
         self._scorer, self._limits = scorer, limits
         self._queue: deque[_Waiting] = deque()
         self._has_come = asyncio.Event()
+        self._failure: HTTPException | None = None  # of the scorer, which is no use any more
 
     @property
     def num_waiting(self) -> int:
@@ -80,7 +81,9 @@ class Batcher:
         return sum(len(waiting.texts) for waiting in self._queue)
 
     async def submit(self, request: Request, texts: list[Text]) -> SourceResult:
-        """Outcomes of these texts, when it is their turn. Raises HTTPException where too many wait."""
+        """Outcomes of these texts, when it is their turn. Raises HTTPException where too many wait or scoring fails."""
+        if self._failure is not None:
+            raise self._failure
         if self.num_waiting + len(texts) > self._limits.max_waiting_queries:
             raise HTTPException(429, f"{self.num_waiting} queries wait already: come back later", {"retry-after": "1"})
         waiting = _Waiting(request, texts, asyncio.get_running_loop().create_future())
@@ -103,8 +106,9 @@ class Batcher:
             try:
                 result = await asyncio.to_thread(self._scorer.score, texts)
             except Exception as error:
+                self._failure = HTTPException(500, f"scoring failed: {error}")
                 for waiting in (*batch, *self._queue):
-                    waiting.refuse(HTTPException(500, f"scoring failed: {error}"))
+                    waiting.refuse(self._failure)
                 self._queue.clear()
                 raise
             first = 0

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -243,7 +243,7 @@ class RolloutEngine:
         greedy: bool = False,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """The tokens of one answer as they are generated, a stop token included; arguments as of `generate`.
 
         Nothing else is generated meanwhile. Closing the iterator stops the answer.
@@ -270,7 +270,8 @@ class RolloutEngine:
         request = engine.add_request("stream", TokensPrompt(prompt_token_ids=prompt.tolist()), parameters)
         try:
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                outputs: list[Any] = engine.step()
+                for output in outputs:
                     yield from output.outputs[0].token_ids
         finally:
             engine.abort_request([request], internal=True)  # without effect on one that is finished

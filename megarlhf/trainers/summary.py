@@ -45,8 +45,8 @@ def sample_metrics(scored: Sequence[Sample], usable: Sequence[Sample]) -> dict[s
 def _parts(scored: Sequence[Sample]) -> dict[str, float]:
     """What each source of the reward gave to the samples that it has a result for, and to how many it gave none."""
     metrics = {}
-    for name in scored[0].parts:
-        found = [part for sample in scored if (part := sample.parts[name]) is not None]
+    for name in dict.fromkeys(name for sample in scored for name in sample.parts):
+        found = [part for sample in scored if (part := sample.parts.get(name)) is not None]
         if found:
             metrics[f"reward/{name}/mean"] = statistics.fmean(found)
         metrics[f"reward/{name}/no_result_count"] = float(len(scored) - len(found))

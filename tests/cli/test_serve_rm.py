@@ -242,7 +242,7 @@ def test_what_a_client_that_has_gone_wanted_is_not_scored(server: Server) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_stops_when_what_it_has_accepted_is_answered(tmp_path: Path, number: int) -> None:
-    server = Server(tmp_path, "--max_batch_tokens=1")
+    server = Server(tmp_path, "--max_batch_tokens=4", "--max_len=4")  # one query in a batch
     assert server.said.startswith("megarlhf serve-rm: ready at http://127.0.0.1:")
     with ThreadPoolExecutor(4) as pool:
         accepted = [pool.submit(server.ask, {"query": [f"sleep 0.6 {letter}"]}) for letter in "ab"]

@@ -262,7 +262,7 @@ def test_an_engines_tokens_stay_in_the_store(store: PlainStore, temperature: flo
     worker.spec = SimpleNamespace(
         config=SimpleNamespace(
             rollout=SimpleNamespace(
-                generate_max_len=12, temperature=0.7, top_p=0.9, top_k=40, repetition_penalty=1.1
+                generate_max_len=12, temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1
             ),
             model=SimpleNamespace(seed=5),
         ),
@@ -274,7 +274,7 @@ def test_an_engines_tokens_stay_in_the_store(store: PlainStore, temperature: flo
     assert calls == [
         {
             **{"prompts": prompts, "group_ids": [4, 1], "n_samples": 2, "max_tokens": 12, "temperature": used},
-            **{"top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1},
+            **{"top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1},
             **{"stop_token_ids": [2, 3], "run_seed": 5, "step": 9, "greedy": used == 0},
         }
     ]

@@ -60,6 +60,14 @@ def test_the_reward_is_the_weighted_sum_and_one_without_a_result_leaves_none(cap
     assert metrics["reward/rule/no_result_count"] == 1 and metrics["reward/rule/mean"] == pytest.approx(2 / 3)
 
 
+def test_numbers_that_some_samples_lack_are_means_of_the_others() -> None:
+    first = SumOfSources([Said("remote", 1.0, 2.0)]).score(Rollout(samples=samples(*"ab"), tokens=()))
+    second = SumOfSources([Said("remote", 3.0, depth=[6.0])]).score(Rollout(samples=samples("c"), tokens=()))
+    metrics = sample_metrics([*first, *second], [*first, *second])
+    assert metrics["reward/remote/mean"] == 2.0 and metrics["reward/remote/depth/mean"] == 6.0
+    assert metrics["reward/remote/depth/no_result_count"] == 2
+
+
 def test_all_mistakes_are_said_at_once() -> None:
     wrong = SumOfSources([Said("a", wrong="a=1 is wrong"), Said("b"), Said("c", wrong="c=2 is wrong")])
     with pytest.raises(ValueError, match="^a=1 is wrong\nc=2 is wrong$"):
