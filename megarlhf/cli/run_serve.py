@@ -2,24 +2,13 @@
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from tempfile import TemporaryDirectory
 
-from megarlhf.cli.errors import running
-from megarlhf.cli.rewards import code_sources, model_sources
-from megarlhf.cli.run import check_weights, resolve_kernels
-from megarlhf.cli.run_ppo import find_machine
-from megarlhf.cli.run_score import running_models
+from megarlhf.cli.rewards import code_sources
 from megarlhf.config.command_line import to_yaml
-from megarlhf.config.roles import reward_roles
 from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.urls import TOKEN_VARIABLE
-from megarlhf.data.tokenizer import load_tokenizer
-from megarlhf.reward.model import RewardModel
 from megarlhf.reward.server import Limits, RewardServer
-from megarlhf.reward.sources import SumOfSources
-from megarlhf.reward.texts import CodeTextScorer, ModelTextScorer, TextScorer
+from megarlhf.reward.texts import CodeTextScorer, TextScorer
 
 
 def run(config: ServeConfig, prog: str, *, dry_run: bool) -> int:
@@ -32,7 +21,9 @@ def run(config: ServeConfig, prog: str, *, dry_run: bool) -> int:
             source.check()
             source.close()
     else:
-        scorer = _model_scorer(config)
+        from megarlhf.cli.serve_model import model_scorer  # Megatron-Core: code needs none of it
+
+        scorer = model_scorer(config)
     if dry_run:
         print(to_yaml(config))
         return 0
@@ -61,28 +52,3 @@ def _listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise ValueError(f"host={host} port={port} cannot be listened at ({error}): set others") from error
-
-
-def _model_scorer(config: ServeConfig) -> ModelTextScorer:
-    """The reward model on ranks of its own, which start when the scorer is opened.
-
-    Raises:
-        ValueError: files of the model, or kernels, that cannot be used.
-    """
-    ppo = config.as_ppo()
-    (role,), (source,) = reward_roles(ppo), model_sources(ppo)
-    (option, directory), layout = role.start(ppo), role.layout(ppo)
-    impl = resolve_kernels(ppo, {role.prefix: layout}, share_prompt_prefix=False, device=find_machine(ppo).kind)
-    check_weights([(option, directory, layout, role.head)], transformer_impl=impl)
-    source.check()
-    return ModelTextScorer(source, load_tokenizer(directory, chat_template=None), _started(config, source))
-
-
-@contextmanager
-def _started(config: ServeConfig, source: RewardModel) -> Iterator[None]:
-    with (
-        TemporaryDirectory(prefix="megarlhf-logs-") as logs,
-        running(),
-        running_models(SumOfSources([source]), config.as_ppo(save=logs)),
-    ):
-        yield
