@@ -240,7 +240,7 @@ def test_what_a_client_that_has_gone_wanted_is_not_scored(server: Server) -> Non
     assert [call[0] for call in server.calls()[calls:]] == [["sleep 0.5 "], ["after"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_it_stops_when_what_it_has_accepted_is_answered(tmp_path: Path, number: int) -> None:
     server = Server(tmp_path, "--max_batch_tokens=4", "--max_len=4")  # one query in a batch
     assert server.said.startswith("megarlhf serve-rm: ready at http://127.0.0.1:")
