@@ -14,6 +14,7 @@ from torch import Tensor
 
 LEFT_OUT = -1e9  # score of a token that is not kept: exp(it) is 0, and no infinities meet
 _PARTS = 8  # what is computed beside the scores takes an eighth of their memory, or three
+_SMALLEST_PART = 64  # tokens: each part costs the ranks some forty exchanges for top-p
 _COARSE, _FINE = 10, 26  # halvings of the range of the last kept score, of all scores and then of those that are left
 
 
@@ -39,7 +40,7 @@ def smallest_kept(scores: Tensor, of: Truncation, vocab_size: int, group: dist.P
     """
     if not scores.shape[1]:
         scores = scores.new_full((len(scores), 1), -torch.inf)
-    parts = scores.split(max(1, -(-len(scores) // _PARTS)))
+    parts = scores.split(max(_SMALLEST_PART, -(-len(scores) // _PARTS)))
     return torch.cat([_Search(part, of, vocab_size, group).threshold() for part in parts])
 
 

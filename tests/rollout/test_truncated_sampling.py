@@ -45,7 +45,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampled(model_dir: Path) -> Iterator[dict[str, list[Answer]]]:
     environment = dict(os.environ)
     engine = RolloutEngine(model_dir, dtype="float32", seed=0, max_model_len=128, kv_cache_gib=0.1, threads=1)
-    options = {"group_ids": [0, 1, 2], "n_samples": 8, "max_tokens": 12, "temperature": TEMPERATURE}
+    options = {"group_ids": [0, 1, 2], "n_samples": 5, "max_tokens": 12, "temperature": TEMPERATURE}
     options |= {"stop_token_ids": [2], "run_seed": 42, "step": 3}
     prompts, found = make_prompts([5, 40, 70]), {}
     for name, of in TRUNCATIONS.items():
