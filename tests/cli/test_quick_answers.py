@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megarlhf.cli.flags import PROGRAMS
+from megarlhf.cli.flags import SUPERVISED
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pandas", "ray", "vllm", "megatron", "matplotlib")
@@ -84,11 +84,11 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         ([tool["merge_lora"], "--lora_pth", "x"], 2, "did you mean --lora_path?"),
         ([tool["merge_lora"]], 2, "model_path is missing"),
         ([tool["merge_lora"], *merged], 2, "model_path=/nowhere is not a local directory\nlora_path=/nowhere is not"),
-        *(([program, "--help"], 0, "--learning-rate") for program in PROGRAMS),
-        *(([program, "--train_iter", "3"], 2, "did you mean --train_iters?") for program in PROGRAMS),
-        *(([program, "--max_epochs", "many"], 2, "max_epochs") for program in PROGRAMS),
-        *(([program], 2, "pretrain is missing") for program in PROGRAMS),
-        *(([program, *places, *OWN.get(program, [])], 2, "dataset=/nowhere does not") for program in PROGRAMS),
+        *(([program, "--help"], 0, "--learning-rate") for program in SUPERVISED),
+        *(([program, "--train_iter", "3"], 2, "did you mean --train_iters?") for program in SUPERVISED),
+        *(([program, "--max_epochs", "many"], 2, "max_epochs") for program in SUPERVISED),
+        *(([program], 2, "pretrain is missing") for program in SUPERVISED),
+        *(([program, *places, *OWN.get(program, [])], 2, "dataset=/nowhere does not") for program in SUPERVISED),
         (["parity", "--pretrain", "/nowhere", "--num_groups", "0"], 2, "num_groups=0"),
     ]
     asked = json.dumps([words for words, _, _ in cases])

@@ -92,7 +92,6 @@ def test_sound_reward_models_have_no_mistake(check: Check, judge: str, tmp_path:
     ("changes", "said"),
     [
         ({"reward_pretrain": "/nowhere,{}"}, r"^reward_pretrain=/nowhere is not a local directory"),
-        ({"reward_num_gpus_per_node": 2}, r"^reward_num_gpus_per_node=2 is ignored without reward_pretrain \(there"),
         ({"reward_tensor_model_parallel_size": (2,)}, r"^reward_tensor_model_parallel_size=2 is ignored without"),
         (
             {"reward_pretrain": "{},{}", "reward_context_parallel_size": (1, 1, 1)},
