@@ -27,11 +27,14 @@ def main(descriptor: int) -> None:
     worker_class, spec = pickle.loads(connection.recv_bytes())
     worker = worker_class(spec, store)
     kept = None
-    while True:
-        message = connection.recv_bytes()
-        del kept  # the driver has the last answer, and so its own hold on what that refers to
-        reply, kept = _answer(worker, store, message)
-        connection.send_bytes(reply)
+    try:
+        while True:
+            message = connection.recv_bytes()
+            del kept  # the driver has the last answer, and so its own hold on what that refers to
+            reply, kept = _answer(worker, store, message)
+            connection.send_bytes(reply)
+    except (EOFError, ConnectionError):  # seen here before the thread has
+        os.killpg(0, signal.SIGKILL)
 
 
 def _end_with_driver(descriptor: int) -> None:

@@ -16,6 +16,8 @@ from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, Proces
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.planner.placement import PlacementPlan, object_store_bytes
 
+TOKEN = secrets.token_hex(32)  # of what this process starts; Ray reads it once
+
 
 @contextmanager
 def ray_processes(config: PPOConfig, plan: PlacementPlan) -> Iterator[Processes]:
@@ -92,7 +94,7 @@ class RayProcesses:
 def _start_ray(config: PPOConfig, plan: PlacementPlan) -> None:
     """A local Ray that only this run's token opens, or the cluster at --ray_address."""
     if config.cluster.ray_address is None:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = TOKEN
         ray.init(
             address="local",  # whatever RAY_ADDRESS says
             num_cpus=max(1, len(plan.workers)),

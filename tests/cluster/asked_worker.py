@@ -62,7 +62,7 @@ class AskedWorker:
 
     def start_child(self) -> int:
         """A process of its own, that has all that it has open."""
-        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False).pid
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False).pid
 
     def fork_and_exit(self) -> None:
         """Leave a process behind that holds the connection."""

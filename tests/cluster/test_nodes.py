@@ -1,7 +1,6 @@
 """Kinds, counts and cores from Ray's nodes; GPUs by the names that the job was given; workers that see others stop."""
 
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -68,7 +67,7 @@ def given_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A node that was started with three of its machine's GPUs, by UUID."""
     names = ["GPU-c", "GPU-a", "GPU-b"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(names))
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", ray_processes.TOKEN)
     ray.init(
         address="local",
         **{"num_cpus": 6, "num_gpus": 3, "include_dashboard": False, "log_to_driver": False},
