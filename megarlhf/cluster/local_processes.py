@@ -19,8 +19,10 @@ from multiprocessing.connection import wait as wait_for_connections
 from typing import Any
 
 from megarlhf.cluster.local_store import LocalStore
-from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, Processes
+from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
 from megarlhf.parallel.device import local_device_names
+
+_ENDING_SECONDS = 5.0  # from a closed connection to the end of the process
 
 
 @contextmanager
@@ -60,13 +62,19 @@ class LocalProcess:
             wait_for_connections([self._connection, self._ending])
             if not self._connection.poll():  # what it has started may hold its end of the connection open
                 raise EOFError
-            succeeded, answer = pickle.loads(self._connection.recv_bytes())
+            reply = self._connection.recv_bytes()
         except (EOFError, OSError):
+            if not wait_for_connections([self._ending], _ENDING_SECONDS):
+                self.kill()  # it lives, and nobody can ask it any more
             ended = os.waitid(os.P_PIDFD, self._ending, os.WEXITED | os.WNOWAIT)  # it is waited for in close
             assert ended is not None
             by_itself = ended.si_code == os.CLD_EXITED
             how = f"exit status {ended.si_status}" if by_itself else f"by {signal.Signals(ended.si_status).name}"
             raise ProcessDiedError(f"the process has ended, {how}") from None
+        try:
+            succeeded, answer = pickle.loads(reply)
+        except Exception as error:  # of whatever class the answer holds
+            raise ProcessError(f"its answer cannot be read: {type(error).__name__}: {error}") from error
         if not succeeded:
             raise CallFailedError(answer)
         return answer

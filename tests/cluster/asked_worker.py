@@ -1,6 +1,7 @@
 """A worker without a model, for tests of the processes themselves."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,15 @@ class AskedWorker:
             os._exit(4)
         time.sleep(60)
         os._exit(0)
+
+    def hang_up(self) -> None:
+        """End the connection from here and live on."""
+        socket.socket(fileno=int(sys.argv[1])).shutdown(socket.SHUT_WR)
+        time.sleep(600)
+
+    def unread(self) -> Any:
+        """An answer that can be sent and not be read."""
+        return TwoPartError("a", "b")
 
     def put(self, count: int) -> list[tuple[int, Any]]:
         """(number, reference to an array of it) of 0 .. count - 1."""

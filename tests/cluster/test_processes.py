@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from megarlhf.cluster import group as group_module
+from megarlhf.cluster import local_processes as local_processes_module
 from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
 from megarlhf.cluster.local_processes import LocalProcesses, local_processes
 from megarlhf.cluster.local_store import LocalStore
@@ -198,6 +199,21 @@ def test_a_death_is_told_though_what_it_started_holds_the_connection(children: L
     assert len(left) == 1
     children.close()
     assert gone(left)
+
+
+def test_a_worker_that_hangs_up_and_lives_on_is_ended(
+    children: LocalProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_processes_module, "_ENDING_SECONDS", 0.2)
+    with pytest.raises(ProcessDiedError, match="by SIGKILL"):
+        ask(children, begin(children, 0), "hang_up")
+
+
+def test_an_answer_that_cannot_be_read_is_told_and_the_process_goes_on(children: LocalProcesses) -> None:
+    handle = begin(children, 0)
+    with pytest.raises(ProcessError, match="answer cannot be read: TypeError"):
+        ask(children, handle, "unread")
+    assert ask(children, handle, "name") == "actor-0"
 
 
 def test_signals_to_the_whole_job_are_the_drivers_affair(children: LocalProcesses) -> None:
