@@ -10,7 +10,7 @@ from megarlhf.config.reward_arguments import RewardArguments, RewardCodeArgument
 from megarlhf.config.roles import reward_roles
 from megarlhf.config.urls import TOKEN_VARIABLE
 from megarlhf.formats.huggingface import HFWeights, read_config
-from megarlhf.parallel.device import num_cores
+from megarlhf.parallel.device import host_memory_bytes, num_cores
 from megarlhf.reward.model import RewardModel
 from megarlhf.reward.remote import RemoteOptions, RemoteReward
 from megarlhf.reward.scorer import RewardScorer
@@ -57,16 +57,19 @@ def code_sources(reward: RewardCodeArguments) -> list[RewardSource]:
     for function, rule in ((reward.reward_function, None), (None, reward.reward_rule)):
         if function is None and rule is None:
             continue
-        workers = 1 if rule is None else min(MAX_RULE_WORKERS, num_cores())
+        workers = reward.reward_num_workers or (1 if rule is None else min(MAX_RULE_WORKERS, num_cores()))
+        gib = reward.reward_memory_gib
         sources.append(
             RewardScorer(
                 function_path=function,
                 rule=rule,
                 rule_pattern=reward.reward_format,
                 timeout_seconds=reward.reward_timeout_seconds,
-                num_workers=reward.reward_num_workers or workers,
+                num_workers=workers,
                 chunk_size=reward.reward_chunk_size,
                 passed_variables=reward.reward_env,
+                memory_bytes=host_memory_bytes() // 2 // workers if gib is None else int(gib * 2**30),
+                network=reward.reward_network,
             )
         )
     return sources

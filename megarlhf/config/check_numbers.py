@@ -47,6 +47,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "above 0",
         lambda v: v > 0,
         "tolerance distributed_timeout_minutes start_timeout_seconds phase_timeout_seconds reward_timeout_seconds "
+        "reward_memory_gib "
         "remote_rm_timeout_seconds ptx_coef overlong_penalty_factor "
         "adam_eps value_clip beta kl_target temperature eval_temperature vllm_kv_cache_gib gpu_memory_gib "
         "logprob_diff_budget logprob_kl_budget max_ckpt_mem repetition_penalty",

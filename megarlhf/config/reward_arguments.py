@@ -30,6 +30,12 @@ class RewardCodeArguments:
     reward_env: tuple[str, ...] = ()
     """Names of environment variables that the reward code sees, such as the key of a service that it calls, besides
     those that programs need (PATH, HOME, LANG, PYTHONPATH, HF_HOME, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, ...)."""
+    reward_memory_gib: float | None = None
+    """GiB of memory that each process of reward code may have, and each that it starts; past it Python raises
+    MemoryError, which leaves no result. None: half of this machine's memory, shared out over reward_num_workers."""
+    reward_network: bool = False
+    """Let reward code use the network, to call a service for instance. Otherwise it has the loopback interface of its
+    own namespace alone, as far as the system keeps it away."""
 
 
 @dataclass(frozen=True, kw_only=True)

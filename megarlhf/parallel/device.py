@@ -28,6 +28,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def host_memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def num_local_gpus() -> int:
     """GPUs of this machine; 0 on a CPU machine."""
     return torch.cuda.device_count()

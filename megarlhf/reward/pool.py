@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from megarlhf.data.types import Prompt, Sample
 from megarlhf.reward.process import RewardProcess, WorkerLostError
+from megarlhf.reward.separation import Separation
 from megarlhf.reward.sources import Outcome
 
 # Importing the reward code may load a model or a large library, which the limit of one call need not allow for.
@@ -57,7 +58,7 @@ class PoolWorker:
             timeout_seconds: limit of one call, be it for a chunk or for a sample.
         """
         self.process = process
-        self.separation: tuple[str, str] | None = None  # its kind and reason (separation.py), once loaded
+        self.separation: Separation | None = None  # once loaded
         self._settings = settings
         self._has_chunk_call = settings["function_path"] is not None
         self._timeout_seconds = timeout_seconds
@@ -77,7 +78,7 @@ class PoolWorker:
         if reply.get("ready") is not True:
             self.process.kill()
             return str(reply.get("error"))[:_MAX_REASON]
-        self.separation = str(reply.get("separation")), str(reply.get("separation_reason"))
+        self.separation = Separation(**reply["separation"])
         return None
 
     def score(self, samples: Sequence[Sample], limit: TimeLimit) -> ChunkScores:

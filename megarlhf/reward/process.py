@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -29,13 +30,18 @@ class WorkerLostError(Exception):
 class RewardProcess:
     """One `megarlhf.reward.worker` at a time, in its own process group, talked to in lines of JSON over a socket."""
 
-    def __init__(self, passed_variables: Sequence[str] = ()) -> None:
+    def __init__(
+        self, passed_variables: Sequence[str] = (), *, memory_bytes: int | None = None, network: bool = False
+    ) -> None:
         """Nothing runs before `start`.
 
         Args:
             passed_variables: environment variables that the worker gets besides PASSED_VARIABLES and LC_*.
+            memory_bytes: that each of its processes may have, without code and mapped files; None: all there is.
+            network: whether it may use the network, where it can be kept from it.
         """
         self._passed_variables = passed_variables
+        self._limits = [str(resource.RLIM_INFINITY if memory_bytes is None else memory_bytes), str(int(network))]
         self._popen: subprocess.Popen[bytes] | None = None
         self._ending = threading.Lock()
         self._num_requests = 0
@@ -54,7 +60,7 @@ class RewardProcess:
         self._channel, its_end = socket.socketpair()
         with its_end:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "megarlhf.reward.worker"],
+                [sys.executable, "-m", "megarlhf.reward.worker", *self._limits],
                 stdin=its_end.fileno(),
                 stdout=its_end.fileno(),
                 env=worker_environment(os.environ, self._passed_variables),

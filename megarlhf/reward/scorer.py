@@ -47,6 +47,8 @@ class RewardScorer:
         num_workers: int = 1,
         chunk_size: int = 1024,
         passed_variables: Sequence[str] = (),
+        memory_bytes: int | None = None,
+        network: bool = False,
     ) -> None:
         """Take settings that config/checks.py has passed; nothing is loaded before `check`.
 
@@ -58,6 +60,7 @@ class RewardScorer:
             num_workers: processes side by side.
             chunk_size: samples in one call, at most.
             passed_variables: environment variables that the code sees besides PASSED_VARIABLES.
+            memory_bytes, network: what each process may have; see RewardProcess.
         """
         self.name = "function" if rule is None else "rule"
         self.last_failures: list[str] = []  # what went wrong in the last `score`; a sample's entry names its place
@@ -65,7 +68,10 @@ class RewardScorer:
         self._timeout_seconds = timeout_seconds
         self._chunk_size = chunk_size
         settings = {"function_path": function_path, "rule": rule, "rule_pattern": rule_pattern}
-        processes = [RewardProcess(passed_variables) for _ in range(num_workers)]
+        processes = [
+            RewardProcess(passed_variables, memory_bytes=memory_bytes, network=network) for _ in range(num_workers)
+        ]
+        self._network = network
         self._workers = [PoolWorker(process, settings, timeout_seconds=timeout_seconds) for process in processes]
         self._has_said_separation = False
         self._limit = TimeLimit(0.0)  # of the last `score`
@@ -148,9 +154,12 @@ class RewardScorer:
         said = next((worker.separation for worker in self._workers if worker.separation is not None), None)
         if said is not None and not self._has_said_separation:
             self._has_said_separation = True
-            kind, reason = said
-            if kind != "namespaces":
-                logger.warning("reward code can %s (%s); see docs/limits.md", _NOT_KEPT_FROM[kind], reason)
+            if said.kind != "namespaces":
+                text = "reward code can %s (%s); see docs/security.md"
+                logger.warning(text, _NOT_KEPT_FROM[said.kind], said.reason)
+            if said.network != "none" and not self._network:
+                which = "the network" if said.network == "open" else "the network without TCP"
+                logger.warning("reward code can use %s, which it is not given; see docs/security.md", which)
 
 
 def _end(processes: Sequence[RewardProcess]) -> None:

@@ -1,16 +1,19 @@
 """What keeps reward code away from the run's other processes: what they were started with, and what is in their memory.
 
 Where the system lets a user make namespaces, the code runs in a user, PID and mount namespace of its own, in which
-its own processes are the only ones there are, under the same user and with the same files. Where it does not, as in
-containers with Docker's default settings, Landlock keeps the code from looking into other processes and, from Linux
-6.12 on, from sending them signals; it still sees their names. A system may have neither.
+its own processes are the only ones there are, under the same user and with the same files; a network namespace of its
+own has a loopback interface alone. Where it does not, as in containers with Docker's default settings, Landlock keeps
+the code from looking into other processes and, from Linux 6.7 on, from TCP, and from 6.12 on, from sending signals; it
+still sees the names of processes. A system may have neither.
 """
 
 import ctypes
 import errno
+import fcntl
 import os
 import select
 import signal
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +22,13 @@ from typing import Literal, NamedTuple, NoReturn
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # From linux/sched.h, sys/mount.h, linux/prctl.h and linux/landlock.h; Python 3.11 has none of them.
 _NEW_NAMESPACES = 0x10000000 | 0x20000000 | 0x00020000  # CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNS
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
+_GET_FLAGS, _SET_FLAGS, _IS_UP = 0x8913, 0x8914, 0x1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP
 _REC_PRIVATE = 0x4000 | 0x40000
 _NOSUID_NODEV_NOEXEC = 0x2 | 0x4 | 0x8
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
-_LANDLOCK_REFER, _LANDLOCK_SCOPE_SIGNAL = 1 << 13, 1 << 1
+_LANDLOCK_REFER, _LANDLOCK_TCP, _LANDLOCK_SCOPE_SIGNAL = 1 << 13, 1 << 0 | 1 << 1, 1 << 1
 _READS_ALL_PROCESSES = (19, 21, 38)  # CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON: past Landlock, if root has them
 _SETUID_AND_SETGID = 1 << 7 | 1 << 6  # bits of CapEff in /proc/PID/status
 
@@ -33,28 +38,33 @@ class Separation(NamedTuple):
 
     kind: Literal["namespaces", "landlock", "none"]
     reason: str  # why it is not kept apart better; empty where it is in namespaces
+    network: Literal["none", "no TCP", "open"]  # what it has of it
 
 
-def separate() -> Separation:
+def separate(*, network: bool) -> Separation:
     """Keep this process, which has one thread, away from others as well as the system allows.
 
     With namespaces it returns in a new process. The one that called stays as its guard: it ends as that one ends, with
     the same status, and when its own parent ends; every process of the namespace ends with it.
+
+    Args:
+        network: whether it may use the network. Otherwise it is kept from that too, as far as the system allows.
     """
-    parent = os.getppid()
+    parent, flags = os.getppid(), _NEW_NAMESPACES | (0 if network else _NEW_NETWORK)
     try:
         # Tried by another process, since one that has failed halfway could not go back.
-        _in_child(_try_namespaces)
+        _in_child(lambda: _try_namespaces(flags))
     except OSError as error:
         reason = f"namespaces: {error.strerror}"
     else:
-        _enter_namespaces(parent)
-        return Separation("namespaces", "")
+        _enter_namespaces(parent, flags)
+        return Separation("namespaces", "", "open" if network else "none")
     try:
-        enter_landlock(landlock_version())
+        version = landlock_version()
+        enter_landlock(version, network=network)
     except OSError as error:
-        return Separation("none", f"{reason}, Landlock: {error.strerror}")
-    return Separation("landlock", reason)
+        return Separation("none", f"{reason}, Landlock: {error.strerror}", "open")
+    return Separation("landlock", reason, "open" if network or version < 4 else "no TCP")
 
 
 def landlock_version() -> int:
@@ -62,8 +72,10 @@ def landlock_version() -> int:
     return _system_call(_LANDLOCK_CREATE_RULESET, None, 0, 1)
 
 
-def enter_landlock(version: int) -> None:
+def enter_landlock(version: int, *, network: bool) -> None:
     """Make this process, which has one thread, and its descendants a Landlock domain that restricts no file.
+
+    Without `network` they can listen and connect at no TCP port, from version 4 on.
 
     Raises:
         OSError: Landlock is too old (version 1 would forbid moving files between directories), or not permitted.
@@ -71,7 +83,9 @@ def enter_landlock(version: int) -> None:
     if version < 2:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     # A domain must restrict something: signals, or before version 6 the moving of files, which a rule then allows.
-    attributes = struct.pack("QQQ", 0, 0, _LANDLOCK_SCOPE_SIGNAL) if version >= 6 else struct.pack("Q", _LANDLOCK_REFER)
+    files, tcp = 0 if version >= 6 else _LANDLOCK_REFER, 0 if network else _LANDLOCK_TCP
+    known = (8 if version < 4 else 16) if version < 6 else 24
+    attributes = struct.pack("QQQ", files, tcp, _LANDLOCK_SCOPE_SIGNAL)[:known]
     ruleset = _system_call(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
     if version < 6:
         root = os.open("/", os.O_PATH | os.O_CLOEXEC)
@@ -92,9 +106,9 @@ def _drop_capabilities(numbers: tuple[int, ...]) -> None:
     _check(_LIBC.capset(header, struct.pack("6I", *values)))
 
 
-def _enter_namespaces(parent: int) -> None:
+def _enter_namespaces(parent: int, flags: int) -> None:
     """Return in a new process of new namespaces; the caller stays to guard it."""
-    _unshare()
+    _unshare(flags)
     first = os.fork()
     if first == 0:
         _be_first()
@@ -103,15 +117,26 @@ def _enter_namespaces(parent: int) -> None:
         _guard(worker, first, parent)
     os.setsid()  # a process group that exists in this namespace
     _mount_proc()
+    if flags & _NEW_NETWORK:
+        _raise_loopback()
 
 
-def _try_namespaces() -> None:
-    _unshare()
+def _try_namespaces(flags: int) -> None:
+    _unshare(flags)
     _in_child(_mount_proc)
+    if flags & _NEW_NETWORK:
+        _raise_loopback()
 
 
-def _unshare() -> None:
-    """Leave the user and mount namespace for new ones, and have children in a new PID namespace."""
+def _raise_loopback() -> None:
+    """A new network namespace has its loopback interface down."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        name, flags, _ = struct.unpack("16sh22s", fcntl.ioctl(any_socket, _GET_FLAGS, struct.pack("16s24x", b"lo")))
+        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh22x", name, flags | _IS_UP))
+
+
+def _unshare(flags: int) -> None:
+    """Leave the namespaces of `flags` for new ones; children alone have a new PID namespace."""
     process, (ready, done) = os.getpid(), os.pipe()
     helper = os.fork()
     if helper == 0:
@@ -120,7 +145,7 @@ def _unshare() -> None:
         _exit_with(lambda: _map_users(process))
     os.close(ready)
     try:
-        _check(_LIBC.unshare(_NEW_NAMESPACES))
+        _check(_LIBC.unshare(flags))
     finally:
         os.close(done)
         _, status = os.waitpid(helper, 0)

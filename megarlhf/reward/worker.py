@@ -1,7 +1,8 @@
 """The process that runs reward code: `python -m megarlhf.reward.worker`, one JSON object a line in and out.
 
-The first line says what to load: {"function_path", "rule", "rule_pattern"}; the answer is {"ready": true, "separation",
-"separation_reason"} (separation.py). Each later line is a call {"responses", "stop_texts", "prompt_places", "prompts",
+Its arguments are the memory that it may have, in bytes, and whether it may use the network, 0 or 1. The first line says
+what to load: {"function_path", "rule", "rule_pattern"}; the answer is {"ready": true, "separation"}, the fields of
+separation.py's Separation. Each later line is a call {"responses", "stop_texts", "prompt_places", "prompts",
 "labels"}: the first three are lists of one length, the last two have each prompt once, at the place that its responses
 name. The answer is {"rewards", "reasons"} with one of each for a response, where a reward is null and has a reason if
 there is no result. Instead of either answer {"error": reason} says that the code could not be loaded or that the whole
@@ -9,10 +10,12 @@ call failed. Every line has an "id", and its answer the same.
 """
 
 import copy
+import errno
 import json
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,10 +28,11 @@ from megarlhf.reward.user_function import Scores, load_function
 _READ_BYTES = 1 << 20  # at once, of lines of megabytes
 
 
-def main() -> None:
+def main(memory_bytes: int, network: bool) -> None:
     """Serve calls until the input ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    separation = separate()
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))  # not of addresses: CUDA reserves terabytes
+    separation = separate(network=network)
     if separation.kind != "namespaces":  # which end with the process that guards them
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     requests, replies = _take_pipes()
@@ -39,8 +43,7 @@ def main() -> None:
     except (Exception, SystemExit) as error:
         _send(replies, {"id": number, "error": _describe(error)})
         return
-    ready = {"ready": True, "separation": separation.kind, "separation_reason": separation.reason}
-    _send(replies, {"id": number} | ready)
+    _send(replies, {"id": number, "ready": True, "separation": separation._asdict()})
     for line in requests:
         call = json.loads(line)
         number = call.pop("id")
@@ -90,7 +93,16 @@ def _send(replies: TextIO, message: dict[str, Any]) -> None:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
+    said = f"{type(error).__name__}: {error}"[:500]
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return f"{said} (of the memory that reward_memory_gib gives it)"
+        refused = isinstance(cause, PermissionError) and cause.filename is None  # Landlock's connect
+        if isinstance(cause, socket.gaierror) or refused or getattr(cause, "errno", None) == errno.ENETUNREACH:
+            return f"{said} (reward code has no network unless reward_network gives it)"
+        cause = cause.__cause__ or cause.__context__
+    return said
 
 
 def _load(
@@ -128,4 +140,4 @@ def _without(ending: str, value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), sys.argv[2] == "1")

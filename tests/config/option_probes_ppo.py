@@ -450,6 +450,8 @@ REWARD: dict[str, Probe] = {
     "reward_num_workers": Probe(value=3, seen=given("reward", "num_workers")),
     "reward_chunk_size": Probe(value=3, seen=given("reward", "chunk_size")),
     "reward_env": Probe(value=("KEY_OF_A_SERVICE",), seen=given("reward", "passed_variables")),
+    "reward_memory_gib": Probe(value=1.5, seen=given("reward", "memory_bytes"), expected=3 << 29),
+    "reward_network": Probe(value=True, seen=given("reward", "network")),
     "reward_skip_special_tokens": Probe(
         value=False,
         seen=lambda t: {s.response_text.endswith("</s>") for s in t.given["scored"][1] if s.finish_reason == "stop"},

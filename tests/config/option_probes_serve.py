@@ -78,4 +78,6 @@ SERVE: dict[str, Probe] = {
     "reward_num_workers": Probe(value=3, seen=given("reward", "num_workers")),
     "reward_chunk_size": Probe(value=3, seen=given("reward", "chunk_size")),
     "reward_env": Probe(value=("KEY_OF_A_SERVICE",), seen=given("reward", "passed_variables")),
+    "reward_memory_gib": Probe(value=1.5, seen=given("reward", "memory_bytes"), expected=3 << 29),
+    "reward_network": Probe(value=True, seen=given("reward", "network")),
 }

@@ -20,6 +20,8 @@ def make_scorer(tmp_path: Path) -> Iterator[MakeScorer]:
         passed_variables: Sequence[str] = (),
         num_workers: int = 1,
         chunk_size: int = 1024,
+        memory_bytes: int | None = None,
+        network: bool = False,
     ) -> RewardScorer:
         path = tmp_path / "my_reward.py"
         path.write_text(text)
@@ -32,6 +34,8 @@ def make_scorer(tmp_path: Path) -> Iterator[MakeScorer]:
                 num_workers=num_workers,
                 chunk_size=chunk_size,
                 passed_variables=passed_variables,
+                memory_bytes=memory_bytes,
+                network=network,
             )
         )
         made[-1].check()

@@ -290,6 +290,14 @@ def test_environment_is_what_is_allowed_and_what_is_named(
     assert rewards(scorer, "a", "b", "c", "d") == [1.0, 1.0, 0.0, 1.0]
 
 
+def test_memory_past_the_limit_costs_its_sample(make_scorer: MakeScorer) -> None:
+    code = "def reward_func(queries, prompts, labels): return [len(bytearray(int(q[3:]) << 20)) >> 20 for q in queries]"
+    scorer = make_scorer(code, memory_bytes=400 << 20)
+    assert rewards(scorer, "100", "800", "150") == [100.0, None, 150.0]
+    assert any("MemoryError" in said and "reward_memory_gib" in said for said in scorer.last_failures)
+    assert rewards(make_scorer(code), "800") == [800.0]
+
+
 def test_close_ends_the_process_and_its_children(make_scorer: MakeScorer) -> None:
     others = set(psutil.Process().children(recursive=True))  # another test's ranks
     scorer = make_scorer(

@@ -6,6 +6,7 @@ Each test starts some Python processes, about 0.2 s each. What this system does 
 import os
 import select
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,28 @@ shutil.rmtree(folder)
 """
 
 
+# A reward function that is 10 x whether it reaches the port of its label at 127.0.0.1 + whether it can serve itself.
+CONNECT = """
+import socket
+def reaches(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        return True
+def reward_func(queries, prompts, labels):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        own = reaches(server.getsockname()[1])
+    try:
+        return [10 * reaches(label) + own for label in labels]
+    except ConnectionRefusedError:
+        return [0 + own for label in labels]
+"""
+# One that calls a service of another machine.
+CALL = """
+import socket
+def reward_func(queries, prompts, labels):
+    socket.create_connection(("192.0.2.77", 80), timeout=5)
+"""
+
+
 @pytest.fixture
 def bystander() -> Iterator[int]:
     """Another process of this user, as the run's are."""
@@ -95,7 +118,7 @@ def run_python(text: str, *before: str) -> list[str]:
 
 
 def kind_here() -> str:
-    (kind,) = run_python("from megarlhf.reward.separation import separate\nprint(separate().kind)")
+    (kind,) = run_python("from megarlhf.reward.separation import separate\nprint(separate(network=True).kind)")
     return kind
 
 
@@ -104,9 +127,11 @@ def needs(kind: str) -> None:
         pytest.skip(f"this system gives {kind_here()}")
 
 
-def make_scorer(path: Path, text: str) -> RewardScorer:
+def make_scorer(path: Path, text: str, *, network: bool = False) -> RewardScorer:
     path.write_text(text)
-    scorer = RewardScorer(function_path=str(path), rule=None, rule_pattern=None, timeout_seconds=20.0)
+    scorer = RewardScorer(
+        function_path=str(path), rule=None, rule_pattern=None, timeout_seconds=20.0, network=network
+    )
     scorer.check()
     return scorer
 
@@ -127,7 +152,7 @@ def test_namespaces_of_any_user(as_nobody: bool) -> None:
     needs("namespaces")
     if as_nobody and os.getuid() != 0:
         pytest.skip("only root can become another user")
-    lines = run_python(f"AS_NOBODY = {as_nobody}\nAPART = lambda: separate().kind\n{TRY}")
+    lines = run_python(f"AS_NOBODY = {as_nobody}\nAPART = lambda: separate(network=False).kind\n{TRY}")
     missing = "No such file or directory"
     assert lines == [
         "namespaces",
@@ -137,6 +162,50 @@ def test_namespaces_of_any_user(as_nobody: bool) -> None:
         "move ok",
         f"uid {65534 if as_nobody else os.getuid()}",
     ]
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_reward_code_has_a_network_where_it_is_given_one(tmp_path: Path, network: bool) -> None:
+    needs("namespaces")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        scorer = make_scorer(tmp_path / "connect.py", CONNECT, network=network)
+        (sample,) = scored_by(scorer, samples("a", label=server.getsockname()[1]))
+    assert sample.reward == (11.0 if network else 1.0)
+    scorer.close()
+
+
+def test_code_without_a_network_is_told_who_gives_it_one(tmp_path: Path) -> None:
+    needs("namespaces")
+    scorer = make_scorer(tmp_path / "call.py", CALL)
+    (sample,) = scored_by(scorer, samples("a"))
+    assert sample.reward is None
+    assert "Network is unreachable (reward code has no network unless reward_network gives it)" in str(
+        scorer.last_failures
+    )
+    scorer.close()
+
+
+def test_landlock_forbids_tcp() -> None:
+    try:
+        available = landlock_version()
+    except OSError as error:
+        pytest.skip(f"no Landlock: {error.strerror}")
+    if available < 4:
+        pytest.skip(f"Landlock {available}")
+    text = """
+import socket
+from megarlhf.reward.separation import enter_landlock
+server = socket.create_server(("127.0.0.1", 0))
+for network in (True, False):
+    enter_landlock(4, network=network)
+    try:
+        socket.create_connection(server.getsockname(), timeout=5)
+    except PermissionError as error:
+        print(network, error.strerror)
+    else:
+        print(network, "ok")
+"""
+    assert run_python(text) == ["True ok", "False Permission denied"]
 
 
 @pytest.mark.parametrize("as_nobody", [False, True], ids=["same_user", "nobody"])
@@ -149,7 +218,7 @@ def test_landlock_of_any_user(as_nobody: bool, version: int) -> None:
         pytest.skip(f"no Landlock: {error.strerror}")
     if available < version or (as_nobody and os.getuid() != 0):
         pytest.skip(f"Landlock {available}, user {os.getuid()}")
-    lines = run_python(f"AS_NOBODY = {as_nobody}\nAPART = lambda: enter_landlock({version})\n{TRY}")
+    lines = run_python(f"AS_NOBODY = {as_nobody}\nAPART = lambda: enter_landlock({version}, network=False)\n{TRY}")
     assert lines == [
         "None",
         *(f"{name} Permission denied" for name in ("environ", "mem", "maps")),
@@ -184,8 +253,9 @@ for _ in range(2):
 """,
         *("unshare", "--user", "--map-root-user", "sh", "-c", refuse),
     )
-    said, *seen = lines
+    said, network, *seen = lines
     assert "(namespaces: No space left on device" in said
+    assert network.startswith("reward code can use the network")
     if said.startswith("reward code can see the names of this run's processes, though not their environment"):
         assert seen == ["environment 0.0"] * 2  # Landlock
     else:
