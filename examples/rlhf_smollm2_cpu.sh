@@ -18,9 +18,9 @@ DATA=${DATA:-runs/words}
 OUT=${OUT:-runs/rlhf_smollm2_cpu}
 SEED=${SEED:-42}
 
-SFT_ITERS=${SFT_ITERS:-12}
-RM_ITERS=${RM_ITERS:-40}
-TRAIN_ITERS=${TRAIN_ITERS:-20}
+SFT_ITERS=${SFT_ITERS:-20}
+RM_ITERS=${RM_ITERS:-60}
+TRAIN_ITERS=${TRAIN_ITERS:-30}
 PROMPTS=${PROMPTS:-16}
 SAMPLES_PER_PROMPT=${SAMPLES_PER_PROMPT:-4}
 LR=${LR:-1e-5}
@@ -45,7 +45,7 @@ GENERATE_ARGS=(
     --pretrain "${OUT}/sft/hf"
     --prompt_data "${DATA}/prompts.jsonl"
     --apply_chat_template
-    --n_samples_per_prompt 4
+    --n_samples_per_prompt 8
     --prompt_max_len 80
     --generate_max_len 24
     --seed "${SEED}"
@@ -91,7 +91,7 @@ PPO_ARGS=(
     --rollout_batch_size "${PROMPTS}"
     --n_samples_per_prompt "${SAMPLES_PER_PROMPT}"
     --global-batch-size "$((PROMPTS * SAMPLES_PER_PROMPT))"
-    --micro-batch-size 16
+    --micro-batch-size 8
     --train-iters "${TRAIN_ITERS}"
     --actor_learning_rate "${LR}"
     --critic_learning_rate 2e-5
