@@ -82,6 +82,7 @@ def session(
     return out.getvalue().splitlines()
 
 
+@pytest.mark.slow
 def test_a_piped_session_is_what_transformers_says(
     monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,16 +3,20 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from megarlhf.engine.indexed_data import CorpusWriter
 from tests.cli.conftest import CODE_LLAMA_34B, LLAMA_3_8B, LLAMA_3_70B, large_model
+from tests.tiny_models import make_reward_model
 
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 ROOT = Path(__file__).parents[2]
 
 
@@ -90,6 +94,7 @@ def test_supervised_launchers_fit_their_gpus(script: str, assets: Path, tmp_path
     assert "bf16: true" in printed and "left" in printed
 
 
+@pytest.mark.slow
 def test_pretraining_llama_3_8b_on_eight_gpus(llama_3_8b: Path, tmp_path: Path) -> None:
     writer = CorpusWriter(str(tmp_path / "a"), vocab_size=128256)
     writer.add_documents(np.zeros(400_000, dtype=np.int32), np.full(40, 10_000))
@@ -106,12 +111,38 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"MODEL": str(directory / "a model"), "DATA": str(directory / "some data")}
 
 
-@pytest.mark.parametrize("script", ["ppo_smollm2_cpu.sh", "ppo_lora_smollm2_cpu.sh", "grpo_smollm2_cpu.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("ppo_smollm2_cpu.sh", marks=pytest.mark.slow),
+        pytest.param("ppo_lora_smollm2_cpu.sh", marks=pytest.mark.slow),
+        "grpo_smollm2_cpu.sh",
+    ],
+)
 def test_smollm2_on_two_cores(script: str, places: dict[str, str], tmp_path: Path) -> None:
     printed = dry_run(script, tmp_path, **places, PROMPTS="4")
     check_documented(script, printed)
     assert "rollout_batch_size: 4" in printed
     assert not (tmp_path / "run with space").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_of_rlhf_on_two_cores(assets: Path, tmp_path: Path) -> None:
+    """Its last stage; that those before it are done is shown by what they leave."""
+    out, (words, score_model) = tmp_path / "a run", (tmp_path / name for name in ("words", "score model"))
+    make_reward_model(score_model, vocab_size=len(AutoTokenizer.from_pretrained(assets / "model")))
+    for stage, model in (("sft", assets / "model"), ("rm", score_model)):
+        shutil.copytree(assets / "model", out / stage / "hf", ignore=shutil.ignore_patterns("model.safetensors"))
+        shutil.copytree(model, out / stage / "hf", dirs_exist_ok=True)
+        (out / stage / "hf" / "chat_template.jinja").write_text(TEMPLATE)
+    (out / "pairs.jsonl").touch()
+    words.mkdir()
+    for name in ("prompts.jsonl", "heldout_prompts.jsonl"):
+        (words / name).write_text('{"input": "a b", "label": "b"}\n')
+    given = {"OUT": str(out), "DATA": str(words), "MODEL": str(assets / "model")}
+    printed = dry_run("rlhf_smollm2_cpu.sh", tmp_path, "--no-normalize_reward", **given)
+    ranks = re.findall(r"^(actor\+reference|reward) +\d \((\w+)\)", printed, re.MULTILINE)
+    assert ranks == [("actor+reference", "dp0"), ("actor+reference", "dp1"), ("reward", "pp0"), ("reward", "pp1")]
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ def documents(prefix: Path) -> list[list[int]]:
     return [read[i].tolist() for i in range(len(read))]
 
 
+@pytest.mark.slow
 def test_a_hugging_face_tokenizer_in_two_processes(assets: Path, tmp_path: Path) -> None:
     """The bytes are those that megatron-core's builder writes of the same tokens, in the order of the file."""
     words = flags(tmp_path, "HuggingFaceTokenizer", str(assets / "model"), "--append-eod", "--workers", "2")

@@ -54,12 +54,12 @@ KTO = {"dataset": "{}/answers.jsonl", "output_key": "output"}
 KD = SFT | {"teacher_model": "{}/teacher"}
 CASES = {
     "sft": Case(config=SFTConfig, own=SFT, layout=DP2, other=TP2),
-    "rm": Case(config=RMConfig, own=PAIRS, layout=ONE, other=TP2),
-    "dpo": Case(config=DPOConfig, own=PAIRS, layout=ONE, other=PP2),
-    "kto": Case(config=KTOConfig, own=KTO, layout=ONE, other=DP2),
     "dpo with LoRA": Case(config=DPOConfig, own=PAIRS | LORA, layout=PP2, other=ONE),
 }
 SLOW = {
+    "rm": Case(config=RMConfig, own=PAIRS, layout=ONE, other=TP2),
+    "dpo": Case(config=DPOConfig, own=PAIRS, layout=ONE, other=PP2),
+    "kto": Case(config=KTOConfig, own=KTO, layout=ONE, other=DP2),
     "prm": Case(config=PRMConfig, own=PRM, layout=ONE, other=PP2),
     "kd": Case(config=KDConfig, own=KD, layout=ONE, other=PP2),
     "rm with LoRA": Case(config=RMConfig, own=PAIRS | LORA, layout=ONE, other=PP2),

@@ -90,6 +90,7 @@ if "megarlhf.cli.train_sft" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_data_is_tokenized_once_on_a_machine(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the parent, or by torchrun's rank 0; the ranks train on the same rows both times, and nothing stays behind."""
     (tmp_path / "python").mkdir()
@@ -126,6 +127,7 @@ def test_mistakes_are_told_once_before_any_rank_starts(flags: Flags, assets: Pat
     assert said.count("not a whole safetensors file") == 1
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_step_and_saves(flags: Flags, tmp_path: Path) -> None:
     process = start("train_sft", flags | {"--train-iters": "100000"})
     deadline = time.monotonic() + 120
