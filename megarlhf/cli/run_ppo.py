@@ -1,5 +1,6 @@
 """The run of train_ppo.py and train_ppo_ray.py, once checked: plan, load, start the cluster, train, export."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from megarlhf.cli.run import (
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
-from megarlhf.config.roles import layout_lines, megatron_roles
+from megarlhf.config.roles import layout_lines, megatron_roles, unread_counts
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import Prompt
@@ -173,6 +174,9 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     machine, shared = find_machine(config), bool(config.batch.share_prompt_prefix)
     transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=machine.kind)
     config = resolve(config, transformer_impl)
+    if unread := unread_counts(config):
+        given = ", ".join(f"{option}={number}" for option, number in unread.items())
+        print(f"note: {given} without effect: the run has no such role", file=sys.stderr)
     plan = plan_placement(config, machine)
     models = model_sources(config)
     sources = [*models, *reward_sources(config.reward, dry_run=dry_run)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.config.roles import ROLES, RoleSpec, first_given, megatron_roles
+from megarlhf.config.roles import ROLES, RoleSpec, first_given, megatron_roles, unread_counts
 
 Model = Mapping[str, Any]  # content of a config.json
 
@@ -89,7 +89,7 @@ def role_errors(config: PPOConfig, models: Mapping[str, Model]) -> list[str]:
         for role in ROLES.values()
         if not role.is_in(config)
         for option, value in role.own_options(config).items()
-        if option not in {names[0] for names in role.workers}  # OpenRLHF's lines give numbers of ranks in any case
+        if option not in unread_counts(config)
     ]
     return list(dict.fromkeys(errors))
 

@@ -201,6 +201,13 @@ def roles_of(config: PPOConfig) -> list[RoleSpec]:
     return megatron_roles(config) + [role for role in ROLES.values() if role.is_in(config) and role.runs == "vllm"]
 
 
+def unread_counts(config: PPOConfig) -> dict[str, int]:
+    """Numbers of ranks that are given for roles which the run has not; OpenRLHF's lines give them in any case."""
+    absent = [role for role in ROLES.values() if not role.is_in(config)]
+    given = {names[0]: getattr(config.cluster, names[0]) for role in absent for names in role.workers}
+    return {option: number for option, number in given.items() if number is not None}
+
+
 def layout_lines(config: PPOConfig) -> list[str]:
     """For each role that may have a layout of its own: what it has of it, and what of the actor's."""
     lines = []

@@ -93,6 +93,24 @@ def test_a_new_row_is_checked_like_any_other(monkeypatch: pytest.MonkeyPatch, as
     assert re.search("critic_tensor_model_parallel_size=3 does not divide num_attention_heads=.* of pretrain", said)
 
 
+def test_numbers_of_ranks_for_roles_that_are_not_there_are_told(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"input": "1=", "label": "1"}\n')
+    flags = {"pretrain": assets / "model", "prompt_data": tmp_path / "prompts.jsonl", "save": tmp_path / "run"}
+    flags |= {"advantage_estimator": "rloo", "rollout_batch_size": 1, "n_samples_per_prompt": 2}
+    flags |= {"global_batch_size": 2, "reward_rule": "math", "prompt_max_len": 8, "generate_max_len": 8}
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    counts = ["--critic_num_gpus_per_node=3", "--reward_num_gpus_per_node=2", "--actor_num_gpus_per_node=1"]
+    assert train_ppo.main([*words, *counts, "--dry-run"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "without effect" in line]
+    said = "critic_num_gpus_per_node=3, reward_num_gpus_per_node=2 without effect: the run has no such role"
+    assert notes == [f"note: {said}"]
+    assert train_ppo.main([*words, "--dry-run"]) == 0 and "without effect" not in capsys.readouterr().err
+    assert train_ppo.main([*words, "--critic_context_parallel_size=2", "--dry-run"]) == 2, "layouts are refused"
+    assert "critic_context_parallel_size=2 is ignored with advantage_estimator=rloo" in capsys.readouterr().err
+
+
 def test_a_dry_run_counts_a_frozen_models_bytes(
     monkeypatch: pytest.MonkeyPatch, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
