@@ -31,19 +31,19 @@ def checkpoint_bytes(num_parameters: int, *, bf16: bool, distributed: bool) -> i
     return num_parameters * (weights + main + moments)
 
 
-def num_checkpoints(*, first_step: int, last_step: int, interval: int | None, keep: int, present: int) -> int:
+def num_checkpoints(*, first_step: int, last_step: int, intervals: Sequence[int], keep: int, present: int) -> int:
     """Checkpoints at a time beyond those that are there: the oldest goes after a newer one is complete.
 
     Args:
         first_step: last finished step, from which the run goes on.
-        keep: max_ckpt_num.
+        intervals: steps between saves, of each reason for one; the last step is saved in any case.
+        keep: how many stay.
         present: complete ones in the run directory.
     """
     if first_step >= last_step:
         return 0
-    every = interval or last_step
-    saves = last_step // every - first_step // every + (last_step % every > 0)  # the last step is saved in any case
-    return max(1, min(saves + present, keep + 1) - present)
+    saved = {last_step}.union(*(range(first_step // n * n + n, last_step + 1, n) for n in intervals))
+    return max(1, min(len(saved) + present, keep + 1) - present)
 
 
 def check_shared_memory(config: HFConfig, *, bf16: bool, object_store_bytes: int) -> None:
@@ -75,10 +75,10 @@ def check_disk_space(
     distributed = config.layout.use_distributed_optimizer
     root = Path(logging.ckpt_path or save / "checkpoints").absolute()
     present = sum(path.is_dir() and path.suffix != ".partial" for path in root.glob("iter_*"))
-    interval, keep = logging.save_interval, logging.max_ckpt_num
+    intervals, keep = [logging.save_interval or last_step], logging.max_ckpt_num
     if logging.best_metric is not None:  # every evaluation may be the best, whose checkpoint stays besides
-        interval, keep = min(interval or last_step, logging.eval_interval or 1), keep + 1
-    more = num_checkpoints(first_step=first_step, last_step=last_step, interval=interval, keep=keep, present=present)
+        intervals, keep = [*intervals, logging.eval_interval or 1], keep + 1
+    more = num_checkpoints(first_step=first_step, last_step=last_step, intervals=intervals, keep=keep, present=present)
     size = checkpoint_bytes(sum(trained), bf16=config.model.bf16, distributed=distributed)
     exported = 4 * trained[0] if config.lora.lora_rank else stored_bytes(source)
     averaged = config.optimizer.enable_ema

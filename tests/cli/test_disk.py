@@ -26,11 +26,11 @@ def test_bytes_of_a_parameter(bf16: bool, distributed: bool, each: int) -> None:
     assert checkpoint_bytes(7_000_003, bf16=bf16, distributed=distributed) == 7_000_003 * each
 
 
-def kept_at_most(*, first_step: int, last_step: int, interval: int | None, keep: int, present: int) -> int:
+def kept_at_most(*, first_step: int, last_step: int, intervals: list[int], keep: int, present: int) -> int:
     """The same by playing it through."""
     there = most = present
     for step in range(first_step + 1, last_step + 1):
-        if step == last_step or (interval and step % interval == 0):
+        if step == last_step or any(step % interval == 0 for interval in intervals):
             there += 1
             most = max(most, there)
             there = min(there, keep)
@@ -38,12 +38,12 @@ def kept_at_most(*, first_step: int, last_step: int, interval: int | None, keep:
 
 
 @pytest.mark.parametrize("keep", [1, 3, 8])
-@pytest.mark.parametrize("interval", [None, 1, 4, 7, 50])
-def test_checkpoints_at_a_time(interval: int | None, keep: int) -> None:
+@pytest.mark.parametrize("intervals", [[], [1], [4], [7], [50], [4, 10], [7, 3]])
+def test_checkpoints_at_a_time(intervals: list[int], keep: int) -> None:
     for last_step in (1, 4, 30, 31):
         for first_step in (0, 1, 8, 29, 30, 31, 40):
             for present in (0, 1, keep):
-                case = {"first_step": first_step, "last_step": last_step, "interval": interval, "keep": keep}
+                case = {"first_step": first_step, "last_step": last_step, "intervals": intervals, "keep": keep}
                 assert num_checkpoints(**case, present=present) == kept_at_most(**case, present=present), case
 
 
@@ -75,6 +75,10 @@ def test_each_disk_is_asked_for_what_comes_to_it(tmp_path: Path, monkeypatch: py
     [
         (["--save_interval", "4"], {"checkpoints": "4 checkpoint(s)", "hf": "the exported model"}),
         (["--best_metric", "eval/accuracy", "--eval_interval", "10"], {"checkpoints": "4 checkpoint(s)"}),
+        (  # after steps 10, 20 and 40 by the one reason, 16, 32 and 40 by the other, and 30
+            ["--best_metric", "eval/accuracy", "--eval_interval", "10", "--save_interval", "16", "--max_ckpt_num", "9"],
+            {"checkpoints": "6 checkpoint(s)"},
+        ),
         (["--best_metric", "eval/accuracy", "--save_interval", "4"], {"checkpoints": "5 checkpoint(s)"}),
         (["--best_metric", "eval/accuracy"], {"checkpoints": "5 checkpoint(s)", "hf_best": "the best model"}),
     ],
