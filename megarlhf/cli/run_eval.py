@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,14 @@ from rich.table import Table
 
 from megarlhf.cli.errors import all_or_errors, running
 from megarlhf.cli.prompt_data import load_evaluation, resolve_special_tokens
-from megarlhf.cli.rewards import reward_sources
+from megarlhf.cli.rewards import model_sources, reward_sources
 from megarlhf.cli.run import check_weights, resolved_files
 from megarlhf.cli.run_ppo import find_machine
-from megarlhf.cli.run_score import check_results
-from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.command_line import config_of, to_dict, to_yaml
+from megarlhf.cli.run_score import check_results, check_reward_models, give_models, shared_prompts
+from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.eval_config import EvalConfig
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.metrics.timers import Timers
+from megarlhf.config.roles import reward_roles
 from megarlhf.planner.placement import plan_placement
 from megarlhf.reward.sources import SumOfSources
 from megarlhf.trainers.evaluation import Answers, answer, answers_metrics
@@ -28,39 +29,35 @@ from megarlhf.trainers.evaluation import Answers, answer, answers_metrics
 
 def run(config: EvalConfig, *, dry_run: bool) -> int:
     """Measure; returns the exit status."""
-    output, reward = Path(config.result.output).absolute(), config.reward.resolved()
+    config = replace(config, reward=config.reward.resolved())
+    output, reward, ppo = Path(config.result.output).absolute(), config.reward, shared_prompts(config.as_ppo())
+    judges = reward_roles(ppo)
     start = ("pretrain", config.model.pretrain, LayoutArguments(), "lm")
-    with closing(SumOfSources(reward_sources(reward, dry_run=dry_run), reward.reward_weights)) as sources:
-        options = {"prompt_data": config.evaluation.eval_data, "save": str(output.parent), "ray": False}
-        ppo = config_of(PPOConfig, config, **options)  # the same engines as in RL
+    given = [*model_sources(ppo), *reward_sources(reward, dry_run=dry_run)]
+    with closing(SumOfSources(given, reward.reward_weights)) as sources:
         (sets, stops), *_ = all_or_errors(
             [
                 lambda: load_evaluation(ppo),
                 lambda: check_weights([start], transformer_impl="local", generates=True),
+                *([partial(check_reward_models, ppo)] if judges else []),
                 sources.check,
             ]
         )
         ppo = resolve_special_tokens(ppo, [prompt.label for members in sets.values() for prompt in members])
-        plan = plan_placement(ppo, find_machine(ppo)).only("rollout")
+        plan = plan_placement(ppo, find_machine(ppo)).only("rollout", *(role.name for role in judges))
         counts = {name: len(members) for name, members in sets.items()}
         if dry_run:
             print(f"{to_yaml(config)}\n{resolved_files(ppo.model, ppo.data)}\n\nprompts: {counts}\n{plan.table()}")
             return 0
         from megarlhf.cluster import launch  # with vLLM behind it: nothing above needs it
 
-        timers = Timers()
-        with running(), launch.open_engines(ppo, plan, stop_token_ids=stops) as engines:
-            answers = answer(
-                engines,
-                sources,
-                sets,
-                config.evaluation,
-                generating=timers("eval"),
-                scoring=timers("reward"),
-            )
-    metrics = answers_metrics(answers)
+        with running(), launch.open_judged_engines(ppo, plan, stop_token_ids=stops) as (engines, models, phases):
+            give_models(sources, models)
+            scoring = partial(phases.reward, is_last=False)
+            answers = answer(engines, sources, sets, ppo, generating=phases.evaluate, scoring=scoring)
+    metrics = answers_metrics(answers, ppo)
     print_table(metrics, counts)
-    result = {"metrics": metrics, "num_prompts": counts, "seconds": timers.pop(), "options": to_dict(config)}
+    result = {"metrics": metrics, "num_prompts": counts, "seconds": phases.seconds(), "options": to_dict(config)}
     _write(output, json.dumps(result, indent=1) + "\n")
     if config.result.responses is not None:
         _write(Path(config.result.responses), "".join(json.dumps(row) + "\n" for row in response_rows(answers)))

@@ -13,7 +13,7 @@ from megarlhf.cli.run_ppo import find_machine
 from megarlhf.config.arguments import PPOConfig, PromptColumnArguments
 from megarlhf.config.command_line import config_of, to_dict, to_yaml
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.config.loop_arguments import GenerateConfig
+from megarlhf.config.loop_arguments import GenerateConfig, prompts_at_a_time
 from megarlhf.data.loading import DataSource
 from megarlhf.data.prompts import PromptData, load_prompts
 from megarlhf.data.sampling import PromptSampler
@@ -25,7 +25,6 @@ from megarlhf.formats.huggingface import HFWeights, read_config
 from megarlhf.metrics.sinks import ConsoleSink
 from megarlhf.planner.placement import plan_placement
 
-_TURNS = 4  # times that a part fills all engines: a part's last responses leave them idle, and a kill loses one part
 _FREE = ("output", "vllm_num_engines", "start_timeout_seconds", "phase_timeout_seconds")  # no response depends on them
 
 
@@ -75,14 +74,13 @@ def load(config: GenerateConfig, *, needs_label: bool = False) -> Inputs:
 
 def engine_config(config: GenerateConfig, inputs: Inputs) -> PPOConfig:
     """The same engines as in RL, for a part of the prompts in each step."""
-    per_prompt = config.generate.n_samples_per_prompt
-    turn = config.rollout.max_num_seqs * config.cluster.vllm_num_engines
+    most = prompts_at_a_time(config.rollout, config.cluster, num_responses=config.generate.n_samples_per_prompt)
     ppo = config_of(
         PPOConfig,
         config,
         save=str(Path(config.generate.output).absolute().parent),  # logs/ of the engines
         ray=False,
-        rollout_batch_size=min(len(inputs.prompts), -(-_TURNS * turn // per_prompt)),
+        rollout_batch_size=min(len(inputs.prompts), most),
     )
     ppo = replace(ppo, reward=replace(ppo.reward, reward_skip_special_tokens=config.generate.skip_special_tokens))
     return resolve_special_tokens(ppo, [prompt.label for prompt in inputs.prompts])

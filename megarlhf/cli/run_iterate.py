@@ -44,7 +44,7 @@ from megarlhf.formats.stages import Stages
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import METRICS_FILE, Sinks, read_rows
 from megarlhf.parallel.device import device_kind
-from megarlhf.trainers.evaluation import CORRECT_REWARD
+from megarlhf.trainers.evaluation import greedy_metrics
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -233,12 +233,15 @@ class Loop:
         directory = round_directory(self._config, number)
         found: dict[str, float] = {}
         if self._config.data.eval_data is not None:
-            rewards = rewards_of(load_rows(str(directory / "eval_scored.jsonl"), columns=("reward",)).rows)
-            known = rewards[~np.isnan(rewards)]
-            found["eval/no_result_count"] = float(len(rewards) - len(known))
-            found |= {"eval/accuracy": float((known >= CORRECT_REWARD).mean())} if len(known) else {}
+            rows = load_rows(str(directory / "eval_scored.jsonl"), columns=("reward", "parts")).rows
+            rewards = [row["reward"] for row in rows]
+            own = greedy_metrics(rewards, [row["parts"] for row in rows], self._config.reward)
+            found = {f"eval/{key}": value for key, value in own.items()}
+            found["eval/no_result_count"] = float(rewards.count(None))
         if number:
             found |= _sample_metrics(load_rows(str(directory / "scored.jsonl")).rows)
+            for row in read_rows(directory / "train" / METRICS_FILE)[-1:]:  # none where nothing was selected
+                found |= {key: value for key, value in row.items() if "/eval_" in key}
             selection = select(self._selection(number))
             found |= {
                 "select/rows": float(len(selection.rows)),
@@ -276,6 +279,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "reward": ("reward/mean", "{:.4f}"),
         "selected": ("select/rows", "{:.0f}"),
         "ties": ("select/ties", "{:.0f}"),
+        "eval reward": ("eval/reward_mean", "{:.4f}"),
         "eval accuracy": ("eval/accuracy", "{:.1%}"),
     }
     shown = [list(columns)]

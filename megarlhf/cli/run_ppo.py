@@ -145,7 +145,7 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
         "seed": config.model.seed,
         "enable_ema": config.optimizer.enable_ema or None,  # as in checkpoints from before there were averages
     }
-    names = metric_names([name for name, _ in named_sets(config.evaluation.eval_data or "")], config.evaluation)
+    names = metric_names([name for name, _ in named_sets(config.evaluation.eval_data or "")], config)
     (prompts, eval_sets, stop_tokens), pretraining, continued, (models, memory), *_ = all_or_errors(
         [
             lambda: load_data(config),

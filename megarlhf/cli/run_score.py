@@ -1,7 +1,7 @@
 """The run of score.py, whose options are checked already: read the samples, ask the sources, write the file."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,8 +28,9 @@ from megarlhf.data.token_ids import fingerprint
 from megarlhf.data.types import Prompt, Rollout, Sample
 from megarlhf.formats.growing_lines import GrowingLines
 from megarlhf.metrics.sinks import ConsoleSink
+from megarlhf.models.backend import resolve_transformer_impl
 from megarlhf.planner.placement import plan_placement
-from megarlhf.reward.model import RewardModel
+from megarlhf.reward.model import RewardModel, ScoringModel
 from megarlhf.reward.sources import SumOfSources
 
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
@@ -97,12 +98,17 @@ def checked_sources(config: ScoreConfig, *, dry_run: bool) -> Iterator[tuple[Sum
     with closing(sources):
         steps: list[Callable[[], Any]] = [sources.check]
         if ppo is not None:
-            layouts = {role.prefix: role.layout(ppo) for role in reward_roles(ppo)}
-            impl = resolve_kernels(ppo, layouts, share_prompt_prefix=False, device=find_machine(ppo).kind)
-            starts = [(*role.start(ppo), role.layout(ppo), role.head) for role in reward_roles(ppo)]
-            steps.append(partial(check_weights, starts, transformer_impl=impl))
+            steps.append(partial(check_reward_models, ppo))
         all_or_errors(steps)
         yield sources, ppo
+
+
+def check_reward_models(ppo: PPOConfig) -> None:
+    """Raises ConfigError for weights or kernels that cannot be used."""
+    layouts = {role.prefix: role.layout(ppo) for role in reward_roles(ppo)}
+    impl = resolve_kernels(ppo, layouts, share_prompt_prefix=False, device=find_machine(ppo).kind)
+    starts = [(*role.start(ppo), role.layout(ppo), role.head) for role in reward_roles(ppo)]
+    check_weights(starts, transformer_impl=impl)
 
 
 @contextmanager
@@ -113,17 +119,27 @@ def running_models(sources: SumOfSources, ppo: PPOConfig | None) -> Iterator[Non
         return
     from megarlhf.cluster import launch  # seconds, for those who have reward models
 
-    impl = resolve_kernels(ppo, {}, share_prompt_prefix=False, device=find_machine(ppo).kind)
-    ppo = replace(ppo, batch=replace(ppo.batch, share_prompt_prefix=impl == "local"))
+    ppo = shared_prompts(ppo)
     plan = plan_placement(ppo, find_machine(ppo)).only(*(role.name for role in reward_roles(ppo)))
     print(plan.table())
     with launch.open_groups(ppo, plan, reward_roles(ppo)) as groups:
-        found = launch.reward_models(ppo, groups)
-        for source in sources.sources:
-            if isinstance(source, RewardModel):
-                source.model = found[source.role]
-                groups[source.role].call("wake", ("parameters",))
+        give_models(sources, launch.reward_models(ppo, groups))
+        for role in reward_roles(ppo):
+            groups[role.name].call("wake", ("parameters",))
         yield
+
+
+def shared_prompts(ppo: PPOConfig) -> PPOConfig:
+    """With the samples of a prompt sharing its computation, where layers can."""
+    impl = resolve_transformer_impl(ppo.kernels.transformer_impl, device=find_machine(ppo).kind)
+    return replace(ppo, batch=replace(ppo.batch, share_prompt_prefix=impl == "local"))
+
+
+def give_models(sources: SumOfSources, models: Mapping[str, ScoringModel]) -> None:
+    """Tell the reward models among the sources what computes their scores, by the names of their roles."""
+    for source in sources.sources:
+        if isinstance(source, RewardModel):
+            source.model = models[source.role]
 
 
 def run(config: ScoreConfig, *, dry_run: bool) -> int:
@@ -161,7 +177,7 @@ def run(config: ScoreConfig, *, dry_run: bool) -> int:
 def _scored(sample: Sample) -> dict[str, Any]:
     """What a row has besides its own, under the names that select reads."""
     response = sample.response_text.removesuffix(sample.stop_text)
-    return {"input": sample.prompt.text, "output": response, "reward": sample.reward}
+    return {"input": sample.prompt.text, "output": response, "reward": sample.reward, "parts": sample.parts}
 
 
 def _names(sources: SumOfSources) -> str:
@@ -179,9 +195,10 @@ def summary(rewards: Rewards) -> str:
 
 def check_results(rewards: Rewards, reward: RewardArguments) -> None:
     """Raises RunError where too few samples have a result; the file is there."""
-    part, least, most = float(np.isnan(rewards).mean()), reward.min_result_fraction, reward.max_no_result_fraction
-    if 1.0 - part < least or (most is not None and part > most):
+    missing = int(np.isnan(rewards).sum())
+    if not reward.allows(missing, of=len(rewards)):
         raise RunError(
-            f"{part:.1%} of the samples have no result, where min_result_fraction={least} and max_no_result_fraction="
-            f"{most}: see the warnings above for the reasons, and score the file again"
+            f"{missing / len(rewards):.1%} of the samples have no result, where min_result_fraction="
+            f"{reward.min_result_fraction} and max_no_result_fraction={reward.max_no_result_fraction}: see the "
+            "warnings above for the reasons, and score the file again"
         )

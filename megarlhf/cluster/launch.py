@@ -138,6 +138,20 @@ def open_engines(
 
 
 @contextmanager
+def open_judged_engines(
+    config: PPOConfig, plan: PlacementPlan, *, stop_token_ids: tuple[int, ...]
+) -> Iterator[tuple[RolloutGroup, dict[str, RewardGroup], ResourceManager]]:
+    """The inference engines, with the weights of pretrain, and the reward models of a plan; and their phases."""
+    judges = reward_roles(config)
+    with open_groups(config, plan, [*judges, ROLES["rollout"]], stop_token_ids=stop_token_ids) as groups:
+        engines = RolloutGroup(groups["rollout"], n_samples_per_prompt=config.batch.n_samples_per_prompt)
+        asleep = [groups[role.name] for role in judges]
+        colocated = config.cluster.colocate_all_models
+        phases = ResourceManager(asleep, groups["rollout"], lambda phase: None, colocated=colocated)
+        yield engines, reward_models(config, groups), phases
+
+
+@contextmanager
 def open_groups(
     config: PPOConfig,
     plan: PlacementPlan,

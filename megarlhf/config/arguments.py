@@ -361,6 +361,12 @@ class PPOConfig:
         return self.batch.max_tokens_per_micro_batch or self.batch.micro_batch_size * self.max_row_tokens
 
     @property
+    def evaluated_prompts(self) -> int:
+        """Prompts that an evaluation answers at a time: with all responses no more than a step's, where that can be."""
+        batch, responses = self.batch, 1 + self.evaluation.eval_n_samples_per_prompt
+        return max(1, batch.rollout_batch_size * min(batch.n_samples_per_prompt, responses) // responses)
+
+    @property
     def keeps_reward_moments(self) -> bool:
         """Whether rewards are normalised by their running moments; reward models have their own."""
         return self.algorithm.normalize_reward and self.model.reward_pretrain is None

@@ -1,9 +1,11 @@
 """All that can be known to be wrong with loops over batches, and with an evaluation, before PyTorch is imported."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.check_files import place_errors, read_model
+from megarlhf.config.check_files import has_other_tokens, place_errors, read_model, token_errors
 from megarlhf.config.check_layout import broken, cluster_errors, layout_errors
 from megarlhf.config.check_numbers import engine_errors, length_errors, limit_errors
 from megarlhf.config.check_rewards import reward_errors, reward_model_errors
@@ -13,6 +15,7 @@ from megarlhf.config.command_line import to_dict
 from megarlhf.config.eval_config import EvalConfig
 from megarlhf.config.loop_arguments import (
     ConditionArguments,
+    ForwardArguments,
     GenerateConfig,
     IterateConfig,
     ScoreConfig,
@@ -29,7 +32,7 @@ from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.config.roles import reward_roles
 from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.config.supervised_arguments import DPOArguments
-from megarlhf.formats.data_names import probability_errors
+from megarlhf.formats.data_names import held_out_part, probability_errors
 
 
 def check_generate(config: GenerateConfig) -> list[str]:
@@ -43,11 +46,17 @@ def check_generate(config: GenerateConfig) -> list[str]:
 
 def check_eval(config: EvalConfig) -> list[str]:
     """Every mistake found in the options of an evaluation by itself, none where it may start."""
-    errors = _answering_errors(config) + reward_errors(config.reward) + _untrained_errors(config.reward)
-    errors += evaluation_errors(config.evaluation) + output_errors(config.result.output, suffix=".json")
-    errors += broken({"eval_data is missing (it is what is measured on): set it": config.evaluation.eval_data is None})
-    responses = config.result.responses
-    return errors + ([] if responses is None else output_errors(responses, option="responses"))
+    responses, models = config.result.responses, config.models.reward_pretrain
+    errors = _answering_errors(config) + _untrained_errors(config.reward)
+    errors += evaluation_errors(config.evaluation, is_read=config.reward.judges or responses is not None)
+    errors += output_errors(config.result.output, suffix=".json")
+    errors += [] if responses is None else output_errors(responses, option="responses")
+    if config.evaluation.eval_data is None:
+        return [*errors, "eval_data is missing (it is what is measured on): set it"]
+    ppo = config.as_ppo()
+    errors += reward_errors(config.reward, num_models=len(reward_roles(ppo)))
+    errors += unread_errors(config) if models is None else model_errors(ppo, reads_tokens=True)
+    return list(dict.fromkeys(errors))
 
 
 def _answering_errors(config: GenerateConfig | EvalConfig) -> list[str]:
@@ -72,19 +81,28 @@ def check_score(config: ScoreConfig) -> list[str]:
     return errors + output_errors(score.output, score.dataset)
 
 
-def model_errors(ppo: PPOConfig) -> list[str]:
-    """What is wrong with reward models and their layouts."""
-    errors, models = [], {}
+def model_errors(ppo: PPOConfig, *, reads_tokens: bool = False) -> list[str]:
+    """What is wrong with reward models and their layouts, and where they read the policy's tokens with these."""
+    errors, models = list[str](), dict[str, Mapping[str, Any]]()
+    tokenizer = ppo.model.tokenizer or ppo.model.pretrain
     for role in reward_roles(ppo):
         option, path = role.start(ppo)
         models[option], found = read_model(option, path)
         errors += found + layout_errors(role.layout(ppo), {option: models[option]}, role.prefix)
+        if reads_tokens and not has_other_tokens(path, tokenizer):
+            policy, _ = read_model("pretrain", ppo.model.pretrain)
+            errors += token_errors(option, path, tokenizer, models[option], policy)
+    if reads_tokens:
+        errors += length_errors("prompt_max_len + generate_max_len", ppo.max_row_tokens, None, models)
     return list(dict.fromkeys(errors + cluster_errors(ppo) + reward_model_errors(ppo, models)))
 
 
-def unread_errors(config: ScoreConfig | ServeConfig) -> list[str]:
+def unread_errors(config: ScoreConfig | ServeConfig | EvalConfig) -> list[str]:
     """Options of reward models without any."""
     own = vars(config.reward_layout) | {"reward_num_gpus_per_node": config.models.reward_num_gpus_per_node}
+    if isinstance(config, EvalConfig):
+        default = ForwardArguments()
+        own |= {name: value for name, value in vars(config.forward).items() if value != getattr(default, name)}
     return [
         f"{name}={value} is ignored without reward_pretrain (there is no reward model): leave it out"
         for name, value in own.items()
@@ -157,6 +175,10 @@ def check_iterate(config: IterateConfig) -> list[str]:
             ),
             "enable_ema=True is ignored (a round starts from the last weights of the one before): leave it out": (
                 config.optimizer.enable_ema
+            ),
+            f"eval_split={config.data.eval_split} has nothing to evaluate on: set eval_data, or a part such as 0.03 of "
+            "what each round selects": (
+                config.data.eval_data is None and held_out_part(config.data.eval_split or "0") is None
             ),
             "WORLD_SIZE is set (megarlhf iterate starts the ranks of its stages itself): start it without torchrun": (
                 "WORLD_SIZE" in os.environ

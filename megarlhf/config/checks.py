@@ -84,19 +84,24 @@ def check_ppo(config: PPOConfig) -> list[str]:
         "prompt_data_probs", config.data.prompt_data_probs, "prompt_data", config.data.prompt_data
     )
     evaluates = config.evaluation.eval_data is not None
-    errors += evaluation_errors(config.evaluation)
+    errors += evaluation_errors(config.evaluation, is_read=config.reward.judges)
     return errors + _logging_errors(config.logging, evaluation="eval_data", evaluates=evaluates)
 
 
-def evaluation_errors(evaluation: EvaluationArguments) -> list[str]:
-    """Options of an evaluation that are without effect."""
+def evaluation_errors(evaluation: EvaluationArguments, *, is_read: bool) -> list[str]:
+    """Options of an evaluation that are without effect; is_read: sampled responses count for something."""
     number, default = evaluation.eval_n_samples_per_prompt, EvaluationArguments()
     given = {name: value for name, value in vars(evaluation).items() if value != getattr(default, name)}
     unread = given if evaluation.eval_data is None else ()
     said = f"eval_temperature={evaluation.eval_temperature} is ignored with eval_n_samples_per_prompt={number} (greedy "
     said += "responses have none): set that, or leave it out"
+    judged = f"eval_n_samples_per_prompt={number} is for eval/pass@K, which reward_rule or reward_function judges "
+    judged += "(models and servers have scales of their own): set one of them, or leave it out"
     return [f"{name}={given[name]} has nothing to evaluate on: set eval_data" for name in unread] + broken(
-        {said: evaluation.eval_temperature is not None and number == 0}
+        {
+            said: evaluation.eval_temperature is not None and number == 0,
+            judged: number > 0 and not is_read and evaluation.eval_data is not None,
+        }
     )
 
 

@@ -1,9 +1,19 @@
 """Options of `megarlhf eval`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from megarlhf.config.arguments import EngineArguments, PromptColumnArguments, SamplingArguments, WeightsArguments
+from megarlhf.config.arguments import (
+    EngineArguments,
+    PPOConfig,
+    PromptColumnArguments,
+    SamplingArguments,
+    WeightsArguments,
+)
+from megarlhf.config.command_line import config_of
 from megarlhf.config.evaluation_arguments import EvaluationArguments
+from megarlhf.config.layouts import RewardLayoutArguments
+from megarlhf.config.loop_arguments import ForwardArguments, RewardModelsArguments, prompts_at_a_time
 from megarlhf.config.passed import VLLMPassedArguments
 from megarlhf.config.reward_arguments import RewardArguments
 
@@ -27,6 +37,23 @@ class EvalConfig:
     rollout: SamplingArguments = field(default_factory=SamplingArguments)
     data: PromptColumnArguments = field(default_factory=PromptColumnArguments)
     reward: RewardArguments = field(default_factory=RewardArguments)
+    models: RewardModelsArguments = field(default_factory=RewardModelsArguments)
+    reward_layout: RewardLayoutArguments = field(default_factory=RewardLayoutArguments)
+    forward: ForwardArguments = field(default_factory=ForwardArguments)
     evaluation: EvaluationArguments = field(default_factory=EvaluationArguments)
     result: ResultArguments
     passed: VLLMPassedArguments = field(default_factory=VLLMPassedArguments)
+
+    def as_ppo(self) -> PPOConfig:
+        """The same engines and reward models as in RL; nothing of it is trained."""
+        responses = 1 + self.evaluation.eval_n_samples_per_prompt
+        return config_of(
+            PPOConfig,
+            self,
+            prompt_data=self.evaluation.eval_data,
+            save=str(Path(self.result.output).absolute().parent),  # logs/ of the processes
+            ray=False,
+            advantage_estimator="reinforce",
+            rollout_batch_size=prompts_at_a_time(self.rollout, self.cluster, num_responses=responses),
+            n_samples_per_prompt=responses,
+        )

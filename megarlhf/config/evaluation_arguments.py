@@ -10,7 +10,7 @@ class EvaluationArguments:
     eval_data: str | None = None
     """Prompts of the evaluation, in the formats of prompt_data; several sets with commas between them, each named for
     its file or as in math=PATH,code=PATH. eval/accuracy is the fraction of them whose one greedy response has a reward
-    of at least 1, of those with a result. None: no evaluation."""
+    of at least 1 by rule and function, of those with a result. None: no evaluation."""
     eval_split: str | None = None
     """Split to take them from, of data sets that have several. None: the only one."""
     eval_n_samples_per_prompt: int = 0

@@ -23,6 +23,12 @@ from megarlhf.config.supervised_arguments import (
 )
 
 PostProcessor = Literal["rs", "iter_dpo", "csft"]
+_TURNS = 4  # times that a part fills all engines: a part's last responses leave them idle, and a kill loses one part
+
+
+def prompts_at_a_time(rollout: SamplingArguments, cluster: EngineArguments, *, num_responses: int) -> int:
+    """Prompts of which engines alone answer a part, each with so many responses."""
+    return -(-_TURNS * rollout.max_num_seqs * cluster.vllm_num_engines // num_responses)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +76,8 @@ class ScoreArguments:
     dataset: str
     """Samples: a .jsonl, .json, .csv, .parquet or .arrow file with a prompt and a response in each row."""
     output: str
-    """File to write, .jsonl: the same rows with their reward; null where there is no result. It appears when it is
-    whole; a run that was killed goes on with <output>.partial."""
+    """File to write, .jsonl: the same rows with their reward, null where there is no result, and its parts, each
+    source's own score by its name. It appears when it is whole; a run that was killed goes on with <output>.partial."""
     input_key: str = "input"
     """Column with the prompt, as the model has read it."""
     output_key: str = "output"
@@ -94,17 +100,23 @@ class RewardModelsArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreForwardArguments:
+class ForwardArguments:
+    """How reward models compute."""
+
+    micro_batch_size: int = 4
+    """Samples of full length in one forward pass of a rank. Samples are packed without padding."""
+    normalize_reward: bool = False
+    """Subtract from each model's score the mean that its config.json has and divide by the std there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreForwardArguments(ForwardArguments):
     """How reward models compute."""
 
     bf16: bool = False
     """Compute in bfloat16."""
     max_len: int = 2048
     """Longest sample in tokens; longer ones, and those longer than a model knows, have no result."""
-    micro_batch_size: int = 4
-    """Samples of full length in one forward pass of a rank. Samples are packed without padding."""
-    normalize_reward: bool = False
-    """Subtract from each model's score the mean that its config.json has and divide by the std there."""
     start_timeout_seconds: float = 300.0
     """Seconds for all processes to be up and their models loaded."""
     phase_timeout_seconds: float = 1800.0
@@ -179,7 +191,10 @@ class IterateDataArguments(PromptDataArguments):
 
     eval_data: str | None = None
     """Prompts of the evaluation, in the same formats: eval/accuracy is the fraction of them whose one greedy response
-    has a reward of at least 1, of those with a result. None: no evaluation."""
+    has a reward of at least 1 by rule and function, of those with a result. None: no evaluation."""
+    eval_split: str | None = None
+    """Split to take them from. None: prompt_split. Or a part such as 0.03 of the rows that each round selects: it is
+    taken out of what the round trains on, and its training is evaluated on it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import config_of
 from megarlhf.config.loop_arguments import GenerateConfig, IterateConfig, ScoreConfig
 from megarlhf.config.supervised_arguments import DPOConfig, SFTConfig
+from megarlhf.formats.data_names import held_out_part
 
 
 def round_directory(config: IterateConfig, number: int) -> Path:
@@ -26,6 +27,11 @@ def generate_config(config: IterateConfig, number: int, model: str) -> GenerateC
     )
 
 
+def _trains_on_rest(config: IterateConfig) -> bool:
+    """Whether eval_split is no name, but a part of what a round selects, or nothing."""
+    return config.data.eval_split is None or held_out_part(config.data.eval_split) is not None
+
+
 def evaluate_config(config: IterateConfig, number: int, model: str) -> GenerateConfig:
     """One greedy response to each evaluation prompt, from the model after a round."""
     return config_of(
@@ -34,6 +40,7 @@ def evaluate_config(config: IterateConfig, number: int, model: str) -> GenerateC
         pretrain=model,
         prompt_data=config.data.eval_data,
         prompt_data_probs=None,
+        prompt_split=config.data.prompt_split if _trains_on_rest(config) else config.data.eval_split,
         n_samples_per_prompt=1,
         greedy=True,
         enable_csft=config.iterate.method == "conditional_sft" and number > 0,
@@ -80,6 +87,7 @@ def train_config(config: IterateConfig, number: int, model: str, *, dataset: str
     text = {"apply_chat_template": False, "input_template": None, "tokenizer_chat_template": None, "max_samples": None}
     run = {"save": str(round_directory(config, number) / "train"), "load_checkpoint": True, "use_wandb": False}
     common = text | run | {"pretrain": model, "dataset": dataset}
+    common["eval_split"] = config.data.eval_split if _trains_on_rest(config) else None
     if config.iterate.method != "iterative_dpo":
         return config_of(SFTConfig, config, **common, input_key="input", output_key="output")
     fixed = config.dpo.ref_pretrain or (config.model.pretrain if number > 1 else None)

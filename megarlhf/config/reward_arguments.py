@@ -63,16 +63,27 @@ class RewardArguments(RewardCodeArguments):
     """Send the token to other machines over http too, where everybody on the way can read it."""
     max_no_result_fraction: float | None = None
     """Largest part of a step's samples without a result. Above it the run saves and stops before it trains on the
-    rest. None: 0.1 with remote_rm_url, no limit without."""
+    rest, and an evaluation reports only counts. None: 0.1 with remote_rm_url, no limit without."""
     min_result_fraction: float = 0.5
-    """Least part of a step's samples that must have a usable result. Below it the step is not trained. Above it a step
-    with fewer results makes fewer optimizer steps, in proportion."""
+    """Least part of a step's samples that must have a usable result. Below it the step is not trained, and an
+    evaluation reports only counts. Above it a step with fewer results makes fewer optimizer steps, in proportion."""
     max_untrained_steps: int = 3
     """Steps in a row that may go untrained for that reason; then the run saves and stops."""
     reward_skip_special_tokens: bool | None = None
     """Leave special tokens out of the responses that rewards read. With --no_reward_skip_special_tokens they are in,
     the end-of-turn token too, as in OpenRLHF's queries; rules look at what stands before that. None: they are in where
     a label holds one, and with remote_rm_url."""
+
+    @property
+    def judges(self) -> bool:
+        """Whether a function or a rule scores, which say what is right; models and servers have their own scales."""
+        is_code = any(entry.endswith(".py") for entry in self.remote_rm_url)
+        return is_code or self.reward_function is not None or self.reward_rule is not None
+
+    def allows(self, missing: int, *, of: int) -> bool:
+        """Whether so many samples may have no result: min_result_fraction and max_no_result_fraction."""
+        part, most = missing / of, self.max_no_result_fraction
+        return 1.0 - part >= self.min_result_fraction and (most is None or part <= most)
 
     def resolved(self) -> "RewardArguments":
         """With what remote_rm_url decides: a Python file is the reward function, queries hold special tokens as

@@ -94,7 +94,7 @@ METRICS: dict[str, str] = {
     "time/step_seconds": "The whole step without evaluation and saving (seconds)",
     "perf/tokens_per_second": "RL: response tokens, else: all tokens of the step, over its time (tokens/s)",
     "perf/samples_per_second": "RL: samples generated, else: trained on in the step, over its time (samples/s)",
-    "eval/accuracy": "Evaluation prompts whose one greedy response earns at least 1, of those with a result (fraction)",
+    "eval/accuracy": "Evaluation prompts whose one greedy response earns 1 or more by rule and function (fraction)",
     "eval/reward_mean": "Mean reward of these greedy responses (reward units)",
     "eval/pass@K": "Chance that of K sampled responses to a prompt one earns at least 1; of prompts with K (fraction)",
     "eval/no_result_count": "Evaluation responses, greedy and sampled, without a result, left out (samples)",

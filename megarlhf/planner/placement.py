@@ -100,8 +100,11 @@ def object_store_bytes(config: PPOConfig) -> int:
     """Bytes of one node's store, through which a step's tokens go, where all are as long as they may be."""
     prompts = config.batch.rollout_batch_size
     prompts *= 2 if config.algorithm.dynamic_filtering else 1  # those that are kept, and another round's
-    responses = prompts * config.batch.n_samples_per_prompt * config.rollout.generate_max_len
-    tokens = _BYTES_PER_RESPONSE_TOKEN * responses + 4 * prompts * config.rollout.prompt_max_len
+    responses = prompts * config.batch.n_samples_per_prompt
+    if config.evaluation.eval_data is not None:  # a part of it, when the step's are gone
+        responses = max(responses, config.evaluated_prompts * (1 + config.evaluation.eval_n_samples_per_prompt))
+    tokens = _BYTES_PER_RESPONSE_TOKEN * responses * config.rollout.generate_max_len
+    tokens += 4 * prompts * config.rollout.prompt_max_len
     return max(_LEAST, int(_SPARE * tokens))
 
 

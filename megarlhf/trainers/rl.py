@@ -43,7 +43,7 @@ def train(
     total_steps, logging, phases = config.batch.total_steps, config.logging, roles.phases
     first, num_prompts = state.step, len(prompts.prompts)
     dropped = {"data/prompts_dropped": float(prompts.num_dropped)}
-    measure = partial(evaluate, phases, roles.rollout, roles.reward, eval_sets, config.evaluation)
+    measure = partial(evaluate, phases, roles.rollout, roles.reward, eval_sets, config)
     with saved_on_failure(roles, state):
         with phases.sync():
             roles.sync.push(state.step)  # the engines start from the pretrained weights
@@ -58,14 +58,16 @@ def train(
                 metrics |= roles.sync.push(step)
             if step == first + 1:
                 metrics |= phases.memory()
-            metrics |= summary.speed(collected.samples, seconds=time.perf_counter() - started)
+            samples = collected.samples
+            del collected  # its tokens make room for those of an evaluation and of the next step
+            metrics |= summary.speed(samples, seconds=time.perf_counter() - started)
             last = step == total_steps or should_stop()
             epochs = epoch, state.consumed_prompts / num_prompts
             if last or evaluation_is_due(step, logging.eval_interval, epochs=epochs):
                 metrics |= measure()
                 state.best = state.best.after(step, metrics, logging)
             sinks.log(step, metrics | {"data/epoch": epochs[1]} | dropped | phases.seconds())
-            check_rewards(state, collected.samples, config)
+            check_rewards(state, samples, config)
             # Logged first: a run killed in between continues from the checkpoint before, and logs this step again.
             if last or state.best.step == step or (logging.save_interval and step % logging.save_interval == 0):
                 with phases.save():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megarlhf.cli import evaluate
+from megarlhf.cli import evaluate, train_ppo
 from megarlhf.cli.run import check_best_metric
 from megarlhf.cli.run_eval import print_table, response_rows
 from megarlhf.config.arguments import LoggingArguments
@@ -21,6 +21,16 @@ MISTAKES = [
     ({"responses": "r.json"}, "responses=r.json must end in .jsonl (one object a line is written)"),
     ({"reward_rule": None}, "nothing scores"),
     ({"max_untrained_steps": 5}, "max_untrained_steps is ignored"),
+    ({"reward_num_gpus_per_node": 2}, "reward_num_gpus_per_node=2 is ignored without reward_pretrain"),
+    ({"micro_batch_size": 2}, "micro_batch_size=2 is ignored without reward_pretrain"),
+    ({"reward_pretrain": "nowhere", "reward_rule": None}, "reward_pretrain=nowhere is not a local directory"),
+    (
+        {"reward_pretrain": "judge", "reward_rule": None, "eval_n_samples_per_prompt": 3},
+        "eval_n_samples_per_prompt=3 is for eval/pass@K, which reward_rule or reward_function judges",
+    ),
+    ({"reward_pretrain": "short"}, "above max_position_embeddings=20 of reward_pretrain"),
+    ({"reward_pretrain": "judge", "reward_context_parallel_size": 2}, "makes 1 ranks, no multiple of reward_tensor"),
+    ({"reward_pretrain": "judge", "reward_weights": "1"}, "reward_weights=1.0 has 1 numbers for 2 sources"),
     ({"eval_temperature": 0.5}, "eval_temperature=0.5 is ignored with eval_n_samples_per_prompt=0"),
     ({"prompt_max_len": 250}, "prompt_max_len + generate_max_len = 1274 is above max_position_embeddings=256"),
     ({"vllm_tensor_parallel_size": 3}, "vllm_tensor_parallel_size=3 does not divide"),
@@ -41,6 +51,9 @@ def test_one_mistake(
     monkeypatch.chdir(tmp_path)
     sizes = {"num_attention_heads": 4, "max_position_embeddings": 256}
     (tmp_path / "config.json").write_text(json.dumps(sizes))
+    for name, positions in (("judge", 256), ("short", 20)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": positions}))
     (tmp_path / "d.jsonl").write_text("{}\n")
     given = {"pretrain": ".", "eval_data": "d.jsonl", "output": "results.json", "reward_rule": "math"}
     given |= {"prompt_max_len": 16, "generate_max_len": 1024 if "prompt_max_len" in changes else 16} | changes
@@ -80,3 +93,19 @@ def test_a_metric_that_no_evaluation_has_is_told_with_those_that_there_are() -> 
         check_best_metric(logging, ["eval/accuracy", "eval/math/accuracy"])
     check_best_metric(replace(logging, best_metric="eval/math/accuracy"), ["eval/math/accuracy"])
     check_best_metric(replace(logging, best_metric=None), [])
+
+
+def test_what_a_reward_never_reports_cannot_be_best(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Servers and models have scales of their own, which say nothing of what is right."""
+    (tmp_path / "prompts.jsonl").write_text('{"input": "1=", "label": "1"}\n')
+    flags = {"pretrain": assets / "model", "prompt_data": tmp_path / "prompts.jsonl", "save": tmp_path / "run"}
+    flags |= {"advantage_estimator": "reinforce", "rollout_batch_size": 1, "global_batch_size": 1}
+    flags |= {"prompt_max_len": 8, "generate_max_len": 8, "eval_data": f"m={tmp_path / 'prompts.jsonl'}"}
+    words = [*(f"--{key}={value}" for key, value in flags.items()), "--remote_rm_url=http://127.0.0.1:9/x", "--dry-run"]
+    assert train_ppo.main([*words, "--best_metric", "eval/accuracy"]) == 2
+    said = "best_metric=eval/accuracy is no metric of an evaluation here: use one of eval/reward_mean, eval/resp"
+    assert said in capsys.readouterr().err
+    assert train_ppo.main([*words, "--best_metric", "eval/m/reward_mean"]) == 0
+    assert train_ppo.main([*words, "--reward_rule", "math", "--best_metric", "eval/m/accuracy"]) == 0

@@ -142,7 +142,8 @@ def test_scores_are_those_of_the_source(
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = [None if i in (7, 17) else sum(map(ord, f"{i}")) % 5 for i in range(20)]
     found = score(assets, tmp_path)
-    assert found == [row | {"reward": reward} for row, reward in zip(rows, expected, strict=True)]
+    scores = [{"reward": reward, "parts": {"function": reward}} for reward in expected]
+    assert found == [row | own for row, own in zip(rows, scores, strict=True)]
     assert "2 of 20 samples without a result" in capsys.readouterr().out
     # In parts, the second of which is killed; groups are not cut.
     monkeypatch.setattr(run_score, "_PART", 4)
@@ -207,9 +208,14 @@ class PlainPrograms:
         elif module.endswith("score"):
             rows = read(Path(values["dataset"]))
             rewards = [0.5 if row["place"] == 3 else len(row["output"]) for row in rows]
-            write(values["output"], [row | {"reward": r} for row, r in zip(rows, rewards, strict=True)])
+            # place 3 has no part by the function: of 4 greedy responses 3 can be judged
+            parts = [{"reward_model": r} | ({} if r == 0.5 else {"function": r - 1}) for r in rewards]
+            own = [{"reward": r, "parts": part} for r, part in zip(rewards, parts, strict=True)]
+            write(values["output"], [row | each for row, each in zip(rows, own, strict=True)])
         else:
             (hf := Path(values["save"]) / "hf").mkdir(parents=True, exist_ok=True)
+            measured = [{"step": step, "dpo/loss": 1.0, "dpo/eval_loss": 1.0 / step} for step in (1, 4)]
+            write(f"{values['save']}/metrics.jsonl", measured if values["eval_split"] else [])
             given = values["pretrain"], values.get("ref_pretrain")
             (hf / "weights").write_text(f"{given} {Path(values['dataset']).read_text()}")
         if self.dies == (stage, "after"):
@@ -269,10 +275,11 @@ def test_a_loop_goes_on_wherever_it_was_killed(
     assert [row["step"] for row in metrics] == [0, 1, 2]
     # place 0 has one answer that is not empty, place 3 one reward
     expected = {"select/rows": 2.0, "select/ties": 2.0, "select/no_result_count": 0.0, "rollout/truncated_frac": 0.0}
-    expected |= {"reward/mean": 10 / 8, "reward/no_result_count": 0.0, "eval/accuracy": 0.5}
-    assert {key: metrics[2][key] for key in expected} == expected
+    expected |= {"reward/mean": 10 / 8, "reward/no_result_count": 0.0, "eval/reward_mean": 3.5 / 4}
+    expected["eval/accuracy"] = 1 / 3  # by the function: -1, 0 and 1
+    assert {key: metrics[2][key] for key in expected} == expected and "dpo/eval_loss" not in metrics[2]
     table = capsys.readouterr().out.splitlines()
-    assert ["2", "1.2500", "2", "2", "50.0%"] in [line.split() for line in table]
+    assert ["2", "1.2500", "2", "2", "0.8750", "33.3%"] in [line.split() for line in table]
     for number, stage in enumerate(STAGES):
         programs, save = PlainPrograms(), tmp_path / f"{number}"
         programs.dies = (stage, ("before", "after")[number % 2])
@@ -287,6 +294,15 @@ def test_a_loop_goes_on_wherever_it_was_killed(
         loop(assets, tmp_path / "whole", whole, monkeypatch, n_samples_per_prompt=3)
     loop(assets, tmp_path / "whole", whole, monkeypatch, num_rounds=3)
     assert whole.ran[len(STAGES) :] == [stage.replace("002", "003") for stage in STAGES[-5:]]
+
+
+def test_a_part_of_what_is_selected_measures_the_training(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop(assets, tmp_path, PlainPrograms(), monkeypatch, eval_split="0.25", eval_data=None)
+    metrics = read(tmp_path / "metrics.jsonl")
+    assert [row.get("dpo/eval_loss") for row in metrics] == [None, 0.25, 0.25], "of its last step"
+    assert "dpo/loss" not in metrics[1] and "eval/accuracy" not in metrics[1]
 
 
 def test_a_round_that_selects_nothing_keeps_its_model(

@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from tests.config.in_process import Trace
-from tests.config.option_probes import Options, Probe, Seen, both
-from tests.config.option_probes_loops import GENERATE, SCORE, lines, of
-from tests.config.option_probes_ppo import REWARD
+from tests.config.option_probes import Options, Probe, Seen, both, own_layout_probes
+from tests.config.option_probes_loops import GENERATE, MODELS, SCORE, lines, of
+from tests.config.option_probes_ppo import JUDGED, REWARD
 
 
 def renamed(also: Options) -> Options:
@@ -43,8 +43,15 @@ def weights(trace: Trace) -> set[float]:
     return {round(row["reward"] / r, 5) for row, r in zip(trace.given["lines"], own, strict=True) if r}
 
 
+ALONE: Options = JUDGED | {"reward_function": None}
 
 EVAL: dict[str, Probe] = {
+    **own_layout_probes("reward", "reward_pretrain", several=True, beside=False, **JUDGED),
+    **{name: MODELS[name] for name in ("reward_pretrain", "reward_num_gpus_per_node")},
+    "micro_batch_size": Probe(value=1, seen=lambda t: t.engine("reward").packing.max_tokens, expected=32, also=JUDGED),
+    "normalize_reward": Probe(  # a score of 0.2, with mean 0.5 and std 2
+        value=True, seen=lambda t: round(*metrics("eval/reward_mean")(t), 5), expected=-0.15, also=ALONE
+    ),
     **{n: replace(p, also=renamed(p.also)) for n, p in GENERATE.items() if n not in NOT_HERE.split()},
     **{name: Probe(value=value, seen=sampled(name), also=TWO) for name, value in DRAWN.items()},
     **{name: SCORE[name] for name in REWARD if name not in ("reward_skip_special_tokens", "reward_weights")},

@@ -17,11 +17,12 @@ from megarlhf.config.supervised_arguments import DPOConfig
 # Options that the loop decides for a stage; all others that a stage has under the same name are the loop's.
 DECIDED = {
     "generate": {"pretrain", "iter", "enable_csft", "skip_special_tokens", "output"},
-    "evaluate": {"pretrain", "prompt_data", "prompt_data_probs", "n_samples_per_prompt", "greedy", "enable_csft"}
+    "evaluate": {"pretrain", "prompt_data", "prompt_data_probs", "prompt_split", "n_samples_per_prompt", "greedy"}
+    | {"enable_csft"}
     | {"skip_special_tokens", "output"},
     "score": {"dataset", "output", "input_key", "output_key", "label_key", "max_samples", "reward_skip_special_tokens"},
     "train": {"pretrain", "dataset", "save", "load_checkpoint", "use_wandb", "input_key", "output_key", "prompt_key"}
-    | {"apply_chat_template", "input_template", "tokenizer_chat_template", "max_samples", "ref_pretrain"},
+    | {"apply_chat_template", "input_template", "tokenizer_chat_template", "max_samples", "ref_pretrain", "eval_split"},
 }
 
 
@@ -60,6 +61,19 @@ def test_every_option_reaches_the_stages_that_have_it(method: str) -> None:
     loops_own = {"num_rounds", "eval_data", "reference", "reward_template"}
     dpo = {"beta", "ipo", "label_smoothing", "nll_loss_coef", "ref_pretrain", "precompute_ref_log_probs"}
     assert unread == loops_own | (set() if method == "iterative_dpo" else dpo)
+
+
+def test_a_split_is_of_the_prompts_and_a_part_of_what_is_selected() -> None:
+    def splits(**given: str) -> tuple[Any, Any, Any]:
+        own = {"method": "iterative_dpo", "pretrain": "p", "prompt_data": "d", "save": "run", "eval_data": "e"}
+        config = from_dict(IterateConfig, own | {"prompt_split": "first"} | given)
+        training = train_config(config, 1, "m", dataset="s").data.eval_split
+        learned, evaluated = generate_config(config, 1, "m"), evaluate_config(config, 1, "m")
+        return learned.data.prompt_split, evaluated.data.prompt_split, training
+
+    assert splits() == ("first", "first", None)
+    assert splits(eval_split="test") == ("first", "test", None)
+    assert splits(eval_split="0.03") == ("first", "first", "0.03")
 
 
 def test_what_the_loop_decides() -> None:
@@ -112,6 +126,8 @@ ITERATE = "--pretrain {} --prompt_data {}/d.jsonl --save {}/run --reward_rule ma
         ("rejection_sampling --n_samples_per_prompt 1", "n_samples_per_prompt=1 with method=rejection_sampling"),
         ("rejection_sampling --reference moving", "reference=moving is ignored"),
         ("rejection_sampling --beta 0.3", "beta=0.3 is ignored with method=rejection_sampling"),
+        ("rejection_sampling --eval_split test", "eval_split=test has nothing to evaluate on: set eval_data"),
+        ("rejection_sampling --eval_split 1.5", "eval_split=1.5 must be above 0 and below 1 as a part of the data"),
         ("rejection_sampling --csft_prompt a", "csft_prompt='a' is ignored"),
         ("rejection_sampling --normalize_reward", "normalize_reward=True is ignored"),
         ("rejection_sampling --normalize_reward --reward_pretrain {}", "needs mean and std in config.json"),

@@ -9,6 +9,7 @@ import pytest
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.evaluation_arguments import EvaluationArguments
 from megarlhf.planner.placement import Machine, PlacementPlan, object_store_bytes, plan_placement
 from tests.trainers.plain_roles import make_config
 
@@ -166,4 +167,9 @@ def test_the_store_holds_a_step_of_the_longest_responses() -> None:
     assert object_store_bytes(config) == 128 << 20  # 8 tokens a response
     rollout = replace(config.rollout, generate_max_len=8192, prompt_max_len=1000)
     expected = 1.25 * (24 * 2048 * 16 * 8192 + 4 * 2048 * 1000)
-    assert object_store_bytes(replace(config, rollout=rollout)) == int(expected) > 8e9
+    config = replace(config, rollout=rollout)
+    assert object_store_bytes(config) == int(expected) > 8e9
+    evaluation = EvaluationArguments(eval_data="e", eval_n_samples_per_prompt=4999)
+    assert object_store_bytes(replace(config, evaluation=evaluation)) == int(expected), "in parts of 6 prompts"
+    config = replace(config, batch=replace(config.batch, rollout_batch_size=4), evaluation=evaluation)
+    assert object_store_bytes(config) == int(1.25 * (24 * 5000 * 8192 + 4 * 4 * 1000)), "more than a step's 64"

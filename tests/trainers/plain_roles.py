@@ -76,6 +76,11 @@ def tokens_of(samples: Sequence[Sample], *, log_prob: float = -1.0) -> tuple[Gro
     return tuple(groups)
 
 
+def judged(sample: Sample, reward: float | None) -> Sample:
+    """As a reward function's."""
+    return replace(sample, reward=reward, parts={"function": reward})
+
+
 class PlainRoles:
     """All roles in one object; `events` is the order in which the loop called them."""
 
@@ -129,9 +134,9 @@ class PlainRoles:
 
     def score(self, rollout: Rollout) -> list[Sample]:
         assert self.phase in ("reward", "judge")
+        lost = self._without_result
         return [
-            replace(s, reward=None if (s.group_id, s.sample_id) in self._without_result else float(s.sample_id))
-            for s in rollout.samples
+            judged(s, None if (s.group_id, s.sample_id) in lost else float(s.sample_id)) for s in rollout.samples
         ]
 
     def push(self, version: int) -> dict[str, float]:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 
 from megarlhf.algos.pass_at_k import pass_at_k
-from megarlhf.config.arguments import LoggingArguments
+from megarlhf.config.arguments import LoggingArguments, PPOConfig
 from megarlhf.config.evaluation_arguments import EvaluationArguments
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.types import Prompt, Rollout, Sample
@@ -20,7 +21,7 @@ from megarlhf.trainers import rl
 from megarlhf.trainers.best import Best
 from megarlhf.trainers.evaluation import EvaluationSets, evaluate, metric_names
 from megarlhf.trainers.state import LoopState
-from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
+from tests.trainers.plain_roles import PlainRoles, judged, make_config, make_prompts
 
 
 class Judged(PlainRoles):
@@ -34,7 +35,7 @@ class Judged(PlainRoles):
         assert self.phase == "judge"
         alone = len(rollout.samples) == len(rollout.tokens)
         return [
-            replace(s, reward=self._greedy[s.prompt.text] if alone else self._sampled[s.prompt.text][s.sample_id])
+            judged(s, self._greedy[s.prompt.text] if alone else self._sampled[s.prompt.text][s.sample_id])
             for s in rollout.samples
         ]
 
@@ -44,9 +45,16 @@ def prompts(*texts: str) -> list[Prompt]:
     return [replace(prompt, text=text) for prompt, text in zip(made, texts, strict=True)]
 
 
+def configured(
+    *, reward: dict[str, Any] | None = None, batch: dict[str, Any] | None = None, **options: Any
+) -> PPOConfig:
+    given = {"reward_function": "f.py"} if reward is None else reward
+    return replace(make_config(Path("s"), reward=given, batch=batch), evaluation=EvaluationArguments(**options))
+
+
 def evaluated(plain: PlainRoles, sets: EvaluationSets, **options: Any) -> dict[str, float]:
     roles = plain.roles(critic=False)
-    found = evaluate(roles.phases, roles.rollout, roles.reward, sets, EvaluationArguments(**options))
+    found = evaluate(roles.phases, roles.rollout, roles.reward, sets, configured(**options))
     check_metrics(found)
     return found
 
@@ -58,7 +66,7 @@ def test_sets_are_reported_apart_and_together() -> None:
     found = evaluated(
         plain,
         {"math": prompts("a", "b", "c"), "code": prompts("d", "e")},
-        **{"eval_n_samples_per_prompt": 3, "eval_temperature": 0.7},
+        **{"eval_n_samples_per_prompt": 3, "eval_temperature": 0.7, "batch": {"rollout_batch_size": 10}},
     )
     assert plain.events == ["evaluate", "evaluate 3 at 0.7"], "each once, whatever the number of sets"
     assert found["eval/math/accuracy"] == 0.5 and found["eval/code/accuracy"] == 0.5
@@ -71,32 +79,86 @@ def test_sets_are_reported_apart_and_together() -> None:
     for key in ("accuracy", "reward_mean", "pass@1", "pass@2", "pass@3", "response_length_mean"):
         assert found[f"eval/{key}"] == pytest.approx((found[f"eval/math/{key}"] + found[f"eval/code/{key}"]) / 2)
     assert found["eval/no_result_count"] == 3.0
-    names = metric_names(["math", "code"], EvaluationArguments(eval_n_samples_per_prompt=3))
+    names = metric_names(["math", "code"], configured(eval_n_samples_per_prompt=3))
     assert set(found) == set(names)
+
+
+@pytest.mark.parametrize(("prompts_of_a_step", "parts"), [(1, [1] * 5), (3, [1] * 5), (4, [2, 2, 1]), (6, [3, 2])])
+def test_no_more_is_answered_at_a_time_than_a_step_holds(prompts_of_a_step: int, parts: list[int]) -> None:
+    """Of 2 responses to each prompt in a step, and 1 + 3 in the evaluation; the numbers are those of one part."""
+    greedy = {"a": 1.0, "b": 0.5, "c": None, "d": 2.0, "e": 0.0}
+    sampled = {"a": [1.0, 0.0, 0.0], "b": [0.0, 0.0, 1.0], "c": [1.0, 3.0, 1.0], "d": [1, 1, 0], "e": [0, 1, None]}
+    sets = {"math": prompts("a", "b", "c"), "code": prompts("d", "e")}
+    given = {"eval_n_samples_per_prompt": 3, "eval_temperature": 0.7}
+
+    class Counting(Judged):
+        def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
+            asked.append(len(prompts))
+            if temperature == 0:
+                assert not [one for one in held if one() is not None], "tokens of the part before are in the store"
+            found = super().answer(prompts, n_samples=n_samples, temperature=temperature)
+            held.extend(map(ref, found.tokens))
+            same = [replace(s, response_length=2 + s.prompt.index) for s in found.samples]
+            return replace(found, samples=same)
+
+    asked, held = list[int](), list[Any]()
+    whole = evaluated(Counting(greedy, sampled), sets, **given, batch={"rollout_batch_size": 10})
+    assert asked == [5, 5]
+    asked.clear()
+    found = evaluated(Counting(greedy, sampled), sets, **given, batch={"rollout_batch_size": prompts_of_a_step})
+    assert asked == [size for size in parts for _ in range(2)] and found == whole
+
+
+def test_too_few_results_are_no_value(caplog: pytest.LogCaptureFixture) -> None:
+    """Nor is the mean over the sets one over those that have it."""
+    lost: dict[str, float | None] = {"a": 1.0, "b": None, "c": None, "d": 1.0, "e": 0.0}
+    sets = {"math": prompts("a", "b", "c"), "code": prompts("d", "e")}
+    found = evaluated(Judged(lost, {}), sets)
+    assert found["eval/code/accuracy"] == 0.5 and found["eval/math/no_result_count"] == 2.0
+    left_out = [f"eval/{name}{key}" for name in ("math/", "") for key in ("accuracy", "reward_mean")]
+    assert not set(left_out) & set(found) and Best().after(1, found, logged()) == Best()
+    (line,) = caplog.messages
+    assert line.startswith("2 of 5 responses have no result: there is no eval/accuracy, eval/reward_mean, eval/math/")
+    assert "min_result_fraction=0.5, max_no_result_fraction=None" in line
+    caplog.clear()
+    enough = {"reward_function": "f.py", "min_result_fraction": 0.3}
+    found = evaluated(Judged(lost, {}), sets, reward=enough)
+    assert found["eval/accuracy"] == 0.75 and not caplog.messages
+    found = evaluated(Judged(lost, {}), sets, reward=enough | {"max_no_result_fraction": 0.6})
+    assert "eval/accuracy" not in found
+    few = {"a": [1.0, None], "b": [None, None]}
+    found = evaluated(Judged({"a": 1.0, "b": 1.0}, few), {"": prompts("a", "b")}, eval_n_samples_per_prompt=2)
+    assert found["eval/accuracy"] == 1.0 and not {"eval/pass@1", "eval/pass@2"} & set(found)
 
 
 def test_one_set_without_a_name_is_reported_without_one() -> None:
     found = evaluated(Judged({"a": 1.0, "b": 0.0, "c": 1.0}, {}), {"": prompts("a", "b", "c")})
     assert found["eval/accuracy"] == pytest.approx(2 / 3)
-    assert set(found) == set(metric_names([""], EvaluationArguments()))
+    assert set(found) == set(metric_names([""], configured()))
     found = evaluated(Judged({"a": 1.0}, {}), {"math": prompts("a")})
     assert found["eval/accuracy"] == found["eval/math/accuracy"] == 1.0
 
 
-def test_reward_models_do_not_say_what_is_right() -> None:
+def test_reward_models_and_servers_do_not_say_what_is_right() -> None:
     """Their scale is their own: where a rule or a function scores too that decides, and else nothing does."""
 
     class Parts(Judged):
         def score(self, rollout: Rollout) -> list[Sample]:
             parts = {"a": {"rule": 1.0}, "b": {"rule": 0.0}, "c": {"rule": None}, "d": {"function": 0.5, "rule": 0.5}}
             found = super().score(rollout)
-            return [replace(s, parts={"reward_model_0": 3.0} | parts.get(s.prompt.text, {})) for s in found]
+            others: dict[str, float | None] = {"reward_model_0": 3.0, "remote": 5.0, "function/logged": 7.0}
+            return [replace(s, parts=others | parts.get(s.prompt.text, {})) for s in found]
 
     plain = Parts({"a": -4.0, "b": 7.0, "c": None, "d": 0.0, "e": 9.0}, {})
     found = evaluated(plain, {"": prompts("a", "b", "c", "d", "e")})
     assert found["eval/accuracy"] == 2 / 3 and found["eval/reward_mean"] == pytest.approx(3.0)
     alone = evaluated(plain, {"": prompts("e")})
     assert "eval/accuracy" not in alone and alone["eval/reward_mean"] == 9.0
+    served = configured(reward={"remote_rm_url": ("http://127.0.0.1:5000/get_reward",)}, eval_n_samples_per_prompt=2)
+    assert metric_names(["m"], served)[:3] == ["eval/reward_mean", "eval/response_length_mean", "eval/no_result_count"]
+    assert not [name for name in metric_names(["m"], served) if "accuracy" in name or "pass" in name]
+    code = configured(reward={"remote_rm_url": ("reward.py",)}, eval_n_samples_per_prompt=2)
+    assert "eval/m/accuracy" in metric_names(["m"], code) and "eval/pass@2" in metric_names(["m"], code)
 
 
 def test_what_has_no_result_is_not_wrong() -> None:
@@ -136,7 +198,7 @@ class Learning(PlainRoles):
         if len(rollout.samples) != len(rollout.tokens):
             return scored
         right = round(self.accuracies[self.version] * len(scored))
-        return [replace(s, reward=float(i < right)) for i, s in enumerate(scored)]
+        return [judged(s, float(i < right)) for i, s in enumerate(scored)]
 
 
 def train(save: Path, plain: PlainRoles, *, resume: dict[str, Any] | None = None, **logging: Any) -> list[Any]:
@@ -167,3 +229,21 @@ def test_the_best_step_is_saved_whatever_the_interval_and_a_resumed_run_remember
 def test_without_an_interval_epochs_end_with_an_evaluation(tmp_path: Path) -> None:
     rows = train(tmp_path, PlainRoles(), eval_interval=None)  # 4 prompts a step of 10: passes end in steps 3 and 5
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 3, 5]
+
+
+def test_a_steps_tokens_are_gone_when_an_evaluation_begins(tmp_path: Path) -> None:
+    class Holding(PlainRoles):
+        tokens: Sequence[Any] = ()
+
+        def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
+            found = super().generate(prompts, step=step, first_place=first_place)
+            self.tokens = list(map(ref, found.tokens))
+            return found
+
+        def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
+            assert not [one for one in self.tokens if one() is not None]
+            return super().answer(prompts, n_samples=n_samples, temperature=temperature)
+
+    plain = Holding()
+    train(tmp_path, plain)
+    assert plain.tokens
