@@ -6,12 +6,12 @@ Data is read and tokenized once on a machine, into files that all its ranks map.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megarlhf.cli.disk import check_disk_space
 from megarlhf.cli.errors import all_or_errors, machine_checks, running
@@ -42,6 +42,11 @@ from megarlhf.metrics.keys import METRICS
 from megarlhf.metrics.report import write_report
 from megarlhf.models.backend import resolve_transformer_impl
 from megarlhf.parallel.device import device_kind, num_cores
+
+if TYPE_CHECKING:
+    from megarlhf.engine.average import WeightAverage
+    from megarlhf.engine.engine import MegatronEngine
+    from megarlhf.trainers.supervised import Progress, SupervisedTask
 
 
 def run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int:
@@ -186,7 +191,6 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
 
     from megarlhf.data.planning import PackingOptions
     from megarlhf.engine.average import WeightAverage
-    from megarlhf.engine.checkpoint import load_engine
     from megarlhf.engine.engine import MegatronEngine
     from megarlhf.engine.export import export_hf
     from megarlhf.parallel.groups import destroy_groups, initialize_groups
@@ -194,7 +198,7 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
     from megarlhf.trainers.assembly import chat_template, model_options, optimizer_options, parallel_sizes
     from megarlhf.trainers.tasks import build_task
 
-    stop, template, tokenizer = StopSignal(), chat_template(config), config.model.tokenizer
+    stop, template = StopSignal(), chat_template(config)  # read before hours of training
     initialize_groups(
         parallel_sizes(layout),
         rank=rank,
@@ -220,7 +224,7 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
     if task.complete is not None:
         sets = [*task.complete([each for each in sets if isinstance(each, SupervisedData)])]
     data, *held_out = sets
-    directory, progress, sinks = Path(config.logging.save), supervised.Progress(), None
+    progress, sinks = supervised.Progress(), None
     average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.enable_ema else None
     if config.logging.load is not None:
         progress = supervised.load(engine, config.logging, identity=identity, average=average)
@@ -243,15 +247,8 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
                 identity=identity,
                 average=average,
             )
-            export = partial(export_hf, engine, tokenizer=tokenizer, chat_template=template)
-            export(directory / "hf", config_entries=ended.config_entries)
-            if average is not None:  # what was measured is not of these weights
-                with average.in_place():
-                    export(directory / "hf_ema")
-            if (best := ended.best.directory(config.logging)) is not None:
-                load_engine(engine, best / "actor", with_optimizer=False)
-                found = supervised.evaluate(engine, task, held_out[0], config.batch.global_batch_size)
-                export(directory / "hf_best", config_entries=task.config_entries(found) if task.config_entries else {})
+            export = partial(export_hf, engine, tokenizer=config.model.tokenizer, chat_template=template)
+            best = _export_all(export, config, engine, task, ended, held_out, average)
     finally:
         if sinks is not None:
             sinks.close()
@@ -260,8 +257,36 @@ def _run_rank(config: SupervisedConfig, inputs: Path, rank: int, world_size: int
         measured = "evaluation data" if evaluation else f"first {supervised.MEASURED_UNITS} units of training data"
         _report(config, data, {name: f"{value:.4g} of the {measured}" for name, value in ended.config_entries.items()})
         if best is not None:
-            print(f"best: {ended.best}, {directory / 'hf_best'}")
+            print(f"best: {ended.best}, {Path(config.logging.save) / 'hf_best'}")
     return 0
+
+
+def _export_all(
+    export: Callable[..., None],
+    config: SupervisedConfig,
+    engine: "MegatronEngine",
+    task: "SupervisedTask",
+    ended: "Progress",
+    held_out: Sequence[Units],
+    average: "WeightAverage | None",
+) -> Path | None:
+    """The model, its average and the best one, all ranks together; returns the checkpoint of the last, if there is one.
+
+    The engine has the last exported weights then.
+    """
+    from megarlhf.engine.checkpoint import load_engine
+    from megarlhf.trainers import supervised
+
+    directory, best = Path(config.logging.save), ended.best.directory(config.logging)
+    export(directory / "hf", config_entries=ended.config_entries)
+    if average is not None:  # what was measured is not of these weights
+        with average.in_place():
+            export(directory / "hf_ema")
+    if best is not None:
+        load_engine(engine, best / "actor", with_optimizer=False)
+        found = supervised.evaluate(engine, task, held_out[0], config.batch.global_batch_size)
+        export(directory / "hf_best", config_entries=task.config_entries(found) if task.config_entries else {})
+    return best
 
 
 def _report(config: SupervisedConfig, data: Units, entries: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
 """The supervised loop: one process per rank, every rank runs it; what is trained on which rows is a parameter."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from megarlhf.data.supervised import SupervisedData, Units
 from megarlhf.data.types import Ints, MicroBatch
 from megarlhf.engine import checkpoint
 from megarlhf.engine.average import WeightAverage
-from megarlhf.engine.engine import MegatronEngine, StepResult
+from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import NonFiniteError, Objective
 from megarlhf.formats import run_checkpoints
 from megarlhf.metrics.sinks import Sinks
@@ -114,24 +114,15 @@ def train(
             saved = step
 
     for step in range(progress.step + 1, total_steps + 1):
-        started = time.perf_counter()
         if sinks is not None:
             sinks.phase("train")
-        units = sampler.batch(step - 1)
-        part, rows = data.of_units(units)
         try:
             with timers("train"):
-                batches = task.prepare(part, rows, engine.micro_batches(part.rows, rows))
-                result = engine.step(batches, task.objective, denominator=task.denominator(part, rows))
-                if average is not None:
-                    average.update()
+                metrics = _step(engine, task, data, sampler.batch(step - 1), average)
         except NonFiniteError:  # on every rank, and the weights are still those of the step before
             save(step - 1)
             raise
-        seconds = time.perf_counter() - started
-        metrics = {"data/epoch": sampler.epoch(step), "time/step_seconds": seconds} | _of_step(task, result)
-        metrics["perf/tokens_per_second"] = float(part.rows.lengths[rows].sum()) / seconds
-        metrics["perf/samples_per_second"] = len(units) / seconds
+        metrics["data/epoch"] = sampler.epoch(step)
         if step == progress.step + 1:
             metrics |= memory(engine, task.name)
         stopping, epochs = agree(should_stop()), (sampler.epoch(step - 1), sampler.epoch(step))
@@ -169,14 +160,25 @@ def _sampler(config: SupervisedConfig, data: Units, progress: Progress) -> Promp
     )
 
 
+def _step(
+    engine: MegatronEngine, task: SupervisedTask, data: Units, units: Sequence[int], average: WeightAverage | None
+) -> dict[str, float]:
+    """An optimizer step on these units, and one of the average; its metrics and its speed."""
+    started = time.perf_counter()
+    part, rows = data.of_units(units)
+    batches = task.prepare(part, rows, engine.micro_batches(part.rows, rows))
+    result = engine.step(batches, task.objective, denominator=task.denominator(part, rows))
+    if average is not None:
+        average.update()
+    seconds = time.perf_counter() - started
+    speed = {"tokens": float(part.rows.lengths[rows].sum()) / seconds, "samples": len(units) / seconds}
+    metrics = {"time/step_seconds": seconds} | {f"perf/{name}_per_second": value for name, value in speed.items()}
+    own = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+    return metrics | {f"{task.name}/{name}": value for name, value in (own | task.metrics(result.metrics)).items()}
+
+
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def _of_step(task: SupervisedTask, result: StepResult) -> dict[str, float]:
-    """What an optimizer step reports, under the task's names."""
-    own = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-    return {f"{task.name}/{name}": value for name, value in (own | task.metrics(result.metrics)).items()}
 
 
 def _log(sinks: Sinks | None, step: int, metrics: dict[str, float]) -> Exception | None:
