@@ -43,6 +43,7 @@ class ModelOptions:
     kernels: KernelArguments = field(default_factory=KernelArguments)
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of TransformerConfig, and others to pass over
     lora: LoraArguments = field(default_factory=LoraArguments)
+    value_moments: tuple[float, float] = (0.0, 1.0)  # mean and std that a value head's numbers are normalised by
 
 
 def passed_fields(config_class: type[Any], passed: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,11 +171,17 @@ def build_model(
     """
     config = transformer_config(arch, hf, ranks, options)
     stages = range(ranks.vpp_size) if ranks.vpp_size > 1 else (None,)
-    return [_build_chunk(arch, hf, ranks, config, head, seed, stage) for stage in stages], config
+    chunks = [_build_chunk(arch, hf, ranks, config, head, stage) for stage in stages]
+    if chunks[-1].post_process:
+        own = chunks[-1].output_layer
+        chunks[-1].output_layer = (
+            ValueHead(config, seed, options.value_moments) if head == "value" else LMHead(own)
+        )
+    return chunks, config
 
 
 def _build_chunk(
-    arch: ArchSpec, hf: HFConfig, ranks: Ranks, config: TransformerConfig, head: Head, seed: int, vp_stage: int | None
+    arch: ArchSpec, hf: HFConfig, ranks: Ranks, config: TransformerConfig, head: Head, vp_stage: int | None
 ) -> GPTModel:
     rope, additions = rope_parameters(hf), arch.additions(hf)
     is_last = ranks.is_last_stage and vp_stage in (None, ranks.vpp_size - 1)
@@ -197,6 +204,4 @@ def _build_chunk(
     if config.transformer_impl == "local":
         use_segment_positions(model)
     add_around(model, additions)
-    if is_last:
-        model.output_layer = ValueHead(config, seed) if head == "value" else LMHead(model.output_layer)
     return model

@@ -80,14 +80,15 @@ def frozen_output_weight(model: Any, *, num_rows: int) -> Tensor:
 
 
 class ValueHead(MegatronModule):
-    """Linear map from the hidden state to one number, in place of GPTModel's output layer.
+    """Linear map from the hidden state to one number, less a mean and over a std, in place of GPTModel's output layer.
 
     Whole on every tensor-parallel rank and drawn alike in every layout. Under sequence parallelism it gathers the
     sequence first: each rank sees all tokens and computes the same gradient, which then needs no reduction.
     """
 
-    def __init__(self, config: Any, seed: int) -> None:
+    def __init__(self, config: Any, seed: int, moments: tuple[float, float]) -> None:
         super().__init__(config=config)
+        self.moments = moments
         self.weight = torch.nn.Parameter(drawn_value_weights(config.hidden_size, seed).to(config.params_dtype))
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
@@ -96,4 +97,5 @@ class ValueHead(MegatronModule):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=parallel_state.get_tensor_model_parallel_group()
             )
-        return torch.nn.functional.linear(hidden, self.weight), None
+        mean, std = self.moments
+        return (torch.nn.functional.linear(hidden, self.weight) - mean) / std, None

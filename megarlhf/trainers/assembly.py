@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from megarlhf.config.arguments import PPOConfig, RolloutArguments, SharedOptimizerArguments
+from megarlhf.config.check_rewards import moments
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
-from megarlhf.config.roles import RoleSpec
+from megarlhf.config.roles import LISTS, RoleSpec
 from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.supervised import SupervisedData
@@ -16,6 +17,7 @@ from megarlhf.engine.average import WeightAverage
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.objective import Objective
 from megarlhf.engine.optimizer import OptimizerOptions
+from megarlhf.formats.huggingface import read_config
 from megarlhf.models.build import ModelOptions
 from megarlhf.parallel.groups import ParallelSizes
 from megarlhf.parallel.truncation import Truncation
@@ -30,10 +32,17 @@ def build_engine(config: PPOConfig, role: RoleSpec) -> MegatronEngine:
     if role.learning_rate is not None:
         rate, steps = getattr(config.optimizer, role.learning_rate), optimizer_steps(config, role)
         optimizer = optimizer_options(config.optimizer, layout, rate, steps, passed=config.passed.megatron)
+    model = model_options(layout, config if role.trains else replace(config, lora=LoraArguments()))
+    option, directory = role.start(config)
+    if role.trains and option.startswith(LISTS) and config.algorithm.normalize_reward:
+        # A critic that starts from a reward model speaks of its rewards as they are normalised.
+        found = moments(vars(read_config(directory, option=option)))
+        assert found is not None, "config/check_rewards.py asks for them"
+        model = replace(model, value_moments=found)
     return MegatronEngine(
-        role.start(config)[1],
+        directory,
         head=role.head,
-        model=model_options(layout, config if role.trains else replace(config, lora=LoraArguments())),
+        model=model,
         packing=PackingOptions(
             max_tokens=config.micro_batch_tokens,
             share_prefix=bool(config.batch.share_prompt_prefix) and layout.context_parallel_size == 1,
