@@ -43,11 +43,10 @@ _LENGTHS = {
     "eval/response_length_mean": "evaluation, mean",
 }
 _MISMATCH = {"rollout/logprob_diff_mean": "mean", "rollout/logprob_diff_max": "largest"}
-_ACCURACY = "Evaluation: greedy responses with a reward of at least 1"
 _PHASES = ("rollout", "reward", "experience", "train", "sync", "eval", "save")
 PANELS = (
-    Panel("Reward", "mean reward", {"reward/mean": "reward"}),
-    Panel(_ACCURACY, "of prompts with a result", {"eval/accuracy": "accuracy"}, percent=True),
+    Panel("Reward", "mean reward", {"reward/mean": "training", "eval/reward_mean": "evaluation, greedy"}),
+    Panel("Right greedy answers", "of prompts with a result", {"eval/accuracy": "accuracy"}, percent=True),
     Panel("KL to the reference", "nats per token", {"kl/mean": "KL"}),
     _both("Loss", "nats per token", "sft/loss"),
     _both("Loss of steps' labels", "nats per step", "prm/loss"),
