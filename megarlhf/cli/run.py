@@ -3,7 +3,7 @@
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType
@@ -107,7 +107,7 @@ def check_weights(
 
 def resolve_kernels(
     config: PPOConfig | SupervisedConfig | ParityConfig,
-    layouts: Mapping[str, LayoutArguments],
+    layouts: Sequence[tuple[str, LayoutArguments]],
     *,
     share_prompt_prefix: bool,
     device: DeviceKind,
@@ -115,7 +115,7 @@ def resolve_kernels(
     """What computes the layers on these devices; what is legal and slow is said on stderr.
 
     Args:
-        layouts: by the prefix of their options.
+        layouts: each with the prefix of its options.
     Raises:
         ConfigError: it is not installed, or cannot compute as asked.
     """

@@ -121,7 +121,7 @@ def _check_stages(config: IterateConfig, *, dry_run: bool) -> str:
     model, iterate = config.model.pretrain, config.iterate
     training = resolved(train_config(config, 1, model, dataset=config.data.prompt_data))
     impl = resolve_kernels(
-        training, {"": training.layout}, share_prompt_prefix=training.share_prompt_prefix, device=device_kind()
+        training, [("", training.layout)], share_prompt_prefix=training.share_prompt_prefix, device=device_kind()
     )
     scoring = score_config(config, config.data.prompt_data, str(round_directory(config, 1) / "scored.jsonl"))
 

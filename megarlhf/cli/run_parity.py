@@ -49,7 +49,7 @@ def run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
     if _DIRECTORY in os.environ:
         return _run_rank(config, Path(os.environ[_DIRECTORY]))
     device, shared = device_kind(), config.parity.share_prompt_prefix
-    impl = resolve_kernels(config, {"": config.layout}, share_prompt_prefix=shared, device=device)
+    impl = resolve_kernels(config, [("", config.layout)], share_prompt_prefix=shared, device=device)
     (model,) = check_weights([("pretrain", config.model.pretrain, config.layout, "lm")], transformer_impl=impl)
     print(kernel_lines(config.kernels, [model.config], device=device), flush=True)
     if dry_run:

@@ -170,7 +170,7 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:
     """Plan and run; returns the exit status."""
-    layouts = {role.prefix: role.layout(config) for role in megatron_roles(config)}
+    layouts = [(role.prefix, role.layout(config)) for role in megatron_roles(config)]
     machine, shared = find_machine(config), bool(config.batch.share_prompt_prefix)
     transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=machine.kind)
     config = resolve(config, transformer_impl)

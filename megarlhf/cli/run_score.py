@@ -104,11 +104,16 @@ def checked_sources(config: ScoreConfig, *, dry_run: bool) -> Iterator[tuple[Sum
 
 
 def check_reward_models(ppo: PPOConfig) -> None:
-    """Raises ConfigError for weights or kernels that cannot be used."""
-    layouts = {role.prefix: role.layout(ppo) for role in reward_roles(ppo)}
-    impl = resolve_kernels(ppo, layouts, share_prompt_prefix=False, device=find_machine(ppo).kind)
-    starts = [(*role.start(ppo), role.layout(ppo), role.head) for role in reward_roles(ppo)]
-    check_weights(starts, transformer_impl=impl)
+    """Raises ConfigError for weights, kernels or a placement that cannot be used."""
+    roles, machine = reward_roles(ppo), find_machine(ppo)
+    layouts = [(role.prefix, role.layout(ppo)) for role in roles]
+
+    def weights() -> None:
+        impl = resolve_kernels(ppo, layouts, share_prompt_prefix=False, device=machine.kind)
+        starts = [(*role.start(ppo), role.layout(ppo), role.head) for role in roles]
+        check_weights(starts, transformer_impl=impl)
+
+    all_or_errors([weights, partial(plan_placement, ppo, machine)])
 
 
 @contextmanager

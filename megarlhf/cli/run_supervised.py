@@ -97,7 +97,7 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
         ConfigError: what is wrong with each of them.
     """
     device = device_kind()
-    impl = resolve_kernels(config, {"": config.layout}, share_prompt_prefix=config.share_prompt_prefix, device=device)
+    impl = resolve_kernels(config, [("", config.layout)], share_prompt_prefix=config.share_prompt_prefix, device=device)
     identity = model_identity(config.model.pretrain, config.layout, lora=config.lora) | {"seed": config.model.seed}
     loaders: list[Callable[[], Any]] = [*data_loaders(config)]
 

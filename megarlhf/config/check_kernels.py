@@ -5,7 +5,7 @@ attention take no float32), utils.py:756 (its unfused one no context parallelism
 takes no packed sequences, and every line here is packed). Every function returns sentences and raises nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from megarlhf.config.check_layout import broken
 from megarlhf.config.layouts import LayoutArguments, TransformerImpl
@@ -17,7 +17,7 @@ _RECOMPUTED = _FORGOTTEN | {"core_attn", "mlp", "moe", "shared_experts"}
 
 def kernel_errors(
     impl: TransformerImpl,
-    layouts: Mapping[str, LayoutArguments],
+    layouts: Sequence[tuple[str, LayoutArguments]],
     *,
     bf16: bool,
     share_prompt_prefix: bool,
@@ -27,14 +27,14 @@ def kernel_errors(
     """What keeps the layers from computing as asked.
 
     Args:
-        layouts: by the prefix of their options, "" or "critic_".
+        layouts: each with the prefix of its options, such as "" or "critic_".
         share_prompt_prefix: as it was asked for, or decided.
         recompute_modules: what selective recomputation recomputes; None: attention, as Megatron-Core has it.
     """
     errors = _recompute_errors(impl, layouts, recompute_modules)
     if impl == "local":
         return errors
-    for prefix, layout in layouts.items():
+    for prefix, layout in layouts:
         size = layout.context_parallel_size
         errors += broken(
             {
@@ -46,7 +46,7 @@ def kernel_errors(
                 ),
             }
         )
-    recomputes = bf16 and any(layout.recompute_granularity == "selective" for layout in layouts.values())
+    recomputes = bf16 and any(layout.recompute_granularity == "selective" for _, layout in layouts)
     return errors + broken(
         {
             "share_prompt_prefix=True with transformer_impl=transformer_engine (its attention has no mask of a shared "
@@ -63,13 +63,13 @@ def kernel_errors(
 
 
 def _recompute_errors(
-    impl: TransformerImpl, layouts: Mapping[str, LayoutArguments], modules: Sequence[str] | None
+    impl: TransformerImpl, layouts: Sequence[tuple[str, LayoutArguments]], modules: Sequence[str] | None
 ) -> list[str]:
     """Megatron-Core forgets an output and restores it (tensor_parallel/random.py:589) with TransformerEngine only."""
     if modules is None:
         return []
     shown = f"recompute_modules={' '.join(modules)}"
-    if not any(layout.recompute_granularity == "selective" for layout in layouts.values()):
+    if not any(layout.recompute_granularity == "selective" for _, layout in layouts):
         return [f"{shown} is ignored without recompute_granularity=selective: set that, or leave it out"]
     unknown, forgotten = sorted(set(modules) - _RECOMPUTED), sorted(_FORGOTTEN.intersection(modules))
     return broken(

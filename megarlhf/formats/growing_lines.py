@@ -7,6 +7,7 @@ A killed process leaves no target, or the one that was there; the next with the 
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megarlhf.formats.staging import staging_path, sync
+
+logger = logging.getLogger(__name__)
 
 
 class GrowingLines(AbstractContextManager["GrowingLines"]):
@@ -41,6 +44,8 @@ class GrowingLines(AbstractContextManager["GrowingLines"]):
         if self._file.readline() == header:
             self._ends = [len(header)]
             self._ends += [self._file.tell() for line in iter(self._file.readline, b"") if line.endswith(b"\n")]
+        elif self._file.tell():
+            logger.warning("output=%s was begun with other options or samples: it begins anew", target)
         self.keep(self.num_lines)
         if self._ends == [0]:
             self._write(header)

@@ -133,11 +133,7 @@ class RewardModel:
                 texts[place] = _rendered(renderer, sample)
             except ValueError as error:
                 outcomes[place] = None, str(error)
-        rows, encoded = Rows(path=self.name, rows=[{}] * len(texts)), dict[int, list[TokenIds]]()
-        try:
-            encoded = dict(zip(texts, encode_segments(renderer, list(texts.values()), rows=rows), strict=True))
-        except ValueError as error:
-            outcomes[:] = [(None, outcome[1] or str(error)) for outcome in outcomes]
+        encoded = self._encoded(renderer, texts, outcomes)
         for place, (prompt, answer) in list(encoded.items()):
             stopped = rollout.samples[place].finish_reason == "stop"
             encoded[place] = [prompt, answer if stopped else answer[:-1]]
@@ -147,6 +143,20 @@ class RewardModel:
                 del encoded[place]
         samples, tokens = _regrouped(rollout.samples, encoded)
         return list(encoded), Rollout(samples=samples, tokens=tokens)
+
+    def _encoded(
+        self, renderer: Renderer, texts: dict[int, list[str]], outcomes: list[Outcome]
+    ) -> dict[int, list[TokenIds]]:
+        """Tokens of texts, by their places; one that has none gets a reason, and costs no other its own."""
+        rows = Rows(path=self.name, rows=[{}] * len(texts))
+        try:
+            return dict(zip(texts, encode_segments(renderer, list(texts.values()), rows=rows), strict=True))
+        except ValueError as error:
+            if len(texts) == 1:
+                outcomes[next(iter(texts))] = None, str(error)
+                return {}
+        alone = [self._encoded(renderer, {place: text}, outcomes) for place, text in texts.items()]
+        return {place: tokens for found in alone for place, tokens in found.items()}
 
     def _reason(self, prompt: TokenIds, answer: TokenIds) -> str | None:
         """Why the model cannot read a row; None where it can."""

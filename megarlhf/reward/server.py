@@ -201,7 +201,13 @@ class RewardServer:
             raise HTTPException(503, "the server is not ready yet", {"retry-after": "1"})
         asked = _parsed(await self._body(request))
         texts = await asyncio.to_thread(self._texts, asked)
-        result = await self._batcher.submit(request, texts) if texts else SourceResult(outcomes=[])
+        longer = self._longer(texts)
+        if longer and NULL_HEADER not in request.headers:
+            said = [f"query[{index}] has {texts[index].num_tokens}" for index in longer[:_MAX_REASONS]]
+            raise HTTPException(413, f"{', '.join(said)} tokens, more than max_len={self._limits.max_len}")
+        readable = [text for index, text in enumerate(texts) if index not in longer]
+        result = await self._batcher.submit(request, readable) if readable else SourceResult(outcomes=[])
+        result = self._with_longer(result, longer, texts)
         rewards = [reward for reward, _ in result.outcomes]
         reasons = [reason for _, reason in result.outcomes]
         if None in rewards and NULL_HEADER not in request.headers:
@@ -247,11 +253,21 @@ class RewardServer:
             texts = self._scorer.tokenize(texts)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        lengths = [text.num_tokens for text in texts]
-        longer = [f"query[{i}] has {length}" for i, length in enumerate(lengths) if length > limits.max_len]
-        if longer:
-            raise HTTPException(413, f"{', '.join(longer[:_MAX_REASONS])} tokens, more than max_len={limits.max_len}")
         return texts
+
+    def _longer(self, texts: Sequence[Text]) -> list[int]:
+        """Places of the texts that are too long to be scored."""
+        return [index for index, text in enumerate(texts) if text.num_tokens > self._limits.max_len]
+
+    def _with_longer(self, result: SourceResult, longer: Sequence[int], texts: Sequence[Text]) -> SourceResult:
+        """What was found, and at the places of texts that were too long no result."""
+        outcomes, logs = list(result.outcomes), {name: list(values) for name, values in result.logs.items()}
+        for index in longer:
+            reason = f"it has {texts[index].num_tokens} tokens, more than max_len={self._limits.max_len}"
+            outcomes.insert(index, (None, reason))
+            for values in logs.values():
+                values.insert(index, None)
+        return SourceResult(outcomes=outcomes, logs=logs)
 
 
 def _parsed(body: bytes) -> RewardRequest:

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 
 from examples.demo.make_assets import make_tokenizer
 from megarlhf.cli.main import main
-from megarlhf.reward.remote import RemoteReward
+from megarlhf.reward.remote import NULL_HEADER, RemoteReward
 from tests.reward.servers import write_certificate
 from tests.reward.test_remote import OPTIONS, rollout
 from tests.tiny_models import make_reward_model
@@ -164,6 +164,19 @@ def test_what_is_too_much_or_no_request(server: Server, body: Any, status: int, 
     response = server.ask(body)
     assert response.status_code == status and said in response.json()["detail"], response.text
     assert len(server.calls()) == calls
+
+
+def test_a_query_that_is_too_long_costs_no_other_where_null_is_accepted(server: Server) -> None:
+    body = {"query": ["ab", "b" * 81, "abcd", "c" * 90], "labels": [1, 2, 3, 4]}
+    response = server.client.post(server.url, json=body, headers={NULL_HEADER: "1"})
+    answer = response.json()
+    assert response.status_code == 200, response.text
+    scored = server.client.post(server.url, json={"query": ["ab", "abcd"], "labels": [1, 3]}).json()["rewards"]
+    assert answer["rewards"] == [scored[0], None, scored[1], None] and scored[0] != scored[1]
+    assert answer["reasons"][1] == "it has 21 tokens, more than max_len=20" and answer["reasons"][2] is None
+    assert [len(values) for values in answer["extra_logs"].values()] == [4] * len(answer["extra_logs"])
+    response = server.client.post(server.url, json={"query": ["b" * 81]}, headers={NULL_HEADER: "1"})
+    assert response.json()["rewards"] == [None]
 
 
 def test_at_the_limits(server: Server) -> None:

@@ -13,7 +13,7 @@ CP, SELECTIVE = {"context_parallel_size": 2}, {"recompute_granularity": "selecti
 
 def errors(impl: Any = "transformer_engine", *, prefix: str = "", layout: dict[str, Any], **options: Any) -> list[str]:
     given: dict[str, Any] = {"bf16": True, "share_prompt_prefix": False} | options
-    return kernel_errors(impl, {prefix: LayoutArguments(**layout)}, **given)
+    return kernel_errors(impl, [(prefix, LayoutArguments(**layout))], **given)
 
 
 @pytest.mark.parametrize(

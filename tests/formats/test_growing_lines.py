@@ -43,13 +43,16 @@ def test_what_a_killed_process_wrote_is_kept_up_to_its_last_whole_line(tmp_path:
 
 
 @pytest.mark.parametrize("left", [b'{"seed": 4, "name": "a"}\n{"a": 9}\n', b'{"name": "a", "se', b"\n"])
-def test_lines_of_another_identity_are_thrown_away(tmp_path: Path, left: bytes) -> None:
+def test_lines_of_another_identity_are_thrown_away(
+    tmp_path: Path, left: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     target = tmp_path / "samples.jsonl"
     (tmp_path / "samples.jsonl.partial").write_bytes(left)
     with GrowingLines(target, IDENTITY) as lines:
         assert lines.num_lines == 0
         lines.append([{"a": 1}])
     assert rows(target) == [{"a": 1}]
+    assert "it begins anew" in caplog.text
 
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:

@@ -161,6 +161,14 @@ def test_what_cannot_be_read_has_no_result_and_costs_no_other(make: Make) -> Non
     assert [s.group_id for s in model.model.given[0][0].samples] == [0, 2]
 
 
+def test_a_text_without_tokens_costs_no_other(make: Make) -> None:
+    model = make(other_tokenizer())
+    samples = [sample(0, 0, "yes"), sample(1, 0, "yes", prompt=""), sample(2, 0, "no")]
+    (first, _), (lost, reason), (last, _) = model.score(Rollout(samples=samples, tokens=())).outcomes
+    assert first is not None and last is not None
+    assert lost is None and "empty" in str(reason)
+
+
 def test_nothing_to_read_asks_no_model(make: Make) -> None:
     model = make(other_tokenizer())
     assert model.score(Rollout(samples=[sample(0, 0, "")], tokens=())).outcomes == [(None, "the response has no text")]
