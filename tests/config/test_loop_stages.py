@@ -156,7 +156,8 @@ def test_mistakes_of_a_loop_and_its_stages_are_told(flags: str, said: str, place
         words = text.replace("{}", place).split()
         return check_iterate(parse(IterateConfig, words, "iterate")[0])
 
-    assert errors(ITERATE + flags.split()[0]) == []
+    for sound in ("", " --eval_split 0.03", " --eval_data {}/d.jsonl --eval_split test"):
+        assert errors(ITERATE + flags.split()[0] + sound) == []
     found = errors(ITERATE + flags)
     assert any(said.replace("{}", place) in error for error in found), found
     assert len(found) == len(set(found))
