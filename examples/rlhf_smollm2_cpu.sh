@@ -76,6 +76,7 @@ PPO_MODEL_PARALLEL_ARGS=(
 PPO_DATA_ARGS=(
     --pretrain "${OUT}/sft/hf"
     --reward_pretrain "${OUT}/rm/hf"
+    --critic_pretrain "${OUT}/sft/hf"  # 30 steps do not mend what a reward model says of unfinished answers
     --normalize_reward
     --reward_rule exact_match
     --reward_weights 1 0
@@ -88,6 +89,7 @@ PPO_DATA_ARGS=(
 
 PPO_ARGS=(
     --advantage_estimator gae
+    --lambd 1.0
     --rollout_batch_size "${PROMPTS}"
     --n_samples_per_prompt "${SAMPLES_PER_PROMPT}"
     --global-batch-size "$((PROMPTS * SAMPLES_PER_PROMPT))"

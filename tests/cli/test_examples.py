@@ -140,7 +140,8 @@ def test_the_whole_of_rlhf_on_two_cores(assets: Path, tmp_path: Path) -> None:
     for name in ("prompts.jsonl", "heldout_prompts.jsonl"):
         (words / name).write_text('{"input": "a b", "label": "b"}\n')
     given = {"OUT": str(out), "DATA": str(words), "MODEL": str(assets / "model")}
-    printed = dry_run("rlhf_smollm2_cpu.sh", tmp_path, "--no-normalize_reward", **given)
+    flags = ("--no-normalize_reward", "--prompt_max_len", "16", "--generate_max_len", "8")  # a tiny model
+    printed = dry_run("rlhf_smollm2_cpu.sh", tmp_path, *flags, **given)
     ranks = re.findall(r"^(actor\+reference|reward) +\d \((\w+)\)", printed, re.MULTILINE)
     assert ranks == [("actor+reference", "dp0"), ("actor+reference", "dp1"), ("reward", "pp0"), ("reward", "pp1")]
 
