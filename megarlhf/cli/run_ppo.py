@@ -1,6 +1,8 @@
 """The run of train_ppo.py and train_ppo_ray.py, once checked: plan, load, start the cluster, train, export."""
 
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from megarlhf.config.roles import layout_lines, megatron_roles, unread_counts
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import Prompt
+from megarlhf.formats import run_checkpoints
 from megarlhf.formats.data_names import named_sets
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.metrics.report import write_report
@@ -40,8 +43,10 @@ from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.placement import Machine, object_store_bytes, plan_placement
 from megarlhf.reward.sources import SumOfSources
 from megarlhf.trainers import rl
+from megarlhf.trainers.best import Best
 from megarlhf.trainers.evaluation import metric_names
 from megarlhf.trainers.pretraining import pretraining_directory
+from megarlhf.trainers.roles import RoleFailedError
 from megarlhf.trainers.state import LoopState
 
 
@@ -168,6 +173,38 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
     return Inputs(prompts, eval_sets, pretraining, stop_tokens, configs, identity, continued, memory, steps)
 
 
+def with_restarts(
+    config: PPOConfig,
+    attempt: Callable[[PPOConfig, int | None], Best],
+    *,
+    continued: int | None,
+    max_restarts: int,
+    should_stop: Callable[[], bool],
+) -> Best:
+    """What an attempt at the run returns; where a role fails, of another one from the last checkpoint.
+
+    Args:
+        attempt: is told the configuration, whose logging.load names what to continue from, and the step of that.
+        continued: step that the first attempt continues from; None: a fresh run.
+    Raises:
+        RoleFailedError: of the last attempt that max_restarts allows, or of one that is to stop.
+    """
+    root = Path(config.logging.save)
+    for left in range(max_restarts, 0, -1):
+        try:
+            return attempt(config, continued)
+        except RoleFailedError as error:
+            if should_stop():
+                raise
+            said = "\n".join([str(error).splitlines()[0], *getattr(error, "__notes__", [])])
+        continued = continued or 0
+        if (root / "checkpoints" / run_checkpoints.LATEST).exists():
+            continued, _, _ = run_checkpoints.latest(root / "checkpoints")
+            config = replace(config, logging=replace(config.logging, load=str(root)))
+        print(f"{said}\nstarting again after step {continued}; max_restarts leaves {left - 1} more", file=sys.stderr)
+    return attempt(config, continued)
+
+
 def run(config: PPOConfig, *, dry_run: bool) -> int:
     """Plan and run; returns the exit status."""
     layouts = [(role.prefix, role.layout(config)) for role in megatron_roles(config)]
@@ -202,33 +239,36 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     config = replace(config, batch=replace(config.batch, train_iters=total))  # config.yaml keeps what was asked for
     stop = StopSignal()
     print(decided)
-    sinks = open_sinks(config.logging, to_dict(config), total_steps=total, resumed_step=inputs.continued)
-    try:
-        sinks.phase("start")
-        with (
-            running(),
-            launch.start(
+
+    def attempt(config: PPOConfig, continued: int | None) -> Best:
+        with closing(open_sinks(logging, to_dict(config), total_steps=total, resumed_step=continued)) as sinks:
+            sinks.phase("start")
+            started = launch.start(
                 config, plan, reward=reward, stop_token_ids=stops, identity=inputs.identity, show=sinks.phase
-            ) as cluster,
-        ):
-            stop.listen()  # starting Ray takes SIGTERM
-            for model in models:
-                model.model = cluster.reward_models[model.role]
-            state = LoopState.fresh(config.algorithm)
-            if config.logging.load is not None:
-                state.restore(cluster.load(Path(config.logging.load) / "checkpoints"))
-            rl.train(config, cluster.roles, prompts, eval_sets, state, sinks, stop)
-            cluster.export(directory / "hf")
-            cluster.export_beside(config, directory)
-            if (best := state.best.directory(logging)) is not None:
-                cluster.export(directory / "hf_best", of=best)
+            )
+            with running(), started as cluster:
+                stop.listen()  # starting Ray takes SIGTERM
+                for model in models:
+                    model.model = cluster.reward_models[model.role]
+                state = LoopState.fresh(config.algorithm)
+                if config.logging.load is not None:
+                    state.restore(cluster.load(Path(config.logging.load) / "checkpoints"))
+                rl.train(config, cluster.roles, prompts, eval_sets, state, sinks, stop)
+                cluster.export(directory / "hf")
+                cluster.export_beside(config, directory)
+                if (kept := state.best.directory(logging)) is not None:
+                    cluster.export(directory / "hf_best", of=kept)
+                return state.best
+
+    try:
+        most = config.cluster.max_restarts
+        best = with_restarts(config, attempt, continued=inputs.continued, max_restarts=most, should_stop=stop)
     finally:
-        sinks.close()
         reward.close()
         write_pretraining(None, pretraining_directory(config))
     with running():
         page, picture = write_report(directory, f"megarlhf ppo: {directory.name}")
-    if best is not None:
-        print(f"best: {state.best}, {directory / 'hf_best'}")
+    if best.directory(logging) is not None:
+        print(f"best: {best}, {directory / 'hf_best'}")
     print(f"model: {directory / 'hf'}\nreport: {page} and {picture}")
     return 0

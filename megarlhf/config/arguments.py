@@ -74,6 +74,10 @@ class EngineArguments:
 class ClusterArguments(EngineArguments):
     """Where the roles run. The reference model lives inside the actor's processes."""
 
+    max_restarts: int = 0
+    """How often a run whose worker died, raised or hung starts its workers again and goes on from the last checkpoint,
+    to the same result; after that it stops."""
+
     actor_num_nodes: int = 1
     """Nodes the actor is trained on. More than 1 is not supported yet."""
     actor_num_gpus_per_node: int = 1

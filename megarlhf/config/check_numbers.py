@@ -57,7 +57,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: v >= 0,
         "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef "
         "moe_aux_loss_coeff nll_loss_coef desirable_loss_weight undesirable_loss_weight lora_rank "
-        "remote_rm_max_retries eval_n_samples_per_prompt iter",
+        "remote_rm_max_retries eval_n_samples_per_prompt iter max_restarts",
     ),
     (
         "from 0 to 1",

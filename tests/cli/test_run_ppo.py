@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
-from megarlhf.cli import rewards
+from megarlhf.cli import rewards, run_ppo
 from megarlhf.cli.prompt_data import load_data
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import parse
+from megarlhf.formats import run_checkpoints
+from megarlhf.trainers.best import Best
+from megarlhf.trainers.roles import RoleFailedError
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,55 @@ def test_prompts_of_both_data_sets_are_counted(
         load_data(config)
         printed = capsys.readouterr().err
         assert printed.startswith(said) if said else printed == ""
+
+
+def failing(save: Path, *, saved: dict[int, int | None], given: list[tuple[str | None, int | None]]) -> Any:
+    """An attempt that leaves a checkpoint of the step that is named for its number, and fails where that has one."""
+
+    def attempt(config: PPOConfig, continued: int | None) -> Best:
+        given.append((config.logging.load, continued))
+        number = len(given)
+        if number not in saved:
+            return Best(metric="m", step=number)
+        if (step := saved[number]) is not None:
+            run_checkpoints.begin(save / "checkpoints", step)
+            run_checkpoints.commit(save / "checkpoints", step, {"step": step}, keep=5)
+        raise RoleFailedError(f"rank {number} died", trains=True)
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (3, [(None, None), (None, 0), ("save", 4), ("save", 6)]),  # the first left no checkpoint
+        (2, [(None, None), (None, 0), ("save", 4)]),
+        (0, [(None, None)]),
+    ],
+)
+def test_a_run_starts_again_from_its_last_checkpoint_as_often_as_it_may(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int, expected: list[tuple[str | None, int | None]]
+) -> None:
+    save, given = tmp_path / "save", list[tuple[str | None, int | None]]()
+    config, _ = parse(PPOConfig, ["--pretrain", "m", "--prompt_data", "p", "--save", str(save)], "ppo")
+    attempt = failing(save, saved={1: None, 2: 4, 3: 6}, given=given)
+
+    def run() -> Best:
+        return run_ppo.with_restarts(config, attempt, continued=None, max_restarts=most, should_stop=lambda: False)
+
+    if most == 3:
+        assert run().step == 4
+    else:
+        with pytest.raises(RoleFailedError, match=f"rank {most + 1} died"):
+            run()
+    assert given == [(None if load is None else str(save), step) for load, step in expected]
+    said = capsys.readouterr().err
+    assert said.count("starting again") == len(expected) - 1
+    assert most == 0 or f"rank 2 died\nstarting again after step 4; max_restarts leaves {most - 2} more" in said
+
+
+def test_a_run_that_is_told_to_stop_does_not_start_again(tmp_path: Path) -> None:
+    config, _ = parse(PPOConfig, ["--pretrain", "m", "--prompt_data", "p", "--save", str(tmp_path)], "ppo")
+    attempt = failing(tmp_path, saved={1: 2}, given=[])
+    with pytest.raises(RoleFailedError, match="rank 1 died"):
+        run_ppo.with_restarts(config, attempt, continued=None, max_restarts=3, should_stop=lambda: True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -65,6 +66,32 @@ def test_kill_and_resume_gives_the_same_run(flags: dict[str, str | None], tmp_pa
     run("train_ppo_ray", flags | {"--save": str(broken), "--load": str(broken)})
     expected, found = metrics(whole), metrics(broken)
     assert set(found) == set(expected)
+    for step in range(1, 7):
+        assert numbers(found[step]) == numbers(expected[step]), f"step {step}"
+    first, second = (load_file(d / "hf" / "model.safetensors") for d in (whole, broken))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("name", "how"), [("actor-1", signal.SIGKILL), ("critic-0", signal.SIGSTOP)])
+def test_a_run_with_restarts_ends_as_an_undisturbed_one(
+    flags: dict[str, str | None], tmp_path: Path, name: str, how: signal.Signals
+) -> None:
+    """Of a training rank that dies, and of one that hangs, which is noticed at the limit of a phase."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags |= {"--save-interval": "2"}
+    run("train_ppo", flags | {"--save": str(whole)})
+    restarts = {"--max_restarts": "1", "--phase_timeout_seconds": "20"}
+    process = start("train_ppo", flags | restarts | {"--save": str(broken)})
+    wait_for_step(process, broken, 2)
+    (worker,) = workers_of(process, name)
+    worker.send_signal(how)
+    process.wait(timeout=300)
+    output = process.read()
+    assert process.returncode == 0, output
+    assert re.search(r"starting again after step (2|4); max_restarts leaves 0 more", output), output
+    assert name.replace("-", " rank ") in output
+    expected, found = metrics(whole), metrics(broken)
+    assert list(found) == list(expected)
     for step in range(1, 7):
         assert numbers(found[step]) == numbers(expected[step]), f"step {step}"
     first, second = (load_file(d / "hf" / "model.safetensors") for d in (whole, broken))

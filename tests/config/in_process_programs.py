@@ -165,6 +165,7 @@ class Programs:
             patch.setattr(rewards, "RewardScorer", lambda **options: FakeScorer(trace, **options))
             patch.setattr(rewards, "RemoteReward", lambda *arguments: FakeRemote(trace, *arguments))
             patch.setattr(run_ppo, "write_report", lambda directory, title: ("page", "picture"))
+            _spy(patch, trace, run_ppo, "with_restarts")
             _spy(patch, trace, experience, "compute_advantages")
             _spy(patch, trace, assembly, "policy_objective")
             _spy(patch, trace, assembly, "value_objective")
