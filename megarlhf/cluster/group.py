@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ class WorkerFailedError(RoleFailedError):
 class WorkerGroup:
     """The processes of one role, called together.
 
+    Args:
+        launch: starts a process, and gives its handle, as `handles` were.
+
     Attributes:
         started: what each rank's `start` has returned, once they are up.
     """
@@ -34,9 +37,10 @@ class WorkerGroup:
         handles: Sequence[Any],
         specs: Sequence[WorkerSpec],
         *,
+        launch: Callable[[WorkerSpec], Any],
         timeout_seconds: float,
     ) -> None:
-        self.role, self.handles, self.specs = role, list(handles), list(specs)
+        self.role, self.handles, self.specs, self._launch = role, list(handles), list(specs), launch
         self.timeout_seconds = timeout_seconds
         self.started: list[Any] = []
         self._processes = processes
@@ -62,36 +66,46 @@ class WorkerGroup:
         """Store values for the processes; a reference to each."""
         return self._processes.store.put(values)
 
-    def wait_for(self, refs: Sequence[Any], what: str, *, timeout_seconds: float | None = None) -> list[Any]:
+    def wait_for(
+        self,
+        refs: Sequence[Any],
+        what: str,
+        *,
+        ranks: Sequence[int] | None = None,
+        timeout_seconds: float | None = None,
+    ) -> list[Any]:
         """Results of calls, in the order of `refs`.
 
+        Args:
+            ranks: of each call; None: those of the first ranks.
         Raises:
             WorkerFailedError: the first failure, at once, whatever other ranks still wait for; or the limit is past.
             NonFiniteError: every rank of the role found a loss or gradient that is not finite.
         """
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
+        rank_of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
         deadline = time.monotonic() + limit
         pending, results = list(refs), dict[Any, Any]()
         while pending:
             left = deadline - time.monotonic()
             done, pending = self._processes.wait(pending, all_of_them=False, timeout_seconds=left)
             if not done:
-                ranks = [refs.index(ref) for ref in pending]
-                raise self._failure(f"ranks {ranks} did not finish {what} within {limit:g} s", ranks[0])
+                late = [rank_of[ref] for ref in pending]
+                raise self._failure(f"ranks {late} did not finish {what} within {limit:g} s", late[0])
             try:
-                results |= {ref: self._result(ref, refs.index(ref), what) for ref in done}
+                results |= {ref: self._result(ref, rank_of[ref], what) for ref in done}
             except WorkerFailedError:
-                self._raise_if_one_died(refs, what)  # the others only notice
+                self._raise_if_one_died(rank_of, what)  # the others only notice
                 raise
         return [results[ref] for ref in refs]
 
-    def _raise_if_one_died(self, refs: Sequence[Any], what: str) -> None:
-        done, _ = self._processes.wait(refs, all_of_them=True, timeout_seconds=_DEATH_SECONDS)
+    def _raise_if_one_died(self, rank_of: Mapping[Any, int], what: str) -> None:
+        done, _ = self._processes.wait(list(rank_of), all_of_them=True, timeout_seconds=_DEATH_SECONDS)
         for ref in done:
             try:
                 self._processes.result(ref)
             except ProcessDiedError:
-                self._result(ref, refs.index(ref), what)
+                self._result(ref, rank_of[ref], what)
             except ProcessError:
                 continue
 
@@ -118,6 +132,11 @@ class WorkerGroup:
         with path.open(errors="replace") as file:
             lines = deque(file, maxlen=_LAST_LINES)
         return f"\nlast lines of {path}:\n" + "".join(f"  {line}" for line in lines)
+
+    def restart(self, rank: int) -> None:
+        """End a process, and start another in its place."""
+        self._processes.kill(self.handles[rank])
+        self.handles[rank] = self._launch(self.specs[rank])
 
     def kill(self) -> None:
         """End the processes."""

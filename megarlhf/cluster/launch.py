@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -12,6 +13,7 @@ from typing import Any
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.local_processes import local_processes
 from megarlhf.cluster.processes import Processes
+from megarlhf.cluster.replacement import EngineReplacement
 from megarlhf.cluster.resource_manager import ResourceManager
 from megarlhf.cluster.reward import RewardGroup
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, TrainingGroup
@@ -98,18 +100,23 @@ def start(
             identity=identity,
             with_optimizer=not config.logging.no_load_optim,
         )
+        nodes = {worker.node for role in ("actor", "rollout") for worker in plan.of(role)}
+        sync = weight_sync(groups["actor"], groups["rollout"], nodes=nodes)
+        replacement = EngineReplacement(
+            groups["rollout"],
+            sync.restore,
+            most=config.cluster.max_restarts,
+            start_timeout_seconds=config.cluster.start_timeout_seconds,
+        )
+        samples = config.batch.n_samples_per_prompt
         yield Cluster(
             roles=Roles(
                 phases=phases,
-                rollout=RolloutGroup(groups["rollout"], n_samples_per_prompt=config.batch.n_samples_per_prompt),
+                rollout=RolloutGroup(groups["rollout"], n_samples_per_prompt=samples, replace=replacement),
                 reward=reward,
                 actor=TrainingGroup(groups["actor"], groups["actor"].started),
                 critic=TrainingGroup(critic, critic.started) if (critic := groups.get("critic")) else None,
-                sync=weight_sync(
-                    groups["actor"],
-                    groups["rollout"],
-                    nodes={worker.node for role in ("actor", "rollout") for worker in plan.of(role)},
-                ),
+                sync=sync,
                 checkpoint=checkpoints,
             ),
             phases=phases,
@@ -172,9 +179,9 @@ def open_groups(
         groups: dict[str, WorkerGroup] = {}
         for role in roles:
             specs = [_spec(config, plan, worker, stop_token_ids) for worker in plan.of(role.name)]
-            handles = [_launch(processes, spec) for spec in specs]
-            limit = config.cluster.phase_timeout_seconds
-            groups[role.name] = WorkerGroup(role, processes, handles, specs, timeout_seconds=limit)
+            launch, limit = partial(_launch, processes), config.cluster.phase_timeout_seconds
+            handles = [launch(spec) for spec in specs]
+            groups[role.name] = WorkerGroup(role, processes, handles, specs, launch=launch, timeout_seconds=limit)
         cluster = config.cluster
         start_workers(groups, rendezvous, cluster.start_timeout_seconds, colocated=cluster.colocate_all_models)
         yield groups

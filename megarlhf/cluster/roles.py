@@ -1,6 +1,6 @@
 """The loop's roles over groups of worker processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlhf.algos.kl import KLEstimator
-from megarlhf.cluster.group import WorkerGroup
+from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
 from megarlhf.data.partition import DataParallelSplit
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
@@ -85,10 +85,21 @@ class TrainingGroup:
 
 
 class RolloutGroup:
-    """The inference engines; prompts go to them in turn, the samples of one prompt stay together."""
+    """The inference engines; prompts go to them in turn, the samples of one prompt stay together.
 
-    def __init__(self, workers: WorkerGroup, *, n_samples_per_prompt: int) -> None:
-        self.workers, self.n_samples = workers, n_samples_per_prompt
+    Args:
+        replace: puts another engine in the place of one that is lost, which then is asked again: the same seeds give
+            the same samples. None: the loss of an engine is raised.
+    """
+
+    def __init__(
+        self,
+        workers: WorkerGroup,
+        *,
+        n_samples_per_prompt: int,
+        replace: Callable[[int, WorkerFailedError], None] | None = None,
+    ) -> None:
+        self.workers, self.n_samples, self._replace = workers, n_samples_per_prompt, replace
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
         """See RolloutRole."""
@@ -107,14 +118,15 @@ class RolloutGroup:
         self, prompts: Sequence[Prompt], places: Sequence[int], n_samples: int, step: int, temperature: float | None
     ) -> Rollout:
         """Samples whose seeds follow from the run's, the step and the prompts' places; None: the run's temperature."""
-        refs, order, count = [], [], len(self.workers.handles)
+        asked, order, count = list[tuple[Any, ...]](), [], len(self.workers.handles)
         for engine in range(min(count, len(prompts))):
             groups = list(range(engine, len(prompts), count))
             order += groups
             tokens = [prompts[group].token_ids for group in groups]
             own = [places[group] for group in groups]
-            refs.append(self.workers.submit_to(engine, "generate", tokens, own, n_samples, step, temperature))
-        parts = self.workers.wait_for(refs, "generate")
+            asked.append((tokens, own, n_samples, step, temperature))
+        calls = [self.workers.submit_to(engine, "generate", *arguments) for engine, arguments in enumerate(asked)]
+        parts = [self._answer_of(engine, calls[engine], arguments) for engine, arguments in enumerate(asked)]
         found = dict(zip(order, (group for part in parts for group in part), strict=True))
         samples = [
             Sample(
@@ -132,6 +144,17 @@ class RolloutGroup:
             for sample_id, text in enumerate(group.texts)
         ]
         return Rollout(samples=samples, tokens=tuple(found[group_id][1] for group_id in range(len(prompts))))
+
+    def _answer_of(self, engine: int, call: Any, arguments: tuple[Any, ...]) -> Any:
+        """What an engine, or the one in its place, has generated."""
+        while True:
+            try:
+                return self.workers.wait_for([call], "generate", ranks=[engine])[0]
+            except WorkerFailedError as error:
+                if self._replace is None:
+                    raise
+                self._replace(engine, error)
+            call = self.workers.submit_to(engine, "generate", *arguments)
 
 
 class CheckpointGroup:

@@ -76,7 +76,8 @@ class ClusterArguments(EngineArguments):
 
     max_restarts: int = 0
     """How often a run whose worker died, raised or hung starts its workers again and goes on from the last checkpoint,
-    to the same result; after that it stops."""
+    to the same result; after that it stops. As often an inference engine that is lost while it generates is replaced
+    by another, which answers its prompts again."""
 
     actor_num_nodes: int = 1
     """Nodes the actor is trained on. More than 1 is not supported yet."""

@@ -68,7 +68,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeProcesses:
 
 def make_group(fake: FakeProcesses, tmp_path: Path, *, role: str = "actor", ranks: int = 3) -> WorkerGroup:
     specs = [SimpleNamespace(log_file=str(tmp_path / f"{role}-{rank}.log")) for rank in range(ranks)]
-    return WorkerGroup(ROLES[role], fake, list(range(ranks)), specs, timeout_seconds=60.0)
+    return WorkerGroup(ROLES[role], fake, list(range(ranks)), specs, launch=str, timeout_seconds=60.0)
 
 
 def failed(error: Exception) -> Exception:

@@ -164,8 +164,10 @@ def test_a_group_tells_role_rank_and_last_words(
 ) -> None:
     monkeypatch.setattr(group_module, "_DEATH_SECONDS", 0.5)  # rank 0 will not have answered
     specs = [spec_of(rank, str(tmp_path / f"{rank}.log")) for rank in range(2)]
-    handles = [children.start(AskedWorker, spec, {}) for spec in specs]
-    group = WorkerGroup(ROLES["critic"], children, handles, specs, timeout_seconds=30)
+    def launch(spec: Any) -> Any:
+        return children.start(AskedWorker, spec, {})
+
+    group = WorkerGroup(ROLES["critic"], children, list(map(launch, specs)), specs, launch=launch, timeout_seconds=30)
     assert group.call("name") == ["actor-0", "actor-1"]
     (tmp_path / "1.log").write_text("Segmentation fault\n")
     with pytest.raises(WorkerFailedError, match=r"critic rank 1 failed in fail: KeyError: 'w'\nlast lines of .*\n  S"):

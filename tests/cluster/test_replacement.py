@@ -1,0 +1,79 @@
+"""An inference engine that is lost while it generates: another one answers its prompts, with the same weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
+from megarlhf.cluster.local_processes import local_processes
+from megarlhf.cluster.processes import Processes
+from megarlhf.cluster.replacement import EngineReplacement
+from megarlhf.cluster.roles import RolloutGroup
+from megarlhf.cluster.weight_sync import weight_sync
+from megarlhf.config.roles import ROLES
+from megarlhf.data.types import Prompt
+from tests.cluster.answering_worker import ActorWorker, AnsweringWorker
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    with local_processes() as found:
+        yield found
+
+
+def group_of(processes: Processes, role: str, worker: Any, directory: Path, count: int) -> WorkerGroup:
+    names = [f"{role}-{rank}" for rank in range(count)]
+    specs = [SimpleNamespace(name=name, log_file=str(directory / f"{name}.log")) for name in names]
+
+    def launch(spec: Any) -> Any:
+        return processes.start(worker, spec, {})
+
+    return WorkerGroup(ROLES[role], processes, list(map(launch, specs)), specs, launch=launch, timeout_seconds=60.0)
+
+
+def rollout_of(processes: Processes, directory: Path, *, most: int, limit: float = 60.0) -> RolloutGroup:
+    """Two engines with weights of version 5."""
+    engines = group_of(processes, "rollout", AnsweringWorker, directory, 2)
+    sync = weight_sync(group_of(processes, "actor", ActorWorker, directory, 1), engines, nodes={0})
+    sync.push(4)
+    sync.push(5)
+    engines.timeout_seconds = limit
+    replacement = EngineReplacement(engines, sync.restore, most=most, start_timeout_seconds=60.0)
+    return RolloutGroup(engines, n_samples_per_prompt=2, replace=replacement)
+
+
+PROMPTS = [Prompt(index=n, text="p", token_ids=np.arange(n + 1, dtype=np.int32), label=None) for n in range(5)]
+
+
+@pytest.mark.parametrize("fault", ["die", "raise", "hang"])
+def test_another_engine_gives_the_samples_of_one_that_is_lost(
+    processes: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    rollout = rollout_of(processes, tmp_path, most=1, limit=3.0 if fault == "hang" else 60.0)
+    expected = rollout.generate(PROMPTS, step=7, first_place=3)
+    assert {sample.weight_version for sample in expected.samples} == {5}
+    (tmp_path / "rollout-1.fault").write_text(fault)
+    found = rollout.generate(PROMPTS, step=7, first_place=3)
+    assert found.samples == expected.samples and found.tokens == expected.tokens
+    said = capsys.readouterr().err
+    first = {
+        "die": "rollout rank 1 died during generate: the process has ended, exit status 3\n",
+        "raise": "rollout rank 1 failed in generate: ValueError: no such prompt\n",
+        "hang": "rollout ranks [1] did not finish generate within 3 s\n",
+    }[fault]
+    assert said == first + "another engine is started, which answers its prompts; max_restarts leaves 0 more\n"
+    assert rollout.generate(PROMPTS, step=7, first_place=3).samples == expected.samples
+
+
+def test_engines_are_replaced_as_often_as_may_be(processes: Processes, tmp_path: Path) -> None:
+    rollout = rollout_of(processes, tmp_path, most=2)
+    for rank in (0, 1):
+        (tmp_path / f"rollout-{rank}.fault").write_text("die")
+    assert len(rollout.generate(PROMPTS, step=1).samples) == 10
+    (tmp_path / "rollout-0.fault").write_text("die")
+    with pytest.raises(WorkerFailedError, match="rollout rank 0 died during generate"):
+        rollout.generate(PROMPTS, step=2)
