@@ -89,7 +89,8 @@ def test_a_run_with_restarts_ends_as_an_undisturbed_one(
     output = process.read()
     assert process.returncode == 0, output
     assert re.search(r"starting again after step (2|4); max_restarts leaves 0 more", output), output
-    assert name.replace("-", " rank ") in output
+    role, rank = name.split("-")
+    assert re.search(rf"{role} rank {rank} died|{role} ranks \[.*{rank}.*\] did not finish", output), output
     expected, found = metrics(whole), metrics(broken)
     assert list(found) == list(expected)
     for step in range(1, 7):

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 def reward_func(queries, prompts, labels):
     model = AutoModelForSequenceClassification.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
+    model.config.pad_token_id = None  # else a response whose last token is a sampled <pad> is read before that
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     found = []
     with torch.no_grad():
