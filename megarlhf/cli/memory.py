@@ -12,6 +12,7 @@ from megarlhf.config.checks import check_ppo, check_supervised
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
+from megarlhf.config.precision import wide_dtype
 from megarlhf.config.roles import megatron_roles
 from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats.huggingface import HFConfig
@@ -162,7 +163,9 @@ def _beside_teacher(config: SupervisedConfig, ranks: list[RankBytes], teacher: H
 
 def _engine(config: PPOConfig, hf: HFConfig, memory: int | None) -> EngineBytes:
     arch, rollout, tensor = find_architecture(hf), config.rollout, config.cluster.vllm_tensor_parallel_size
-    element = 2 if config.model.bf16 else 4
+    # Of an engine in FP8 the wider type counts, which it may fall back to.
+    dtype = wide_dtype(bf16=config.model.bf16) if config.rollout_dtype == "fp8" else config.rollout_dtype
+    element = 4 if dtype == "fp32" else 2
     weights, largest = (number * element for number in engine_sizes(arch, hf, tensor=tensor))
     share = int(rollout.vllm_kv_cache_gib * GIB)
     if memory is not None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from megarlhf.cli.errors import all_or_errors
 from megarlhf.config.arguments import LoggingArguments, ModelArguments, PPOConfig, PromptDataArguments
 from megarlhf.config.check_kernels import kernel_errors, kernel_warnings
+from megarlhf.config.check_precision import precision_device_errors
 from megarlhf.config.checks import raise_if
 from megarlhf.config.layouts import KernelArguments, LayoutArguments, TransformerImpl
 from megarlhf.config.lora import LoraArguments
@@ -26,7 +27,7 @@ from megarlhf.models.backend import model_backend, resolve_transformer_impl
 from megarlhf.models.names import check_names, check_reward_model, stored_dtypes
 from megarlhf.models.registry import check_computing, check_engine_head, check_transformer_engine, find_architecture
 from megarlhf.models.targets import check_model_targets, check_quantised
-from megarlhf.parallel.device import DeviceKind
+from megarlhf.parallel.device import DeviceKind, device_capability
 
 
 class StopSignal:
@@ -120,13 +121,25 @@ def resolve_kernels(
         ConfigError: it is not installed, or cannot compute as asked.
     """
     bf16, impl = config.model.bf16, resolve_transformer_impl(config.kernels.transformer_impl, device=device)
+    modules = config.passed.megatron.get("recompute_modules")
+    errors = []
+    if not isinstance(config, ParityConfig):
+        errors = precision_device_errors(
+            config.precision,
+            impl,
+            bf16=bf16,
+            on_gpu=device == "gpu",
+            capability=device_capability(),
+            recompute_modules=modules,
+        )
     raise_if(
-        kernel_errors(
+        errors
+        + kernel_errors(
             impl,
             layouts,
             bf16=bf16,
             share_prompt_prefix=share_prompt_prefix,
-            recompute_modules=config.passed.megatron.get("recompute_modules"),
+            recompute_modules=modules,
             load_in_4bit=not isinstance(config, ParityConfig) and config.lora.load_in_4bit,
         )
     )

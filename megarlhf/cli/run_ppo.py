@@ -31,6 +31,7 @@ from megarlhf.cli.run import (
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
+from megarlhf.config.precision import precision_lines
 from megarlhf.config.roles import layout_lines, megatron_roles, unread_counts
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.supervised import SupervisedData
@@ -54,7 +55,7 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     """Fill in what was left open.
 
     Prompts are shared where several samples of one are trained together, if layers can: TransformerEngine's attention
-    has no mask of a shared prompt. What vLLM sampled is weighed under bf16.
+    has no mask of a shared prompt. What vLLM sampled is weighed unless all phases are in fp32.
     """
     batch = config.batch
     share = (
@@ -223,6 +224,8 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     epochs = inputs.total_steps * config.batch.rollout_batch_size / len(inputs.prompts.prompts)
     lines = [f"{inputs.total_steps} steps, {epochs:.3g} passes over the prompts", *layout_lines(config)]
     lines += [model.line() for model in models]
+    trained = [role.name for role in megatron_roles(config) if role.trains]
+    lines += precision_lines(config.precision, bf16=config.model.bf16, roles=trained)
     decided = "\n".join([plan.table(), *lines, f"{kernels}\n", inputs.memory.text()])
     prompts, eval_sets, stops = inputs.prompts, inputs.eval_sets, inputs.stop_tokens
     labels = [prompt.label for members in (prompts.prompts, *eval_sets.values()) for prompt in members]

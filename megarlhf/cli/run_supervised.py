@@ -34,6 +34,7 @@ from megarlhf.cli.run import (
 from megarlhf.cli.supervised_data import data_loaders, data_text, open_data
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
+from megarlhf.config.precision import precision_lines
 from megarlhf.config.reward_model_arguments import PRMConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, PairsConfig, SupervisedConfig
 from megarlhf.data.supervised import SupervisedData, Units, dropped_line
@@ -119,7 +120,8 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
     steps += "" if batch.train_iters is None else f" (train_iters; max_epochs={batch.max_epochs} does not count)"
     told = f"{data_text(data, evaluation[0] if evaluation else None)}\n{steps}"
     kernels = kernel_lines(config.kernels, [model.config for model in models], device=device)
-    decided = f"{told}\n\n{kernels}\n\n{memory.text()}"
+    phases = precision_lines(config.precision, bf16=config.model.bf16, roles=["the model"])
+    decided = "\n".join([told, *phases, f"\n{kernels}\n", memory.text()])
     return [data, *evaluation], {"decided": decided, "identity": identity, "continued": continued}
 
 

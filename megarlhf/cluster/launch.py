@@ -112,7 +112,12 @@ def start(
         yield Cluster(
             roles=Roles(
                 phases=phases,
-                rollout=RolloutGroup(groups["rollout"], n_samples_per_prompt=samples, replace=replacement),
+                rollout=RolloutGroup(
+                    groups["rollout"],
+                    n_samples_per_prompt=samples,
+                    replace=replacement,
+                    in_fp8=config.rollout_dtype == "fp8",
+                ),
                 reward=reward,
                 actor=TrainingGroup(groups["actor"], groups["actor"].started),
                 critic=TrainingGroup(critic, critic.started) if (critic := groups.get("critic")) else None,

@@ -49,6 +49,7 @@ class ResourceManager:
     judge = _phase("eval", "judge")
     train = _phase("train", "train")
     experience = _phase("experience", "train")
+    restart = _phase("sync", "rollout")
     sync = _phase("sync", "sync")
     evaluate = _phase("eval", "rollout")
     save = _phase("save", "checkpoint")

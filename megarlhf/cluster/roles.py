@@ -9,6 +9,7 @@ from typing import Any
 
 from megarlhf.algos.kl import KLEstimator
 from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
+from megarlhf.config.precision import EnginePhase
 from megarlhf.data.partition import DataParallelSplit
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
@@ -68,6 +69,15 @@ class TrainingGroup:
         differences = [result.difference for result in results if result.difference is not None]
         return replace(results[0], difference=reduce(add, differences) if differences else None)
 
+    def fall_back(self, phase: EnginePhase, why: str) -> bool:
+        """See TrainingRole."""
+        return bool(self.workers.call("fall_back", phase, why)[0])
+
+    def precision_report(self) -> tuple[dict[str, float], list[str]]:
+        """See TrainingRole; ranks agree."""
+        report: tuple[dict[str, float], list[str]] = self.workers.call("precision_report")[0]
+        return report
+
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a method on every process with the arguments of its data-parallel replica."""
         ranks = enumerate(self._replicas)
@@ -98,8 +108,16 @@ class RolloutGroup:
         *,
         n_samples_per_prompt: int,
         replace: Callable[[int, WorkerFailedError], None] | None = None,
+        in_fp8: bool = False,
     ) -> None:
         self.workers, self.n_samples, self._replace = workers, n_samples_per_prompt, replace
+        self.in_fp8 = in_fp8
+
+    def set_fp8(self, on: bool) -> None:
+        """See RolloutRole; engines that take the place of lost ones do as well."""
+        self.workers.call("set_fp8", on)
+        self.in_fp8 = on
+        self.workers.specs = [spec.with_rollout_in("fp8" if on else None) for spec in self.workers.specs]
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
         """See RolloutRole."""

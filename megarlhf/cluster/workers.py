@@ -15,6 +15,8 @@ import numpy as np
 from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.cluster.processes import Store
 from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.check_precision import check_node
+from megarlhf.config.precision import Dtype, EnginePhase
 from megarlhf.config.roles import EnginePart, Part, megatron_roles
 from megarlhf.data.partition import Partition, RankRows, with_ends
 from megarlhf.data.planning import PackingOptions
@@ -41,6 +43,11 @@ class WorkerSpec(Worker):
         """Of the process, for people."""
         return f"{self.role.name}-{self.rank}"
 
+    def with_rollout_in(self, dtype: Dtype | None) -> "WorkerSpec":
+        """The same for an engine that is to compute in another type."""
+        precision = replace(self.config.precision, rollout_dtype=dtype)
+        return replace(self, config=replace(self.config, precision=precision))
+
 
 def redirect_output(path: str) -> None:
     """Send this process's output, its libraries' included, to a file; what a crash leaves is read from there."""
@@ -65,10 +72,11 @@ def check_own_device(spec: WorkerSpec) -> None:
     """Stop a worker that is not where its plan says.
 
     Raises:
-        RuntimeError: it sees other devices than the plan gives it.
+        RuntimeError: it sees other devices than the plan gives it, or they have no FP8.
     """
-    from megarlhf.parallel.device import check_device, device_kind, num_local_gpus
+    from megarlhf.parallel.device import check_device, device_capability, device_kind, num_local_gpus
 
+    check_node(spec.config.precision, on_gpu=spec.device_kind == "gpu", capability=device_capability())
     check_device(spec.device_kind, len(spec.devices), kind=device_kind(), num_gpus=num_local_gpus())
 
 
@@ -214,6 +222,14 @@ class MegatronWorker:
         numbers = {name: value for name, value in vars(done).items() if name != "outputs"}
         return UpdateResult(**numbers, difference=difference)
 
+    def fall_back(self, phase: EnginePhase, why: str) -> bool:
+        """See TrainingRole."""
+        return self.engine.precision.fall_back(phase, why)
+
+    def precision_report(self) -> tuple[dict[str, float], list[str]]:
+        """See TrainingRole."""
+        return self.engine.precision.report()
+
     @contextmanager
     def _giving_back(self) -> Iterator[None]:
         """Where another role is awake on the same device, what the block has freed goes back to it."""
@@ -294,18 +310,31 @@ class RolloutWorker:
         redirect_output(spec.log_file)
         from megarlhf.rollout import weight_transfer  # noqa: F401  (vLLM: seconds, side by side with the other roles)
 
-        self.spec, self._store = spec, store
+        self.spec, self._store, self._blocks = spec, store, list[Block]()
 
     def start(self) -> None:
         """Load the engine; its weights are replaced by the first sync."""
         note("start")
+        check_own_device(self.spec)
+        self._load(in_fp8=self.spec.config.rollout_dtype == "fp8")
+
+    def set_fp8(self, on: bool) -> None:
+        """Load the engine anew: what a layer's weights are kept in is decided when it is made."""
+        note(f"{'into' if on else 'out of'} fp8")
+        self.engine.close()
+        self._load(in_fp8=on)
+        if self._blocks:  # none in a resumed run, whose first sync is still to come
+            self.engine.connect_weights(self._blocks)
+
+    def _load(self, *, in_fp8: bool) -> None:
         from megarlhf.rollout.engine import RolloutEngine
 
         config, options = self.spec.config, self.spec.config.rollout
-        check_own_device(self.spec)
+        by_block, asked = config.precision.fp8_recipe == "blockwise", config.rollout_dtype
         self.engine = RolloutEngine(
             config.model.pretrain,
-            dtype="bfloat16" if config.model.bf16 else "float32",
+            dtype="bfloat16" if asked == "bf16" or (asked == "fp8" and config.model.bf16) else "float32",
+            quantization=("fp8_per_block" if by_block else "fp8_per_tensor") if in_fp8 else None,
             seed=config.model.seed,
             max_model_len=config.max_row_tokens,
             tensor_parallel_size=config.cluster.vllm_tensor_parallel_size,
@@ -349,6 +378,7 @@ class RolloutWorker:
 
     def connect_weights(self, blocks: Sequence[Block]) -> None:
         """See RolloutEngine.connect_weights."""
+        self._blocks = list(blocks)
         self.engine.connect_weights(blocks)
 
     def update_weights(self, version: int, checksum: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class AlgorithmArguments:
     """Bound on the ratio where the advantage is negative, above 1 (dual-clip PPO). None: no bound."""
     use_tis: bool | None = None
     """Weigh each token's policy loss by p(trainer) / p(vLLM) under the weights that sampled it, bounded by tis_cap
-    (truncated importance sampling) or tis_mask_range. None: on with bf16."""
+    (truncated importance sampling) or tis_mask_range. None: on unless all phases compute in fp32."""
     tis_cap: float = 2.0
     """Largest such weight, at least 1."""
     tis_mask_range: tuple[float, float] | None = None

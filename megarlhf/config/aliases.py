@@ -158,7 +158,7 @@ _REFUSED = {  # why, and what to set instead -> flags
     "--tokenizer_model DIR": "vocab_file merge_file vocab_size",
     "the file is read piece by piece and its order is kept: leave it out": "partitions keep_sequential_samples",
     # Models
-    "FP8 is not offered in this version: set --bf16": "fp8_format fp8",
+    "which phases compute in FP8 is said for each: set train_dtype, log_prob_dtype or rollout_dtype": "fp8",
     "Transformers 5 has one tokenizer for each model, the fast one, and vLLM loads the same: leave it out": (
         "disable_fast_tokenizer"
     ),

@@ -1,10 +1,8 @@
 """Every option of the programs: one frozen dataclass a group, one docstring a field, which is also its `--help` text.
 
 Parallelism, batch and precision options carry Megatron's names, RLHF options those of OpenRLHF 0.5. Field names are
-unique across the groups of a configuration, so flags are flat (`--tensor-model-parallel-size 2`) while code reads
-`config.layout.tensor_model_parallel_size`. Defaults stand here, in supervised_arguments.py and in
-layouts.py, and nowhere else.
-"""
+unique across groups: flags are flat, code reads `config.layout.tensor_model_parallel_size`. Defaults stand here and in
+the files that this one imports."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -15,6 +13,7 @@ from megarlhf.config.evaluation_arguments import EvaluationArguments
 from megarlhf.config.layouts import CriticLayoutArguments, KernelArguments, LayoutArguments, RewardLayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments
+from megarlhf.config.precision import Dtype, RLPrecisionArguments, wide_dtype
 from megarlhf.config.pretraining_arguments import PretrainingArguments
 from megarlhf.config.reward_arguments import RewardArguments
 from megarlhf.formats.run_checkpoints import LATEST
@@ -229,8 +228,8 @@ class RolloutArguments(SamplingArguments):
     """How responses are generated (vLLM), and how far the trainer's log-probs may be from vLLM's."""
 
     logprob_diff_budget: float = 0.05
-    """Tolerated mean of |log p(vLLM) - log p(trainer)| over the sampled tokens of a step, in nats. Above it the run
-    warns, above ten times it the run stops; without bf16 also where a single token's is above ten times it."""
+    """Tolerated mean of |log p(vLLM) - log p(trainer)| over the sampled tokens of a step, in nats. Above it a phase
+    in FP8 leaves it, or the run warns; above ten times it the run stops, in fp32 also for a single token's."""
     logprob_kl_budget: float = 0.01
     """Tolerated KL divergence of the trainer's policy from vLLM's, estimated from the same tokens, in nats a token.
     Above it the run warns, above ten times it the run stops."""
@@ -342,6 +341,7 @@ class PPOConfig:
     critic_layout: CriticLayoutArguments = field(default_factory=CriticLayoutArguments)
     reward_layout: RewardLayoutArguments = field(default_factory=RewardLayoutArguments)
     kernels: KernelArguments = field(default_factory=KernelArguments)
+    precision: RLPrecisionArguments = field(default_factory=RLPrecisionArguments)
     cluster: ClusterArguments = field(default_factory=ClusterArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
@@ -390,4 +390,10 @@ class PPOConfig:
     @property
     def uses_tis(self) -> bool:
         """Whether what vLLM sampled is weighed for the trainer."""
-        return self.model.bf16 if self.algorithm.use_tis is None else self.algorithm.use_tis
+        asked = self.algorithm.use_tis
+        return not self.precision.is_fp32(bf16=self.model.bf16) if asked is None else asked
+
+    @property
+    def rollout_dtype(self) -> Dtype:
+        """What vLLM computes in."""
+        return self.precision.rollout_dtype or wide_dtype(bf16=self.model.bf16)

@@ -40,6 +40,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "max_epochs max_len eval_iters prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "
         "max_batch_tokens max_queries max_waiting_queries max_body_mib "
+        "fp8_amax_history_len "
         "reward_chunk_size remote_rm_batch_size remote_rm_concurrency teacher_top_k lora_alpha num_rounds",
     ),
     ("at least 3", lambda v: v >= 3, "longest"),
@@ -50,19 +51,20 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "reward_memory_gib "
         "remote_rm_timeout_seconds ptx_coef overlong_penalty_factor "
         "adam_eps value_clip beta kl_target temperature eval_temperature vllm_kv_cache_gib gpu_memory_gib "
-        "logprob_diff_budget logprob_kl_budget max_ckpt_mem repetition_penalty",
+        "fp8_max_amax logprob_diff_budget logprob_kl_budget max_ckpt_mem repetition_penalty",
     ),
     (
         "0 or more",
         lambda v: v >= 0,
         "seed actor_learning_rate critic_learning_rate learning_rate weight_decay clip_grad init_kl_coef entropy_coef "
         "moe_aux_loss_coeff nll_loss_coef desirable_loss_weight undesirable_loss_weight lora_rank "
+        "fp8_fallback_steps num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 "
         "remote_rm_max_retries eval_n_samples_per_prompt iter max_restarts",
     ),
     (
         "from 0 to 1",
         lambda v: 0 <= v <= 1,
-        "gamma lambd kd_coef ema_decay lr_warmup_ratio min_lr_ratio min_result_fraction "
+        "fp8_max_saturated gamma lambd kd_coef ema_decay lr_warmup_ratio min_lr_ratio min_result_fraction "
         "max_no_result_fraction",
     ),
     ("from 0 to below 0.5", lambda v: 0 <= v < 0.5, "label_smoothing"),

@@ -29,6 +29,7 @@ from megarlhf.config.check_numbers import (
     shared_prefix_errors,
     value_network_errors,
 )
+from megarlhf.config.check_precision import precision_errors
 from megarlhf.config.check_rewards import reward_errors, reward_model_errors
 from megarlhf.config.check_save import ckpt_errors, save_errors
 from megarlhf.config.command_line import to_dict
@@ -75,7 +76,8 @@ def check_ppo(config: PPOConfig) -> list[str]:
     trained = [role.layout(config) for role in megatron_roles(config) if role.trains]
     errors += batch_errors(batch, max(layout.context_parallel_size for layout in trained))
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
-    errors += correction_errors(config) + adapter_errors(config.lora) + pretraining_errors(config.pretraining)
+    errors += precision_errors(config, models) + correction_errors(config)
+    errors += adapter_errors(config.lora) + pretraining_errors(config.pretraining)
     errors += average_errors(config.optimizer) + value_network_errors(config) + filter_errors(config)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
     errors += sampling_errors(config) + template_errors(config.data)
@@ -114,7 +116,7 @@ def check_supervised(config: SupervisedConfig) -> list[str]:
     errors += world_errors(f"{name}={config.world_size}", config.world_size, config.layout, batch.global_batch_size)
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
     errors += template_errors(data) + _data_errors(data) + adapter_errors(config.lora)
-    errors += average_errors(config.optimizer)
+    errors += average_errors(config.optimizer) + precision_errors(config, models)
     if isinstance(data, SFTDataArguments | KTODataArguments):
         errors += _answer_errors(data)
     if isinstance(config, PairsConfig):

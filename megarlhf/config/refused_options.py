@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 _MODEL = "the checkpoint's config.json says it, and weights are converted by that"
 _LAYOUT = "new weights reach an engine by its tensor-parallel parts: set vllm_num_engines, vllm_tensor_parallel_size"
 _GROUPS = "process groups, placement and weight conversion are made from this package's own layout options"
-_FP8 = "FP8 is not offered in this version"
+_FP8 = "set train_dtype, log_prob_dtype, and the options of FP8 that are this package's own"
 _OTHER_MODELS = "it is of a kind of model that is not supported here"
 
 _VLLM = {
@@ -15,7 +15,7 @@ _VLLM = {
     "tokenizer_revision skip_tokenizer_init tokens_only",
     "nothing is downloaded, and code of a checkpoint is not run": "download_dir hf_token trust_remote_code "
     "allowed_local_media_path allowed_media_domains",
-    "it follows bf16, as the trainer computes the same log-probs": "dtype",
+    "set rollout_dtype": "dtype",
     "set seed; each response has a seed of its own": "seed",
     "it is prompt_max_len + generate_max_len": "max_model_len",
     "set max_num_seqs": "max_num_seqs",

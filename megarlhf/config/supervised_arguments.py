@@ -9,6 +9,7 @@ from megarlhf.config.arguments import AveragedOptimizerArguments, LoggingArgumen
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import MegatronPassedArguments
+from megarlhf.config.precision import PrecisionArguments
 from megarlhf.formats.blends import parse_split
 
 ObjectiveName = Literal["sft", "actor", "critic", "rm", "prm", "dpo", "ipo", "kto", "kd"]
@@ -265,6 +266,7 @@ class SupervisedConfig:
     model: ModelArguments
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     kernels: KernelArguments = field(default_factory=KernelArguments)
+    precision: PrecisionArguments = field(default_factory=PrecisionArguments)
     ranks: RankArguments = field(default_factory=RankArguments)
     batch: SupervisedBatchArguments = field(default_factory=SupervisedBatchArguments)
     optimizer: SupervisedOptimizerArguments = field(default_factory=SupervisedOptimizerArguments)

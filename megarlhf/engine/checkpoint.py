@@ -24,6 +24,7 @@ filesystem_async._results_queue = queue.Queue()
 
 _ADAPTERS = "adapters"  # with LoRA, in the place of the model: what is trained alone
 _HAS_MOMENTS = "optimizer_has_state"
+_PRECISION = "precision"  # scales and fallbacks of FP8
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")  # of an optimizer's parameter group
 
 
@@ -109,6 +110,7 @@ def save_engine(engine: MegatronEngine, directory: Path) -> None:
     dist.barrier()
     engine.finish_param_gather()
     state = _state(engine, loading=False, with_optimizer=_has_moments(engine))
+    state[_PRECISION] = engine.precision.state()
     dist_checkpointing.save(state, str(directory), validate_access_integrity=True)
     dist.barrier()
 
@@ -130,6 +132,7 @@ def load_engine(engine: MegatronEngine, directory: Path, *, with_optimizer: bool
     except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
         raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
     _fill(engine, state)
+    engine.precision.load_state(saved.get(_PRECISION))
     if engine.optimizer is None:
         return
     if with_optimizer:

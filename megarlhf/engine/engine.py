@@ -9,7 +9,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -27,14 +27,16 @@ from megarlhf.data.packing import fill_fields, gather_targets, join_values, pack
 from megarlhf.data.planning import PackingOptions, plan_micro_batches
 from megarlhf.data.types import Ints, MicroBatch, TargetValues, TrainingRows
 from megarlhf.engine.memory import DeviceMemory
-from megarlhf.engine.objective import LossTerm, NonFiniteError, Objective, Outputs, TokenOutputs
+from megarlhf.engine.objective import LossTerm, NonFiniteError, Objective, Outputs, StepResult, TokenOutputs
 from megarlhf.engine.optimizer import (
     OptimizerOptions,
     build_optimizer,
     build_scheduler,
     empty_wrappers,
     optimizer_tensors,
+    wrap_chunks,
 )
+from megarlhf.engine.precision import Precision
 from megarlhf.engine.reference import Reference, reference_source
 from megarlhf.engine.schedule import (
     balance_loss_unit,
@@ -60,17 +62,6 @@ from megarlhf.parallel.device import current_device, release_memory
 from megarlhf.parallel.groups import current_ranks, seed_generators
 from megarlhf.parallel.truncation import Truncation
 from megarlhf.parallel.vocab import OutputDistribution
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one optimizer step reports; the same on every rank, but for `outputs`."""
-
-    loss: float
-    metrics: dict[str, float]
-    grad_norm: float
-    learning_rate: float
-    outputs: TargetValues  # log-probs or values of the training forward, of this rank's rows, on the last stage
 
 
 class MegatronEngine:
@@ -113,7 +104,7 @@ class MegatronEngine:
             chunk.to(current_device())
         self.config.finalize_model_grads_func = sum_gradients
         self._routers = RouterStatistics(self.chunks, self.hf.num_hidden_layers) if arch.is_moe(self.hf) else None
-        self._bf16, self._pad = model.bf16, self.ranks.tp_size if model.layout.sequence_parallel else 1
+        self._bf16 = model.bf16
         self.distribution = OutputDistribution(
             vocab_size=self.hf.vocab_size,
             chunk_tokens=logprob_chunk_tokens,
@@ -123,6 +114,8 @@ class MegatronEngine:
         )
         self._outputs = partial(token_outputs, model=self.chunks[-1], head=head, distribution=self.distribution)
         self.model: list[Any] = [Float16Module(self.config, c) if model.bf16 else c for c in self.chunks]
+        self.precision = Precision(model.precision, self.config, self.chunks)
+        self._pad = self.precision.token_multiple * (self.ranks.tp_size if model.layout.sequence_parallel else 1)
         self.optimizer: Any = None
         self.scheduler: Any = None
         self._gathers_late = False  # parameters reach the other data-parallel ranks only in the next forward pass
@@ -133,27 +126,13 @@ class MegatronEngine:
         self.memory.sleep("gradients")  # they are on the device inside an update alone
 
     def _add_optimizer(self, options: OptimizerOptions) -> None:
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=options.use_distributed_optimizer,
-            overlap_grad_reduce=options.overlap_grad_reduce,
-            overlap_param_gather=options.overlap_param_gather,
-            average_in_collective=False,
-            check_for_nan_in_grad=False,
-        )
-        # Megatron-LM's choice: buckets, which overlap communication with the backward pass, for the first chunk alone
-        self.model = [
-            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
-            for number, chunk in enumerate(self.model)
-        ]
+        self.model = wrap_chunks(self.model, self.config, options)
         weakref.finalize(self, empty_wrappers, self.model).atexit = False
-        if options.overlap_grad_reduce:
-            no_syncs = [chunk.no_sync for chunk in self.model]
-            self.config.no_sync_func = no_syncs[0] if len(no_syncs) == 1 else no_syncs  # Megatron-Core's convention
         self._gathers_late = options.overlap_param_gather
         self.optimizer = build_optimizer(self.model, options, bf16=self._bf16)
         self.optimizer.reload_model_params()
         self.scheduler = build_scheduler(self.optimizer, options)
+        self.precision.keep_fp8_weights()
 
     def pack(self, rows: TrainingRows, indices: Sequence[int], min_length: int = 1) -> MicroBatch:
         """One packed sequence of these rows, whole, as this layout needs it; see pack_rows."""
@@ -221,13 +200,25 @@ class MegatronEngine:
                 TokenOutputs, whose numbers come back.
         """
         self._evaluates()
-        return self._results(batches, run_forward(self.model, self._own_parts(batches), self._outputs, compute))
+
+        def computed() -> TargetValues:
+            outputs = run_forward(self.model, self._own_parts(batches), self._outputs, compute)
+            found = self._results(batches, outputs)
+            self.precision.check("log_prob", found.values)
+            return found
+
+        return self.precision.guarded("log_prob", computed)
 
     def evaluate(self, batches: list[MicroBatch], objective: Objective) -> tuple[float, dict[str, tuple[float, float]]]:
         """The objective without gradients over all ranks' rows: its sum, and each metric's sum and count."""
         self._evaluates()
-        stored = run_evaluation(self.model, self._own_parts(batches), self._outputs, objective)
-        return summed(stored, objective, counts=self.ranks.computes_results)
+
+        def computed() -> tuple[float, dict[str, tuple[float, float]]]:
+            stored = run_evaluation(self.model, self._own_parts(batches), self._outputs, objective)
+            self.precision.check("log_prob")
+            return summed(stored, objective, counts=self.ranks.computes_results)
+
+        return self.precision.guarded("log_prob", computed)
 
     def _evaluates(self) -> None:
         self.memory.require("parameters")
@@ -270,19 +261,26 @@ class MegatronEngine:
             NonFiniteError: a loss or the gradient is not finite, on every rank; nothing has changed.
         """
         self.memory.require("parameters", "optimizer")
+        compute = partial(self._step, batches, objective, denominator=denominator, beside=beside)
         try:
-            loss, metrics, outputs = self.accumulate_gradients(
-                batches, objective, denominator=denominator, beside=beside
-            )
-            self.scheduler.step(1)
-            learning_rate = float(self.optimizer.param_groups[0]["lr"])
-            try:
-                _, grad_norm, _ = self.optimizer.step()
-            except NonFiniteError as error:
-                self.scheduler.step(-1)
-                raise NonFiniteError(f"loss={loss}, {error}; the step was not taken") from None
+            result = self.precision.guarded("train", compute)
         finally:
             self.memory.sleep("gradients")
+        self.precision.keep_fp8_weights()
+        return result
+
+    def _step(
+        self, batches: list[MicroBatch], objective: Objective, *, denominator: float, beside: Sequence[LossTerm]
+    ) -> StepResult:
+        loss, metrics, outputs = self.accumulate_gradients(batches, objective, denominator=denominator, beside=beside)
+        self.precision.check("train")
+        self.scheduler.step(1)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        try:
+            _, grad_norm, _ = self.optimizer.step()
+        except NonFiniteError as error:
+            self.scheduler.step(-1)
+            raise NonFiniteError(f"loss={loss}, {error}; the step was not taken") from None
         return StepResult(loss=loss, metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate, outputs=outputs)
 
     def accumulate_gradients(

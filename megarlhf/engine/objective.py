@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from megarlhf.data.types import MicroBatch
+from megarlhf.data.types import MicroBatch, TargetValues
 from megarlhf.parallel.vocab import EntropyUse, OutputDistribution
 
 
@@ -87,3 +87,14 @@ class LossTerm:
     objective: Objective
     denominator: float
     coef: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step reports; the same on every rank, but for `outputs`."""
+
+    loss: float
+    metrics: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    outputs: TargetValues  # log-probs or values of the training forward, of this rank's rows, on the last stage

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -50,6 +50,26 @@ class FiniteOptimizer(ChainedOptimizer):
         if not finite.item():  # where this rank's own is, another's is not
             raise NonFiniteError(f"gradient norm {math.nan if math.isfinite(norm) else norm}")
         return norm
+
+
+def wrap_chunks(chunks: Sequence[Any], config: Any, options: OptimizerOptions) -> list[Any]:
+    """Chunks whose gradients are reduced in float32 over data-parallel ranks; `config`, the model's, learns of it."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,
+    )
+    # Megatron-LM's choice: buckets, which overlap communication with the backward pass, for the first chunk alone
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
+    ]
+    if options.overlap_grad_reduce:
+        no_syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_syncs[0] if len(no_syncs) == 1 else no_syncs  # Megatron-Core's convention
+    return wrapped
 
 
 def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool) -> Any:

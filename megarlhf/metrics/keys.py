@@ -78,6 +78,10 @@ METRICS: dict[str, str] = {
     "rollout/logprob_diff_mean": "Mean |log-prob in training - log-prob in vLLM| of the same response tokens (nats)",
     "rollout/logprob_diff_max": "Largest such difference in the step (nats)",
     "rollout/logprob_kl": "Estimated KL of the policy in training from the one in vLLM, same weights (nats per token)",
+    "precision/PHASE/fp8": "Whether a phase (rollout, log_prob, train; critic_train) is in FP8 (1 or 0)",
+    "precision/PHASE/fallbacks": "Times so far that the phase has left FP8 (count)",
+    "precision/PHASE/amax": "Largest finite |number| that the step's passes gave to FP8, on a CPU (no unit)",
+    "precision/PHASE/saturated_frac": "Numbers beyond FP8's largest in the worst of these passes, on a CPU (fraction)",
     "sync/version": "Policy version that the inference engines hold after the step (count)",
     "sync/bytes": "Weights that each inference engine reads, as the trainer holds them (bytes)",
     "memory/ROLE/parameters_gib": "Weights of a role, the most on one device so far; in a run's first step (GiB)",
@@ -153,6 +157,7 @@ METRICS: dict[str, str] = {
 def _general(key: str) -> str:
     """The name in METRICS of a key that has a role's, a source's or a set's name or a number in it."""
     key = re.sub("^memory/[a-z_0-9]+/", "memory/ROLE/", key)
+    key = re.sub("^precision/[a-z_]+/", "precision/PHASE/", key)
     key = re.sub(r"^eval/pass@\d+$", "eval/pass@K", re.sub("^eval/[^/]+/", "eval/", key))
     return re.sub("^reward/.+/(mean|no_result_count)$", r"reward/SOURCE/\1", key)
 

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
+from megarlhf.config.precision import PrecisionArguments
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.arch import Additions, ArchSpec
 from megarlhf.models.backend import model_backend
@@ -44,6 +45,7 @@ class ModelOptions:
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of TransformerConfig, and others to pass over
     lora: LoraArguments = field(default_factory=LoraArguments)
     value_moments: tuple[float, float] = (0.0, 1.0)  # mean and std that a value head's numbers are normalised by
+    precision: PrecisionArguments = field(default_factory=PrecisionArguments)
 
 
 def passed_fields(config_class: type[Any], passed: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,8 +116,17 @@ def transformer_config(arch: ArchSpec, hf: HFConfig, ranks: Ranks, options: Mode
         recompute_granularity=layout.recompute_granularity,
         recompute_method=layout.recompute_method,
         recompute_num_layers=layout.recompute_num_layers,
+        **_fp8_fields(options.precision, on_gpu=on_gpu),
         **passed_fields(TransformerConfig, options.passed),
     )
+
+
+def _fp8_fields(precision: PrecisionArguments, *, on_gpu: bool) -> dict[str, Any]:
+    """Of TransformerConfig. `fp8` itself is TransformerEngine's, and set again for each pass (engine/precision.py)."""
+    ends = ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+    names = ("fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo") if on_gpu else ()
+    fields = {name: getattr(precision, name) for name in (*ends, *names)} if precision.any_fp8 else {}
+    return fields | ({"fp8": precision.fp8_format} if on_gpu and precision.any_fp8 else {})
 
 
 def _block_spec(config: TransformerConfig, additions: Additions, vp_stage: int | None) -> Any:

@@ -43,6 +43,11 @@ def device_memory_bytes() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if device_kind() == "gpu" else None
 
 
+def device_capability() -> tuple[int, int] | None:
+    """CUDA's compute capability of this process's GPU, (9, 0) for an H100; None on a CPU machine."""
+    return torch.cuda.get_device_capability() if device_kind() == "gpu" else None
+
+
 def release_memory() -> None:
     """Give back what is freed, with garbage that is in circles; see release_cache."""
     gc.collect()

@@ -85,6 +85,7 @@ class RolloutEngine:
         model_dir: str | os.PathLike[str],
         *,
         dtype: Literal["float32", "bfloat16"],
+        quantization: Literal["fp8_per_tensor", "fp8_per_block"] | None = None,
         seed: int,
         max_model_len: int,
         tensor_parallel_size: int = 1,
@@ -100,6 +101,8 @@ class RolloutEngine:
         """Load the model. What is not said here means what it means in vLLM.
 
         Args:
+            quantization: of linear layers, made from each update's weights; on a CPU, which has no such kernels, their
+                weights are rounded to FP8 and activations stay as they are.
             seed: of vLLM itself; sampled tokens depend on the seeds of `generate` alone.
             max_model_len: longest prompt and response together, in tokens.
             kv_cache_gib: KV cache on a CPU, in GiB a rank.
@@ -138,6 +141,12 @@ class RolloutEngine:
             # vLLM takes a seeded request's generator back a step where its prompt was cut, which a CPU's cannot.
             "enable_chunked_prefill": False,
         }
+        given = dict(passed or {})
+        if quantization is not None and current_platform.is_cpu():
+            more = given.get("additional_config") or {}
+            given["additional_config"] = {**more, weight_transfer.ROUNDS: quantization}
+        elif quantization is not None:
+            given["quantization"] = quantization
         self._llm = LLM(
             model=str(model_dir),
             hf_overrides={"tie_word_embeddings": bool(config.tie_word_embeddings)},  # as the weights say
@@ -156,7 +165,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature, top-k and top-p
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WorkerExtension.__name__}",
-            **((cpu_only if current_platform.is_cpu() else {}) | dict(passed or {})),
+            **((cpu_only if current_platform.is_cpu() else {}) | given),
         )
 
     def generate(

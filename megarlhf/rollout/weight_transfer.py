@@ -23,23 +23,33 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
+from megarlhf.algos.fp8 import BLOCK, largest, rounded, rounded_blocks, scale_of
 from megarlhf.formats.shared_memory import Block, SharedTensors, checksum
 from megarlhf.formats.threads import map_threads
 
 BACKEND = "megarlhf_shared_memory"
+ROUNDS = "megarlhf_rounds_weights"  # key of vLLM's additional_config: fp8_per_tensor or fp8_per_block
+_FP8 = torch.float8_e4m3fn
 NO_VERSION = -1  # of an engine whose update failed halfway, or whose weights are dropped
 
 
@@ -73,7 +83,7 @@ class Pack:
         if weight is None:
             weight = torch.empty(self.loaded.shape, dtype=self.loaded.dtype)
             read_rows(tensors, self.names, weight)
-        staging: Any = SimpleNamespace(weight=weight)
+        staging: Any = SimpleNamespace(weight=weight.detach())  # a name of its own for what may be replaced
         self.module.quant_method.process_weights_after_loading(staging)
         return staging.cpu_linear
 
@@ -122,6 +132,43 @@ def forget_expert_kernels(model: nn.Module) -> None:
             method: Any = getattr(module, "quant_method", None)
             if isinstance(method, UnquantizedFusedMoEMethod):
                 method.moe_kernel = None
+
+
+def round_linear_weights(model: nn.Module, quantization: str) -> None:
+    """From the next load on let linear layers and experts of a CPU compute with what FP8 holds of their weights.
+
+    As vLLM's online quantization on GPUs: a scale for each layer, of q, k, v and of gate, up together, or for each
+    block of 128x128, and for each expert. Output heads and routers stay as they are, as do activations, other than
+    there.
+    """
+
+    def rounded_part(layer: Any, weight: Tensor) -> Tensor:
+        if quantization == "fp8_per_block":
+            return rounded_blocks(weight, _FP8, rows=BLOCK, columns=BLOCK, power_of_two=False).to(weight.dtype)
+        amax = largest(weight).reshape(1)
+        if getattr(layer, "tp_size", 1) > 1 and isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=get_tp_group().device_group)
+        return rounded(weight, scale_of(amax, _FP8), _FP8).to(weight.dtype)
+
+    def round_before(method: Any, names: Sequence[str]) -> None:
+        process = method.process_weights_after_loading
+
+        def process_rounded(layer: Any) -> None:
+            for name in names:
+                weight = getattr(layer, name)
+                parts = [weight.data] if weight.dim() == 2 else list(weight.data)  # of each expert its own
+                whole = torch.stack([rounded_part(layer, part) for part in parts])
+                weight.data = whole[0] if weight.dim() == 2 else whole
+            process(layer)
+
+        method.process_weights_after_loading = process_rounded
+
+    for name, module in model.named_modules():
+        method: Any = getattr(module, "quant_method", None)
+        if isinstance(module, LinearBase) and not name.endswith("gate"):  # a router
+            round_before(method, ("weight",))
+        elif isinstance(method, UnquantizedFusedMoEMethod):
+            round_before(method, ("w13_weight", "w2_weight"))
 
 
 def expect_no_padding(model: nn.Module) -> None:
@@ -206,6 +253,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         super().__init__(config, vllm_config, device, model)
         self.version, self.checksum = 0, ""
         self.applied: Literal["", "direct", "loader"] = ""
+        if isinstance(vllm_config.additional_config, dict) and (rounds := vllm_config.additional_config.get(ROUNDS)):
+            round_linear_weights(model, rounds)
         self._tensors: SharedTensors | None = None
         self._plan: DirectPlan | None = None
         self._direct_allowed = (

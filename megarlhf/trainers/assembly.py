@@ -8,6 +8,7 @@ from megarlhf.config.arguments import PPOConfig, RolloutArguments, SharedOptimiz
 from megarlhf.config.check_rewards import moments
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
+from megarlhf.config.precision import PrecisionArguments, RLPrecisionArguments
 from megarlhf.config.roles import LISTS, RoleSpec
 from megarlhf.config.supervised_arguments import ParityConfig, SupervisedConfig
 from megarlhf.data.planning import PackingOptions
@@ -27,12 +28,14 @@ from megarlhf.trainers.value import value_objective
 
 
 def build_engine(config: PPOConfig, role: RoleSpec) -> MegatronEngine:
-    """A role's engine in a process whose groups are set up. Adapters are of what trains."""
-    layout, optimizer = role.layout(config), None
+    """A role's engine in a process whose groups are set up. Adapters and FP8 are of what trains."""
+    layout, optimizer, own = role.layout(config), None, config
+    if not role.trains:
+        own = replace(config, lora=LoraArguments(), precision=RLPrecisionArguments())
     if role.learning_rate is not None:
         rate, steps = getattr(config.optimizer, role.learning_rate), optimizer_steps(config, role)
         optimizer = optimizer_options(config.optimizer, layout, rate, steps, passed=config.passed.megatron)
-    model = model_options(layout, config if role.trains else replace(config, lora=LoraArguments()))
+    model = model_options(layout, own)
     option, directory = role.start(config)
     if role.trains and option.startswith(LISTS) and config.algorithm.normalize_reward:
         # A critic that starts from a reward model speaks of its rewards as they are normalised.
@@ -134,6 +137,7 @@ def model_options(layout: LayoutArguments, config: PPOConfig | SupervisedConfig 
         kernels=config.kernels,
         passed=config.passed.megatron,
         lora=LoraArguments() if isinstance(config, ParityConfig) else config.lora,
+        precision=PrecisionArguments() if isinstance(config, ParityConfig) else config.precision,
     )
 
 

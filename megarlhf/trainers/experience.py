@@ -15,6 +15,7 @@ from megarlhf.algos.overlong import overlong_penalties
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
 from megarlhf.data.types import Floats, Rollout, Sample
+from megarlhf.trainers.precision import trainer_leaves_fp8
 from megarlhf.trainers.roles import ActorRole, CriticRole, LogProbDifference, UpdateResult
 from megarlhf.trainers.state import LoopState
 
@@ -145,6 +146,8 @@ def make_experience(
     mini_batches = split_mini_batches(samples, config, step=step)
     actor.begin(rollout, mini_batches)
     difference = None if config.is_one_pass else actor.log_probs()
+    if difference is not None and trainer_leaves_fp8(difference, config, actor, "log_prob"):
+        difference = actor.log_probs()
     has_reference = algorithm.init_kl_coef > 0
     if has_reference:
         actor.ref_log_probs()

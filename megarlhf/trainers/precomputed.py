@@ -86,13 +86,14 @@ def checkpoint_digest(directory: str | Path, engine: MegatronEngine, *more: str)
     model: it cannot tell weights apart that differ in other rows alone, as after an edit of a few tokens' embeddings.
 
     Args:
-        engine: the trained one, whose dtype is the other model's too.
+        engine: the trained one, whose dtype is the other model's too, in passes without gradients.
         more: such as how the numbers are taken.
     """
     if dist.get_rank() != 0:
         return ""
     config = (Path(directory) / "config.json").read_text(encoding="utf-8")
-    return _digest(f"bf16={engine.config.bf16}", *more, config, HFWeights(directory).fingerprint())
+    computed = (f"bf16={engine.config.bf16}", *engine.precision.identity())
+    return _digest(*computed, *more, config, HFWeights(directory).fingerprint())
 
 
 def _digest(*parts: str) -> str:

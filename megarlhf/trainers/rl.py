@@ -9,7 +9,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.prompts import PromptData
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
-from megarlhf.trainers import summary
+from megarlhf.trainers import precision, summary
 from megarlhf.trainers.evaluation import EvaluationSets, evaluate, evaluation_is_due
 from megarlhf.trainers.experience import (
     Updates,
@@ -45,6 +45,7 @@ def train(
     dropped = {"data/prompts_dropped": float(prompts.num_dropped)}
     measure = partial(evaluate, phases, roles.rollout, roles.reward, eval_sets, config)
     with saved_on_failure(roles, state):
+        precision.set_rollout(config, roles, state)
         with phases.sync():
             roles.sync.push(state.step)  # the engines start from the pretrained weights
         if state.step == 0:
@@ -54,6 +55,7 @@ def train(
             collected = collect(config, roles, prompts.prompts, state)  # the phases rollout and reward
             with phases.train():
                 metrics = train_step(config, roles, collected, state)
+            precision.set_rollout(config, roles, state)
             with phases.sync():
                 metrics |= roles.sync.push(step)
             if step == first + 1:
@@ -83,6 +85,7 @@ def train_step(config: PPOConfig, roles: Roles, collected: Collected, state: Loo
         Metrics of the samples and of their training.
     """
     algorithm, batch, consumed = config.algorithm, config.batch, collected.consumed
+    precision.begin_step(config, state)
     samples = with_result(collected.rollout.samples, estimator=algorithm.advantage_estimator)
     everyone = with_result(collected.samples, estimator=algorithm.advantage_estimator)
     metrics = summary.sample_metrics(collected.samples, everyone) | collected.metrics
@@ -109,7 +112,7 @@ def train_step(config: PPOConfig, roles: Roles, collected: Collected, state: Loo
             reward_scale=moments.scale(),
         )
     if experience.difference is not None:
-        metrics |= summary.check_log_prob_difference(experience.difference, config)
+        metrics |= precision.judge_log_probs(experience.difference, config, state, roles.actor, "log_prob")
     state.updating = True
     try:
         for mini_batch in update_order(len(experience.actor_denominators), config, step=step):
@@ -129,5 +132,6 @@ def train_step(config: PPOConfig, roles: Roles, collected: Collected, state: Loo
     metrics |= summary.training_metrics(experience, updates) | {"kl/coef": coef}
     state.kl_controller.update(metrics.get("kl/mean", 0.0), len(samples))
     if updates.actor and updates.actor[0].difference is not None:
-        metrics |= summary.check_log_prob_difference(updates.actor[0].difference, config)
+        metrics |= precision.judge_log_probs(updates.actor[0].difference, config, state, roles.actor, "train")
+    metrics |= precision.report(config, roles, state)
     return metrics | {"reward/untrained_steps": float(state.untrained_steps)}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megarlhf.algos.kl import KLEstimator
+from megarlhf.config.precision import EnginePhase
 from megarlhf.data.types import Floats, Prompt, Rollout, Sample
 
 
@@ -68,7 +69,13 @@ class RoleFailedError(RuntimeError):
 
 
 class RolloutRole(Protocol):
-    """The inference engines."""
+    """The inference engines.
+
+    Attributes:
+        in_fp8: whether they compute in FP8.
+    """
+
+    in_fp8: bool
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
         """n_samples_per_prompt samples of each prompt; seeds depend on (run seed, step, place, sample) alone.
@@ -82,6 +89,10 @@ class RolloutRole(Protocol):
 
         Seeds depend on (run seed, row in its data set, sample) alone.
         """
+
+
+    def set_fp8(self, on: bool) -> None:
+        """Compute in FP8 or not; a sync comes before they generate again."""
 
 
 class RewardRole(Protocol):
@@ -109,6 +120,12 @@ class TrainingRole(Protocol):
 
     def update(self, mini_batch: int, *, denominator: float) -> UpdateResult:
         """One optimizer step on one of the mini-batches."""
+
+    def fall_back(self, phase: EnginePhase, why: str) -> bool:
+        """Let a phase leave FP8, for fp8_fallback_steps; False where it has already."""
+
+    def precision_report(self) -> tuple[dict[str, float], list[str]]:
+        """Metrics of the step by phase and key, and what happened, in sentences; once a step, at its end."""
 
 
 class ActorRole(TrainingRole, Protocol):
@@ -173,6 +190,9 @@ class Phases(Protocol):
 
     def experience(self) -> AbstractContextManager[None]:
         """Inside of train: what comes before the updates."""
+
+    def restart(self) -> AbstractContextManager[None]:
+        """The inference engines alone have the devices, to start anew; a sync follows."""
 
     def sync(self) -> AbstractContextManager[None]:
         """The weights of actor and engines are awake, to be moved."""

@@ -47,6 +47,8 @@ class LoopState:
     untrained_steps: int = 0  # so far, for want of rewards
     untrained_in_a_row: int = 0  # the last steps among them
     best: Best = Best()  # evaluation so far
+    rollout_steps_left: int = 0  # of the engines outside of FP8; -1: all
+    rollout_fallbacks: int = 0  # so far
     updating: bool = False  # optimizer steps are under way: the weights are of no step; not saved
 
     @staticmethod
@@ -76,6 +78,8 @@ class LoopState:
         self.best = Best.of_state(state)
         for name in ("step", "consumed_prompts", "untrained_steps", "untrained_in_a_row"):
             setattr(self, name, int(state[name]))
+        for name in ("rollout_steps_left", "rollout_fallbacks"):
+            setattr(self, name, int(state.get(name, 0)))  # older checkpoints have none
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A step's numbers, under the names of metrics/keys.py."""
 
-import logging
 import statistics
 from collections.abc import Sequence
 
@@ -10,14 +9,7 @@ from megarlhf.algos.losses import explained_variance
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.types import Sample
 from megarlhf.trainers.experience import Experience, Updates, in_loss
-from megarlhf.trainers.roles import LogProbDifference, UpdateResult
-
-logger = logging.getLogger(__name__)
-STOP_FACTOR = 10.0  # a log-prob difference this many times the budget ends the run
-
-
-class LogProbDifferenceError(RuntimeError):
-    """Trainer and inference engine disagree so much that they cannot hold the same weights."""
+from megarlhf.trainers.roles import UpdateResult
 
 
 def sample_metrics(scored: Sequence[Sample], usable: Sequence[Sample]) -> dict[str, float]:
@@ -100,39 +92,6 @@ def _role_metrics(phase: str, results: Sequence[UpdateResult]) -> dict[str, floa
 def _mean(values: Sequence[float]) -> float:
     """Of metrics, which may have overflowed: statistics.fmean raises at infinities of both signs."""
     return sum(values) / len(values)
-
-
-def check_log_prob_difference(difference: LogProbDifference, config: PPOConfig) -> dict[str, float]:
-    """Trainer and inference engine on the same tokens under the same weights; past a budget it warns.
-
-    The mean |difference| and the KL have budgets. Of 10^7 tokens in bfloat16 the largest difference is far in the tail,
-    past 1 nat in runs that learn, and is only reported; in float32 it stays with rounding.
-
-    Raises:
-        LogProbDifferenceError: one is past STOP_FACTOR budgets, or not a number.
-    """
-    rollout = config.rollout
-    found = {
-        "rollout/logprob_diff_mean": difference.absolute / difference.num_tokens,
-        "rollout/logprob_kl": difference.kl / difference.num_tokens,
-        "rollout/logprob_diff_max": difference.largest,
-    }
-    limits = {
-        "rollout/logprob_diff_mean": ("logprob_diff_budget", rollout.logprob_diff_budget),
-        "rollout/logprob_kl": ("logprob_kl_budget", rollout.logprob_kl_budget),
-    }
-    if not config.model.bf16:
-        limits["rollout/logprob_diff_max"] = ("logprob_diff_budget", rollout.logprob_diff_budget)
-    for name, (option, budget) in limits.items():
-        sentence = (
-            f"{name}={found[name]:.3g} is past {option}={budget}: the inference engine does not compute with the "
-            "trainer's weights, or in another precision"
-        )
-        if not found[name] <= STOP_FACTOR * budget:  # NaN too
-            raise LogProbDifferenceError(f"{sentence}; it is past {STOP_FACTOR:g} budgets, so the run stops")
-        if found[name] > budget and name != "rollout/logprob_diff_max":
-            logger.warning("%s", sentence)
-    return found
 
 
 def speed(samples: Sequence[Sample], *, seconds: float) -> dict[str, float]:

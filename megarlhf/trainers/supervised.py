@@ -1,5 +1,6 @@
 """The supervised loop: one process per rank, every rank runs it; what is trained on which rows is a parameter."""
 
+import logging as logs
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from megarlhf.parallel.device import current_device
 from megarlhf.trainers.best import Best
 from megarlhf.trainers.evaluation import evaluation_is_due
 
+logger = logs.getLogger(__name__)
 Prepare = Callable[[SupervisedData, Ints, list[MicroBatch]], list[MicroBatch]]
 MEASURED_UNITS = 1024  # of the training data, for entries of config.json where there is no evaluation data
 
@@ -123,6 +125,10 @@ def train(
             save(step - 1)
             raise
         metrics["data/epoch"] = sampler.epoch(step)
+        phases, said = engine.precision.report()
+        metrics |= {f"precision/{key}": value for key, value in phases.items()}
+        for sentence in said if sinks is not None else ():
+            logger.warning("%s", sentence)
         if step == progress.step + 1:
             metrics |= memory(engine, task.name)
         stopping, epochs = agree(should_stop()), (sampler.epoch(step - 1), sampler.epoch(step))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.lora import LoraArguments
+from megarlhf.config.precision import PrecisionArguments
 from megarlhf.config.reward_model_arguments import PRMConfig, RMConfig
 from megarlhf.config.supervised_arguments import DPOConfig, KTOConfig, SFTConfig, SupervisedConfig
 from megarlhf.data.planning import PackingOptions
@@ -50,11 +51,11 @@ def build_task(config: SupervisedConfig, engine: MegatronEngine) -> SupervisedTa
 
 
 def frozen_engine(config: SupervisedConfig, directory: str) -> MegatronEngine:
-    """Another language model in the trained one's processes and layout, which only computes; it has no adapters."""
+    """Another language model in the trained one's processes and layout, which only computes, in bf16 or fp32."""
     return MegatronEngine(
         directory,
         head="lm",
-        model=model_options(config.layout, replace(config, lora=LoraArguments())),
+        model=model_options(config.layout, replace(config, lora=LoraArguments(), precision=PrecisionArguments())),
         packing=PackingOptions(max_tokens=config.micro_batch_tokens, share_prefix=config.share_prompt_prefix),
         optimizer=None,
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,

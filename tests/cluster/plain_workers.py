@@ -19,7 +19,7 @@ from megarlhf.config.roles import ROLES
 from megarlhf.data.packing import gather_targets, join_values, pack_rows
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GroupTokens, MicroBatch, Prompt, Rollout, Sample, TargetValues, TrainingRows
-from megarlhf.engine.engine import StepResult
+from megarlhf.engine.objective import StepResult
 
 PACKING = PackingOptions(max_tokens=40, share_prefix=False)
 WRONG = 1000.0  # what processes that compute along, and are not asked, are off by

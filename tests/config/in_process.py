@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.engine import average, checkpoint, engine, export, optimizer, schedule, sequences, sharing
+from megarlhf.engine import average, checkpoint, engine, export, optimizer, precision, schedule, sequences, sharing
 from megarlhf.engine.objective import LossTerm, TokenOutputs
 from megarlhf.models.build import transformer_config
+from megarlhf.models.fp8 import Statistics
 from megarlhf.parallel import groups
 from megarlhf.parallel.groups import Ranks
 from megarlhf.trainers import assembly, kd
@@ -187,7 +188,9 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (engine, "Adapters", FakeAdapters),
         (engine, "Float16Module", lambda config, chunk: chunk),
         (engine, "DistributedDataParallel", FakeDDP),
+        (optimizer, "DistributedDataParallel", FakeDDP),
         (engine, "RouterStatistics", FakeRouters),
+        (precision, "Fp8Layers", FakeFp8Layers),
         (engine, "run_forward", run_forward),
         (engine, "run_forward_backward", run_forward_backward),
         (engine, "run_evaluation", run_evaluation),
@@ -303,6 +306,21 @@ class FakeRouters:
 
     def metrics(self, *args: Any) -> dict[str, float]:
         return {}
+
+
+class FakeFp8Layers:
+    """Layers that always round the same numbers: of 200 one is cut, and the largest is 8."""
+
+    def __init__(self, chunks: Any, options: Any) -> None:
+        self.options, self.on, self.trains, self.num_rounded = options, False, False, 0
+
+    def take_statistics(self) -> Statistics:
+        return Statistics(amax=8.0, saturated=1, total=200)
+
+    def settle(self) -> None: ...
+
+    def round_weights(self) -> None:
+        self.num_rounded += 1
 
 
 class FakeSharedWeights:

@@ -174,6 +174,7 @@ def patch_vllm(patch: pytest.MonkeyPatch, trace: Trace) -> None:
     module("vllm.platforms", current_platform=platform)
     transfer = module(
         "megarlhf.rollout.weight_transfer",
-        **{"register": lambda: None, "BACKEND": "none", "WorkerExtension": type("WorkerExtension", (), {})},
+        **{"register": lambda: None, "BACKEND": "none", "ROUNDS": "megarlhf_rounds_weights"},
+        **{"WorkerExtension": type("WorkerExtension", (), {})},
     )
     patch.setattr(megarlhf.rollout, "weight_transfer", transfer, raising=False)

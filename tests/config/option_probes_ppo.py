@@ -25,6 +25,8 @@ from tests.config.option_probes import (
     transformer,
     world,
 )
+from tests.config.option_probes_precision import ROLLOUT as ROLLOUT_DTYPE
+from tests.config.option_probes_precision import precision_probes
 from tests.config.option_probes_tricks import TRICKS
 
 RLOO = {"advantage_estimator": "rloo"}
@@ -525,5 +527,5 @@ PPO = {
     **own_layout_probes("reward", "reward_pretrain", several=True, **JUDGED),
     **(MODEL | layout_probes("actor", ppo_ranks) | own_layout_probes("critic", "pretrain") | kernel_probes("critic")),
     **(PASSED | CLUSTER | BATCH | OPTIMIZER | ALGORITHM | ROLLOUT | DATA | EVALUATION | REWARD | LOGGING | LORA),
-    **TRICKS,
+    **(TRICKS | precision_probes("actor") | ROLLOUT_DTYPE),
 }

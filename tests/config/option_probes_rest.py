@@ -25,6 +25,7 @@ from tests.config.option_probes import (
     transformer,
     world,
 )
+from tests.config.option_probes_precision import precision_probes
 
 
 def given(what: str, name: str) -> Seen:
@@ -214,7 +215,7 @@ def shared_probes(program: str) -> dict[str, Probe]:
     """Options of every supervised program but those of its data and its loss."""
     return {
         **(MODEL | layout_probes("actor", sft_ranks) | kernel_probes("actor") | BATCH | megatron_probe("actor")),
-        **(optimizer_probes("actor") | logging_probes(program) | LORA),
+        **(optimizer_probes("actor") | logging_probes(program) | LORA | precision_probes("actor")),
         "num_gpus_per_node": Probe(
             value=2,
             seen=both(lambda t: t.given["ranks"][0]["world_size"], world("world_size"), world("rank")),

@@ -89,7 +89,7 @@ def test_unknown_flags_are_reported_together_with_the_nearest_name(capsys: pytes
     assert "--learning_rate; did you mean --actor_learning_rate?" in message
     assert "--tensor-model-paralel-size; did you mean --tensor_model_parallel_size?" in message
     assert "--fp8 is not an option here" in message
-    assert "set --bf16" in message
+    assert "set train_dtype, log_prob_dtype or rollout_dtype" in message
 
 
 @pytest.mark.parametrize(

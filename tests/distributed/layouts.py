@@ -8,6 +8,7 @@ from typing import Literal
 
 from megarlhf.config.layouts import KernelArguments, LayoutArguments
 from megarlhf.config.lora import LoraArguments
+from megarlhf.config.precision import PrecisionArguments
 from megarlhf.data.planning import PackingOptions
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import OptimizerOptions
@@ -38,6 +39,7 @@ class Layout:
     bf16: bool = False
     recompute: Literal["full", "selective"] | None = None
     moe_aux_loss_coeff: float = 0.0
+    precision: PrecisionArguments = PrecisionArguments()
     compiled: bool = False  # Megatron-Core's small functions, which only GPUs compile
 
     @property
@@ -180,6 +182,7 @@ def build(
             bf16=layout.bf16,
             moe_aux_loss_coeff=layout.moe_aux_loss_coeff,
             lora=lora or LoraArguments(),
+            precision=layout.precision,
             layout=LayoutArguments(
                 sequence_parallel=layout.sequence_parallel,
                 cp_comm_type=layout.cp_comm_type,

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from megarlhf.config.aliases import ALIASES
 from megarlhf.data.packing import join_values
-from megarlhf.engine.engine import MegatronEngine, StepResult
+from megarlhf.engine.engine import MegatronEngine
+from megarlhf.engine.objective import StepResult
 from megarlhf.engine.optimizer import OptimizerOptions, build_scheduler, main_weight
 from megarlhf.trainers.sft import sft_objective
 from tests.distributed.cases import Parts, assemble, make_rows, parts, sequences

@@ -20,6 +20,7 @@ from megarlhf.config.arguments import (
     RLModelArguments,
     RolloutArguments,
 )
+from megarlhf.config.precision import EnginePhase, RLPrecisionArguments
 from megarlhf.data.partition import DataParallelSplit, rows_of
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import Floats, GroupTokens, Prompt, Rollout, Sample, TrainingRows
@@ -35,6 +36,7 @@ def make_config(
     algorithm: dict[str, Any] | None = None,
     logging: dict[str, Any] | None = None,
     reward: dict[str, Any] | None = None,
+    precision: dict[str, Any] | None = None,
     freezing_actor_steps: int = -1,
 ) -> PPOConfig:
     """A small configuration; nothing in it is read from disk."""
@@ -44,6 +46,7 @@ def make_config(
         batch=BatchArguments(**(sizes | (batch or {}))),
         optimizer=OptimizerArguments(freezing_actor_steps=freezing_actor_steps),
         algorithm=AlgorithmArguments(**(algorithm or {})),
+        precision=RLPrecisionArguments(**(precision or {})),
         rollout=RolloutArguments(prompt_max_len=8, generate_max_len=8),
         data=PromptDataArguments(prompt_data="prompts.jsonl"),
         reward=RewardArguments(**(reward or {})),
@@ -92,6 +95,7 @@ class PlainRoles:
         self.phase, self.version = "none", -1
         self.last_saved: int | None = None
         self._without_result, self._difference = set(without_result), difference
+        self.in_fp8 = False  # of the engines
 
     def roles(self, *, critic: bool) -> Roles:
         return Roles(
@@ -120,6 +124,11 @@ class PlainRoles:
         self.events.append("evaluate" if temperature == 0 else f"evaluate {n_samples} at {temperature}")
         samples = [self._sample(p, g, s, 0) for g, p in enumerate(prompts) for s in range(n_samples)]
         return Rollout(samples=samples, tokens=tokens_of(samples))
+
+    def set_fp8(self, on: bool) -> None:
+        assert self.phase == "restart" and on != self.in_fp8
+        self.in_fp8 = on
+        self.events.append(f"restart {'in' if on else 'out of'} fp8")
 
     def _sample(self, prompt: Prompt, group: int, sample: int, step: int) -> Sample:
         return Sample(
@@ -186,6 +195,12 @@ class _Training:
         found = self._forward("old_log_probs", self._parent.difference())
         return LogProbDifference.between(found, self.rows.fields["rollout_log_probs"])
 
+    def fall_back(self, phase: EnginePhase, why: str) -> bool:
+        return False
+
+    def precision_report(self) -> tuple[dict[str, float], list[str]]:
+        return {}, []
+
     def ref_log_probs(self) -> None:
         self._forward("ref_log_probs", -0.5)
 
@@ -222,7 +237,7 @@ class _Phases:
         self._parent.phase = before
 
     def __getattr__(self, name: str) -> Any:
-        assert name in ("rollout", "reward", "train", "sync", "evaluate", "judge", "save"), name
+        assert name in ("rollout", "reward", "train", "restart", "sync", "evaluate", "judge", "save"), name
         return lambda **_: self._enter(name)
 
     def experience(self) -> Any:

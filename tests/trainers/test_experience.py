@@ -16,7 +16,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.roles import ROLES
 from megarlhf.data.types import Rollout, Sample
-from megarlhf.trainers import summary
+from megarlhf.trainers import precision, summary
 from megarlhf.trainers.assembly import optimizer_steps
 from megarlhf.trainers.experience import (
     Experience,
@@ -262,7 +262,7 @@ def _variance(numbers: list[float]) -> float:
 def check_difference(difference: LogProbDifference, *, bf16: bool = False, **budgets: Any) -> dict[str, float]:
     config = make_config(Path("unused"))
     model, rollout = replace(config.model, bf16=bf16), replace(config.rollout, **budgets)
-    return summary.check_log_prob_difference(difference, replace(config, model=model, rollout=rollout))
+    return precision.check_log_prob_difference(difference, replace(config, model=model, rollout=rollout))
 
 
 def test_log_prob_differences_add_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -286,7 +286,7 @@ def test_log_prob_differences_add_up(caplog: pytest.LogCaptureFixture) -> None:
         (broken + first, {}),
     ):
         for bf16 in (False, True):
-            with pytest.raises(summary.LogProbDifferenceError, match="past 10 budgets"):
+            with pytest.raises(precision.LogProbDifferenceError, match="past 10 budgets"):
                 check_difference(bad, bf16=bf16, **budgets)
 
 
@@ -297,7 +297,7 @@ def test_one_far_token_of_many_stops_in_float32_alone() -> None:
     trainer[7] = 0.0
     far = LogProbDifference.between(trainer, engine)
     assert check_difference(far, bf16=True)["rollout/logprob_diff_max"] == pytest.approx(1.0)
-    with pytest.raises(summary.LogProbDifferenceError, match="logprob_diff_max=1 is past logprob_diff_budget=0.05"):
+    with pytest.raises(precision.LogProbDifferenceError, match="logprob_diff_max=1 is past logprob_diff_budget=0.05"):
         check_difference(far)
 
 

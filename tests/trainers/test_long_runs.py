@@ -14,8 +14,8 @@ from megarlhf.engine.objective import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import rl
 from megarlhf.trainers.experience import NoSamplesError, enough_results
+from megarlhf.trainers.precision import LogProbDifferenceError
 from megarlhf.trainers.roles import RoleFailedError
-from megarlhf.trainers.summary import LogProbDifferenceError
 from tests.trainers.plain_roles import PlainRoles
 from tests.trainers.test_rl import run
 

@@ -14,8 +14,8 @@ from megarlhf.engine.engine import NonFiniteError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import rl
 from megarlhf.trainers.experience import NoSamplesError
+from megarlhf.trainers.precision import LogProbDifferenceError
 from megarlhf.trainers.state import LoopState
-from megarlhf.trainers.summary import LogProbDifferenceError
 from tests.trainers.plain_roles import PlainRoles, make_config, make_prompts
 
 

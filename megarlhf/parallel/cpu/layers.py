@@ -79,7 +79,11 @@ class WholeLinear(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
         """[t, 1, input_size] -> ([t, 1, output_size], no bias), as Megatron-Core's linear layers return them."""
-        return F.linear(hidden, self.weight), None
+        return self._forward_impl(hidden, self.weight), None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
+        """The product alone, by the name that it has in Megatron-Core's layers."""
+        return F.linear(input, weight)
 
 
 class SegmentLatentAttention(LatentLayersAsNamed, MLASelfAttention):
