@@ -163,6 +163,13 @@ class SharedOptimizerArguments:
     clip_grad: float = 1.0
     """Largest L2 norm of the whole gradient; larger ones are scaled down to it. 0: no clipping; the norm is
     reported, and a step where it is not finite refused, all the same."""
+    optimizer_cpu_offload: bool = False
+    """Keep AdamW's moments and fp32 main weights in the host's memory, and step there: far less memory of the device,
+    slower steps. Needs use_distributed_optimizer."""
+    optimizer_offload_fraction: float = 1.0
+    """With optimizer_cpu_offload: part of the numbers that is kept and stepped on the host."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With optimizer_cpu_offload: copy gradients and weights of some parameters while others are stepped."""
 
 
 @dataclass(frozen=True, kw_only=True)

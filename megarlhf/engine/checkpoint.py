@@ -25,7 +25,7 @@ filesystem_async._results_queue = queue.Queue()
 _ADAPTERS = "adapters"  # with LoRA, in the place of the model: what is trained alone
 _HAS_MOMENTS = "optimizer_has_state"
 _PRECISION = "precision"  # scales and fallbacks of FP8
-_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")  # of an optimizer's parameter group
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay", "fused")  # of an optimizer's parameter group
 
 
 def _chunks(engine: MegatronEngine) -> dict[str, Any]:

@@ -9,7 +9,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    HybridDeviceOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -73,13 +78,17 @@ def wrap_chunks(chunks: Sequence[Any], config: Any, options: OptimizerOptions) -
 
 
 def build_optimizer(chunks: list[Any], options: OptimizerOptions, *, bf16: bool) -> Any:
-    """Megatron-Core's optimizer over DistributedDataParallel chunks; float32 main parameters under bf16."""
+    """Megatron-Core's optimizer over DistributedDataParallel chunks; float32 main parameters under bf16.
+
+    What steps on the host holds them itself, as Megatron-Core calls precision-aware.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.learning_rate,
         min_lr=options.learning_rate * options.min_lr_ratio,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_precision_aware_optimizer=options.optimizer_cpu_offload,
         **passed_fields(OptimizerConfig, vars(options)),  # of the same names there: AdamW's, clip_grad, overlap, ...
         **passed_fields(OptimizerConfig, options.passed),
     )
@@ -92,12 +101,18 @@ def single_optimizers(optimizer: Any) -> list[Any]:
 
 
 def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """What the optimizer steps (parameters, or main weights beside them, or its shards of either) and remembers."""
+    """What the optimizer steps (parameters, or main weights beside them, or its shards of either) and remembers.
+
+    What it steps on the host is left out.
+    """
     for single in single_optimizers(optimizer):
-        if single.optimizer is not None:  # None: this rank steps none of these
-            for group in single.optimizer.param_groups:
+        inner = single.optimizer
+        if isinstance(inner, HybridDeviceOptimizer):
+            inner = inner.gpu_optimizer
+        if inner is not None:  # None: this rank steps none of these
+            for group in inner.param_groups:
                 yield from group["params"]
-            for state in single.optimizer.state.values():
+            for state in inner.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
@@ -137,18 +152,25 @@ def main_weight(optimizer: Any, parameter: Any) -> Tensor:
         return parameter.data
     if not optimizer.config.use_distributed_optimizer:
         return parameter.main_param.data
-    main: Any = getattr(parameter, "main_param", None)  # None: all of it lies on other ranks
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    if main is not None:
-        (holder,) = (part for part in optimizer.chained_optimizers if parameter in part.model_param_gbuf_map)
-        held = holder._get_model_param_range_map(parameter)["param"]
-        whole[held.start : held.end] = main.data
+    for holder in optimizer.chained_optimizers:  # none where all of it lies on other ranks
+        if parameter in getattr(holder, "model_param_gbuf_map", ()):
+            held = holder._get_model_param_range_map(parameter)["param"]
+            whole[held.start : held.end] = _main_part(holder, parameter).data
     if getattr(parameter, "allreduce", True):
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     else:
         group = parallel_state.get_expert_data_parallel_group()
     dist.all_reduce(whole, group=group)
     return whole.view_as(parameter)
+
+
+def _main_part(holder: Any, parameter: Any) -> Tensor:
+    """This rank's part of a parameter's float32 weight."""
+    group, order = holder.model_param_group_index_map[parameter]
+    stepped: Tensor = holder.optimizer.param_groups[group]["params"][order]
+    is_hybrid = isinstance(holder.optimizer, HybridDeviceOptimizer)
+    return holder.optimizer.param_to_inner_param[stepped] if is_hybrid else stepped
 
 
 def build_scheduler(optimizer: Any, options: OptimizerOptions) -> OptimizerParamScheduler:

@@ -208,6 +208,21 @@ RUNS = {
     "no clip, DP2": ("qwen2", Layout(data=2), replace(CONSTANT, clip_grad=0.0)),
     "clipped, DP2-distopt-overlap": ("qwen2", Layout(data=2, distributed_optimizer=True, overlap=True), OPTIONS),
     "clipped, EP2": ("mixtral", Layout(data=2, expert=2), OPTIONS),
+    "clipped, half on the host": (
+        "qwen2",
+        Layout(distributed_optimizer=True),
+        replace(OPTIONS, optimizer_cpu_offload=True, optimizer_offload_fraction=0.5),
+    ),
+    "clipped, all on the host, DP2-overlap": (
+        "qwen2",
+        Layout(data=2, distributed_optimizer=True, overlap=True),
+        replace(OPTIONS, optimizer_cpu_offload=True, overlap_cpu_optimizer_d2h_h2d=True),
+    ),
+    "clipped, all on the host, EP2": (
+        "mixtral",
+        Layout(data=2, expert=2, distributed_optimizer=True),
+        replace(OPTIONS, optimizer_cpu_offload=True),
+    ),
 }
 
 
@@ -261,11 +276,11 @@ def test_a_step_computes_one_norm(ranks: RankPool, tmp_path: Path) -> None:
 
 
 def bf16_steps(
-    rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path
+    rank: int, world_size: int, init_method: str, layout: Layout, model_dir: Path, options: OptimizerOptions
 ) -> tuple[Parts, list[tuple[float, float]]]:
     """The first gradient; per step, how far AdamW on float32 copies moves weights, and how far off the engine is."""
     with world(layout, rank, init_method):
-        engine, distances = build(layout, model_dir, options=OPTIONS, temperature=TEMPERATURE), []
+        engine, distances = build(layout, model_dir, options=options, temperature=TEMPERATURE), []
         copies = {name: p.detach().float().clone() for name, p in engine.named_parameters()}
         optimizer, first = adamw(copies, OPTIONS), None
         for step in range(STEPS):
@@ -291,11 +306,13 @@ def bf16_steps(
         return first, distances
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["main-parameters", "distopt"])
-def test_bf16_steps_are_those_of_adamw_on_float32_copies(ranks: RankPool, tmp_path: Path, distributed: bool) -> None:
+@pytest.mark.parametrize("kept", ["main parameters", "distopt", "on the host"])
+def test_bf16_steps_are_those_of_adamw_on_float32_copies(ranks: RankPool, tmp_path: Path, kept: str) -> None:
     model_dir = make_model(tmp_path / "model", family="qwen2", num_hidden_layers=2)
-    layout = Layout(bf16=True, distributed_optimizer=distributed)
-    first, distances = ranks.run(1, bf16_steps, layout, model_dir)[0]
+    layout = Layout(bf16=True, distributed_optimizer=kept != "main parameters")
+    host = kept == "on the host"
+    options = replace(OPTIONS, optimizer_cpu_offload=host, optimizer_offload_fraction=0.5 if host else 1.0)
+    first, distances = ranks.run(1, bf16_steps, layout, model_dir, options)[0]
     for moved, off in distances:
         assert moved > 5e-4 and off < 1e-5
     model = transformers_model(model_dir)

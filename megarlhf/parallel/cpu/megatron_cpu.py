@@ -34,6 +34,16 @@ _RULES = {
     # Split sizes of all-to-all become numpy arrays where they leave a GPU.
     "split sizes": (re.compile(r"is_tensor\(tensor\) and tensor\.is_cuda"), "is_tensor(tensor)"),
 }
+_MODULE_RULES = {  # of one module alone
+    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer": {
+        # It tells the device's tensors from the host's by is_cuda; here all that it is given is the device's.
+        "given tensors": (re.compile(r"(?<=\S) (and|if) param\.is_cuda"), ""),
+        "host copies": (re.compile(r"if param\.is_cuda:"), "if not cpu_copy:"),
+        "pinned copies": (re.compile(r"\.cpu\(\)\.pin_memory\(\)"), ""),
+        "pinned gradients": (re.compile(r"pin_memory=self\.pin_cpu_grads"), "pin_memory=False"),
+        "moved state": (re.compile(r"\.to\(\"cuda\"\)"), '.to("cpu")'),
+    }
+}
 _matches: Counter[str] = Counter()
 
 
@@ -88,7 +98,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> types.CodeType:
         source = self.get_data(self.path).decode()
-        for name, (pattern, replacement) in _RULES.items():
+        for name, (pattern, replacement) in (_RULES | _MODULE_RULES.get(fullname, {})).items():
             source, count = pattern.subn(replacement, source)
             _matches[name] += count
         return compile(source, self.path, "exec", dont_inherit=True)
@@ -141,7 +151,8 @@ def verify() -> None:
     import megatron.core.pipeline_parallel  # noqa: F401
 
     _mend_what_is_not_installed()
-    idle = [name for name in _RULES if not _matches[name]]
+    rules = [*_RULES, *(name for own in _MODULE_RULES.values() for name in own)]
+    idle = [name for name in rules if not _matches[name]]
     if device_kind() == "cpu" and idle:
         raise RuntimeError(
             f"megatron-core: the CPU rewriting rules {idle} match nothing; this version is not supported"
@@ -152,16 +163,18 @@ def verify() -> None:
 def _mend_what_is_not_installed() -> None:
     """Without TransformerEngine, and without any fused Adam, on a GPU as on a CPU."""
     from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import distrib_optimizer, optimizer_config
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     if importlib.util.find_spec("transformer_engine") is None:
         # Where Megatron-Core puts mocks in place of TransformerEngine's layers, this module takes them for layers.
         multi_latent_attention.HAVE_TE = False
+        optimizer_config.is_te_min_version = lambda *_, **__: False  # it would compare with no version
         bind_router_product(moe_utils)
     if optimizer.USING_PYTORCH_OPTIMIZER:
         _mend_optimizer(distrib_optimizer)
+    _mend_offload(optimizer.HybridDeviceOptimizer, distrib_optimizer.DistributedOptimizer)
 
 
 def _mend_random_state(megatron_random: Any) -> None:
@@ -191,6 +204,47 @@ def _mend_optimizer(distrib_optimizer: Any) -> None:
 
     optimizer_class._set_main_param_and_optimizer_states = set_states_but_step
     optimizer_class.load_state_dict = load_with_own_steps
+
+
+def _mend_offload(hybrid: Any, distributed: Any) -> None:
+    """Let the optimizer that steps on the host have float32 parameters, plain checkpoints and its own memory.
+
+    Megatron-Core's shards of float32 parameters come with a history, which it refuses; it gives those on the device no
+    gradient, and refreshes the copies of 16-bit ones alone. Its settings have classes in them, which a checkpoint must
+    not have, and what a load gives it are views of the whole state of all data-parallel ranks.
+    """
+    set_states = distributed._set_main_param_and_optimizer_states
+    groups = distributed._build_model_and_main_param_groups
+    set_gradients, state_dict = hybrid._set_sub_optimizer_grads, hybrid.state_dict
+
+    def set_all_gradients(self: Any) -> None:
+        set_gradients(self)
+        for param, inner in self.param_to_inner_param.items():
+            if inner is param:
+                param.grad = getattr(param, "decoupled_grad", param.grad)
+
+    def update_by_state(self: Any) -> None:
+        for param, state in self.state.items():
+            self.param_to_inner_param[param].data.copy_(state["master_param"])
+
+    def update_by_params(self: Any) -> None:
+        for param, inner in self.param_to_inner_param.items():
+            inner.data.copy_(param)
+
+    def plain_state(self: Any) -> dict[str, Any]:
+        found = state_dict(self)
+        plain = [{k: v for k, v in group.items() if not isinstance(v, type)} for group in found["param_groups"]]
+        return {**found, "param_groups": plain}
+
+    def set_own_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        own = {key: tensor.clone() for key, tensor in tensors.items()} if isinstance(self.optimizer, hybrid) else None
+        set_states(self, model_param, own or tensors)
+
+    hybrid._set_sub_optimizer_grads, hybrid.state_dict = set_all_gradients, plain_state
+    hybrid._update_fp32_params_by_new_state = update_by_state
+    hybrid.update_fp32_param_by_new_param = update_by_params
+    distributed._build_model_and_main_param_groups = staticmethod(torch.no_grad()(groups))
+    distributed._set_main_param_and_optimizer_states = set_own_states
 
 
 def _mend_mappings(mappings: Any) -> None:
