@@ -13,15 +13,23 @@ from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.precision import wide_dtype
-from megarlhf.config.roles import megatron_roles
+from megarlhf.config.roles import first_given, megatron_roles
 from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import engine_sizes, kv_numbers_per_token, layer_widths, stage_sizes
-from megarlhf.parallel.device import device_memory_bytes
+from megarlhf.parallel.device import device_memory_bytes, host_memory_bytes
 from megarlhf.planner.memory import RankBytes, Work, rank_bytes
-from megarlhf.planner.memory_table import GIB, DeviceTable, EngineBytes, RoleBytes, device_tables, misfits
+from megarlhf.planner.memory_table import (
+    GIB,
+    DeviceTable,
+    EngineBytes,
+    RoleBytes,
+    device_tables,
+    host_table,
+    misfits,
+)
 
 Config = PPOConfig | SupervisedConfig
 
@@ -31,7 +39,9 @@ class MemoryPlan:
     """Tables of a run, and what does not fit."""
 
     tables: list[DeviceTable]
+    host: DeviceTable  # of the fullest node
     memory: int | None  # bytes of a device; None where they are not known
+    host_memory: int | None  # of a node's host
     misfits: list[tuple[str, str]]  # phase and sentence
 
     @property
@@ -41,7 +51,7 @@ class MemoryPlan:
 
     def text(self) -> str:
         """All tables, and what they were not compared with."""
-        parts = [table.text(self.memory) for table in self.tables]
+        parts = [table.text(self.memory) for table in self.tables] + [self.host.text(self.host_memory)]
         if self.memory is None:
             parts.append("note: no GPU here and no gpu_memory_gib: compared with no device's memory")
         return "\n\n".join(parts)
@@ -55,6 +65,10 @@ def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
     """
     cluster = config.cluster if isinstance(config, PPOConfig) else config.ranks
     memory = device_memory_bytes() if cluster.gpu_memory_gib is None else int(cluster.gpu_memory_gib * GIB)
+    host_memory = host_memory_bytes() if memory and cluster.gpu_memory_gib is None else None
+    if cluster.host_memory_gib is not None:
+        host_memory = int(cluster.host_memory_gib * GIB)
+    gpu, resident = memory is not None, config.keeps_resident
     if isinstance(config, SupervisedConfig):
         model, *teachers = models
         reference = config.keeps_reference
@@ -62,13 +76,17 @@ def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
         for teacher in teachers:
             ranks = _beside_teacher(config, ranks, teacher)
         slots: dict[int, dict[str, RoleBytes]] = {rank: {"actor": taken} for rank, taken in enumerate(ranks)}
-        tables, engine = device_tables(slots, colocated=False, gpu=memory is not None), None
+        engine, colocated, nodes = None, False, max(1, config.world_size // config.ranks.num_gpus_per_node)
     else:
-        engine = _engine(config, models[0], memory)
-        colocated = config.cluster.colocate_all_models
-        tables = device_tables(_slots(config, models, engine), colocated=colocated, gpu=memory is not None)
+        engine, colocated = _engine(config, models[0], memory), config.cluster.colocate_all_models
+        slots = _slots(config, models, engine)
+        nodes = max(first_given(config.cluster, role.workers[0])[1] for role in megatron_roles(config))
+    tables = device_tables(slots, colocated=colocated, gpu=gpu, resident=resident)
+    per_node = -(-len(slots) // nodes)
+    host = host_table(slots, devices_per_node=per_node, colocated=colocated, resident=resident, gpu=gpu)
     found = [] if memory is None else misfits(tables, engine, memory)
-    return MemoryPlan(tables=tables, memory=memory, misfits=found)
+    found += [] if host_memory is None else misfits([host], None, host_memory)
+    return MemoryPlan(tables=tables, host=host, memory=memory, host_memory=host_memory, misfits=found)
 
 
 def fitting_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
@@ -78,10 +96,12 @@ def fitting_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
         ValueError: it does not; names role, phase, bytes and the two smallest changes that make it fit.
     """
     plan = plan_memory(config, models)
-    if plan.memory is None or not plan.misfits:
+    if not plan.misfits:
         return plan
+    sizes = {"gpu_memory_gib": plan.memory, "host_memory_gib": plan.host_memory}
+    given = ", ".join(f"{name}={size / GIB:.4g}" for name, size in sizes.items() if size is not None)
     said = "; ".join(sentence for _, sentence in plan.misfits)
-    raise ValueError(f"gpu_memory_gib={plan.memory / GIB:.4g}; {said}: {_remedies(config, models)}\n{plan.text()}")
+    raise ValueError(f"{given}; {said}: {_remedies(config, models)}\n{plan.text()}")
 
 
 def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -> dict[int, dict[str, RoleBytes]]:
@@ -108,6 +128,7 @@ def _training_ranks(
     arch = find_architecture(hf)
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
     etp, data = layout.expert_tensor_parallel_size or tp, world_size // (tp * pp * cp)
+    optimizer = config.optimizer
     micro_batches = -(-config.batch.global_batch_size // data)
     if isinstance(config, PPOConfig) and config.pretraining.pretrain_data is not None:
         micro_batches *= 2  # of as many documents
@@ -129,6 +150,7 @@ def _training_ranks(
         vocabulary=padded_vocab_size(hf.vocab_size, tp) if head == "lm" else 0,
         logprob_chunk_tokens=config.batch.logprob_chunk_tokens,
         has_reference=has_reference and not config.lora.lora_rank,  # adapters off are the reference
+        offload_fraction=optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0,
     )
     stages = stage_sizes(arch, hf, layout, head=head, lora=config.lora)
     widths = layer_widths(arch, hf, lora=config.lora)
@@ -252,6 +274,8 @@ def _changes(config: Config) -> Iterator[list[Change]]:
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     yield [("layout", {"tensor_model_parallel_size": tensor * n, "sequence_parallel": True}) for n in range(2, 9)]
     yield [("layout", {"pipeline_model_parallel_size": pipeline * n}) for n in range(2, 9)]
+    offload = [("optimizer", {"optimizer_cpu_offload": True})] if layout.use_distributed_optimizer else []
+    yield [] if config.optimizer.optimizer_cpu_offload else offload
     if isinstance(config, PPOConfig):
         yield [("cluster", {"actor_num_gpus_per_node": 2 * config.cluster.actor_num_gpus_per_node})]
     else:

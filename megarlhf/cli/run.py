@@ -23,7 +23,7 @@ from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
 from megarlhf.formats import run_checkpoints
 from megarlhf.formats.huggingface import HFConfig, HFWeights, has_score_head, read_checkpoint, read_config
 from megarlhf.metrics.sinks import Sinks
-from megarlhf.models.backend import model_backend, resolve_transformer_impl
+from megarlhf.models.backend import fused_adam, model_backend, resolve_transformer_impl
 from megarlhf.models.names import check_names, check_reward_model, stored_dtypes
 from megarlhf.models.registry import check_computing, check_engine_head, check_transformer_engine, find_architecture
 from megarlhf.models.targets import check_model_targets, check_quantised
@@ -141,6 +141,8 @@ def resolve_kernels(
             share_prompt_prefix=share_prompt_prefix,
             recompute_modules=modules,
             load_in_4bit=not isinstance(config, ParityConfig) and config.lora.load_in_4bit,
+            offload_fraction=1.0 if isinstance(config, ParityConfig) else config.optimizer.optimizer_offload_fraction,
+            fused_adam=device == "cpu" or fused_adam().on,
         )
     )
     for warning in kernel_warnings(impl, bf16=bf16):

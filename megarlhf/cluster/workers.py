@@ -118,7 +118,7 @@ class MegatronWorker:
         )
         self.engine = build_engine(spec.config, spec.role)
         if spec.role.keeps_reference(spec.config):
-            self.engine.keep_reference()
+            self.engine.keep_reference(stays=spec.config.keeps_resident)
         self.objective = build_objective(spec.config, spec.role)
         self.pretraining = build_pretraining(spec.config, spec.role, self.engine)
         self.average = build_average(spec.config, spec.role, self.engine)

@@ -81,9 +81,10 @@ ALIASES: dict[str, Alias] = {
         note="ZeRO is DeepSpeed's; here --use_distributed_optimizer splits the optimizer's state (on by default), "
         "--tensor_model_parallel_size and --pipeline_model_parallel_size split weights and gradients",
     ),
-    "adam_offload": Alias(
-        note="not done here: --use_distributed_optimizer splits the optimizer's state over the ranks; --dry-run says "
-        "whether it fits"
+    "adam_offload": Alias(settings={"optimizer_cpu_offload": "True"}),
+    "use_precision_aware_optimizer": Alias(
+        note="always so with --optimizer_cpu_offload; main weights, moments and gradients are float32 in any case",
+        only_with="optimizer_cpu_offload",
     ),
     "zpg": Alias(
         choices={"1": {}},
@@ -110,10 +111,6 @@ ALIASES: dict[str, Alias] = {
             only_with="actor_num_nodes",
         ),
     ),
-    "ref_reward_offload": Alias(
-        note="the reference, and reward models that share devices, are there only while they compute; no effect",
-        only_with="actor_num_nodes",
-    ),
     "actor_init_on_gpu": Alias(note="weights are loaded where they are used; no effect", only_with="actor_num_nodes"),
     "vllm_sync_backend": Alias(
         num_ignored_values=1, note="the devices decide how weights reach vLLM; no effect", only_with="actor_num_nodes"
@@ -122,7 +119,6 @@ ALIASES: dict[str, Alias] = {
         note="the devices decide how weights reach vLLM; no effect", only_with="actor_num_nodes"
     ),
     "enable_prefix_caching": Alias(note=ALWAYS + "; each sync empties the cache", only_with="max_num_seqs"),
-    "ref_offload": Alias(note="the reference is on the device only while it computes; no effect", only_with="beta"),
     "teacher_offload": Alias(note=ALWAYS, only_with="teacher_model"),
     "vllm_enable_sleep": Alias(note=ALWAYS + " where models share devices", only_with="actor_num_nodes"),
     "perf": Alias(note="times are always measured; no effect", only_with="actor_num_nodes"),

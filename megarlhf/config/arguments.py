@@ -93,9 +93,15 @@ class ClusterArguments(EngineArguments):
     colocate_all_models: bool = True
     """Let all roles take turns on the same devices. Off: actor, critic, each reward model and vLLM engines have their
     own."""
+    ref_reward_offload: bool = True
+    """Have the reference, and reward models that share devices, there only while they compute. Off: they stay on the
+    devices, which saves copies from the host's memory."""
     gpu_memory_gib: float | None = None
     """Memory of each GPU in GiB, which the plan's bytes must fit into. None: this machine's GPUs tell; without any, the
     plan is printed and compared with nothing."""
+    host_memory_gib: float | None = None
+    """Memory of each node's host in GiB, for what sleeps and what is stepped there. None: this machine's, where it has
+    the GPUs; else it is printed and compared with nothing."""
     ray: bool | None = None
     """Run the workers in Ray. Off: as child processes of the run, on this machine. None: on, but as in OpenRLHF off for
     `python -m megarlhf.cli.train_ppo`."""
@@ -377,6 +383,11 @@ class PPOConfig:
         """Prompts that an evaluation answers at a time: with all responses no more than a step's, where that can be."""
         batch, responses = self.batch, 1 + self.evaluation.eval_n_samples_per_prompt
         return max(1, batch.rollout_batch_size * min(batch.n_samples_per_prompt, responses) // responses)
+
+    @property
+    def keeps_resident(self) -> bool:
+        """Whether what is never trained stays on the devices."""
+        return not self.cluster.ref_reward_offload
 
     @property
     def keeps_reward_moments(self) -> bool:

@@ -23,6 +23,8 @@ def kernel_errors(
     share_prompt_prefix: bool,
     recompute_modules: Sequence[str] | None = None,
     load_in_4bit: bool = False,
+    offload_fraction: float = 1.0,
+    fused_adam: bool = True,
 ) -> list[str]:
     """What keeps the layers from computing as asked.
 
@@ -30,8 +32,15 @@ def kernel_errors(
         layouts: each with the prefix of its options, such as "" or "critic_".
         share_prompt_prefix: as it was asked for, or decided.
         recompute_modules: what selective recomputation recomputes; None: attention, as Megatron-Core has it.
+        offload_fraction: part of the optimizer that is on the host.
+        fused_adam: the devices have an AdamW that is not PyTorch's, which the host has; or they are the host.
     """
     errors = _recompute_errors(impl, layouts, recompute_modules)
+    if offload_fraction < 1 and not fused_adam:
+        errors.append(
+            f"optimizer_offload_fraction={offload_fraction} without TransformerEngine or apex (Megatron-Core tells the "
+            "device's AdamW from the host's by its class when it loads): install one, or leave it out for 1"
+        )
     if impl == "local":
         return errors
     for prefix, layout in layouts:

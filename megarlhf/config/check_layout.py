@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.arguments import PPOConfig, SharedOptimizerArguments
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.config.roles import ROLES, RoleSpec, first_given, megatron_roles, unread_counts
+from megarlhf.config.roles import ROLES, RoleSpec, first_given, megatron_roles, reward_roles, unread_counts
+from megarlhf.config.supervised_arguments import DPOConfig, SupervisedConfig
 
 Model = Mapping[str, Any]  # content of a config.json
 
@@ -75,6 +76,34 @@ def shared_errors(layout: LayoutArguments) -> list[str]:
         "be on (it hides their communication): set both"
     ] = layout.overlap_param_gather and not (distributed and overlap)
     return broken(rules)
+
+
+def offload_errors(optimizer: SharedOptimizerArguments, layout: LayoutArguments) -> list[str]:
+    """An optimizer on the host that the layout has no parts for, and options of one that is not there."""
+    names = ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d")
+    unread = {name: getattr(optimizer, name) for name in names if not optimizer.optimizer_cpu_offload}
+    errors = [
+        f"{name}={value} is ignored without optimizer_cpu_offload: set it, or leave {name} out"
+        for name, value in unread.items()
+        if value != getattr(SharedOptimizerArguments, name)
+    ]
+    said = "optimizer_cpu_offload=True needs use_distributed_optimizer=False to be on (Megatron-Core steps nothing "
+    return errors + broken(
+        {f"{said}there otherwise): set it": optimizer.optimizer_cpu_offload and not layout.use_distributed_optimizer}
+    )
+
+
+def resident_errors(config: PPOConfig | SupervisedConfig) -> list[str]:
+    """Models that are to stay on the device where there are none."""
+    if isinstance(config, PPOConfig):
+        option, judges = "ref_reward_offload", bool(reward_roles(config)) and config.cluster.colocate_all_models
+        kept = any(role.keeps_reference(config) for role in megatron_roles(config))
+    else:
+        option, judges, kept = "ref_offload", False, config.keeps_reference
+        kept &= not (isinstance(config, DPOConfig) and config.dpo.precompute_ref_log_probs)
+    has_any = judges or (kept and not config.lora.lora_rank)
+    said = f"{option}=False is ignored (no reference has weights of its own, and no reward model shares devices)"
+    return broken({f"{said}: leave it out": config.keeps_resident and not has_any})
 
 
 def role_errors(config: PPOConfig, models: Mapping[str, Model]) -> list[str]:

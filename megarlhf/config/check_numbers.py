@@ -51,7 +51,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "reward_memory_gib "
         "remote_rm_timeout_seconds ptx_coef overlong_penalty_factor "
         "adam_eps value_clip beta kl_target temperature eval_temperature vllm_kv_cache_gib gpu_memory_gib "
-        "fp8_max_amax logprob_diff_budget logprob_kl_budget max_ckpt_mem repetition_penalty",
+        "fp8_max_amax logprob_diff_budget logprob_kl_budget max_ckpt_mem repetition_penalty host_memory_gib",
     ),
     (
         "0 or more",
@@ -70,7 +70,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("from 0 to below 0.5", lambda v: 0 <= v < 0.5, "label_smoothing"),
     ("from 0 to below 1", lambda v: 0 <= v < 1, "min_p adam_beta1 adam_beta2 lora_dropout"),
     ("above 0 and below 1", lambda v: 0 < v < 1, "eps_clip eps_clip_high"),
-    ("above 0 and at most 1", lambda v: 0 < v <= 1, "vllm_gpu_memory_utilization top_p"),
+    ("above 0 and at most 1", lambda v: 0 < v <= 1, "vllm_gpu_memory_utilization top_p optimizer_offload_fraction"),
     ("above 1", lambda v: v > 1, "dual_clip"),
     ("-1 or more", lambda v: v >= -1, "top_k freezing_actor_steps"),
     ("from 0 to 65535", lambda v: 0 <= v <= 65535, "port"),

@@ -12,7 +12,16 @@ from typing import Any
 from megarlhf.config.arguments import LoggingArguments, PPOConfig, RenderingArguments
 from megarlhf.config.chat_arguments import ChatConfig, ChatTextArguments
 from megarlhf.config.check_files import file_for_text_errors, has_other_tokens, place_errors, read_model, token_errors
-from megarlhf.config.check_layout import broken, cluster_errors, layout_errors, role_errors, shared_errors, world_errors
+from megarlhf.config.check_layout import (
+    broken,
+    cluster_errors,
+    layout_errors,
+    offload_errors,
+    resident_errors,
+    role_errors,
+    shared_errors,
+    world_errors,
+)
 from megarlhf.config.check_numbers import (
     Models,
     adapter_errors,
@@ -78,6 +87,7 @@ def check_ppo(config: PPOConfig) -> list[str]:
     errors += algorithm_errors(config.algorithm, batch, config.optimizer.freezing_actor_steps)
     errors += precision_errors(config, models) + correction_errors(config)
     errors += adapter_errors(config.lora) + pretraining_errors(config.pretraining)
+    errors += offload_errors(config.optimizer, config.layout) + resident_errors(config)
     errors += average_errors(config.optimizer) + value_network_errors(config) + filter_errors(config)
     errors += length_errors(name, config.max_row_tokens, batch.max_tokens_per_micro_batch, models)
     errors += sampling_errors(config) + template_errors(config.data)
@@ -117,6 +127,7 @@ def check_supervised(config: SupervisedConfig) -> list[str]:
     errors += length_errors("max_len", batch.max_len, batch.max_tokens_per_micro_batch, models)
     errors += template_errors(data) + _data_errors(data) + adapter_errors(config.lora)
     errors += average_errors(config.optimizer) + precision_errors(config, models)
+    errors += offload_errors(config.optimizer, config.layout) + resident_errors(config)
     if isinstance(data, SFTDataArguments | KTODataArguments):
         errors += _answer_errors(data)
     if isinstance(config, PairsConfig):

@@ -70,6 +70,9 @@ _NOTES = {  # what differs, also where a command leaves the flag out
         ("actor_num_gpus_per_node", "critic_num_gpus_per_node", "reward_num_gpus_per_node"),
         "where OpenRLHF's default is 8, it is 1 here for the actor, and as many for the others",
     ),
+    **dict.fromkeys(
+        ("ref_reward_offload", "ref_offload"), "where OpenRLHF's default is off, it is on here: --no_... keeps them"
+    ),
     "vllm_num_engines": "where OpenRLHF's default is none, it is 1 here: vLLM always generates",
     "host": "where OpenRLHF's default is 0.0.0.0, it is 127.0.0.1 here",
     "input_template": r"where OpenRLHF's sft, kto and kd have the default $'User: {}\nAssistant: ', there is none here",

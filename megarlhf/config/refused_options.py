@@ -91,9 +91,8 @@ _MEGATRON = {
     "heterogeneous_block_specs hetereogenous_dist_checkpoint",
     "it is of generation, which vLLM does": "flash_decode mlp_chunks_for_prefill use_inference_optimized_layers "
     "inference_fuse_tp_communication",
-    "sleeping roles give memory away, and graphs and offloaded tensors keep addresses": "*_graph* cpu_offloading* "
-    "optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload "
-    "overlap_cpu_optimizer_d2h_h2d pin_cpu_*",
+    "sleeping roles give memory away, and graphs and offloaded tensors keep addresses": "*_graph* cpu_offloading*",
+    "Megatron-Core 0.16 steps with PyTorch's AdamW on the host in any case": "use_torch_optimizer_for_cpu_offload",
     "set actor_learning_rate, critic_learning_rate or learning_rate": "lr decoupled_lr decoupled_min_lr",
     "set min_lr_ratio": "min_lr",
     "the optimizer is AdamW, whose state checkpoints hold": "optimizer decoupled_weight_decay sgd_* muon_*",

@@ -7,7 +7,7 @@ layouts.py; of several names the first whose option is given counts.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.layouts import LayoutArguments
@@ -188,7 +188,9 @@ def first_given(options: Any, names: tuple[str, ...]) -> tuple[str, Any]:
 def megatron_roles(config: PPOConfig) -> list[RoleSpec]:
     """The roles of a run that are models of Megatron's, in the order of the table."""
     rows = [role for role in ROLES.values() if role.is_in(config) and role.runs == "megatron"]
-    return [model for role in rows for model in role.models(config)]
+    stays: dict[Phase, tuple[Any, ...]] = dict.fromkeys(get_args(Phase), ("parameters",))
+    models = [model for role in rows for model in role.models(config)]
+    return [role if role.trains or not config.keeps_resident else replace(role, awake=stays) for role in models]
 
 
 def reward_roles(config: PPOConfig) -> list[RoleSpec]:

@@ -24,6 +24,9 @@ class RankArguments:
     gpu_memory_gib: float | None = None
     """Memory of each GPU in GiB, which the plan's bytes must fit into. None: this machine's GPUs tell; without any, the
     plan is printed and compared with nothing."""
+    host_memory_gib: float | None = None
+    """Memory of each node's host in GiB, for what sleeps and what is stepped there. None: this machine's, where it has
+    the GPUs; else it is printed and compared with nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,9 @@ class DPOArguments:
     """Weight of the chosen answers' cross-entropy, added to the loss."""
     ref_pretrain: str | None = None
     """Local directory of the reference's Hugging Face checkpoint, of pretrain's architecture. None: pretrain."""
+    ref_offload: bool = True
+    """Have the reference on the device only while it computes. Off: it stays there, which saves copies from the host's
+    memory."""
     precompute_ref_log_probs: bool = False
     """Compute the reference's log-probs of all data before training, into a file beside the run directory that later
     runs with the same reference and data read, and keep no reference."""
@@ -203,6 +209,9 @@ class KTOArguments:
     """Weight of desirable answers."""
     undesirable_loss_weight: float = 1.0
     """Weight of the others."""
+    ref_offload: bool = True
+    """Have the reference on the device only while it computes. Off: it stays there, which saves copies from the host's
+    memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +305,11 @@ class SupervisedConfig:
         return False
 
     @property
+    def keeps_resident(self) -> bool:
+        """Whether these stay on the device too."""
+        return False
+
+    @property
     def world_size(self) -> int:
         """Ranks that train: torchrun's, or those that are started here."""
         started = os.environ.get("WORLD_SIZE", "")
@@ -352,6 +366,11 @@ class DPOConfig(PairsConfig):
         """Whether a second set of weights is there: precomputing takes the start's own before they change."""
         return not self.dpo.precompute_ref_log_probs or self.dpo.ref_pretrain is not None
 
+    @property
+    def keeps_resident(self) -> bool:
+        """Whether it stays on the device."""
+        return not self.dpo.ref_offload
+
 
 @dataclass(frozen=True, kw_only=True)
 class KTOConfig(SupervisedConfig):
@@ -363,3 +382,8 @@ class KTOConfig(SupervisedConfig):
     optimizer: PreferenceOptimizerArguments = field(default_factory=PreferenceOptimizerArguments)
     data: KTODataArguments
     kto: KTOArguments = field(default_factory=KTOArguments)
+
+    @property
+    def keeps_resident(self) -> bool:
+        """Whether the reference stays on the device."""
+        return not self.kto.ref_offload

@@ -122,6 +122,7 @@ class MegatronEngine:
         if optimizer is not None:
             self._add_optimizer(optimizer)
         self._reference: Reference | None = None
+        self._reference_stays = False
         self.memory = DeviceMemory(self._parts())
         self.memory.sleep("gradients")  # they are on the device inside an update alone
 
@@ -317,11 +318,13 @@ class MegatronEngine:
             reported |= self._routers.metrics(experts, top_k, current_device())
         return losses[0], reported, outputs
 
-    def keep_reference(self, pretrain: str | Path | None = None) -> None:
+    def keep_reference(self, pretrain: str | Path | None = None, *, stays: bool = False) -> None:
         """Remember the present weights as the reference model, or those of another checkpoint.
 
         With adapters, the weights without them are the reference.
 
+        Args:
+            stays: on the device, also while it does not compute.
         Raises:
             ValueError: its tensors are not those of this engine's model.
         """
@@ -330,12 +333,13 @@ class MegatronEngine:
             return
         self.finish_param_gather()
         self.memory.wake("reference")  # an earlier one, which goes
-        self._reference = Reference(dict(self.named_parameters()))
+        self._reference, self._reference_stays = Reference(dict(self.named_parameters())), stays
         if pretrain is not None:
             source = reference_source(pretrain, self.weights)
             with self._reference.in_place_of(dict(self.named_parameters())):
                 self.weights.load(source)
-        self.memory.sleep("reference")
+        if not stays:
+            self.memory.sleep("reference")
 
     def drop_reference(self) -> None:
         """Forget the reference model and free its memory."""
@@ -345,7 +349,7 @@ class MegatronEngine:
 
     @contextlib.contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Compute with the reference model inside the block, where alone it is on the device."""
+        """Compute with the reference model inside the block, where alone it is on the device unless it stays there."""
         if self.adapters is not None:
             with self.adapters.off():
                 yield
@@ -357,7 +361,8 @@ class MegatronEngine:
             with self._reference.in_place_of(dict(self.named_parameters())):
                 yield
         finally:
-            self.memory.sleep("reference", changed=False)
+            if not self._reference_stays:
+                self.memory.sleep("reference", changed=False)
 
     def sleep(self, *parts: Part) -> None:
         """Free the device's memory of these parts, for the other roles; all ranks call it."""

@@ -121,7 +121,7 @@ def decide_backend(
             fusion("bias_dropout_fusion", "bias_dropout_fusion", "compiled residual addition", compiled),
             Fusion("moe_grouped_gemm", engine, f"TransformerEngine {'gives' if engine else 'would give'} it"),
             _attention(engine, find),
-            _adam(find),
+            fused_adam(find),
             Fusion("cross_entropy_loss_fusion", False, "it rounds gradients to bfloat16"),
         ),
     )
@@ -136,8 +136,8 @@ def _attention(engine: bool, find: Finder) -> Fusion:
     return Fusion("flash_attention", True, given)
 
 
-def _adam(find: Finder) -> Fusion:
-    """As megatron/core/optimizer/__init__.py imports it: the first of three that is there."""
+def fused_adam(find: Finder = find_spec) -> Fusion:
+    """Whose AdamW steps on the device, as megatron/core/optimizer/__init__.py imports it: the first of three."""
     for package, name in (("transformer_engine", "TransformerEngine's"), ("apex", "apex's")):
         if find(package) is not None:
             return Fusion("fused_adam", True, f"{name} FusedAdam")

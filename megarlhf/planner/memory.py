@@ -14,6 +14,7 @@ from megarlhf.data.model_sizes import ChunkSizes, LayerWidths
 
 _ALIGNMENT = 64  # a parameter starts at a multiple of so many numbers in the distributed optimizer's buffer
 _BUCKET = 128  # and a bucket ends at one of these and of the ranks that share it
+_OFFLOADED = 16  # bytes on the host of a number that is stepped there: main weight, gradient and two moments, float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Work:
     vocabulary: int  # padded; 0 for a value head
     logprob_chunk_tokens: int  # tokens whose logits exist at a time
     has_reference: bool
+    offload_fraction: float = 0.0  # of the optimizer, on the host
 
     @property
     def element(self) -> int:
@@ -57,6 +59,9 @@ class RankBytes:
     logits: int  # on the last stage, in either pass
     teacher: int = 0  # weights of another model, there while it computes
     teacher_output: int = 0  # those of its output layer, which stay, on the last stage
+    gathered: int = 0  # optimizer state on the device while it is collected for a checkpoint
+    host_optimizer: int = 0  # what is stepped on the host, there
+    host_gathered: int = 0  # on the host while a checkpoint is written
 
 
 def buffer_numbers(parameters: Sequence[int], *, replicas: int, distributed_optimizer: bool) -> int:
@@ -85,21 +90,45 @@ def optimizer_bytes(numbers: int, *, bf16: bool, replicas: int, distributed_opti
     return own * (12 if bf16 else 8)
 
 
+def offloaded_numbers(numbers: Sequence[int], own: int, fraction: float) -> int:
+    """Of a rank's `own` numbers those that are stepped on the host, at most.
+
+    Megatron-Core takes parameter after parameter until the fraction is reached (hybrid_optimizer.py).
+    """
+    return min(own, math.ceil(fraction * own) + (max(numbers, default=0) if fraction < 1 else 0)) if fraction else 0
+
+
+def gathered_bytes(numbers: Sequence[int], held: int, replicas: int) -> tuple[int, int]:
+    """On the device and on the host, while a checkpoint is made of a distributed optimizer's state.
+
+    Every rank gathers the whole of a buffer, one of main weights and two moments at a time on the device, and keeps all
+    three on the host, beside its own parts of them and two copies of one (distrib_optimizer.py,
+    get_parameter_state_dp_zero).
+    """
+    own = held // replicas
+    return 4 * (held + own), 12 * (sum(numbers) + own) + 8 * held
+
+
 def rank_bytes(stages: Sequence[Sequence[ChunkSizes]], widths: LayerWidths, work: Work, *, stage: int) -> RankBytes:
     """A rank of a pipeline stage.
 
     Args:
         stages: every stage's chunks.
     """
-    parameters = gradients = optimizer = reference = 0
+    parameters = gradients = optimizer = reference = on_host = 0
+    gathered = [(0, 0)]
     for chunk in stages[stage]:
         for numbers, replicas in ((chunk.dense, work.replicas), (chunk.experts, work.expert_replicas)):
             held = buffer_numbers(numbers, replicas=replicas, distributed_optimizer=work.distributed_optimizer)
             parameters += held * work.element
             gradients += held * 4
-            optimizer += optimizer_bytes(
+            whole = optimizer_bytes(
                 held, bf16=work.bf16, replicas=replicas, distributed_optimizer=work.distributed_optimizer
             )
+            optimizer += math.ceil((1 - work.offload_fraction) * whole)
+            if work.distributed_optimizer:
+                on_host += _OFFLOADED * offloaded_numbers(numbers, held // replicas, work.offload_fraction)
+                gathered.append(gathered_bytes(numbers, held, replicas))
             reference += sum(numbers) * work.element if work.has_reference else 0
         parameters += chunk.buffers * 4 + chunk.frozen * work.element + sum(chunk.four_bit) * 9 // 16
     last = stage == len(stages) - 1
@@ -117,6 +146,9 @@ def rank_bytes(stages: Sequence[Sequence[ChunkSizes]], widths: LayerWidths, work
         forward=forward + ends,
         backward=backward + ends,
         logits=logits_bytes(work) if last else 0,
+        gathered=max(device for device, _ in gathered),
+        host_optimizer=on_host,
+        host_gathered=parameters + sum(host for _, host in gathered),
     )
 
 

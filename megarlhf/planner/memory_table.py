@@ -11,7 +11,8 @@ PROCESS_BYTES = GIB  # of a process on a GPU, asleep too: CUDA's context and ker
 FRAGMENTATION = 0.05  # of what training allocates (published peaks are 3 to 8% above the sum of their tensors)
 _ORDER = (
     *("parameters", "gradients", "optimizer", "reference", "teacher", "teacher output", "activations", "logits"),
-    *("weights", "kv cache"),
+    *("weights", "kv cache", "sync bucket", "fragmentation", "processes", "gathered"),
+    *("asleep", "stepped here", "checkpoint"),
 )
 
 
@@ -54,7 +55,8 @@ class DeviceTable:
         """
         peak = self.total(self.peak_phase)
         name, unit = ("GiB", GIB) if peak >= GIB else ("MiB", 2**20)
-        keys = sorted({key for column in self.phases.values() for key in column}, key=self._place)
+        held = {key for column in self.phases.values() for key, size in column.items() if size}
+        keys = sorted(held, key=self._place)
         rows = [("role", "part", *self.phases)]
         for key in keys:
             rows.append((*key, *(_amount(column.get(key, 0), unit) for column in self.phases.values())))
@@ -70,29 +72,80 @@ class DeviceTable:
     def _place(self, key: tuple[str, str]) -> tuple[int, int]:
         """Of a row: roles in their order, parts in theirs."""
         role, part = key
-        roles, parts = [*self.roles, "all"], [*_ORDER, "sync bucket", "fragmentation", "processes"]
-        return roles.index(role), parts.index(part)
+        return [*self.roles, "all"].index(role), _ORDER.index(part)
 
 
-def device_tables(slots: Mapping[int, Mapping[str, RoleBytes]], *, colocated: bool, gpu: bool) -> list[DeviceTable]:
+def device_tables(
+    slots: Mapping[int, Mapping[str, RoleBytes]], *, colocated: bool, gpu: bool, resident: bool = False
+) -> list[DeviceTable]:
     """One table for each set of roles that share devices.
 
     Args:
         slots: device -> name of a role -> what its rank takes there. The first role that trains is the policy.
         colocated: roles take turns; else nothing sleeps but gradients and the reference.
         gpu: count what a GPU's processes and allocator take besides.
+        resident: the reference and reward models never sleep.
     """
     tables = []
+    options = {"colocated": colocated, "gpu": gpu, "resident": resident}
     groups: dict[tuple[str, ...], list[int]] = {}
     for device, held in slots.items():
         groups.setdefault(tuple(held), []).append(device)
     for roles, numbers in groups.items():
-        candidates = {number: _phases(slots[number], colocated=colocated, gpu=gpu) for number in numbers}
+        candidates = {number: _phases(slots[number], **options) for number in numbers}
         peaks = {number: max(sum(c.values()) for c in phases.values()) for number, phases in candidates.items()}
         fullest = max(numbers, key=lambda number: peaks[number])
         words = f"device {fullest}" if len(numbers) == 1 else f"device {fullest}, the fullest of {len(numbers)}"
         tables.append(DeviceTable(devices=f"{words} ({', '.join(roles)})", roles=roles, phases=candidates[fullest]))
     return tables
+
+
+def host_table(
+    slots: Mapping[int, Mapping[str, RoleBytes]], *, devices_per_node: int, colocated: bool, resident: bool, gpu: bool
+) -> DeviceTable:
+    """What the fullest node's host holds for its devices: copies of what sleeps, and what is stepped there.
+
+    The processes' own memory, weights on their way and tokens are left out.
+
+    Args:
+        devices_per_node: devices are numbered node after node.
+        resident: the reference and reward models stay on the devices.
+    """
+    nodes: dict[int, list[tuple[str, RoleBytes]]] = {}
+    for device, held in slots.items():
+        nodes.setdefault(device // devices_per_node, []).extend(held.items())
+    columns: dict[int, dict[str, Column]] = {}
+    for node, ranks in nodes.items():
+        kept: Column = {}
+        saved: dict[str, int] = {}
+        for role, taken in ranks:
+            parts = {"asleep": asleep_bytes(role, taken, colocated=colocated, resident=resident, gpu=gpu)}
+            if isinstance(taken, RankBytes):
+                parts["stepped here"] = taken.host_optimizer
+                saved[role] = saved.get(role, 0) + taken.host_gathered * row_of(role).trains
+            for part, size in parts.items():
+                kept[role, part] = kept.get((role, part), 0) + size
+        kept = {key: size for key, size in kept.items() if size}
+        role = max(saved, key=lambda name: saved[name], default="")  # one after another
+        columns[node] = {"steps": kept, "save": kept | ({(role, "checkpoint"): saved[role]} if role else {})}
+    fullest = max(columns, key=lambda node: sum(columns[node]["save"].values()))
+    roles = tuple(dict.fromkeys(role for role, _ in nodes[fullest]))
+    words = "the host" if len(nodes) == 1 else f"the host of node {fullest}, the fullest of {len(nodes)}"
+    return DeviceTable(devices=words, roles=roles, phases=columns[fullest])
+
+
+def asleep_bytes(role: str, taken: RoleBytes, *, colocated: bool, resident: bool, gpu: bool) -> int:
+    """Host copies of a rank's parts that are off the device in some phase; they stay when it has them again.
+
+    vLLM keeps its weights where no sync replaces them, on GPUs.
+    """
+    if isinstance(taken, EngineBytes):
+        return taken.weights if colocated and gpu else 0
+    reference = taken.teacher + (0 if resident else taken.reference)
+    if not colocated or (resident and not row_of(role).trains):
+        return reference
+    kept: list[int] = [getattr(taken, part) for part in row_of(role).parts]
+    return reference + sum(kept)
 
 
 def misfits(tables: list[DeviceTable], engine: EngineBytes | None, memory: int) -> list[tuple[str, str]]:
@@ -111,7 +164,7 @@ def misfits(tables: list[DeviceTable], engine: EngineBytes | None, memory: int) 
     return found
 
 
-def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool) -> dict[str, Column]:
+def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool, resident: bool) -> dict[str, Column]:
     """Columns of one device."""
     models = [role for role, taken in held.items() if isinstance(taken, RankBytes)]
     training = [role for role in models if row_of(role).trains]
@@ -130,6 +183,13 @@ def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool) -> dic
         columns["sync"] = _awake(held, "sync", colocated=colocated)
         columns["sync"] |= {(r, "sync bucket"): e.bucket for r, e in held.items() if isinstance(e, EngineBytes)}
     columns["save"] = _awake(held, "checkpoint", colocated=colocated)
+    gathered = {role: taken.gathered for role in training if isinstance(taken := held[role], RankBytes)}
+    if largest := max(gathered, key=lambda role: gathered[role], default=None):  # they are saved one after another
+        columns["save"] |= {(largest, "gathered"): gathered[largest]} if gathered[largest] else {}
+    for column in columns.values() if resident else ():
+        for role in models:
+            kept = ("reference",) if row_of(role).trains else PARTS[:1]
+            column |= {(role, part): size for part in kept if (size := getattr(held[role], part))}
     for column in columns.values() if gpu else ():
         allocated = sum(size for (role, _), size in column.items() if role in models)
         if allocated:

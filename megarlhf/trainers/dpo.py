@@ -31,7 +31,7 @@ def dpo_task(config: DPOConfig, engine: MegatronEngine) -> SupervisedTask:
         directory = Path(config.logging.save).parent
         complete = partial(with_reference_log_probs, engine, ref_pretrain=options.ref_pretrain, directory=directory)
         return replace(task, complete=complete)
-    engine.keep_reference(options.ref_pretrain)
+    engine.keep_reference(options.ref_pretrain, stays=config.keeps_resident)
     return task
 
 

@@ -20,7 +20,7 @@ from megarlhf.trainers.supervised import SupervisedTask
 
 def kto_task(options: KTOArguments, engine: MegatronEngine) -> SupervisedTask:
     """Its objective, over rows of one unit each, with the engine's present weights as reference."""
-    engine.keep_reference()
+    engine.keep_reference(stays=not options.ref_offload)
     add_reference = reference_log_probs(engine)
 
     def prepare(data: SupervisedData, rows: Ints, batches: list[MicroBatch]) -> list[MicroBatch]:

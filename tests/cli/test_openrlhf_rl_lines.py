@@ -69,6 +69,7 @@ def test_the_line_is_understood(place: Path, program: str) -> None:
         **{"actor_learning_rate": 5e-7, "init_kl_coef": 0.01, "max_samples": 100000, "normalize_reward": True},
         **{"actor_num_gpus_per_node": 2 if "ray" in program else 1, "num_episodes": 1, "train_iters": None},
         **{"vllm_tensor_parallel_size": 2 if "ray" in program else 1, "colocate_all_models": True, "use_wandb": True},
+        "optimizer_cpu_offload": True,
     }
     values = to_dict(config)
     assert {name: values.get(name, "no such option") for name in expected} == expected

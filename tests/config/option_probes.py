@@ -230,6 +230,17 @@ def optimizer_probes(role: str) -> dict[str, Probe]:
             **{"expected": (0.073, 0.073), "also": constant},
         ),
         "clip_grad": Probe(value=0.74, seen=adam("clip_grad", role)),
+        "optimizer_cpu_offload": Probe(
+            value=True,
+            seen=both(adam("optimizer_cpu_offload", role), adam("use_precision_aware_optimizer", role)),
+            **{"expected": (True, True)},
+        ),
+        "optimizer_offload_fraction": Probe(
+            value=0.3, seen=adam("optimizer_offload_fraction", role), also={"optimizer_cpu_offload": True}
+        ),
+        "overlap_cpu_optimizer_d2h_h2d": Probe(
+            value=True, seen=adam("overlap_cpu_optimizer_d2h_h2d", role), also={"optimizer_cpu_offload": True}
+        ),
     }
 
 

@@ -149,6 +149,12 @@ CLUSTER = {
     ),
     "vllm_num_engines": Probe(value=3, seen=both(lambda t: len(t.llms), calls("rollout", "start")), expected=(3, 3)),
     "vllm_tensor_parallel_size": Probe(value=2, seen=llm("tensor_parallel_size")),
+    "ref_reward_offload": Probe(
+        value=False,
+        seen=both(lambda t: t.engine("actor").memory.is_awake("reference"), calls("reward", "sleep")),
+        **{"expected": (True, 1), "also": JUDGED},
+    ),
+    "host_memory_gib": Probe(value=0.001, seen=lambda t: "host_memory_gib=0.001; " in t.error, expected=True),
     "gpu_memory_gib": Probe(value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, expected=True),
     "ray": Probe(
         value=False, seen=both(lambda t: len(t.given["ray.init"]), lambda t: len(t.given["children"])), expected=(0, 1)

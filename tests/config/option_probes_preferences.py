@@ -100,6 +100,7 @@ DPO = _SHARED | {
     ),
     "nll_loss_coef": Probe(value=0.7, seen=nll_coef),
     "ref_pretrain": Probe(value="{}/other", seen=lambda t: t.engine().weights.loaded, expected=["model", "other"]),
+    "ref_offload": Probe(value=False, seen=lambda t: t.engine().memory.is_awake("reference"), expected=True),
     "precompute_ref_log_probs": Probe(value=True, seen=cached, expected=[False, True]),
 }
 KTO = shared("kto", without="pretrain_mode") | {
@@ -112,6 +113,7 @@ KTO = shared("kto", without="pretrain_mode") | {
     "desirable_loss_weight": Probe(
         value=3.0, seen=lambda t: round((weights(t)[0] - 4) / weights(t)[1], 3), expected=2.0
     ),
+    "ref_offload": Probe(value=False, seen=lambda t: t.engine().memory.is_awake("reference"), expected=True),
     "undesirable_loss_weight": Probe(
         value=3.0, seen=lambda t: round((weights(t)[0] - 4) / (4 - weights(t)[1]), 3), expected=2.0
     ),

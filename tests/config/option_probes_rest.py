@@ -221,6 +221,7 @@ def shared_probes(program: str) -> dict[str, Probe]:
             seen=both(lambda t: t.given["ranks"][0]["world_size"], world("world_size"), world("rank")),
             expected=(2, 2, 1),
         ),
+        "host_memory_gib": Probe(value=0.0001, seen=lambda t: "host_memory_gib=0.0001; " in t.error, expected=True),
         "gpu_memory_gib": Probe(value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, expected=True),
         "enable_ema": Probe(
             value=True,

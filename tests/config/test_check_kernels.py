@@ -33,6 +33,12 @@ def test_what_is_refused(layout: dict[str, Any], options: dict[str, Any], words:
     assert errors("local", layout=layout, **options) == []
 
 
+def test_pytorchs_adamw_on_both_sides_is_refused() -> None:
+    (error,) = errors("local", layout={}, offload_fraction=0.5, fused_adam=False)
+    assert error.startswith("optimizer_offload_fraction=0.5 without TransformerEngine or apex")
+    assert errors("local", layout={}, offload_fraction=0.5) == errors("local", layout={}, fused_adam=False) == []
+
+
 @pytest.mark.parametrize(
     ("layout", "options"),
     [

@@ -268,6 +268,15 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ({"expert_model_parallel_size": 2, "actor_num_gpus_per_node": 2}, "pretrain has no experts"),
         ({"overlap_param_gather": True}, "overlap_param_gather=True needs"),
         (
+            {"optimizer_cpu_offload": True, "use_distributed_optimizer": False},
+            "optimizer_cpu_offload=True needs use_distributed_optimizer",
+        ),
+        ({"ref_reward_offload": False, "init_kl_coef": 0.0}, "ref_reward_offload=False is ignored (no reference"),
+        ({"ref_reward_offload": False, "lora_rank": 4}, "ref_reward_offload=False is ignored (no reference"),
+        ({"optimizer_offload_fraction": 0.5}, "optimizer_offload_fraction=0.5 is ignored without"),
+        ({"overlap_cpu_optimizer_d2h_h2d": True}, "overlap_cpu_optimizer_d2h_h2d=True is ignored without"),
+        ({"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.0}, "optimizer_offload_fraction=0.0"),
+        (
             {"critic_tensor_model_parallel_size": 8, "critic_num_gpus_per_node": 8},
             "critic_tensor_model_parallel_size=8 does not divide num_key_value_heads=4",
         ),

@@ -157,7 +157,7 @@ def test_the_one_value_that_is_so_here(
 
 
 def test_flags_of_deepspeed_are_taken_with_what_they_mean_here(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--zero_stage", "3", "--adam_offload", "--flash_attn", "--ring_head_stride", "2", "--local_rank", "0"]
+    flags = ["--zero_stage", "3", "--flash_attn", "--ring_head_stride", "2", "--local_rank", "0"]
     assert ppo(*flags) == ppo()
     said = capsys.readouterr().err
     assert all(f"note: {flag}: " in said for flag in flags if flag.startswith("--"))

@@ -26,6 +26,7 @@ from megarlhf.trainers.parity_cases import (
 from tests.distributed.cases import make_rows
 from tests.distributed.layouts import LARGE_LAYOUTS, LARGE_MOE_LAYOUTS, LAYOUTS, MOE_LAYOUTS, Layout, build, world
 from tests.distributed.pool import RankPool
+from tests.engine.test_offload import bytes_of
 from tests.tiny_models import make_model
 
 Head = Literal["lm", "value"]
@@ -301,3 +302,17 @@ def test_of_inference_engines(tmp_path: Path) -> None:
     experts = read_config(make_model(tmp_path / "experts", family="mixtral"))
     # A layer's 4 experts of 3 matrices [96, 64] are one module.
     assert engine_sizes(find_architecture(experts), experts, tensor=1)[1] == 4 * 3 * 96 * 64
+
+
+def test_bytes_of_an_optimizer_that_is_half_on_the_host(ranks: RankPool, tmp_path: Path) -> None:
+    """The plan's are bounds: a parameter lies across the border, and padding is stepped nowhere."""
+    layout = Layout(data=2, distributed_optimizer=True, bf16=True)
+    directory = make_model(tmp_path / "model", family="llama")
+    hf, _ = read_checkpoint(directory)
+    arch = find_architecture(hf)
+    stages, widths = stage_sizes(arch, hf, arguments(layout), head="lm"), layer_widths(arch, hf)
+    planned = rank_bytes(stages, widths, replace(work(layout, hf.vocab_size), offload_fraction=0.5), stage=0)
+    largest, padding = max(stages[0][0].dense), 64 * len(stages[0][0].dense) + 512
+    for _, (device, host), _ in ranks.run(2, bytes_of, layout, directory):
+        assert planned.optimizer - 12 * (largest + padding) <= device <= planned.optimizer
+        assert planned.host_optimizer - 16 * (largest + padding) <= host <= planned.host_optimizer

@@ -11,8 +11,10 @@ from megarlhf.planner.memory import (
     Work,
     buffer_numbers,
     chunks_in_flight,
+    gathered_bytes,
     layer_bytes,
     logits_bytes,
+    offloaded_numbers,
     optimizer_bytes,
     rank_bytes,
 )
@@ -70,6 +72,31 @@ def test_padding_of_the_buffer() -> None:
     assert buffer_numbers([100, 64, 3], replicas=3, distributed_optimizer=True) == 384  # a multiple of 3 x 128
     assert buffer_numbers([], replicas=3, distributed_optimizer=True) == 0
     assert optimizer_bytes(384, bf16=True, replicas=3, distributed_optimizer=True) == 12 * 128
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.25, 256 + 500), (0.6, 1024), (1.0, 1024)])
+def test_numbers_on_the_host(fraction: float, expected: int) -> None:
+    """A parameter of 500 may lie across the border."""
+    assert offloaded_numbers([500, 300], 1024, fraction) == expected
+
+
+def test_what_is_stepped_on_the_host_leaves_the_device() -> None:
+    asked = work(replicas=4, expert_replicas=2, distributed_optimizer=True, offload_fraction=1.0)
+    taken = rank_bytes([[chunk(8 * 128, experts=(4 * 128,))]], GPT, asked, stage=0)
+    assert (taken.optimizer, taken.host_optimizer) == (0, 16 * (2 * 128 + 2 * 128))
+    asked = work(replicas=4, distributed_optimizer=True, offload_fraction=0.5)
+    half = rank_bytes([[chunk(8 * 128)]], GPT, asked, stage=0)
+    assert (half.optimizer, half.host_optimizer) == (12 * 128, 16 * 256)
+
+
+def test_a_checkpoint_gathers_buffer_after_buffer() -> None:
+    """1,000 numbers, 1,024 with padding, of two ranks: on the device all of one kind beside the rank's own."""
+    assert gathered_bytes([600, 400], 1024, 2) == (4 * (1024 + 512), 12 * (1000 + 512) + 8 * 1024)
+    asked = work(replicas=2, expert_replicas=1, distributed_optimizer=True)
+    taken = rank_bytes([[chunk(1024, experts=(512,))]], GPT, asked, stage=0)
+    assert taken.gathered == 4 * (1024 + 512)
+    assert taken.host_gathered == taken.parameters + 12 * (1024 + 512) + 8 * 1024 + 12 * (512 + 512) + 8 * 512
+    assert rank_bytes([[chunk(1024)]], GPT, work(replicas=2), stage=0).gathered == 0
 
 
 def test_experts_have_replicas_of_their_own() -> None:

@@ -1,7 +1,17 @@
 """Who is counted in which phase, on which device."""
 
+from dataclasses import replace
+
 from megarlhf.planner.memory import RankBytes
-from megarlhf.planner.memory_table import GIB, PROCESS_BYTES, EngineBytes, RoleBytes, device_tables, misfits
+from megarlhf.planner.memory_table import (
+    GIB,
+    PROCESS_BYTES,
+    EngineBytes,
+    RoleBytes,
+    device_tables,
+    host_table,
+    misfits,
+)
 
 ACTOR = RankBytes(
     parameters=1 * GIB,
@@ -63,3 +73,44 @@ def test_what_does_not_fit() -> None:
     assert "most of it logits of role actor (64.00 GiB)" in said
     small = EngineBytes(weights=3 * GIB, kv_cache=GIB // 2, one_sequence=GIB, bucket=0)
     assert [phase for phase, _ in misfits([], small, 103 * GIB)] == ["rollout"]
+
+
+JUDGE = RankBytes(parameters=9, gradients=0, optimizer=0, reference=0, forward=5, backward=7, logits=0)
+
+
+def test_what_stays_on_the_devices() -> None:
+    """The reference, 8 GiB, and the judge's 9 bytes are in every phase then."""
+    slots: dict[int, dict[str, RoleBytes]] = {0: ALL | {"reward": JUDGE}}
+    (away,), (stays,) = (device_tables(slots, colocated=True, gpu=False, resident=kept) for kept in (False, True))
+    more = {phase: stays.total(phase) - away.total(phase) for phase in stays.phases}
+    own = {"experience": 9, "reward": 8 * GIB}
+    assert more == {phase: own.get(phase, 8 * GIB + 9) for phase in away.phases}
+
+
+def test_one_role_gathers_its_optimizer_at_a_time() -> None:
+    held: dict[str, RoleBytes] = {"actor": replace(ACTOR, gathered=7), "critic": replace(CRITIC, gathered=11)}
+    (table,) = device_tables({0: held}, colocated=True, gpu=False)
+    assert table.total("save") == 5 * GIB + 500 + 11 and ("critic", "gathered") in table.phases["save"]
+
+
+def test_the_hosts_of_two_nodes() -> None:
+    """The second node has the critic alone, which is stepped there."""
+    critic = replace(CRITIC, optimizer=0, host_optimizer=20 * GIB, host_gathered=30 * GIB)
+    slots: dict[int, dict[str, RoleBytes]] = {0: {"actor": replace(ACTOR, host_gathered=3)}, 1: {"actor": ACTOR}}
+    slots |= {2: {"critic": critic, "rollout": ENGINE}, 3: {"critic": critic, "reward": JUDGE}}
+
+    def table(**options: bool) -> dict[str, dict[tuple[str, str], int]]:
+        usual = {"colocated": True, "resident": False, "gpu": True}
+        return host_table(slots, devices_per_node=2, **(usual | options)).phases
+
+    steps = {("critic", "asleep"): 200, ("critic", "stepped here"): 40 * GIB, ("rollout", "asleep"): 3 * GIB}
+    judge = {("reward", "asleep"): 9}
+    assert table() == {"steps": steps | judge, "save": steps | judge | {("critic", "checkpoint"): 60 * GIB}}
+    assert table(resident=True)["steps"] == steps, "a judge that stays has no copy"
+    assert table(colocated=False)["steps"] == {("critic", "stepped here"): 40 * GIB}
+    del slots[2], slots[3]
+    assert table(gpu=False) == {
+        "steps": {("actor", "asleep"): 2 * (1 + 4 + 8) * GIB},
+        "save": {("actor", "asleep"): 2 * (1 + 4 + 8) * GIB, ("actor", "checkpoint"): 3},
+    }
+    assert table(resident=True)["steps"] == {("actor", "asleep"): 2 * (1 + 4) * GIB}
