@@ -12,6 +12,7 @@ _COMMANDS = {  # name -> module of this folder, and what it does
     "inspect": ("inspect", "what a checkpoint holds"),
     "preprocess": ("preprocess", "a .jsonl file as Megatron's indexed data set (.bin, .idx)"),
     "ppo": ("train_ppo_ray", "RL from a reward: PPO, REINFORCE(++), RLOO, GRPO"),
+    "rehearse": ("rehearse", "a run of any size without GPUs: every process's device, groups and weights"),
     "sft": ("train_sft", "supervised fine-tuning"),
     "prm": ("train_prm", "process reward model: a judgement of each step of a solution"),
     "dpo": ("train_dpo", "preference optimisation of pairs: DPO, cDPO, IPO"),

@@ -30,7 +30,7 @@ class SharedWeights:
         self._engine = engine
         engine.finish_param_gather()  # nothing may be on its way into memory that is about to move
         owned = engine.weights.owned_weights()
-        pieces = [(local, held) for local in owned if (held := _pieces(engine.weights, local))]  # not padding alone
+        pieces = [(local, held) for local in owned if (held := pieces_of(engine.weights, local))]  # not padding alone
         self._local = [local for local, _ in pieces]
         data = [dense_like(local.param) for local in self._local]
         self._on_cpu = device_kind() == "cpu"
@@ -69,7 +69,7 @@ class SharedWeights:
         return map_threads(renew, range(len(self._local)), threads)
 
 
-def _pieces(weights: ModelWeights, local: LocalWeight) -> list[Piece]:
+def pieces_of(weights: ModelWeights, local: LocalWeight) -> list[Piece]:
     """Which parts of which Hugging Face tensors a parameter holds."""
     data = torch.empty(dense_like(local.param).shape, device="meta")  # places alone count
     return [

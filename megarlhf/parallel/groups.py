@@ -214,6 +214,18 @@ class Ranks:
         return self.is_last_stage and self.tp_rank == 0
 
 
+_NAMES = {  # of a place among Ranks -> of its groups in Megatron-Core
+    "tp": "TENSOR_MODEL_PARALLEL_GROUP",
+    "pp": "PIPELINE_MODEL_PARALLEL_GROUP",
+    "dp": "DATA_PARALLEL_GROUP",
+    "cp": "CONTEXT_PARALLEL_GROUP",
+    "replica": "DATA_PARALLEL_GROUP_WITH_CP",
+    "ep": "EXPERT_MODEL_PARALLEL_GROUP",
+    "etp": "EXPERT_TENSOR_PARALLEL_GROUP",
+    "expert_replica": "EXPERT_DATA_PARALLEL_GROUP",
+}
+
+
 def current_ranks() -> Ranks:
     """This process's ranks, from Megatron-Core's parallel state."""
     from megatron.core import parallel_state as mpu
@@ -258,3 +270,39 @@ def fake_world(sizes: ParallelSizes, *, rank: int, world_size: int) -> Iterator[
             yield current_ranks()
     finally:
         destroy_groups()
+
+
+def world_groups(sizes: ParallelSizes, *, world_size: int) -> dict[str, list[tuple[int, ...]]]:
+    """The ranks of every group that Megatron-Core makes in a world, by the kind's name there.
+
+    Raises:
+        ValueError, RuntimeError: as in fake_world.
+    """
+    from megatron.core import parallel_state
+
+    found: dict[str, list[tuple[int, ...]]] = {}
+    create = parallel_state.create_group
+
+    def noted(ranks: list[int], *rest: Any, group_desc: str, **options: Any) -> Any:
+        found.setdefault(group_desc, []).append(tuple(ranks))
+        return create(ranks, *rest, group_desc=group_desc, **options)
+
+    parallel_state.create_group = noted
+    try:
+        with fake_world(sizes, rank=0, world_size=world_size):
+            return found
+    finally:
+        parallel_state.create_group = create
+
+
+def world_ranks(groups: dict[str, list[tuple[int, ...]]], sizes: ParallelSizes) -> list[Ranks]:
+    """Every rank's places in the groups of its world, by rank."""
+    places: dict[int, dict[str, int]] = {}
+    for short, name in _NAMES.items():
+        for group in groups[name]:
+            for place, rank in enumerate(group):
+                places.setdefault(rank, {}).update({f"{short}_rank": place, f"{short}_size": len(group)})
+    return [
+        Ranks(world_rank=rank, world_size=len(places), vpp_size=sizes.virtual, **places[rank])
+        for rank in sorted(places)
+    ]

@@ -1,0 +1,122 @@
+"""The rehearsal of rehearse.py, whose configuration is checked already."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.lora import LoraArguments
+from megarlhf.config.roles import RoleSpec, first_given, megatron_roles, roles_of
+from megarlhf.engine.rehearsal import Rehearsal, rehearse_model
+from megarlhf.formats.huggingface import read_config
+from megarlhf.models.build import ModelOptions
+from megarlhf.models.registry import find_architecture
+from megarlhf.parallel.device import num_cores
+from megarlhf.planner.placement import Machine, PlacementPlan, Worker, plan_placement
+from megarlhf.trainers.assembly import parallel_sizes
+
+FILE = "rehearsal.jsonl"
+
+
+def run(config: PPOConfig, *, dry_run: bool) -> int:
+    """Rehearse, print a summary, and write a line for each process; returns the exit status."""
+    started = time.monotonic()
+    plan = plan_placement(config, asked_machine(config))
+    check_devices(plan, colocated=config.cluster.colocate_all_models)
+    models = {role.name: _rehearsed(config, role) for role in megatron_roles(config)}
+    lines = [line for role in roles_of(config) for line in summary(plan, role, models.get(role.name), config)]
+    print("\n".join(lines))
+    if not dry_run:
+        file = Path(config.logging.save) / FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as out:
+            out.writelines(json.dumps(process) + "\n" for process in processes(plan, models, bf16=config.model.bf16))
+        print(f"a line for each process: {file}")
+    print(f"{len(plan.workers)} processes rehearsed in {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def asked_machine(config: PPOConfig) -> Machine:
+    """Nodes with as many GPUs as the options ask for on one; roles that take turns share them."""
+    roles, cluster = megatron_roles(config), config.cluster
+    models = [(role.num_workers(config), first_given(cluster, role.workers[0])[1]) for role in roles]
+    per_node = max(ranks // nodes for ranks, nodes in models)
+    on_one = max(1, per_node // cluster.vllm_tensor_parallel_size)  # engines
+    needed = [*(nodes for _, nodes in models), -(-cluster.vllm_num_engines // on_one)]
+    nodes = max(needed) if cluster.colocate_all_models else sum(needed)
+    return Machine(kind="gpu", nodes=nodes, gpus_per_node=per_node, cores_per_node=num_cores())
+
+
+def _rehearsed(config: PPOConfig, role: RoleSpec) -> Rehearsal:
+    hf, layout = read_config(role.start(config)[1]), role.layout(config)
+    options = ModelOptions(bf16=config.model.bf16, layout=layout, lora=LoraArguments())
+    return rehearse_model(
+        find_architecture(hf),
+        hf,
+        parallel_sizes(layout),
+        options,
+        head=role.head,
+        world_size=role.num_workers(config),
+    )
+
+
+def check_devices(plan: PlacementPlan, *, colocated: bool) -> None:
+    """Raises RuntimeError where two ranks that do not take turns have the same device."""
+    taken: dict[tuple[str, int, int], Worker] = {}
+    for worker in plan.workers:
+        for device in worker.devices:
+            place = (worker.role.name if colocated else "", worker.node, device)
+            if (other := taken.setdefault(place, worker)) is not worker:
+                names = " and ".join(f"{w.role.name} {w.rank}" for w in (other, worker))
+                raise RuntimeError(f"{names} have device {device} of node {worker.node}")
+
+
+def summary(plan: PlacementPlan, role: RoleSpec, model: Rehearsal | None, config: PPOConfig) -> Iterator[str]:
+    """What is said of a role."""
+    workers = plan.of(role.name)
+    nodes = {worker.node for worker in workers}
+    yield f"{role.name}: {len(workers)} processes on {len(nodes)} node(s)"
+    if model is None:
+        return
+    yield f"  meet at node {workers[0].node}"
+    for kind, groups in model.groups.items():
+        inside = all(len({workers[rank].node for rank in group}) == 1 for group in groups)
+        yield f"  {kind}: {len(groups)} of {len(groups[0])}, {'each inside a node' if inside else 'across nodes'}"
+    if role.name == "actor":
+        sent = [sum(_bytes(piece.size, bf16=config.model.bf16) for piece in pieces) for pieces in model.sent]
+        yield (
+            f"  weights: {len(model.shapes)} tensors, {sum(sent) / 1e9:.2f} GB, each number handed out once, by "
+            f"{sum(size > 0 for size in sent)} ranks, of which each has at most {max(sent) / 1e6:.1f} MB"
+        )
+
+
+def processes(plan: PlacementPlan, models: Mapping[str, Rehearsal], *, bf16: bool) -> Iterator[dict[str, Any]]:
+    """Each process: where it runs, whom it meets, its groups, and the parts of weights that it hands out."""
+    members: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
+    for name, model in models.items():
+        for kind, groups in model.groups.items():
+            for group in groups:
+                for rank in group:
+                    members.setdefault(name, {}).setdefault(rank, {})[kind] = group
+    for worker in plan.workers:
+        name, rank = worker.role.name, worker.rank
+        process = {"role": name, "rank": rank, "place": worker.place, "node": worker.node, "devices": worker.devices}
+        if name in models:
+            process |= {"meets_at_node": plan.of(name)[0].node, "groups": members[name][rank]}
+        if name == "actor":
+            process["sends"] = [
+                {
+                    "tensor": piece.name,
+                    "part": [[part.start, part.stop] for part in piece.index],
+                    "bytes": _bytes(piece.size, bf16=bf16),
+                }
+                for piece in models[name].sent[rank]
+            ]
+        yield process
+
+
+def _bytes(size: tuple[int, ...], *, bf16: bool) -> int:
+    return math.prod(size) * (2 if bf16 else 4)
