@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from megarlhf.config.arguments import PPOConfig
@@ -154,8 +155,19 @@ def _training_ranks(
     )
     stages = stage_sizes(arch, hf, layout, head=head, lora=config.lora)
     widths = layer_widths(arch, hf, lora=config.lora)
-    by_stage = [rank_bytes(stages, widths, work, stage=stage) for stage in range(pp)]
-    return [by_stage[rank // (world_size // pp)] for rank in range(world_size)]
+
+    @cache
+    def of(stage: int, collects: tuple[bool, bool]) -> RankBytes:
+        return rank_bytes(stages, widths, work, stage=stage, collects=collects)
+
+    # Megatron's order: tensor, context and data ranks, then stages; of experts tensor, expert and data ranks.
+    blocks = (tp, work.replicas), (etp * layout.expert_model_parallel_size, work.expert_replicas)
+
+    def is_first(rank: int) -> tuple[bool, bool]:
+        dense, experts = (rank // block % replicas == 0 for block, replicas in blocks)
+        return dense, experts
+
+    return [of(rank // (world_size // pp), is_first(rank)) for rank in range(world_size)]
 
 
 def _beside_teacher(config: SupervisedConfig, ranks: list[RankBytes], teacher: HFConfig) -> list[RankBytes]:

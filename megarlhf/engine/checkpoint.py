@@ -34,9 +34,13 @@ def _chunks(engine: MegatronEngine) -> dict[str, Any]:
     return {"model" if one else f"model{number}": chunk for number, chunk in enumerate(engine.chunks)}
 
 
-def _sharding() -> dict[str, Any]:
+def _sharding(engine: MegatronEngine) -> dict[str, Any]:
+    """How state is cut; what is stepped on the host is gathered there, for the one replica that writes it."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": (
+            engine.optimizer is not None and engine.optimizer.config.optimizer_cpu_offload
+        ),
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -47,7 +51,7 @@ def _weights(engine: MegatronEngine) -> dict[str, Any]:
     """What is trained: all weights, or the adapters."""
     if engine.adapters is not None:
         return {_ADAPTERS: engine.adapters.sharded_state()}
-    return {key: chunk.sharded_state_dict(metadata=_sharding()) for key, chunk in _chunks(engine).items()}
+    return {key: chunk.sharded_state_dict(metadata=_sharding(engine)) for key, chunk in _chunks(engine).items()}
 
 
 def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def _state(engine: MegatronEngine, *, loading: bool, with_optimizer: bool) -> di
         for single in single_optimizers(engine.optimizer) if loading else ():
             if hasattr(single, "_init_optimizer_states_with_dummy_values"):
                 single._init_optimizer_states_with_dummy_values()
-        state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=_sharding())
+        state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=_sharding(engine))
     return state
 
 

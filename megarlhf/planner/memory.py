@@ -98,27 +98,45 @@ def offloaded_numbers(numbers: Sequence[int], own: int, fraction: float) -> int:
     return min(own, math.ceil(fraction * own) + (max(numbers, default=0) if fraction < 1 else 0)) if fraction else 0
 
 
-def gathered_bytes(numbers: Sequence[int], held: int, replicas: int) -> tuple[int, int]:
+def gathered_bytes(
+    numbers: Sequence[int], held: int, replicas: int, *, offloaded: bool, collects: bool
+) -> tuple[int, int]:
     """On the device and on the host, while a checkpoint is made of a distributed optimizer's state.
 
     Every rank gathers the whole of a buffer, one of main weights and two moments at a time on the device, and keeps all
     three on the host, beside its own parts of them and two copies of one (distrib_optimizer.py,
-    get_parameter_state_dp_zero).
+    get_parameter_state_dp_zero). What is stepped on the host is gathered there, by one replica; and where there is one,
+    nothing is gathered.
+
+    Args:
+        collects: the rank is of the first replica.
     """
     own = held // replicas
-    return 4 * (held + own), 12 * (sum(numbers) + own) + 8 * held
+    if replicas == 1:
+        return 0, 12 * sum(numbers)
+    whole = 12 * sum(numbers) + 8 * held
+    return (0, 12 * own + whole * collects) if offloaded else (4 * (held + own), 12 * own + whole)
 
 
-def rank_bytes(stages: Sequence[Sequence[ChunkSizes]], widths: LayerWidths, work: Work, *, stage: int) -> RankBytes:
+def rank_bytes(
+    stages: Sequence[Sequence[ChunkSizes]],
+    widths: LayerWidths,
+    work: Work,
+    *,
+    stage: int,
+    collects: tuple[bool, bool] = (True, True),
+) -> RankBytes:
     """A rank of a pipeline stage.
 
     Args:
         stages: every stage's chunks.
+        collects: whether it is of the first replica of the dense weights, and of the experts.
     """
     parameters = gradients = optimizer = reference = on_host = 0
     gathered = [(0, 0)]
     for chunk in stages[stage]:
-        for numbers, replicas in ((chunk.dense, work.replicas), (chunk.experts, work.expert_replicas)):
+        kinds = zip((chunk.dense, chunk.experts), (work.replicas, work.expert_replicas), collects, strict=True)
+        for numbers, replicas, is_first in kinds:
             held = buffer_numbers(numbers, replicas=replicas, distributed_optimizer=work.distributed_optimizer)
             parameters += held * work.element
             gradients += held * 4
@@ -128,7 +146,8 @@ def rank_bytes(stages: Sequence[Sequence[ChunkSizes]], widths: LayerWidths, work
             optimizer += math.ceil((1 - work.offload_fraction) * whole)
             if work.distributed_optimizer:
                 on_host += _OFFLOADED * offloaded_numbers(numbers, held // replicas, work.offload_fraction)
-                gathered.append(gathered_bytes(numbers, held, replicas))
+                offloaded = work.offload_fraction > 0
+                gathered.append(gathered_bytes(numbers, held, replicas, offloaded=offloaded, collects=is_first))
             reference += sum(numbers) * work.element if work.has_reference else 0
         parameters += chunk.buffers * 4 + chunk.frozen * work.element + sum(chunk.four_bit) * 9 // 16
     last = stage == len(stages) - 1

@@ -91,11 +91,18 @@ def test_what_is_stepped_on_the_host_leaves_the_device() -> None:
 
 def test_a_checkpoint_gathers_buffer_after_buffer() -> None:
     """1,000 numbers, 1,024 with padding, of two ranks: on the device all of one kind beside the rank's own."""
-    assert gathered_bytes([600, 400], 1024, 2) == (4 * (1024 + 512), 12 * (1000 + 512) + 8 * 1024)
+
+    def gathered(replicas: int, *, offloaded: bool = False, collects: bool = False) -> tuple[int, int]:
+        return gathered_bytes([600, 400], 1024, replicas, offloaded=offloaded, collects=collects)
+
+    whole = 12 * 1000 + 8 * 1024
+    assert gathered(2) == gathered(2, collects=True) == (4 * (1024 + 512), 12 * 512 + whole)
+    assert (gathered(2, offloaded=True), gathered(2, offloaded=True, collects=True)) == ((0, 6144), (0, 6144 + whole))
+    assert gathered(1) == gathered(1, offloaded=True, collects=True) == (0, 12 * 1000)
     asked = work(replicas=2, expert_replicas=1, distributed_optimizer=True)
     taken = rank_bytes([[chunk(1024, experts=(512,))]], GPT, asked, stage=0)
     assert taken.gathered == 4 * (1024 + 512)
-    assert taken.host_gathered == taken.parameters + 12 * (1024 + 512) + 8 * 1024 + 12 * (512 + 512) + 8 * 512
+    assert taken.host_gathered == taken.parameters + 12 * (1024 + 512) + 8 * 1024 + 12 * 512
     assert rank_bytes([[chunk(1024)]], GPT, work(replicas=2), stage=0).gathered == 0
 
 

@@ -174,6 +174,7 @@ def _mend_what_is_not_installed() -> None:
         bind_router_product(moe_utils)
     if optimizer.USING_PYTORCH_OPTIMIZER:
         _mend_optimizer(distrib_optimizer)
+    _mend_gathering(distrib_optimizer.DistributedOptimizer)
     _mend_offload(optimizer.HybridDeviceOptimizer, distrib_optimizer.DistributedOptimizer)
 
 
@@ -245,6 +246,31 @@ def _mend_offload(hybrid: Any, distributed: Any) -> None:
     hybrid.update_fp32_param_by_new_param = update_by_params
     distributed._build_model_and_main_param_groups = staticmethod(torch.no_grad()(groups))
     distributed._set_main_param_and_optimizer_states = set_own_states
+
+
+def _mend_gathering(distributed: Any) -> None:
+    """Collect the state of a replica that is alone without the copies, on the device too, that a gather makes."""
+    gather = distributed.get_parameter_state_dp_zero
+
+    def collect(self: Any, use_gloo_comm: bool = True, empty_data: bool = False, **options: Any) -> Any:
+        if empty_data or self.data_parallel_group.size() > 1:
+            return gather(self, use_gloo_comm=use_gloo_comm, empty_data=empty_data, **options)
+        state: dict[Any, Any] = {"buckets_coalesced": True}
+        for number, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
+            ((dtype, buckets),) = ranges.items()
+            keys = ("param", "exp_avg", "exp_avg_sq")
+            whole = {key: torch.zeros(buffer.numel_unpadded, dtype=torch.float32) for key in keys}
+            first = 0
+            for bucket, places in zip(buffer.buckets, buckets, strict=True):
+                for param, place in places["param_map"].items():
+                    tensors, local = self._get_main_param_and_optimizer_states(param), place["gbuf_local"]
+                    for key in keys:
+                        whole[key][first + local.start : first + local.end].copy_(tensors[key].detach())
+                first += bucket.numel_unpadded
+            state[number] = {dtype: whole | {"numel_unpadded": buffer.numel_unpadded}}
+        return state
+
+    distributed.get_parameter_state_dp_zero = collect
 
 
 def _mend_mappings(mappings: Any) -> None:
