@@ -3,13 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megarlhf.config.arguments import (
-    EngineArguments,
-    PPOConfig,
-    PromptColumnArguments,
-    SamplingArguments,
-    WeightsArguments,
-)
+from megarlhf.config.arguments import PPOConfig, PromptColumnArguments, SamplingArguments, WeightsArguments
+from megarlhf.config.cluster_arguments import EngineArguments
 from megarlhf.config.command_line import config_of
 from megarlhf.config.evaluation_arguments import EvaluationArguments
 from megarlhf.config.layouts import RewardLayoutArguments

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megarlhf.config.arguments import (
-    EngineArguments,
     ModelArguments,
     PromptDataArguments,
     RunArguments,
     SamplingArguments,
     WeightsArguments,
 )
+from megarlhf.config.cluster_arguments import EngineArguments
 from megarlhf.config.layouts import KernelArguments, LayoutArguments, RewardLayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.passed import PassedArguments, VLLMPassedArguments
