@@ -103,15 +103,15 @@ def test_fp8_is_near_fp32_and_not_it(ranks: RankPool, tmp_path: Path) -> None:
     assert 1e-5 < loss < 0.05
 
 
-@pytest.mark.parametrize("name", ["PP2", "recompute-full", "TP2-SP"])
-def test_delayed_scales_agree_in_every_layout(ranks: RankPool, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "steps"), [("PP2", 2), ("recompute-full", 2), ("TP2-SP", 1)])
+def test_delayed_scales_agree_in_every_layout(ranks: RankPool, tmp_path: Path, name: str, steps: int) -> None:
     """The largest numbers are those of all ranks, and recomputed layers have the scales that they had.
 
-    With scales of a rank's own, weights differ by 0.17 of their way at TP2. Sums are in another order there, so later a
-    number rounds to its neighbour: 0.006 after a third step.
+    With scales of a rank's own, weights differ by 0.18 of their way at TP2. Sums are in another order there, so later
+    numbers between two of FP8's round to the other: 0.02 after a second step.
     """
     model_dir = make_model(tmp_path / "model", family="llama")
-    loss, weights = differences(ranks, model_dir, in_fp8(SINGLE, DELAYED), in_fp8(LAYOUTS[name], DELAYED))
+    loss, weights = differences(ranks, model_dir, in_fp8(SINGLE, DELAYED), in_fp8(LAYOUTS[name], DELAYED), steps)
     assert loss < 1e-6 and weights < 1e-4, (loss, weights)
 
 
