@@ -36,7 +36,7 @@ class RecordedGroup:
         self._log.append((f"{self.role.name} {rank}", method, args))
         return partial(self._answer, method, rank, args)
 
-    def wait_for(self, refs: Sequence[Any], what: str) -> list[Any]:
+    def wait_for(self, refs: Sequence[Any], what: str, *, ranks: Sequence[int] | None = None) -> list[Any]:
         return [answer() for answer in refs]
 
     def kill(self) -> None:
