@@ -11,6 +11,7 @@ import numpy as np
 
 from megarlhf.cli.errors import all_or_errors, running
 from megarlhf.config.chat_arguments import ChatConfig
+from megarlhf.config.command_line import to_yaml
 from megarlhf.data.templates import Message, Renderer, make_renderer, special_prefix
 from megarlhf.data.tokenizer import load_tokenizer, stop_tokens
 from megarlhf.formats.huggingface import read_config
@@ -138,8 +139,12 @@ class _CtrlC:
                 self.came = self.reading = False
 
 
-def talk(config: ChatConfig, prepared: Prepared) -> int:
+def run(config: ChatConfig, *, dry_run: bool) -> int:
     """Answer line after line until `exit` or the end of the input; returns the exit status."""
+    prepared = prepare(config)
+    if dry_run:
+        print(to_yaml(config))
+        return 0
     conditions = config.text.csft_prompt.strip() + " " if config.text.enable_csft else ""
     chat, ctrl_c = Conversation(prepared.renderer, prepared.before, conditions), _CtrlC()
     engine, number = _load(config, prepared.max_len), 0

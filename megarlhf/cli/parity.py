@@ -6,27 +6,8 @@ it is off says how far a layout may be.
 """
 
 import sys
-from collections.abc import Sequence
 
-from megarlhf.cli.errors import report_errors
-from megarlhf.config.checks import check_parity, raise_if
-from megarlhf.config.command_line import parse
-from megarlhf.config.supervised_arguments import ParityConfig
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and check; start the ranks, or compute as one of them; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    config, dry_run = parse(ParityConfig, arguments, prog="megarlhf parity")
-    return report_errors("megarlhf parity", lambda: _run(config, arguments, dry_run=dry_run))
-
-
-def _run(config: ParityConfig, arguments: list[str], *, dry_run: bool) -> int:
-    raise_if(check_parity(config))
-    from megarlhf.cli.run_parity import run  # PyTorch and its like take seconds: mistakes are told before
-
-    return run(config, arguments, dry_run=dry_run)
-
+from megarlhf.cli.programs import PARITY as main
 
 if __name__ == "__main__":
     sys.exit(main())

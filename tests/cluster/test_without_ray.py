@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from megarlhf.cli.main import main
+from megarlhf.cli.programs import Program
+from megarlhf.config.arguments import PPOConfig
 from tests.cluster.runs import SMALL, Run, command, metrics, run, write_inputs
 
 Flags = dict[str, str | None]
@@ -72,7 +74,12 @@ def test_who_runs_in_ray(
     from megarlhf.cli import train_ppo, train_ppo_ray
 
     found: list[bool | None] = []
-    monkeypatch.setattr(train_ppo, "_run", lambda config, dry_run: found.append(config.cluster.ray) or 0)
+
+    def start(program: Program, config: PPOConfig, arguments: list[str], dry_run: bool) -> int:
+        found.append(program.resolve(config).cluster.ray)
+        return 0
+
+    monkeypatch.setattr(Program, "start", start)
     monkeypatch.chdir(tmp_path)
     Path("no_ray.yaml").write_text("ray: false\n")
     words = ["--pretrain", "m", "--prompt_data", "d", "--save", "s", "--reward_rule", "math", *more]

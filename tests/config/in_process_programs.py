@@ -16,8 +16,7 @@ import pytest
 
 from examples.demo.make_assets import make_tokenizer
 from megarlhf.cli import (
-    interactive_chat,
-    parity,
+    programs,
     rewards,
     run_eval,
     run_generate,
@@ -28,8 +27,6 @@ from megarlhf.cli import (
     run_serve,
     run_supervised,
     serve_rm,
-    supervised,
-    train_ppo,
 )
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.chat_arguments import ChatConfig
@@ -169,7 +166,7 @@ class Programs:
             _spy(patch, trace, experience, "compute_advantages")
             _spy(patch, trace, assembly, "policy_objective")
             _spy(patch, trace, assembly, "value_objective")
-            train_ppo._run(config, dry_run=False)
+            programs.PPO_IN_RAY.start(config)
 
         return self._finished(self._run(run), config.logging.save)
 
@@ -244,6 +241,8 @@ class Programs:
         }
         config = from_dict(config_class, self.options(tuple((base | dict(changes)).items())))
 
+        program = getattr(programs, config_class.program.upper())
+
         def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
             def ranks(module: str, arguments: Sequence[str], **options: Any) -> int:
                 trace.given["ranks"].append(options)
@@ -254,7 +253,7 @@ class Programs:
                     patch.setenv("RANK", str(number))
                     if number == options["world_size"] - 1:  # the others would do the same
                         trace.process = ("actor", number)
-                        supervised.checked_run(config, [], dry_run=False)
+                        program.start(config)
                 return 0
 
             def top_tokens(engine: Any, build: Any, data: Any, **options: Any) -> Any:
@@ -265,7 +264,7 @@ class Programs:
             patch.setattr(tasks, "with_top_tokens", top_tokens)
             patch.setattr(run_supervised, "write_report", lambda directory, title: ("page", "picture"))
             trace.process = ("actor", 0)
-            supervised.checked_run(config, [], dry_run=False)
+            program.start(config)
 
         return self._finished(self._run(run), config.logging.save)
 
@@ -294,7 +293,7 @@ class Programs:
                     patch.setenv(key, str(value))
                 patch.setenv("MEGARLHF_RENDEZVOUS", "file://nowhere")
                 trace.process = (phase, number)
-                return parity._run(config, [], dry_run=False)
+                return programs.PARITY.start(config)
 
             def rows(vocab_size: int, **options: Any) -> list[Any]:
                 trace.given["rows"].append(options)
@@ -314,7 +313,7 @@ class Programs:
             patch.setenv("MEGARLHF_PARITY_PHASE", "")
             patch.setattr(run_parity.os, "environ", os.environ)
             try:
-                parity._run(config, [], dry_run=False)
+                programs.PARITY.start(config)
             finally:
                 os.environ.pop("MEGARLHF_PARITY", None)
 
@@ -326,7 +325,7 @@ class Programs:
         def run(patch: pytest.MonkeyPatch, trace: Trace) -> None:
             patch_vllm(patch, trace)
             patch.setattr(sys, "stdin", io.StringIO("0 1\n"))
-            interactive_chat._run(config, dry_run=False)
+            programs.CHAT.start(config)
 
         return self._run(run)
 
