@@ -22,6 +22,7 @@ from megarlhf.data.token_ids import token_text
 from megarlhf.data.tokenizer import load_tokenizer, stop_tokens, template_source
 from megarlhf.formats import run_checkpoints
 from megarlhf.formats.huggingface import HFConfig, HFWeights, has_score_head, read_checkpoint, read_config
+from megarlhf.formats.staging import write_whole
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.models.backend import fused_adam, model_backend, resolve_transformer_impl
 from megarlhf.models.names import check_names, check_reward_model, stored_dtypes
@@ -200,9 +201,7 @@ def open_run_directory(save: str, config_yaml: str, *, ckpt_path: str | None = N
         names = [path.stem.removeprefix("config-start-") for path in directory.glob("config-start-*.yaml")]
         earlier = max((int(name) for name in names if name.isdecimal()), default=0)
         shutil.copy2(config, directory / f"config-start-{earlier + 1}.yaml")
-    written = directory / "config.yaml.partial"
-    written.write_text(config_yaml)
-    written.replace(config)  # a kill leaves the one or the other
+    write_whole(config, config_yaml)
     return directory
 
 

@@ -113,9 +113,8 @@ def run(config: GenerateConfig, *, dry_run: bool) -> int:
                     for first in range(finished, len(inputs.prompts), size):
                         started, part = time.perf_counter(), inputs.prompts[first : first + size]
                         console.phase("rollout")
-                        found = engines.generate_part(
-                            part, step=options.iter or 0, first_place=first, greedy=options.greedy
-                        )
+                        step = options.iter or 0
+                        found = engines.generate(part, step=step, first_place=first, greedy=options.greedy)
                         lines.append(response_rows(found, first_place=first))
                         tokens = sum(sample.response_length for sample in found.samples)
                         speed = tokens / (time.perf_counter() - started)

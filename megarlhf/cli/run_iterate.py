@@ -9,7 +9,6 @@ A stage that was killed runs again, and goes on where its own program can: gener
 training from its last checkpoint.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from megarlhf.config.loop_stages import (
 from megarlhf.data.loading import load_rows
 from megarlhf.data.selection import rewards_of
 from megarlhf.formats.stages import Stages
+from megarlhf.formats.staging import replace_link
 from megarlhf.metrics.report import write_report
 from megarlhf.metrics.sinks import METRICS_FILE, Sinks, read_rows
 from megarlhf.parallel.device import device_kind
@@ -102,7 +102,7 @@ def run(config: IterateConfig, *, dry_run: bool) -> int:
                 loop.evaluate(number, model)
                 if not logged or number > logged[-1]:
                     sinks.log(number, loop.metrics(number))
-            _link(save / "hf", Path(model))
+            replace_link(save / "hf", Path(model))
     except Stopped:
         print("stopped: the same command goes on with this stage")
         return 0
@@ -263,14 +263,6 @@ def _sample_metrics(rows: list[Any]) -> dict[str, float]:
         "rollout/truncated_frac": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
     }
     return found | ({"reward/mean": float(known.mean()), "reward/std": float(known.std())} if len(known) else {})
-
-
-def _link(link: Path, target: Path) -> None:
-    """Make `link` point to `target` by a relative path, also where it points elsewhere."""
-    new = link.with_name(link.name + ".link")
-    new.unlink(missing_ok=True)
-    new.symlink_to(os.path.relpath(target.absolute(), link.absolute().parent))
-    new.replace(link)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -119,18 +119,16 @@ class RolloutGroup:
         self.in_fp8 = on
         self.workers.specs = [spec.with_rollout_in("fp8" if on else None) for spec in self.workers.specs]
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0) -> Rollout:
+    def generate(
+        self, prompts: Sequence[Prompt], *, step: int, first_place: int = 0, greedy: bool = False
+    ) -> Rollout:
         """See RolloutRole."""
-        return self.generate_part(prompts, step=step, first_place=first_place, greedy=False)
+        places = range(first_place, first_place + len(prompts))
+        return self._generate(prompts, places, self.n_samples, step, 0.0 if greedy else None)
 
     def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
         """See RolloutRole."""
         return self._generate(prompts, [prompt.index for prompt in prompts], n_samples, 0, temperature)
-
-    def generate_part(self, prompts: Sequence[Prompt], *, step: int, first_place: int, greedy: bool) -> Rollout:
-        """As `generate`, for the prompts of a step from place `first_place` on."""
-        places = range(first_place, first_place + len(prompts))
-        return self._generate(prompts, places, self.n_samples, step, 0.0 if greedy else None)
 
     def _generate(
         self, prompts: Sequence[Prompt], places: Sequence[int], n_samples: int, step: int, temperature: float | None

@@ -25,32 +25,26 @@ class Units(Protocol):
     @property
     def shuffles(self) -> bool:
         """Whether an epoch draws its units in an order of its own; else they come as they are, and count on."""
-        ...
 
     @property
     def dropped(self) -> Mapping[str, int]:
         """Cause -> rows that were left out for it."""
-        ...
 
     @property
     def num_units(self) -> int:
         """Units of an epoch."""
-        ...
 
     @property
     def fingerprint(self) -> str:
         """Hex fingerprint of what is drawn; equal on every machine."""
-        ...
 
     def __len__(self) -> int: ...
 
     def of_units(self, units: Sequence[int] | Ints) -> tuple["SupervisedData", Ints]:
         """Data that holds the rows of these units, and the indices of their rows in it, unit by unit."""
-        ...
 
     def save(self, directory: Path) -> None:
         """Write it into a directory, which is made, for other processes to open."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

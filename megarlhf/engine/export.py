@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
-from megarlhf.formats.staging import replace_directory
+from megarlhf.formats.staging import replace_directory, staging_path
 from megarlhf.models.companions import exported_config, write_companions, write_json
 from megarlhf.models.lora import Adapters
 from megarlhf.models.names import main_dtype
@@ -36,7 +36,7 @@ def export_hf(
         chat_template: text that replaced the tokenizer's chat template in training; None where its own was used.
         config_entries: what config.json has besides; beside an adapter, which has none, config_entries.json.
     """
-    staging = directory.with_name(directory.name + ".partial")
+    staging = staging_path(directory)
     adapters, ranks = engine.adapters, engine.ranks
     weights_file = staging / ("model.safetensors" if adapters is None else "adapter_model.safetensors")
     specs = engine.weights.tensor_specs(engine.source_dtypes) if adapters is None else _adapter_specs(adapters)

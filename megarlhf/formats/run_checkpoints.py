@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megarlhf.formats.staging import replace_directory, sync
+from megarlhf.formats.staging import replace_directory, replace_link, sync, write_whole
 
 OPTIMIZER_STATE = "optimizer_state"  # entry of an identity: what of the layout decides how optimizer state is kept
 AVERAGE = "average"  # directory of a checkpoint
@@ -59,14 +59,10 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int, most_
     sync(*staging.rglob("*"), staging)
     replace_directory(staging, final)
     sync(root)
-    pointer = root / (LATEST + ".partial")
-    pointer.write_text(str(step))
-    sync(pointer)
-    pointer.rename(root / LATEST)
-    sync(root)
+    write_whole(root / LATEST, str(step))
     best, besides = run_state.get("best", {}).get("step"), list[Path]()
     if best is not None and (kept := iteration_directory(root, best)).is_dir():
-        _link(root / BEST, kept)
+        replace_link(root / BEST, kept)
         besides = [kept] if kept != final else []
     complete = sorted(path for path in root.glob("iter_*") if not path.name.endswith(".partial"))
     past = [path for path in complete[: complete.index(final) + 1] if path not in besides]
@@ -75,15 +71,6 @@ def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int, most_
         if 0 < keep < len(past) - number or (most_gib is not None and size > most_gib):
             shutil.rmtree(old)
     return final
-
-
-def _link(link: Path, target: Path) -> None:
-    """Make a link beside its target, or point it elsewhere; at every moment it is there or was never."""
-    made = link.with_name(f"{link.name}.partial")
-    made.unlink(missing_ok=True)
-    made.symlink_to(target.name)
-    made.rename(link)
-    sync(link.parent)
 
 
 def _gib(directory: Path) -> float:

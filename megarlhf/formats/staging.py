@@ -118,3 +118,21 @@ def replace_directory(staging: Path, final: Path) -> None:
         final.rename(old)
     staging.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text to the disk under another name, and give it its own: a kill leaves the old one or the new."""
+    partial = staging_path(path)
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def replace_link(link: Path, target: Path) -> None:
+    """Make a link by a relative path, or point it elsewhere; at every moment it is there or was never."""
+    made = staging_path(link)
+    made.unlink(missing_ok=True)
+    made.symlink_to(os.path.relpath(target.absolute(), link.absolute().parent))
+    made.replace(link)
+    sync(link.parent)

@@ -50,7 +50,7 @@ class PlainEngines:
         self.seed, self.per_prompt, self.dies_at = seed, per_prompt, dies_at
         self.parts: list[int] = []
 
-    def generate_part(self, prompts: Sequence[Prompt], *, step: int, first_place: int, greedy: bool) -> Rollout:
+    def generate(self, prompts: Sequence[Prompt], *, step: int, first_place: int, greedy: bool) -> Rollout:
         if self.dies_at is not None and first_place >= self.dies_at:
             raise Killed
         self.parts.append(len(prompts))
