@@ -6,6 +6,7 @@ A PPO step of ragged responses with Ray's real object store and without any mode
 the driver partitions rows over the actor's and the critic's ranks, each rank (one after the other, in this process)
 takes its rows, packs them and keeps what its passes would compute, KL and values come back, the driver estimates
 advantages and sends them out, and each rank packs its fields. The baseline is one copy of the same tokens in memory.
+Then a call without work to every process of a group: what the driver spends on each, whatever it does.
 """
 
 import argparse
@@ -149,6 +150,28 @@ def step(samples: list[Sample], tokens: list[ray.ObjectRef], num_ranks: int) -> 
     return costs
 
 
+@ray.remote(num_cpus=0)
+class Idle:
+    """A worker process that does nothing."""
+
+    def nothing(self) -> None:
+        """Answer."""
+
+
+def calls(num_processes: int, rounds: int) -> float:
+    """Seconds of a call to all of so many processes, the fastest of the rounds."""
+    actors = [Idle.remote() for _ in range(num_processes)]
+    ray.get([actor.nothing.remote() for actor in actors])
+    fastest = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        ray.get([actor.nothing.remote() for actor in actors])
+        fastest = min(fastest, time.perf_counter() - started)
+    for actor in actors:
+        ray.kill(actor)
+    return fastest
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -171,7 +194,7 @@ def main() -> None:
         started = time.perf_counter()
         source.copy()
         copy = (time.perf_counter() - started) / total
-        for num_ranks in (2,) if smoke else (2, 8, 64):
+        for num_ranks in (2,) if smoke else (2, 8, 64, 1024):
             costs = min((step(samples, tokens, num_ranks) for _ in range(3)), key=lambda c: c.seconds["driver"])
             per_token = {name: 1e9 * seconds / total for name, seconds in costs.seconds.items()}
             rank = (per_token["actor"] + per_token["critic"]) / 2
@@ -181,6 +204,10 @@ def main() -> None:
             )
         del tokens
     print("driver and store: per response token of the step; rank: per response token of its partition")
+    for num_processes in (2,) if smoke else (4, 8, 16):
+        seconds = calls(num_processes, 3 if smoke else 200)
+        each = 1e6 * seconds / num_processes
+        print(f"a call to {num_processes} processes: {1e3 * seconds:.2f} ms, {each:.0f} us each")
     print("bytes: through the driver, per token; copies: the driver's time over one copy of 8 bytes a token")
     ray.shutdown()
 

@@ -2,7 +2,8 @@
 # PPO with a critic on Llama-3-8B-Instruct, one node of eight H100s, BF16: math problems, checked by math-verify. Actor,
 # reference, critic and vLLM take turns on the same GPUs.
 #
-# A starting point by arithmetic (docs/memory.md has its bytes by phase): it has not been run on such a node.
+# A starting point by arithmetic (docs/memory.md has its bytes by phase): it has not been run on such a node. The launchers
+# of larger models set its variables. More than one node (NNODES) is a Ray cluster's, which --ray_address names.
 #
 #     MODEL=/models/Llama-3-8B-Instruct PROMPT_DATA=/data/math.jsonl examples/ppo_llama3_8b_h100.sh
 #     MODEL=... PROMPT_DATA=... examples/ppo_llama3_8b_h100.sh --dry-run       what would run, and where
@@ -21,12 +22,14 @@ SAVE=${SAVE:-runs/ppo_llama3_8b_h100}
 SEED=${SEED:-42}
 
 # Layout: TP inside the node, the rest is data parallelism (8 GPUs / TP 4 = 2)
+NNODES=${NNODES:-1}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 TP_SIZE=${TP_SIZE:-4}
 PP_SIZE=${PP_SIZE:-1}
 CP_SIZE=${CP_SIZE:-1}
 VLLM_TP_SIZE=${VLLM_TP_SIZE:-1}
-VLLM_ENGINES=${VLLM_ENGINES:-$((GPUS_PER_NODE / VLLM_TP_SIZE))}
+VLLM_ENGINES=${VLLM_ENGINES:-$((NNODES * GPUS_PER_NODE / VLLM_TP_SIZE))}
+VLLM_SHARE=${VLLM_SHARE:-0.7}
 
 # Size of a step, length of the run, learning rates
 TRAIN_ITERS=${TRAIN_ITERS:-500}
@@ -39,10 +42,11 @@ GENERATE_MAX_LEN=${GENERATE_MAX_LEN:-2048}
 ACTOR_LR=${ACTOR_LR:-1e-6}
 CRITIC_LR=${CRITIC_LR:-9e-6}
 KL_COEF=${KL_COEF:-0.01}
+ESTIMATOR=${ESTIMATOR:-gae}
 
 MODEL_PARALLEL_ARGS=(
+    --actor_num_nodes "${NNODES}"
     --actor_num_gpus_per_node "${GPUS_PER_NODE}"
-    --critic_num_gpus_per_node "${GPUS_PER_NODE}"
     --tensor-model-parallel-size "${TP_SIZE}"
     --pipeline-model-parallel-size "${PP_SIZE}"
     --context-parallel-size "${CP_SIZE}"
@@ -63,7 +67,7 @@ ROLLOUT_ARGS=(
     --colocate_all_models
     --vllm_num_engines "${VLLM_ENGINES}"
     --vllm_tensor_parallel_size "${VLLM_TP_SIZE}"
-    --vllm_gpu_memory_utilization 0.7
+    --vllm_gpu_memory_utilization "${VLLM_SHARE}"
     --no-enforce_eager
     --rollout_batch_size "${PROMPTS}"
     --n_samples_per_prompt "${SAMPLES_PER_PROMPT}"
@@ -73,7 +77,7 @@ ROLLOUT_ARGS=(
 )
 
 PPO_ARGS=(
-    --advantage_estimator gae
+    --advantage_estimator "${ESTIMATOR}"
     --gamma 1.0
     --lambd 0.95
     --eps_clip 0.2

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from megarlhf.cli.memory import plan_memory
+from megarlhf.config.arguments import PPOConfig
+from megarlhf.config.checks import check_ppo
+from megarlhf.config.command_line import parse
+from megarlhf.config.roles import megatron_roles
 from megarlhf.engine.indexed_data import CorpusWriter
-from tests.cli.conftest import CODE_LLAMA_34B, LLAMA_3_8B, LLAMA_3_70B, large_model
+from megarlhf.formats.huggingface import read_config
+from megarlhf.planner.placement import Machine, plan_placement
+from tests.cli.conftest import CODE_LLAMA_34B, LLAMA_2_7B, LLAMA_3_8B, LLAMA_3_70B, QWEN3_30B_A3B, large_model
 from tests.tiny_models import make_reward_model
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -80,6 +88,47 @@ GPU_LAUNCHERS = {  # script -> the model, bytes of a GPU in GiB, rows of data
 }
 
 
+RL_LAUNCHERS = {  # script -> the model, GPUs of a node and their GiB, nodes and GiB of their hosts
+    "ppo_llama3_8b_h100.sh": (LLAMA_3_8B, 8, 79, 1, 1000),
+    "ppo_llama_34b_h100.sh": (CODE_LLAMA_34B, 8, 79, 4, 1500),
+    "ppo_llama3_70b_h100.sh": (LLAMA_3_70B, 8, 79, 8, 1000),
+    "grpo_qwen3_30b_a3b_h100.sh": (QWEN3_30B_A3B, 8, 79, 2, 1500),
+    "ppo_llama3_70b_a100.sh": (LLAMA_3_70B, 8, 79, 2, 1900),
+    "ppo_llama2_7b_24gb.sh": (LLAMA_2_7B, 4, 22, 1, 360),
+}
+
+
+@pytest.mark.parametrize("script", RL_LAUNCHERS)
+def test_launchers_of_rl_fit_their_nodes(script: str, tmp_path: Path) -> None:
+    """In this process, from a config.json alone: checks, placement and bytes, with what a shell makes of the flags."""
+    content, gpus, gib, nodes, host_gib = RL_LAUNCHERS[script]
+    model = tmp_path / "a model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": False}))
+    (data := tmp_path / "math.jsonl").write_text('{"input": "1 + 1", "label": "2"}\n')
+    (printer := tmp_path / "printer").write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    printer.chmod(0o755)
+    places = {"MODEL": str(model), "PROMPT_DATA": str(data), "SAVE": str(tmp_path / "run"), "PYTHON": str(printer)}
+    sizes = ("--gpu_memory_gib", str(gib), "--host_memory_gib", str(host_gib))
+    command = ["bash", str(ROOT / "examples" / script), *sizes]
+    flags = subprocess.check_output(command, env=os.environ | places, text=True).split("\0")[:-1]
+    assert flags[:2] == ["-m", "megarlhf.cli.train_ppo_ray"]
+    config, _ = parse(PPOConfig, flags[2:], "ppo")
+    assert [error for error in check_ppo(config) if "is not supported yet" not in error] == []
+    assert config.model.bf16 and config.cluster.actor_num_nodes == nodes
+    plan = plan_placement(config, Machine(kind="gpu", nodes=nodes, gpus_per_node=gpus, cores_per_node=96))
+    assert {worker.node for worker in plan.of("rollout")} == {worker.node for worker in plan.of("actor")}
+    assert plan.notes == (), "all GPUs are in use"
+    models = [read_config(model)] * len(megatron_roles(config))
+    memory = plan_memory(config, models)
+    assert memory.misfits == [], memory.text()
+    if config.optimizer.optimizer_cpu_offload:
+        check_documented(script, memory.text(), *sizes)
+        on_device = replace(config, optimizer=replace(config.optimizer, optimizer_cpu_offload=False))
+        small_host = replace(config, cluster=replace(config.cluster, host_memory_gib=0.9 * host_gib))
+        assert all(plan_memory(other, models).misfits for other in (on_device, small_host)), "it needs both"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", GPU_LAUNCHERS)
 def test_supervised_launchers_fit_their_gpus(script: str, assets: Path, tmp_path: Path) -> None:
@@ -92,6 +141,8 @@ def test_supervised_launchers_fit_their_gpus(script: str, assets: Path, tmp_path
     given["REWARD_TOKENS"] = "1 0"
     printed = dry_run(script, tmp_path, "--gpu_memory_gib", str(memory), **given)
     assert "bf16: true" in printed and "left" in printed
+    if script == "dpo_llama_34b_a100.sh":
+        check_documented(script, printed, "--gpu_memory_gib", str(memory))
 
 
 @pytest.mark.slow
