@@ -101,7 +101,7 @@ def test_a_run_that_fits_says_what_is_left(flags: list[str], capsys: pytest.Capt
             "79",
             ("--optimizer_cpu_offload", "--host_memory_gib", "700"),
             "host_memory_gib=700; phase save takes",
-            ("tensor_model_parallel_size=8",),
+            ("vllm_tensor_parallel_size=2", "tensor_model_parallel_size=8"),
         ),
         (
             "79",
