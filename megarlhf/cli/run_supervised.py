@@ -152,7 +152,8 @@ def _objective_identity(config: SupervisedConfig) -> dict[str, Any]:
     shared = {group.name for group in fields(SupervisedConfig)}
     groups = [asdict(getattr(config, group.name)) for group in fields(config) if group.name not in shared]
     own = {name: value for group in groups for name, value in group.items()}
-    own.pop("precompute_ref_log_probs", None)  # the same numbers
+    for name in ("precompute_ref_log_probs", "ref_offload"):  # the same numbers
+        own.pop(name, None)
     own["enable_ema"] = config.optimizer.enable_ema or None  # as in checkpoints from before there were averages
     if isinstance(config, PRMConfig):
         own["reward_tokens"] = config.data.reward_tokens and list(config.data.reward_tokens)

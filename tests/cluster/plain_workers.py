@@ -140,7 +140,7 @@ class PlainWorkers(WorkerGroup):
         config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s", **options})
         self.workers = [self._worker(role, store, kind, packing, config) for _, kind in places]
         processes = _PlainProcesses(self, store)
-        super().__init__(ROLES[role], processes, range(len(places)), [], timeout_seconds=1.0)
+        super().__init__(ROLES[role], processes, range(len(places)), [], launch=repr, timeout_seconds=1.0)
 
     @staticmethod
     def _worker(

@@ -60,6 +60,7 @@ def test_every_option_reaches_the_stages_that_have_it(method: str) -> None:
         unread -= values.keys()
     loops_own = {"num_rounds", "eval_data", "reference", "reward_template"}
     dpo = {"beta", "ipo", "label_smoothing", "nll_loss_coef", "ref_pretrain", "precompute_ref_log_probs"}
+    dpo |= {"ref_offload"}
     assert unread == loops_own | (set() if method == "iterative_dpo" else dpo)
 
 

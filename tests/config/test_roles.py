@@ -125,7 +125,7 @@ def test_a_dry_run_counts_a_frozen_models_bytes(
     printed = capsys.readouterr().out
     assert re.search(r"^teacher +0 +0 +\S+ +\d+ +train$", printed, re.M)
     assert "teacher: tensor_model_parallel_size=1 (the actor's)" in printed
-    rows = {tuple(line.split()[:2]): line.split()[2:] for line in printed.splitlines() if "  " in line}
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in printed.splitlines()[::-1] if "  " in line}
     phases = rows["role", "part"]
     assert phases == ["rollout", "experience", "update", "sync", "save"]
     actor, teacher = (dict(zip(phases, rows[role, "parameters"], strict=True)) for role in ("actor", "teacher"))

@@ -60,6 +60,7 @@ def test_steps_with_too_few_results_are_not_trained_and_end_the_run_saved(tmp_pa
     unmoved = {"kl_controller": None, "reward_moments": None, "best": None}
     assert plain.saved[2] | unmoved == unmoved | {
         **{"step": 2, "consumed_prompts": 8, "untrained_steps": 2, "untrained_in_a_row": 2},
+        **{"rollout_fallbacks": 0, "rollout_steps_left": 0},
     }
     assert "the state after step 2 is saved" in failure.value.__notes__[0]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
