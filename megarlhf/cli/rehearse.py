@@ -6,17 +6,8 @@ the weights that each hands out, checks them, and writes a line for each process
 """
 
 import sys
-from collections.abc import Sequence
 
-from megarlhf.cli.checked import run_checked
-from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.checks import check_ppo
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check and rehearse; returns the exit status."""
-    return run_checked("rehearse", PPOConfig, check_ppo, argv)
-
+from megarlhf.cli.programs import REHEARSE as main
 
 if __name__ == "__main__":
     sys.exit(main())
