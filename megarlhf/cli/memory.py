@@ -14,7 +14,7 @@ from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.precision import wide_dtype
-from megarlhf.config.roles import first_given, megatron_roles
+from megarlhf.config.roles import RoleSpec, first_given, roles_of
 from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import padded_vocab_size
@@ -24,6 +24,7 @@ from megarlhf.parallel.device import device_memory_bytes, host_memory_bytes
 from megarlhf.planner.memory import RankBytes, Work, rank_bytes
 from megarlhf.planner.memory_table import (
     GIB,
+    Column,
     DeviceTable,
     EngineBytes,
     RoleBytes,
@@ -33,6 +34,10 @@ from megarlhf.planner.memory_table import (
 )
 
 Config = PPOConfig | SupervisedConfig
+_WITHOUT_TRAINING = (
+    "set bf16, a larger reward_tensor_model_parallel_size or reward_pipeline_model_parallel_size with as many "
+    "reward_num_gpus_per_node, or fewer tokens at a time (micro_batch_size; of serve-rm max_batch_tokens)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +63,15 @@ class MemoryPlan:
         return "\n\n".join(parts)
 
 
-def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
+def plan_memory(
+    config: Config, models: Sequence[HFConfig], *, only: Sequence[RoleSpec] | None = None
+) -> MemoryPlan:
     """Bytes on each device.
 
     Args:
-        models: the configuration of each model of Megatron's, as read_checkpoint gives it, the policy's first.
+        models: the configuration of each model of Megatron's, as read_checkpoint gives it, the policy's first; with
+            `only` the policy's if that has engines.
+        only: what is started of an RL run, without training. None: all roles.
     """
     cluster = config.cluster if isinstance(config, PPOConfig) else config.ranks
     memory = device_memory_bytes() if cluster.gpu_memory_gib is None else int(cluster.gpu_memory_gib * GIB)
@@ -79,10 +88,14 @@ def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
         slots: dict[int, dict[str, RoleBytes]] = {rank: {"actor": taken} for rank, taken in enumerate(ranks)}
         engine, colocated, nodes = None, False, max(1, config.world_size // config.ranks.num_gpus_per_node)
     else:
-        engine, colocated = _engine(config, models[0], memory), config.cluster.colocate_all_models
-        slots = _slots(config, models, engine)
-        nodes = max(first_given(config.cluster, role.workers[0])[1] for role in megatron_roles(config))
+        roles, colocated = roles_of(config) if only is None else only, config.cluster.colocate_all_models
+        of_megatron = [role for role in roles if role.runs == "megatron"]
+        engine = _engine(config, models[0], memory) if len(of_megatron) < len(roles) else None
+        slots = _slots(config, of_megatron, models[len(models) - len(of_megatron) :], engine)
+        nodes = max((first_given(config.cluster, role.workers[0])[1] for role in of_megatron), default=1)
     tables = device_tables(slots, colocated=colocated, gpu=gpu, resident=resident)
+    if only is not None:
+        tables = [replace(table, phases=_without_training(table.phases)) for table in tables]
     per_node = -(-len(slots) // nodes)
     host = host_table(slots, devices_per_node=per_node, colocated=colocated, resident=resident, gpu=gpu)
     found = [] if memory is None else misfits(tables, engine, memory)
@@ -90,30 +103,40 @@ def plan_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
     return MemoryPlan(tables=tables, host=host, memory=memory, host_memory=host_memory, misfits=found)
 
 
-def fitting_memory(config: Config, models: Sequence[HFConfig]) -> MemoryPlan:
-    """The plan of a run that fits its devices.
+def _without_training(phases: dict[str, Column]) -> dict[str, Column]:
+    return {phase: column for phase, column in phases.items() if phase not in ("sync", "save")}
+
+
+def fitting_memory(
+    config: Config, models: Sequence[HFConfig], *, only: Sequence[RoleSpec] | None = None
+) -> MemoryPlan:
+    """The plan of a run that fits its devices; arguments as for `plan_memory`.
 
     Raises:
         ValueError: it does not; names role, phase, bytes and the two smallest changes that make it fit.
     """
-    plan = plan_memory(config, models)
+    plan = plan_memory(config, models, only=only)
     if not plan.misfits:
         return plan
     sizes = {"gpu_memory_gib": plan.memory, "host_memory_gib": plan.host_memory}
     given = ", ".join(f"{name}={size / GIB:.4g}" for name, size in sizes.items() if size is not None)
     said = "; ".join(sentence for _, sentence in plan.misfits)
-    raise ValueError(f"{given}; {said}: {_remedies(config, models)}\n{plan.text()}")
+    remedies = _remedies(config, models) if only is None else _WITHOUT_TRAINING
+    raise ValueError(f"{given}; {said}: {remedies}\n{plan.text()}")
 
 
-def _slots(config: PPOConfig, models: Sequence[HFConfig], engine: EngineBytes) -> dict[int, dict[str, RoleBytes]]:
+def _slots(
+    config: PPOConfig, of_megatron: Sequence[RoleSpec], models: Sequence[HFConfig], engine: EngineBytes | None
+) -> dict[int, dict[str, RoleBytes]]:
     """What lies on each device, numbered over all nodes: colocated roles start at the first, others follow."""
     cluster, slots = config.cluster, dict[int, dict[str, RoleBytes]]()
     by_role: dict[str, Sequence[RoleBytes]] = {}
-    for spec, hf in zip(megatron_roles(config), models, strict=True):
+    for spec, hf in zip(of_megatron, models, strict=True):
         layout, world_size, reference = spec.layout(config), spec.num_workers(config), spec.keeps_reference(config)
         own = config if spec.trains else replace(config, lora=LoraArguments())
         by_role[spec.name] = _training_ranks(own, hf, spec.head, layout, world_size, has_reference=reference)
-    by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
+    if engine is not None:
+        by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
     first = 0
     for name, ranks in by_role.items():
         for rank, taken in enumerate(ranks):

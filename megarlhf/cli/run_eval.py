@@ -14,15 +14,12 @@ from rich.table import Table
 
 from megarlhf.cli.errors import all_or_errors, running
 from megarlhf.cli.prompt_data import load_evaluation, resolve_special_tokens
+from megarlhf.cli.reward_models import give_models, opened_models
 from megarlhf.cli.rewards import model_sources, reward_sources
-from megarlhf.cli.run import check_weights, resolved_files
-from megarlhf.cli.run_ppo import find_machine
-from megarlhf.cli.run_score import check_results, check_reward_models, give_models, shared_prompts
+from megarlhf.cli.run import resolved_files
+from megarlhf.cli.run_score import check_results
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.eval_config import EvalConfig
-from megarlhf.config.layouts import LayoutArguments
-from megarlhf.config.roles import reward_roles
-from megarlhf.planner.placement import plan_placement
 from megarlhf.reward.sources import SumOfSources
 from megarlhf.trainers.evaluation import Answers, answer, answers_metrics
 
@@ -30,29 +27,21 @@ from megarlhf.trainers.evaluation import Answers, answer, answers_metrics
 def run(config: EvalConfig, *, dry_run: bool) -> int:
     """Measure; returns the exit status."""
     config = replace(config, reward=config.reward.resolved())
-    output, reward, ppo = Path(config.result.output).absolute(), config.reward, shared_prompts(config.as_ppo())
-    judges = reward_roles(ppo)
-    start = ("pretrain", config.model.pretrain, LayoutArguments(), "lm")
+    output, reward, ppo = Path(config.result.output).absolute(), config.reward, config.as_ppo()
     given = [*model_sources(ppo), *reward_sources(reward, dry_run=dry_run)]
     with closing(SumOfSources(given, reward.reward_weights)) as sources:
-        (sets, stops), *_ = all_or_errors(
-            [
-                lambda: load_evaluation(ppo),
-                lambda: check_weights([start], transformer_impl="local", generates=True),
-                *([partial(check_reward_models, ppo)] if judges else []),
-                sources.check,
-            ]
+        (sets, stops), models, _ = all_or_errors(
+            [partial(load_evaluation, ppo), partial(opened_models, ppo, engines=True), sources.check]
         )
-        ppo = resolve_special_tokens(ppo, [prompt.label for members in sets.values() for prompt in members])
-        plan = plan_placement(ppo, find_machine(ppo)).only("rollout", *(role.name for role in judges))
+        ppo = resolve_special_tokens(models.config, [prompt.label for members in sets.values() for prompt in members])
         counts = {name: len(members) for name, members in sets.items()}
         if dry_run:
-            print(f"{to_yaml(config)}\n{resolved_files(ppo.model, ppo.data)}\n\nprompts: {counts}\n{plan.table()}")
+            print(f"{to_yaml(config)}\n{resolved_files(ppo.model, ppo.data)}\n\nprompts: {counts}\n{models.text()}")
             return 0
         from megarlhf.cluster import launch  # with vLLM behind it: nothing above needs it
 
-        with running(), launch.open_judged_engines(ppo, plan, stop_token_ids=stops) as (engines, models, phases):
-            give_models(sources, models)
+        with running(), launch.open_judged_engines(ppo, models.plan, stop_token_ids=stops) as (engines, judges, phases):
+            give_models(sources.sources, judges)
             scoring = partial(phases.reward, is_last=False)
             answers = answer(engines, sources, sets, ppo, generating=phases.evaluate, scoring=scoring)
     metrics = answers_metrics(answers, ppo)

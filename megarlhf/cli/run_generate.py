@@ -14,6 +14,7 @@ from megarlhf.config.arguments import PPOConfig, PromptColumnArguments
 from megarlhf.config.command_line import config_of, to_dict, to_yaml
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.loop_arguments import GenerateConfig, prompts_at_a_time
+from megarlhf.config.roles import ROLES
 from megarlhf.data.loading import DataSource
 from megarlhf.data.prompts import PromptData, load_prompts
 from megarlhf.data.sampling import PromptSampler
@@ -90,7 +91,7 @@ def run(config: GenerateConfig, *, dry_run: bool) -> int:
     """Generate what is not there yet; returns the exit status."""
     inputs = load(config)
     ppo, output = engine_config(config, inputs), Path(config.generate.output)
-    plan = plan_placement(ppo, find_machine(ppo)).only("rollout")
+    plan = plan_placement(ppo, find_machine(ppo), only=[ROLES["rollout"]])
     dropped = f", {inputs.num_dropped} longer than prompt_max_len left out" if inputs.num_dropped else ""
     decided = f"{len(inputs.prompts)} prompts{dropped}\n{plan.table()}"
     if dry_run:

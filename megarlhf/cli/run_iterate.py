@@ -24,8 +24,9 @@ from megarlhf.cli import run_generate, run_score
 from megarlhf.cli.disk import check_disk_space, space_problems, stored_bytes
 from megarlhf.cli.errors import RunError, all_or_errors, machine_checks, running
 from megarlhf.cli.local_ranks import run_program
+from megarlhf.cli.memory import MemoryPlan
 from megarlhf.cli.merge_lora import MergeArguments, MergeConfig
-from megarlhf.cli.run import StopSignal, open_run_directory, resolve_kernels
+from megarlhf.cli.run import Opened, StopSignal, open_run_directory, resolve_kernels
 from megarlhf.cli.run_select import select, select_file
 from megarlhf.cli.run_supervised import check_models, resolved
 from megarlhf.config.command_line import config_of, to_dict, to_yaml
@@ -121,21 +122,23 @@ def _check_stages(config: IterateConfig, *, dry_run: bool) -> str:
     """
     model, iterate = config.model.pretrain, config.iterate
     training = resolved(train_config(config, 1, model, dataset=config.data.prompt_data))
-    impl = resolve_kernels(
-        training, [("", training.layout)], share_prompt_prefix=training.share_prompt_prefix, device=device_kind()
-    )
     scoring = score_config(config, config.data.prompt_data, str(round_directory(config, 1) / "scored.jsonl"))
 
-    def check_sources() -> None:
-        with run_score.checked_sources(scoring, dry_run=dry_run):
-            pass
+    def check_training() -> tuple[list[Opened], MemoryPlan]:
+        shared, layouts = training.share_prompt_prefix, [("", training.layout)]
+        impl = resolve_kernels(training, layouts, share_prompt_prefix=shared, device=device_kind())
+        return check_models(training, impl)
+
+    def check_sources() -> str:
+        with run_score.checked_sources(scoring, dry_run=dry_run) as (_, judges):
+            return "" if judges is None else f"\n\nreward models:\n{judges.text()}"
 
     evaluations = [] if config.data.eval_data is None else [evaluate_config(config, 0, model)]
     compares = scoring.reward.reward_rule in ("math", "exact_match")
     load = partial(run_generate.load, needs_label=compares)
-    (models, memory), _, *loaded = all_or_errors(
+    (models, memory), judges, *loaded = all_or_errors(
         [
-            partial(check_models, training, impl),
+            check_training,
             check_sources,
             *[partial(load, each) for each in (generate_config(config, 1, model), *evaluations)],
         ]
@@ -150,7 +153,7 @@ def _check_stages(config: IterateConfig, *, dry_run: bool) -> str:
     held_out = f", {len(loaded[1].prompts)} to evaluate on" if evaluations else ""
     return (
         f"{iterate.num_rounds} rounds of {len(loaded[0].prompts)} prompts x {iterate.n_samples_per_prompt} samples"
-        f"{held_out}; training in a round: at most {steps} optimizer steps\n\n{memory.text()}"
+        f"{held_out}; training in a round: at most {steps} optimizer steps\n\n{memory.text()}{judges}"
     )
 
 

@@ -1,9 +1,8 @@
 """The run of score.py, whose options are checked already: read the samples, ask the sources, write the file."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,15 +11,12 @@ from typing import Any
 import numpy as np
 
 from megarlhf.cli.errors import RunError, all_or_errors, running
+from megarlhf.cli.reward_models import OpenedModels, opened_models, running_models
 from megarlhf.cli.rewards import model_sources, reward_identity, reward_sources
-from megarlhf.cli.run import check_weights, resolve_kernels
-from megarlhf.cli.run_ppo import find_machine
-from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.loop_arguments import ScoreArguments, ScoreConfig
 from megarlhf.config.loop_stages import reward_models_config
 from megarlhf.config.reward_arguments import RewardArguments
-from megarlhf.config.roles import reward_roles
 from megarlhf.data.loading import load_rows
 from megarlhf.data.rows import Rows, json_value
 from megarlhf.data.selection import Rewards, rewards_of
@@ -28,9 +24,6 @@ from megarlhf.data.token_ids import fingerprint
 from megarlhf.data.types import Prompt, Rollout, Sample
 from megarlhf.formats.growing_lines import GrowingLines
 from megarlhf.metrics.sinks import ConsoleSink
-from megarlhf.models.backend import resolve_transformer_impl
-from megarlhf.planner.placement import plan_placement
-from megarlhf.reward.model import RewardModel, ScoringModel
 from megarlhf.reward.sources import SumOfSources
 
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
@@ -86,8 +79,8 @@ def load_samples(score: ScoreArguments) -> tuple[Rows, list[Sample], list[int]]:
 
 
 @contextmanager
-def checked_sources(config: ScoreConfig, *, dry_run: bool) -> Iterator[tuple[SumOfSources, PPOConfig | None]]:
-    """The sources of the reward, checked, their code loaded; and the configuration of the models among them.
+def checked_sources(config: ScoreConfig, *, dry_run: bool) -> Iterator[tuple[SumOfSources, OpenedModels | None]]:
+    """The sources of the reward, checked, their code loaded; and the plan of the models among them.
 
     Raises:
         ConfigError: what is wrong with any of them.
@@ -98,72 +91,31 @@ def checked_sources(config: ScoreConfig, *, dry_run: bool) -> Iterator[tuple[Sum
     with closing(sources):
         steps: list[Callable[[], Any]] = [sources.check]
         if ppo is not None:
-            steps.append(partial(check_reward_models, ppo))
-        all_or_errors(steps)
-        yield sources, ppo
-
-
-def check_reward_models(ppo: PPOConfig) -> None:
-    """Raises ConfigError for weights, kernels or a placement that cannot be used."""
-    roles, machine = reward_roles(ppo), find_machine(ppo)
-    layouts = [(role.prefix, role.layout(ppo)) for role in roles]
-
-    def weights() -> None:
-        impl = resolve_kernels(ppo, layouts, share_prompt_prefix=False, device=machine.kind)
-        starts = [(*role.start(ppo), role.layout(ppo), role.head) for role in roles]
-        check_weights(starts, transformer_impl=impl)
-
-    all_or_errors([weights, partial(plan_placement, ppo, machine)])
-
-
-@contextmanager
-def running_models(sources: SumOfSources, ppo: PPOConfig | None) -> Iterator[None]:
-    """The reward models' processes, which end with the block."""
-    if ppo is None:
-        yield
-        return
-    from megarlhf.cluster import launch  # seconds, for those who have reward models
-
-    ppo = shared_prompts(ppo)
-    plan = plan_placement(ppo, find_machine(ppo)).only(*(role.name for role in reward_roles(ppo)))
-    print(plan.table())
-    with launch.open_groups(ppo, plan, reward_roles(ppo)) as groups:
-        give_models(sources, launch.reward_models(ppo, groups))
-        for role in reward_roles(ppo):
-            groups[role.name].call("wake", ("parameters",))
-        yield
-
-
-def shared_prompts(ppo: PPOConfig) -> PPOConfig:
-    """With the samples of a prompt sharing its computation, where layers can."""
-    impl = resolve_transformer_impl(ppo.kernels.transformer_impl, device=find_machine(ppo).kind)
-    return replace(ppo, batch=replace(ppo.batch, share_prompt_prefix=impl == "local"))
-
-
-def give_models(sources: SumOfSources, models: Mapping[str, ScoringModel]) -> None:
-    """Tell the reward models among the sources what computes their scores, by the names of their roles."""
-    for source in sources.sources:
-        if isinstance(source, RewardModel):
-            source.model = models[source.role]
+            steps.append(partial(opened_models, ppo))
+        _, *opened = all_or_errors(steps)
+        yield sources, next(iter(opened), None)
 
 
 def run(config: ScoreConfig, *, dry_run: bool) -> int:
     """Score what is not scored yet; returns the exit status."""
     score, output = config.score, Path(config.score.output)
     rows, samples, borders = load_samples(score)
-    with checked_sources(config, dry_run=dry_run) as (sources, ppo):
-        print(f"{len(samples)} samples of {score.dataset}; sources of the reward: {_names(sources)}")
+    with checked_sources(config, dry_run=dry_run) as (sources, models):
         if dry_run:
             print(to_yaml(config))
+        print(f"{len(samples)} samples of {score.dataset}; sources of the reward: {_names(sources)}")
+        if models is not None:
+            print(models.text())
+        if dry_run:
             return 0
         texts = [[sample.prompt.text, sample.response_text, sample.prompt.label] for sample in samples]
         identity = to_dict(config) | {"samples": fingerprint(_NO_TOKENS, _NO_TOKENS.astype(np.int64), texts)}
-        identity["reward_models"] = None if ppo is None else reward_identity(ppo)
+        identity["reward_models"] = None if models is None else reward_identity(models.config)
         with GrowingLines(output, identity) as lines:
             finished = max(border for border in borders if border <= lines.num_lines)
             lines.keep(finished)
             parts = [pair for pair in pairwise(borders) if pair[0] >= finished]
-            with running(), running_models(sources, ppo if parts else None):
+            with running(), running_models(models if parts else None, sources.sources):
                 console = ConsoleSink(total_steps=len(samples), first_step=finished, unit="samples")
                 with closing(console):
                     for first, last in parts:

@@ -14,6 +14,8 @@ from megarlhf.reward.texts import CodeTextScorer, TextScorer
 def run(config: ServeConfig, prog: str, *, dry_run: bool) -> int:
     """Serve until a signal; returns the exit status."""
     serve = config.serve
+    if dry_run:
+        print(to_yaml(config))
     if config.models.reward_pretrain is None:
         (source,) = code_sources(config.reward)
         scorer: TextScorer = CodeTextScorer(source, stop_texts=serve.stop_texts)
@@ -23,9 +25,9 @@ def run(config: ServeConfig, prog: str, *, dry_run: bool) -> int:
     else:
         from megarlhf.cli.serve_model import model_scorer  # Megatron-Core: code needs none of it
 
-        scorer = model_scorer(config)
+        scorer, models = model_scorer(config)
+        print(models.text())
     if dry_run:
-        print(to_yaml(config))
         return 0
     limits = Limits(
         token=os.environ.get(TOKEN_VARIABLE) or None,

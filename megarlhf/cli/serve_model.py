@@ -2,37 +2,36 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
 
 from megarlhf.cli.errors import all_or_errors, running
+from megarlhf.cli.reward_models import OpenedModels, opened_models, running_models
 from megarlhf.cli.rewards import model_sources
-from megarlhf.cli.run_score import check_reward_models, running_models
 from megarlhf.config.serve_arguments import ServeConfig
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.reward.model import RewardModel
-from megarlhf.reward.sources import SumOfSources
 from megarlhf.reward.texts import ModelTextScorer
 
 
-def model_scorer(config: ServeConfig) -> ModelTextScorer:
-    """The reward model on ranks of its own, which start when the scorer is opened.
+def model_scorer(config: ServeConfig) -> tuple[ModelTextScorer, OpenedModels]:
+    """The reward model on ranks of its own, which start when the scorer is opened, and their plan.
 
     Raises:
-        ConfigError: files of the model, kernels or a placement that cannot be used.
+        ConfigError: whatever is wrong with the model's files, kernels, devices and memory.
     """
     ppo = config.as_ppo()
     (source,) = model_sources(ppo)
-    all_or_errors([partial(check_reward_models, ppo), source.check])
+    models, _ = all_or_errors([partial(opened_models, ppo), source.check])
     tokenizer = load_tokenizer(source.directory, chat_template=None)
-    return ModelTextScorer(source, tokenizer, _started(config, source))
+    return ModelTextScorer(source, tokenizer, _started(models, source)), models
 
 
 @contextmanager
-def _started(config: ServeConfig, source: RewardModel) -> Iterator[None]:
-    with (
-        TemporaryDirectory(prefix="megarlhf-logs-") as logs,
-        running(),
-        running_models(SumOfSources([source]), config.as_ppo(save=logs)),
-    ):
-        yield
+def _started(models: OpenedModels, source: RewardModel) -> Iterator[None]:
+    config = models.config
+    with TemporaryDirectory(prefix="megarlhf-logs-") as logs, running():
+        with_logs = replace(config, logging=replace(config.logging, save=logs))
+        with running_models(models._replace(config=with_logs), [source]):
+            yield

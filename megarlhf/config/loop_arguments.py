@@ -107,6 +107,9 @@ class ForwardArguments:
     """Samples of full length in one forward pass of a rank. Samples are packed without padding."""
     normalize_reward: bool = False
     """Subtract from each model's score the mean that its config.json has and divide by the std there."""
+    gpu_memory_gib: float | None = None
+    """Memory of each GPU in GiB, which the reward models must fit into. None: this machine's GPUs tell; without any,
+    the plan is printed and compared with nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

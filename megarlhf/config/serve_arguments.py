@@ -48,6 +48,9 @@ class ServeForwardArguments:
     """Seconds for its processes to be up and the model loaded."""
     phase_timeout_seconds: float = 1800.0
     """Seconds for the scores of one call; past them the server ends."""
+    gpu_memory_gib: float | None = None
+    """Memory of each GPU in GiB, which the reward model must fit into. None: this machine's GPUs tell; without any,
+    the plan is printed and compared with nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +63,14 @@ class ServeConfig:
     reward_layout: RewardLayoutArguments = field(default_factory=RewardLayoutArguments)
     forward: ServeForwardArguments = field(default_factory=ServeForwardArguments)
 
-    def as_ppo(self, *, save: str = "") -> PPOConfig:
-        """An RL run with this reward model, of which nothing else is started; `save` is for its processes' logs."""
+    def as_ppo(self) -> PPOConfig:
+        """An RL run with this reward model, of which nothing else is started."""
         return config_of(
             PPOConfig,
             self,
             pretrain=self.models.reward_pretrain,
             prompt_data="",
-            save=save,
+            save="",
             ray=False,
             advantage_estimator="reinforce",
             max_tokens_per_micro_batch=self.serve.max_batch_tokens,

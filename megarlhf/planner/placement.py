@@ -8,7 +8,7 @@ actor's processes.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from megarlhf.config.arguments import PPOConfig
@@ -48,11 +48,6 @@ class PlacementPlan:
         """The workers of a role, by rank."""
         return tuple(worker for worker in self.workers if worker.role.name == role)
 
-    def only(self, *roles: str) -> "PlacementPlan":
-        """The same places for the workers of these roles alone."""
-        workers = tuple(worker for worker in self.workers if worker.role.name in roles)
-        return replace(self, workers=workers, notes=())
-
     def table(self) -> str:
         """Aligned text: a header, one line a worker, then the notes."""
         unit = "cores" if self.device_kind == "cpu" else "GPUs"
@@ -75,8 +70,10 @@ class Machine(NamedTuple):
     cores_per_node: int
 
 
-def plan_placement(config: PPOConfig, machine: Machine) -> PlacementPlan:
-    """Assign every process of a run to a node and to devices there.
+def plan_placement(
+    config: PPOConfig, machine: Machine, *, only: Sequence[RoleSpec] | None = None
+) -> PlacementPlan:
+    """Assign every process of a run, or of these roles alone, to a node and to devices there.
 
     Processes fill one node after the other, so tensor-parallel ranks, which are neighbours, share a node where they
     can; an engine always stays on one. With GPUs a rank has one, an engine as many as it has ranks. Without, nodes take
@@ -88,7 +85,7 @@ def plan_placement(config: PPOConfig, machine: Machine) -> PlacementPlan:
     """
     workers: list[Worker] = []
     notes: list[str] = []
-    roles = roles_of(config)
+    roles = roles_of(config) if only is None else only
     for group in [[role] for role in roles] if config.cluster.colocate_all_models else [roles]:
         placed, note = _place(config, group, machine)
         workers += placed

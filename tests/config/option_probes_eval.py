@@ -47,7 +47,7 @@ ALONE: Options = JUDGED | {"reward_function": None}
 
 EVAL: dict[str, Probe] = {
     **own_layout_probes("reward", "reward_pretrain", several=True, beside=False, **JUDGED),
-    **{name: MODELS[name] for name in ("reward_pretrain", "reward_num_gpus_per_node")},
+    **{name: MODELS[name] for name in ("reward_pretrain", "reward_num_gpus_per_node", "gpu_memory_gib")},
     "micro_batch_size": Probe(value=1, seen=lambda t: t.engine("reward").packing.max_tokens, expected=32, also=JUDGED),
     "normalize_reward": Probe(  # a score of 0.2, with mean 0.5 and std 2
         value=True, seen=lambda t: round(*metrics("eval/reward_mean")(t), 5), expected=-0.15, also=ALONE

@@ -119,6 +119,9 @@ MODELS: dict[str, Probe] = {
     "phase_timeout_seconds": Probe(
         value=1717.0, seen=lambda t: round(t.waits[-1]), **{"expected": 1717, "also": JUDGED}
     ),
+    "gpu_memory_gib": Probe(
+        value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, **{"expected": True, "also": JUDGED}
+    ),
     "reward_weights": Probe(
         value=(10.0, 0.5),
         seen=lines(lambda rows: round(rows[1]["reward"], 5)),

@@ -26,6 +26,9 @@ SERVE: dict[str, Probe] = {
     "phase_timeout_seconds": Probe(
         value=1717.0, seen=lambda t: round(t.waits[-1]), **{"expected": 1717, "also": MODEL}
     ),
+    "gpu_memory_gib": Probe(
+        value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, **{"expected": True, "also": MODEL}
+    ),
     "host": Probe(
         value="127.0.0.2",
         seen=lambda t: (t.given["listening"][0][0], "http://127.0.0.2:" in t.said),
