@@ -101,12 +101,14 @@ def run(config: GenerateConfig, *, dry_run: bool) -> int:
 
     print(decided)
     options, per_prompt, size = config.generate, config.generate.n_samples_per_prompt, ppo.batch.rollout_batch_size
-    with GrowingLines(output, inputs.identity | {"part": size}) as lines:
-        finished = len(inputs.prompts) if lines.num_lines == len(inputs.prompts) * per_prompt else 0
-        finished = finished or lines.num_lines // per_prompt // size * size  # whole parts, as without a kill
+    with GrowingLines(output, inputs.identity) as lines:
+        answered = finished = lines.num_lines // per_prompt
+        if answered < len(inputs.prompts):
+            finished = answered // size * size  # whole parts, as without a kill
         lines.keep(finished * per_prompt)
-        if finished:
-            print(f"{finished} prompts are answered already")
+        if answered:
+            again = f", {answered - finished} are answered again with the rest of their part"
+            print(f"{finished} prompts are answered already{again if answered > finished else ''}")
         if finished < len(inputs.prompts):
             with running(), launch.open_engines(ppo, plan, stop_token_ids=inputs.stop_token_ids) as engines:
                 console = ConsoleSink(total_steps=len(inputs.prompts), first_step=finished, unit="prompts")

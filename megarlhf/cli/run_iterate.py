@@ -57,9 +57,8 @@ _POST_PROCESSORS: dict[str, PostProcessor] = {
 }
 _FREE = (  # what may change between two starts of a loop, as no weight depends on it
     "num_rounds save_interval log_interval max_ckpt_num max_ckpt_mem use_tensorboard use_wandb wandb_project "
-    "wandb_run_name wandb_org wandb_group start_timeout_seconds phase_timeout_seconds gpu_memory_gib "
-    "host_memory_gib"
-).split()
+    "wandb_run_name wandb_org wandb_group host_memory_gib"
+).split() + run_score.FREE
 
 
 class Stopped(Exception):

@@ -27,6 +27,12 @@ from megarlhf.metrics.sinks import ConsoleSink
 from megarlhf.reward.sources import SumOfSources
 
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
+# Options that decide no score, but where it goes, how long one may take, and how many may be missing.
+FREE = (
+    "output reward_timeout_seconds remote_rm_timeout_seconds remote_rm_concurrency remote_rm_max_retries "
+    "remote_rm_allow_http max_no_result_fraction min_result_fraction start_timeout_seconds phase_timeout_seconds "
+    "gpu_memory_gib"
+).split()
 _PART = 2048  # samples that are scored and written at a time, at least
 
 
@@ -109,7 +115,8 @@ def run(config: ScoreConfig, *, dry_run: bool) -> int:
         if dry_run:
             return 0
         texts = [[sample.prompt.text, sample.response_text, sample.prompt.label] for sample in samples]
-        identity = to_dict(config) | {"samples": fingerprint(_NO_TOKENS, _NO_TOKENS.astype(np.int64), texts)}
+        identity = {name: value for name, value in to_dict(config).items() if name not in FREE}
+        identity["samples"] = fingerprint(_NO_TOKENS, _NO_TOKENS.astype(np.int64), texts)
         identity["reward_models"] = None if models is None else reward_identity(models.config)
         with GrowingLines(output, identity) as lines:
             finished = max(border for border in borders if border <= lines.num_lines)

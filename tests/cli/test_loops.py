@@ -94,7 +94,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_killed_generation_goes_on_after_its_last_part(generate: Any, tmp_path: Path) -> None:
+def test_a_killed_generation_goes_on_after_its_last_part(
+    generate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert generate("whole").parts == [4, 4, 2]
     with pytest.raises(Killed):
         generate("killed", dies_at=8)
@@ -107,6 +109,14 @@ def test_a_killed_generation_goes_on_after_its_last_part(generate: Any, tmp_path
     with pytest.raises(Killed):
         generate("other", dies_at=8)
     assert generate("other", temperature=0.5).parts == [4, 4, 2], "other options: from the start"
+    capsys.readouterr()
+    for dies_at, answered, again, parts in ((4, 0, 4, [8, 2]), (8, 8, 0, [2])):
+        with pytest.raises(Killed):
+            generate("engines", dies_at=dies_at)
+        assert generate("engines", vllm_num_engines=2).parts == parts, "of the parts that more engines have"
+        assert (tmp_path / "engines.jsonl").read_bytes() == whole
+        said = f"{answered} prompts are answered already" + f", {again} are answered again" * bool(again)
+        assert said in (printed := capsys.readouterr().out) and ("again" in printed) == bool(again)
     found = read(tmp_path / "whole.jsonl")
     assert [(row["place"], row["index"], row["sample"]) for row in found] == [
         (i, i, sample) for i in range(10) for sample in range(2)
@@ -164,7 +174,16 @@ def test_scores_are_those_of_the_source(
     (tmp_path / "scored.jsonl").unlink()
     with pytest.raises(Killed):
         score(assets, tmp_path)
-    assert score(assets, tmp_path) == found and calls == [6, 6, 6, 6, 2]
+    others = {"reward_timeout_seconds": 31.0, "remote_rm_timeout_seconds": 7.0, "remote_rm_concurrency": 2}
+    others |= {"remote_rm_max_retries": 1, "remote_rm_allow_http": True, "min_result_fraction": 0.1}
+    others |= {"start_timeout_seconds": 7.0, "phase_timeout_seconds": 7.0, "gpu_memory_gib": 7.0}
+    others |= {"max_no_result_fraction": 0.9}
+    assert {"output", *others} == set(run_score.FREE)
+    assert score(assets, tmp_path, **others) == found and calls == [6, 6, 6, 6, 2]
+    del calls[:]
+    with pytest.raises(Killed):
+        score(assets, tmp_path)
+    assert score(assets, tmp_path, reward_chunk_size=5) == found and calls == [6, 6, 6, 6, 6, 6, 2], "from the start"
 
 
 def test_too_few_results_are_an_error(assets: Path, tmp_path: Path) -> None:
