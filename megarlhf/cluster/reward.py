@@ -29,7 +29,7 @@ class RewardGroup(TrainingGroup):
         turn: AbstractContextManager[object],
     ) -> None:
         super().__init__(workers, places)
-        self._turn = turn
+        self._turn, self._is_asked = turn, False
 
     def scores(self, rollout: Rollout, *, eos: int | None) -> Floats:
         """See ScoringModel. The driver plans as if EOS came behind every stopped response."""
@@ -48,9 +48,18 @@ class RewardGroup(TrainingGroup):
             (own, [(rollout.tokens[group], stopped[group]) for group in own.groups.tolist()], eos)
             for own in split.partitions
         ]
-        with self._turn:
-            found = self._by_replica(self._call("scores", [(stored,) for stored in self.workers.put(arguments)]))
+        self._is_asked = True
+        try:
+            with self._turn:
+                found = self._by_replica(self._call("scores", [(stored,) for stored in self.workers.put(arguments)]))
+        finally:
+            self._is_asked = False
         whole = np.empty(len(samples), dtype=np.float32)
         for rows, scores in zip(split.rows, found, strict=True):
             whole[rows] = scores
         return whole
+
+    def stop(self) -> None:
+        """See ScoringModel. Other models that wait for their turn are stopped by themselves."""
+        if self._is_asked:
+            self.workers.kill()

@@ -30,6 +30,9 @@ class ScoringModel(Protocol):
             eos: the model's, which comes behind a response that another stop token has ended; None: none does.
         """
 
+    def stop(self) -> None:
+        """Make a `scores` that another thread waits for fail; the model is no use then. Without one nothing happens."""
+
 
 class RewardModel:
     """A RewardSource. A model with the policy's tokenizer reads the policy's tokens, wherever they lie.
@@ -107,7 +110,9 @@ class RewardModel:
         return f"{self.name} ({self.directory}) reads {read}{scores}"
 
     def close(self) -> None:
-        """Its processes end with the cluster."""
+        """Its processes end with the cluster; those that are computing, now."""
+        if self.model is not None:
+            self.model.stop()
 
     def score(self, rollout: Rollout) -> SourceResult:
         """Reward of each sample; None for one that the model cannot read, or whose score is no finite number."""

@@ -52,6 +52,10 @@ class AskedWorker:
         time.sleep(seconds)
         return seconds
 
+    def scores(self, given: Any) -> None:
+        """Of a model that never comes to an end."""
+        time.sleep(600)
+
     def compute(self, seconds: float) -> None:
         """Without a moment for anybody else."""
         end = time.monotonic() + seconds

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +21,14 @@ from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
 from megarlhf.cluster.local_processes import LocalProcesses, local_processes
 from megarlhf.cluster.local_store import LocalStore
 from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
+from megarlhf.cluster.reward import RewardGroup
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.roles import ROLES
+from megarlhf.data.planning import PackingOptions
 from megarlhf.planner.placement import Machine, plan_placement
 from tests.cluster.asked_worker import AskedWorker, num_memories
+from tests.cluster.plain_workers import make_rollout
 
 
 @pytest.fixture(scope="module", params=["children", pytest.param("ray", marks=pytest.mark.slow)])
@@ -293,3 +297,33 @@ def test_references_of_many_values_take_one_descriptor() -> None:
     stored = LocalStore().put([np.arange(number) for number in range(3000)])
     assert [len(value) for value in LocalStore().get(stored)] == list(range(3000))
     assert num_memories(os.getpid()) <= before + 3
+
+
+def test_a_reward_model_is_stopped_while_it_computes_alone(children: LocalProcesses, tmp_path: Path) -> None:
+    """Two models share devices: one computes, one waits for its turn, and both end; a third is asked for nothing."""
+    turn, fails, groups = Lock(), list[str](), list[RewardGroup]()
+    for rank in range(3):
+        spec = spec_of(rank, str(tmp_path / "none"))
+        workers = WorkerGroup(
+            ROLES["reward"], children, [begin(children, rank)], [spec], launch=str, timeout_seconds=60.0
+        )
+        groups.append(RewardGroup(workers, [(0, PackingOptions(max_tokens=40, share_prefix=False))], turn=turn))
+
+    def score(group: RewardGroup) -> None:
+        with pytest.raises(WorkerFailedError, match="rank 0 died during scores") as failed:
+            group.scores(make_rollout([[2, 3]]), eos=None)
+        fails.append(str(failed.value))
+
+    threads = [Thread(target=score, args=(group,)) for group in groups[:2]]
+    for thread in threads:
+        thread.start()
+    start = time.monotonic()
+    while not (turn.locked() and all(group._is_asked for group in groups[:2])):
+        assert time.monotonic() < start + 20
+        time.sleep(0.01)
+    for group in groups:
+        group.stop()
+    for thread in threads:
+        thread.join(20)
+    assert len(fails) == 2 and time.monotonic() - start < 15
+    assert ask(children, groups[2].workers.handles[0], "name") == "actor-2"

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from megarlhf.data.types import Rollout
+from megarlhf.data.types import Floats, Rollout
+from megarlhf.reward.model import RewardModel
 from megarlhf.reward.sources import Outcome, SourceResult, SumOfSources
 from megarlhf.trainers.summary import sample_metrics
 from tests.reward.samples import samples
@@ -37,6 +38,21 @@ class Waits(Said):
     def score(self, rollout: Rollout) -> SourceResult:
         assert self.closed.wait(20), "nobody closed it"
         return super().score(rollout)
+
+
+class Computes:
+    """A model that computes until it is stopped."""
+
+    def __init__(self) -> None:
+        self.begun, self.stopped = threading.Event(), threading.Event()
+
+    def scores(self, rollout: Rollout, *, eos: int | None) -> Floats:
+        self.begun.set()
+        assert self.stopped.wait(20), "nobody stopped it"
+        raise RuntimeError("its processes have ended")
+
+    def stop(self) -> None:
+        self.stopped.set()
 
 
 class Interrupted(Said):
@@ -80,3 +96,19 @@ def test_sources_are_asked_side_by_side_and_an_interruption_ends_them(caplog: py
     with pytest.raises(KeyboardInterrupt):
         SumOfSources([Interrupted("function"), waits]).score(Rollout(samples=samples("a"), tokens=()))
     assert waits.closed.is_set() and time.monotonic() - start < 15
+
+
+def test_an_interruption_does_not_wait_for_a_reward_model() -> None:
+    tokens = {"policy_tokenizer": None, "apply_chat_template": False, "max_tokens": 9, "normalize": False}
+    model, start = RewardModel("reward_model", "reward", "m", option="o", **tokens), time.monotonic()
+    model.close()  # it is not there yet
+    model.model = computes = Computes()
+
+    class InterruptedLater(Interrupted):
+        def score(self, rollout: Rollout) -> SourceResult:
+            assert computes.begun.wait(20)
+            return super().score(rollout)
+
+    with pytest.raises(KeyboardInterrupt):
+        SumOfSources([InterruptedLater("function"), model]).score(Rollout(samples=samples("a"), tokens=()))
+    assert computes.stopped.is_set() and time.monotonic() - start < 15
