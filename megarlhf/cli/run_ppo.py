@@ -42,6 +42,7 @@ from megarlhf.formats.huggingface import HFConfig
 from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
 from megarlhf.planner.placement import Machine, object_store_bytes, plan_placement
+from megarlhf.planner.transport import Transport, plan_transport
 from megarlhf.reward.sources import SumOfSources
 from megarlhf.trainers import rl
 from megarlhf.trainers.best import Best
@@ -85,7 +86,7 @@ def find_machine(config: PPOConfig) -> Machine:
 
 
 def _check_models(
-    config: PPOConfig, transformer_impl: TransformerImpl, *, dry_run: bool
+    config: PPOConfig, transformer_impl: TransformerImpl, transport: Transport, *, dry_run: bool
 ) -> tuple[list[Opened], MemoryPlan]:
     """The weights of every role, and room for them: on the devices, and where vLLM is to read the actor's."""
     roles = megatron_roles(config)
@@ -101,6 +102,8 @@ def _check_models(
     store = object_store_bytes(config) if config.cluster.ray is not False and config.cluster.ray_address is None else 0
 
     def share() -> None:
+        if transport.name != "shared_memory":
+            return
         with machine_checks(dry_run=dry_run):
             check_shared_memory(models[0].config, bf16=config.model.bf16, object_store_bytes=store)
 
@@ -138,7 +141,14 @@ def total_steps(config: PPOConfig, prompts: PromptData) -> int:
     return steps
 
 
-def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: TransformerImpl, *, dry_run: bool) -> Inputs:
+def load_inputs(
+    config: PPOConfig,
+    reward: SumOfSources,
+    transformer_impl: TransformerImpl,
+    transport: Transport,
+    *,
+    dry_run: bool,
+) -> Inputs:
     """Read and check all of it, for a dry run too.
 
     Raises:
@@ -157,7 +167,7 @@ def load_inputs(config: PPOConfig, reward: SumOfSources, transformer_impl: Trans
             lambda: load_data(config),
             lambda: load_pretraining(config),
             lambda: resumed_step(config.logging, identity),
-            lambda: _check_models(config, transformer_impl, dry_run=dry_run),
+            lambda: _check_models(config, transformer_impl, transport, dry_run=dry_run),
             reward.check,
             lambda: check_best_metric(config.logging, names),
         ]
@@ -216,17 +226,18 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         given = ", ".join(f"{option}={number}" for option, number in unread.items())
         print(f"note: {given} without effect: the run has no such role", file=sys.stderr)
     plan = plan_placement(config, machine)
+    transport = plan_transport(config, plan)
     models = model_sources(config)
     sources = [*models, *reward_sources(config.reward, dry_run=dry_run)]
     reward = SumOfSources(sources, config.reward.reward_weights)
-    inputs = load_inputs(config, reward, transformer_impl, dry_run=dry_run)
+    inputs = load_inputs(config, reward, transformer_impl, transport, dry_run=dry_run)
     kernels = kernel_lines(config.kernels, inputs.models, device=plan.device_kind)
     epochs = inputs.total_steps * config.batch.rollout_batch_size / len(inputs.prompts.prompts)
     lines = [f"{inputs.total_steps} steps, {epochs:.3g} passes over the prompts", *layout_lines(config)]
     lines += [model.line() for model in models]
     trained = [role.name for role in megatron_roles(config) if role.trains]
     lines += precision_lines(config.precision, bf16=config.model.bf16, roles=trained)
-    decided = "\n".join([plan.table(), *lines, f"{kernels}\n", inputs.memory.text()])
+    decided = "\n".join([plan.table(), transport.line(), *lines, f"{kernels}\n", inputs.memory.text()])
     prompts, eval_sets, stops = inputs.prompts, inputs.eval_sets, inputs.stop_tokens
     labels = [prompt.label for members in (prompts.prompts, *eval_sets.values()) for prompt in members]
     config = resolve_special_tokens(config, labels)

@@ -28,6 +28,7 @@ class WorkerGroup:
 
     Attributes:
         started: what each rank's `start` has returned, once they are up.
+        loads: how often since then models were loaded anew, which know nothing of where weights come from.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class WorkerGroup:
         self.role, self.handles, self.specs, self._launch = role, list(handles), list(specs), launch
         self.timeout_seconds = timeout_seconds
         self.started: list[Any] = []
+        self.loads = 0
         self._processes = processes
 
     def call(self, method: str, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
@@ -137,8 +139,54 @@ class WorkerGroup:
         """End a process, and start another in its place."""
         self._processes.kill(self.handles[rank])
         self.handles[rank] = self._launch(self.specs[rank])
+        self.loads += 1
 
     def kill(self) -> None:
         """End the processes."""
         for handle in self.handles:
             self._processes.kill(handle)
+
+
+Calls = tuple[WorkerGroup, str, dict[int, Any]]  # a method, and its call on each of these ranks
+
+
+def wait_for_each(calls: Sequence[Calls], *, noticing: type[Exception]) -> list[list[Any]]:
+    """Results of calls on several groups whose processes wait for each other.
+
+    Args:
+        noticing: what those raise that only notice the loss of another one.
+    Raises:
+        WorkerFailedError: of the process at fault, at once or when the limits of the others are past: one that died,
+            else one that failed for a reason of its own, else one that says nothing while others fail.
+    """
+    every = [(group, what, rank, ref) for group, what, refs in calls for rank, ref in refs.items()]
+    processes, pending = calls[0][0]._processes, [ref for *_, ref in every]
+    deadline, errors = time.monotonic() + max(group.timeout_seconds for group, *_ in calls), dict[Any, ProcessError]()
+    while pending and not errors:
+        left = deadline - time.monotonic()
+        done, pending = processes.wait(pending, all_of_them=False, timeout_seconds=left)
+        if not done:
+            break
+        errors = _errors(processes, done)
+    if pending or errors:
+        done, late = processes.wait([ref for *_, ref in every], all_of_them=True, timeout_seconds=_DEATH_SECONDS)
+        errors = _errors(processes, done)
+        failed = [call for call in every if call[-1] in errors]
+        dead = [call for call in failed if isinstance(errors[call[-1]], ProcessDiedError)]
+        own = [call for call in failed if not isinstance(getattr(errors[call[-1]], "cause", None), noticing)]
+        for group, what, rank, ref in dead or own:
+            group._result(ref, rank, what)
+        for group, what, rank, _ in [call for call in every if call[-1] in late]:
+            raise group._failure(f"rank {rank} did not finish {what}, and others waited for it in vain", rank)
+    return [group.wait_for(list(refs.values()), what, ranks=list(refs)) for group, what, refs in calls]
+
+
+def _errors(processes: Processes, ended: Sequence[Any]) -> dict[Any, ProcessError]:
+    """Of those calls that have failed."""
+    found = {}
+    for ref in ended:
+        try:
+            processes.result(ref)
+        except ProcessError as error:
+            found[ref] = error
+    return found

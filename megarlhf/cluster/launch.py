@@ -23,6 +23,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import PARTS, ROLES, RoleSpec, reward_roles, roles_of
 from megarlhf.parallel.device import visible_devices_environment
 from megarlhf.planner.placement import PlacementPlan, Worker
+from megarlhf.planner.transport import plan_transport
 from megarlhf.rollout.engine import engine_environment
 from megarlhf.trainers.roles import RewardRole, Roles
 
@@ -100,8 +101,7 @@ def start(
             identity=identity,
             with_optimizer=not config.logging.no_load_optim,
         )
-        nodes = {worker.node for role in ("actor", "rollout") for worker in plan.of(role)}
-        sync = weight_sync(groups["actor"], groups["rollout"], nodes=nodes)
+        sync = weight_sync(groups["actor"], groups["rollout"], config, plan_transport(config, plan))
         replacement = EngineReplacement(
             groups["rollout"],
             sync.restore,

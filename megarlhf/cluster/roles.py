@@ -116,6 +116,7 @@ class RolloutGroup:
     def set_fp8(self, on: bool) -> None:
         """See RolloutRole; engines that take the place of lost ones do as well."""
         self.workers.call("set_fp8", on)
+        self.workers.loads += 1
         self.in_fp8 = on
         self.workers.specs = [spec.with_rollout_in("fp8" if on else None) for spec in self.workers.specs]
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from megarlhf.algos.kl import KLEstimator, kl_estimate
 from megarlhf.cluster.processes import Store
+from megarlhf.cluster.weight_workers import ReceivesWeights, SendsWeights
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_precision import check_node
 from megarlhf.config.precision import Dtype, EnginePhase
@@ -22,7 +23,6 @@ from megarlhf.data.partition import Partition, RankRows, with_ends
 from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import KEPT_TOKENS, Floats, GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.formats.run_checkpoints import AVERAGE
-from megarlhf.formats.shared_memory import Block
 from megarlhf.parallel.device import DeviceKind
 from megarlhf.planner.placement import Worker
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
@@ -80,7 +80,7 @@ def check_own_device(spec: WorkerSpec) -> None:
     check_device(spec.device_kind, len(spec.devices), kind=device_kind(), num_gpus=num_local_gpus())
 
 
-class MegatronWorker:
+class MegatronWorker(SendsWeights):
     """One rank of a model: the actor (with the reference beside it), the critic or a reward model."""
 
     def __init__(self, spec: WorkerSpec, store: Store) -> None:
@@ -240,17 +240,6 @@ class MegatronWorker:
         if config.cluster.colocate_all_models and len(megatron_roles(config)) > 1:
             release_cache()
 
-    def share_weights(self) -> list[Block]:
-        """Hold this rank's part of the weights in shared memory from now on; what lies where."""
-        from megarlhf.engine.sharing import SharedWeights
-
-        self._shared_weights = SharedWeights(self.engine)
-        return self._shared_weights.blocks
-
-    def refresh_shared_weights(self) -> list[bytes]:
-        """After share_weights: the digests of this rank's blocks, which hold the present weights until it trains on."""
-        return self._shared_weights.refresh()
-
     def export(self, directory: str) -> None:
         """Write the model as a Hugging Face checkpoint; every rank takes part."""
         from megarlhf.engine.export import export_hf
@@ -303,14 +292,14 @@ class MegatronWorker:
         return self.engine.memory.largest_bytes()
 
 
-class RolloutWorker:
+class RolloutWorker(ReceivesWeights):
     """One vLLM engine."""
 
     def __init__(self, spec: WorkerSpec, store: Store) -> None:
         redirect_output(spec.log_file)
         from megarlhf.rollout import weight_transfer  # noqa: F401  (vLLM: seconds, side by side with the other roles)
 
-        self.spec, self._store, self._blocks = spec, store, list[Block]()
+        self.spec, self._store = spec, store
 
     def start(self) -> None:
         """Load the engine; its weights are replaced by the first sync."""
@@ -323,8 +312,6 @@ class RolloutWorker:
         note(f"{'into' if on else 'out of'} fp8")
         self.engine.close()
         self._load(in_fp8=on)
-        if self._blocks:  # none in a resumed run, whose first sync is still to come
-            self.engine.connect_weights(self._blocks)
 
     def _load(self, *, in_fp8: bool) -> None:
         from megarlhf.rollout.engine import RolloutEngine
@@ -375,15 +362,6 @@ class RolloutWorker:
         )
         stored = self._store.put([group.tokens for group in groups])
         return [(replace(group, tokens=None), tokens) for group, tokens in zip(groups, stored, strict=True)]
-
-    def connect_weights(self, blocks: Sequence[Block]) -> None:
-        """See RolloutEngine.connect_weights."""
-        self._blocks = list(blocks)
-        self.engine.connect_weights(blocks)
-
-    def update_weights(self, version: int, checksum: str) -> dict[str, Any]:
-        """See RolloutEngine.update_weights."""
-        return self.engine.update_weights(version, checksum)
 
     def sleep(self, keep_weights: bool) -> None:
         """See RolloutEngine.sleep."""

@@ -113,10 +113,13 @@ ALIASES: dict[str, Alias] = {
     ),
     "actor_init_on_gpu": Alias(note="weights are loaded where they are used; no effect", only_with="actor_num_nodes"),
     "vllm_sync_backend": Alias(
-        num_ignored_values=1, note="the devices decide how weights reach vLLM; no effect", only_with="actor_num_nodes"
+        num_ignored_values=1,
+        note="--weight_transport, or else the devices, decide how weights reach vLLM; no effect",
+        only_with="actor_num_nodes",
     ),
     "vllm_sync_with_ray": Alias(
-        note="the devices decide how weights reach vLLM; no effect", only_with="actor_num_nodes"
+        note="--weight_transport, or else the devices, decide how weights reach vLLM; no effect",
+        only_with="actor_num_nodes",
     ),
     "enable_prefix_caching": Alias(note=ALWAYS + "; each sync empties the cache", only_with="max_num_seqs"),
     "teacher_offload": Alias(note=ALWAYS, only_with="teacher_model"),

@@ -35,7 +35,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "reward_decoder_last_pipeline_num_layers reward_num_nodes reward_num_gpus_per_node "
         "actor_num_nodes actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node num_gpus_per_node "
         "vllm_num_engines vllm_tensor_parallel_size tis_cap train_iters num_episodes rollout_batch_size "
-        "dynamic_filtering_max_rounds overlong_buffer_len "
+        "dynamic_filtering_max_rounds overlong_buffer_len update_weight_buffer_mib "
         "n_samples_per_prompt global_batch_size micro_batch_size max_tokens_per_micro_batch logprob_chunk_tokens "
         "max_epochs max_len eval_iters prompt_max_len generate_max_len max_num_seqs num_groups max_samples kl_horizon "
         "save_interval eval_interval log_interval max_ckpt_num max_untrained_steps reward_num_workers "

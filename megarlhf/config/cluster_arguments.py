@@ -1,6 +1,7 @@
 """Options of where the roles run, and how long that may take."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,13 @@ class ClusterArguments(EngineArguments):
     ref_reward_offload: bool = True
     """Have the reference, and reward models that share devices, there only while they compute. Off: they stay on the
     devices, which saves copies from the host's memory."""
+    weight_transport: Literal["auto", "shared_memory", "ipc", "broadcast"] = "auto"
+    """How new weights reach the engines: read in the host's shared memory; gathered by the actor's ranks on GPUs that
+    they share with the engines, which read them there (CUDA IPC); or sent by the actor's ranks to every engine over
+    NCCL (Gloo without GPUs). auto: as devices and nodes are; --dry-run says which."""
+    update_weight_buffer_mib: int = 512
+    """Largest part of the weights, in MiB, that is gathered or broadcast at once. There are two of them on either side
+    of a broadcast, and two on a GPU that is shared."""
     gpu_memory_gib: float | None = None
     """Memory of each GPU in GiB, which the plan's bytes must fit into. None: this machine's GPUs tell; without any, the
     plan is printed and compared with nothing."""

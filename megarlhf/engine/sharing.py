@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.formats import shared_memory
-from megarlhf.formats.shared_memory import Block, Piece
+from megarlhf.formats.shared_memory import Piece, SharedBlock
 from megarlhf.formats.threads import map_threads
 from megarlhf.models.four_bit import dense_like
 from megarlhf.models.weights import LocalWeight, ModelWeights
@@ -46,7 +46,7 @@ class SharedWeights:
             self._shared = shared_memory.copies_together(data, shared=True)
         self._bytes = [shared_memory.bytes_of(shared) for shared in self._shared]
         places = {name: place for place, name in enumerate(engine.weights.hf_names())}
-        self.blocks: list[Block] = [
+        self.blocks: list[SharedBlock] = [
             shared_memory.describe_block(shared, held, position=places[held[0].name])
             for shared, (_, held) in zip(self._shared, pieces, strict=True)
         ]

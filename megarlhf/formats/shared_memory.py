@@ -37,10 +37,8 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Contiguous numbers in the shared memory of one process."""
+    """Contiguous numbers in the memory of one process."""
 
-    path: str  # of the memory: /proc/<process>/fd/<descriptor>, there for as long as the process is
-    start: int  # bytes
     length: int  # numbers
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
@@ -50,6 +48,14 @@ class Block:
     def num_bytes(self) -> int:
         """Bytes of the block."""
         return self.length * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedBlock(Block):
+    """One that other processes of the host can read where it lies."""
+
+    path: str  # of the memory: /proc/<process>/fd/<descriptor>, there for as long as the process is
+    start: int  # bytes
 
 
 def copy_part(source: Tensor, whole: Tensor, index: tuple[slice, ...]) -> None:
@@ -136,11 +142,11 @@ def copies_in(region: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def describe_block(tensor: Tensor, pieces: Sequence[Piece], *, position: int = 0) -> Block:
+def describe_block(tensor: Tensor, pieces: Sequence[Piece], *, position: int = 0) -> SharedBlock:
     """A contiguous tensor that lies in shared memory, as other processes find it."""
     assert tensor.is_contiguous() and tensor.is_shared()
     descriptor, _ = tensor.untyped_storage()._share_fd_cpu_()  # the storage's own; it stays open as long as that lives
-    return Block(
+    return SharedBlock(
         path=f"/proc/{os.getpid()}/fd/{descriptor}",
         start=int(tensor.storage_offset()) * tensor.dtype.itemsize,
         length=tensor.numel(),
@@ -148,6 +154,24 @@ def describe_block(tensor: Tensor, pieces: Sequence[Piece], *, position: int = 0
         pieces=tuple(pieces),
         position=position,
     )
+
+
+def pieces_by_name(blocks: Sequence[Block]) -> dict[str, list[tuple[int, Piece]]]:
+    """The parts of each tensor with the number of their block; tensors in the order of the blocks' positions.
+
+    Raises:
+        ValueError: pieces that do not make up whole tensors.
+    """
+    found: dict[str, list[tuple[int, Piece]]] = {}
+    for number, block in sorted(enumerate(blocks), key=lambda entry: entry[1].position):
+        for piece in block.pieces:
+            found.setdefault(piece.name, []).append((number, piece))
+    for name, parts in found.items():
+        shape = parts[0][1].shape
+        alike = len({(piece.shape, blocks[number].dtype) for number, piece in parts}) == 1
+        if not (alike and _cover([piece for _, piece in parts], shape)):
+            raise ValueError(f"the parts of {name!r} do not make up a tensor of shape {shape}")
+    return found
 
 
 class SharedTensors:
@@ -159,19 +183,12 @@ class SharedTensors:
         ValueError: pieces that do not make up whole tensors.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[SharedBlock]) -> None:
         self.blocks = list(blocks)
-        regions = {path: _map(path) for path in dict.fromkeys(block.path for block in blocks)}
+        regions = {path: map_region(path) for path in dict.fromkeys(block.path for block in blocks)}
         self._memory = [regions[b.path][b.start : b.start + b.num_bytes].view(b.dtype) for b in blocks]
         self._bytes = [bytes_of(memory) for memory in self._memory]
-        self._pieces: dict[str, list[tuple[int, Piece]]] = {}  # with the number of their block
-        for number, block in sorted(enumerate(blocks), key=lambda entry: entry[1].position):
-            for piece in block.pieces:
-                self._pieces.setdefault(piece.name, []).append((number, piece))
-        for name, parts in self._pieces.items():
-            alike = len({(piece.shape, blocks[number].dtype) for number, piece in parts}) == 1
-            if not (alike and _cover([piece for _, piece in parts], self.shape(name))):
-                raise ValueError(f"the shared parts of {name!r} do not make up a tensor of shape {self.shape(name)}")
+        self._pieces = pieces_by_name(blocks)
 
     @property
     def names(self) -> list[str]:
@@ -239,8 +256,8 @@ def _region_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(-(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for tensor in tensors)
 
 
-def _map(path: str) -> Tensor:
-    """The bytes of a region."""
+def map_region(path: str) -> Tensor:
+    """The bytes of a region of shared memory; writing there ends the process with SIGSEGV."""
     with open(path, "rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     with warnings.catch_warnings():  # the mapping is read-only and so is the tensor, as documented

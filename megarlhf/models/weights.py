@@ -115,15 +115,18 @@ class ModelWeights:
         specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in self.hf_shapes.items()]
         return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
-    def owned_weights(self) -> list[LocalWeight]:
+    def owned_weights(self, *, share: bool = True) -> list[LocalWeight]:
         """This rank's share of the weights: all ranks' shares together are the whole model, each number once.
 
-        Replicas share the work: of n ranks with the same weights each has every n-th.
+        Args:
+            share: of n ranks with the same weights each has every n-th; else the first has them all.
         """
         ranks = self.ranks
         exported = [local for local in self.local if local.exported]
-        mine = [w for w in exported if not w.weight.expert][ranks.replica_rank :: ranks.replica_size]
-        mine += [w for w in exported if w.weight.expert][ranks.expert_replica_rank :: ranks.expert_replica_size]
+        experts = [local for local in exported if local.weight.expert]
+        others = [local for local in exported if not local.weight.expert]
+        mine = _share(others, ranks.replica_rank, ranks.replica_size if share else None)
+        mine += _share(experts, ranks.expert_replica_rank, ranks.expert_replica_size if share else None)
         return [local for local in mine if local.weight.split is not Split.REPLICATED or ranks.tp_rank == 0]
 
     @torch.no_grad()
@@ -154,6 +157,13 @@ class ModelWeights:
                 yield name, _received(shape, parts[name], own.get(name), device=self.local[0].param.device)
             elif name in own:
                 _exchange([dist.P2POp(dist.isend, own[name].view.contiguous(), 0)])
+
+
+def _share(weights: list[LocalWeight], rank: int, num_ranks: int | None) -> list[LocalWeight]:
+    """A rank's of the same weights on several; None: the first has them all."""
+    if num_ranks is None:
+        return weights if rank == 0 else []
+    return weights[rank::num_ranks]
 
 
 _Part = tuple[tuple[slice, ...], torch.dtype]  # place in the HF tensor, and the type of its numbers

@@ -48,6 +48,12 @@ def device_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if device_kind() == "gpu" else None
 
 
+def settle() -> None:
+    """Wait until what this process has begun on its device is done: other processes' streams know nothing of it."""
+    if device_kind() == "gpu":
+        torch.cuda.synchronize()
+
+
 def release_memory() -> None:
     """Give back what is freed, with garbage that is in circles; see release_cache."""
     gc.collect()

@@ -14,8 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megarlhf.config.roles import EnginePart
 from megarlhf.data.types import GeneratedGroup, GroupTokens, TokenIds
+from megarlhf.formats.buckets import Bucket
 from megarlhf.formats.huggingface import read_checkpoint
-from megarlhf.formats.shared_memory import Block
+from megarlhf.formats.shared_memory import SharedBlock
+from megarlhf.parallel.memory_handles import MemoryHandle
+from megarlhf.parallel.weight_group import LostMemberError, Place
 
 _CPU_BLOCK_TOKENS = 32  # the prefix cache shares whole blocks: vLLM's 128 on a CPU is longer than most prompts
 
@@ -74,7 +77,7 @@ def response_texts(
 
 
 class RolloutEngine:
-    """A policy that answers prompts, and takes new weights from the trainer's shared memory.
+    """A policy that answers prompts, and takes new weights from the trainer's ranks.
 
     The process should have been started with `engine_environment`; what is missing is set here, as far as it still
     takes effect.
@@ -314,43 +317,65 @@ class RolloutEngine:
         if self._workers_apart:
             self._llm.collective_rpc("ignore_interrupts")
 
-    def connect_weights(self, blocks: Sequence[Block]) -> None:
+    def connect_weights(self, blocks: Sequence[SharedBlock]) -> None:
         """Map the memory in which the trainer's ranks hold the weights, before the first update.
 
         Args:
             blocks: of every rank (formats/shared_memory.py), tensors with Hugging Face names.
         Raises:
-            ValueError: parts that do not make up whole tensors. With tensor_parallel_size > 1 vLLM turns the workers'
-                errors into a RuntimeError with this message inside, here and below.
+            ValueError: parts that do not make up whole tensors.
         """
-        self._llm.init_weight_transfer_engine({"init_info": {"blocks": list(blocks)}})
+        self._ask_all("find_weights", {"blocks": list(blocks)})
 
-    def update_weights(self, version: int, checksum: str) -> dict[str, Any]:
-        """Take the weights as they are now in the trainer's memory, which must not change meanwhile.
+    def join_weights(self, buckets: Sequence[Bucket], place: Place, *, by_handle: bool = False) -> None:
+        """Meet the trainer's ranks that send the weights, and the other engines, before the first update.
+
+        Args:
+            buckets: of all senders (formats/buckets.py).
+            place: of the first worker in the group; the senders have the first places.
+            by_handle: buckets are not sent, but read in the memory of the sender that has a worker's device.
+        Raises:
+            LostMemberError: the others did not come in time.
+        """
+        self._ask_all("find_weights", {"buckets": list(buckets), "place": place, "by_handle": by_handle})
+
+    def update_weights(
+        self, version: int, checksum: str = "", handles: Sequence[MemoryHandle] = ()
+    ) -> dict[str, Any]:
+        """Take the weights as they are now in the trainer's memory, which must not change meanwhile, or as they come.
 
         Args:
             version: what `weight_version` of later samples will say.
-            checksum: over the digests of all blocks, in the order of `connect_weights`.
+            checksum: over the digests of all blocks, in the order of `connect_weights`; after `join_weights` it comes
+                with the weights.
+            handles: of each sender's memory for buckets, after `join_weights` by_handle.
         Returns:
-            version and checksum as the workers report them, applied ("direct" or "loader", see weight_transfer.py),
+            version and checksum as the workers report them, applied ("direct" or "loader", see weight_sources.py),
             and the seconds it took.
         Raises:
-            ValueError: wrong checksum; the engine keeps its weights.
+            ValueError: wrong checksum; the engine keeps its weights, where it has seen none of the new ones before.
+            LostMemberError: the senders are lost; the engine generates nothing before the next update.
+            RuntimeError: weights of the model were not sent; likewise.
         """
         start = time.perf_counter()
+        self.weight_version = -1  # also where the workers do not answer below
         try:
-            self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": {"version": version, "checksum": checksum}})
-            self._llm.finish_weight_update()
+            self._ask_all("take_weights", {"version": version, "checksum": checksum, "handles": list(handles)})
         finally:
             statuses = self._llm.collective_rpc("weight_status")
             self.weight_version = min(status["version"] for status in statuses)
-        wanted = {"version": version, "checksum": checksum}
+        wanted = {"version": version, "checksum": checksum or statuses[0]["checksum"]}
         if any(status | wanted != status for status in statuses):
             raise RuntimeError(f"sent weights {wanted} and the engine's workers report {statuses}")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: were requests running?")
         return {**statuses[0], "seconds": time.perf_counter() - start}
+
+    def _ask_all(self, method: str, argument: dict[str, Any]) -> None:
+        """Call a method of all workers, and raise the error of one, before those that others have by it."""
+        errors = [error for error in self._llm.collective_rpc(method, args=(argument,)) if error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, LostMemberError)):
+            raise error
 
     def sleep(self, *, keep_weights: bool) -> None:
         """Give the GPU's memory to others; what was computed for past prompts is forgotten.

@@ -22,7 +22,7 @@ class RecordedGroup:
         self, role: str, log: list[tuple[str, str, tuple[Any, ...]]], *, ranks: int = 1, **replies: Reply
     ) -> None:
         self.role, self._log, self._replies = ROLES[role], log, replies
-        self.handles = list(range(ranks))
+        self.handles, self.loads = list(range(ranks)), 0
 
     def call(self, method: str, *args: Any) -> list[Any]:
         self._log.append((self.role.name, method, args))

@@ -66,3 +66,26 @@ def test_three_engines_give_the_run_of_one(assets: Path, tmp_path: Path) -> None
         for key in ("policy/loss", "policy/grad_norm", "advantage/std", "kl/mean"):
             assert three[step][key] == pytest.approx(one[step][key], rel=1e-3, abs=1e-5), (step, key)
     assert one[1]["reward/std"] > 0 and one[1]["policy/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("placement", ["colocated", "disjoint"])
+def test_weights_that_are_broadcast_give_the_run_of_shared_memory(
+    assets: Path, tmp_path: Path, placement: str
+) -> None:
+    """Bit for bit, and without a place in shared memory."""
+    flags = SMALL | write_inputs(tmp_path) | {"--pretrain": str(assets / "model"), "--train-iters": "2"}
+    flags |= {"--actor_num_gpus_per_node": "2", "--pipeline-model-parallel-size": "2", "--vllm_num_engines": "2"}
+    flags |= {"--advantage_estimator": "rloo"} | ({"--no-colocate-all-models": None} if placement == "disjoint" else {})
+    said = [
+        run("train_ppo", flags | {"--weight_transport": way, "--update_weight_buffer_mib": "1", "--save": str(save)})
+        for way in ("shared_memory", "broadcast")
+        for save in (tmp_path / way,)
+    ]
+    assert "weights to the engines: broadcast (as weight_transport says; the actor's ranks and the engines" in said[1]
+    one, other = metrics(tmp_path / "shared_memory"), metrics(tmp_path / "broadcast")
+    for step in (1, 2):
+        assert other[step]["rollout/logprob_diff_max"] <= 1e-4
+        for key in ("reward/mean", "policy/loss", "policy/grad_norm", "rollout/logprob_diff_max", "sync/bytes"):
+            assert other[step][key] == one[step][key], (step, key)
+    weights = [(tmp_path / way / "hf" / "model.safetensors").read_bytes() for way in ("shared_memory", "broadcast")]
+    assert weights[0] == weights[1]

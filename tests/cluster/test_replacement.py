@@ -13,7 +13,7 @@ from megarlhf.cluster.local_processes import local_processes
 from megarlhf.cluster.processes import Processes
 from megarlhf.cluster.replacement import EngineReplacement
 from megarlhf.cluster.roles import RolloutGroup
-from megarlhf.cluster.weight_sync import weight_sync
+from megarlhf.cluster.weight_sync import SharedMemorySync
 from megarlhf.config.roles import ROLES
 from megarlhf.data.types import Prompt
 from tests.cluster.answering_worker import ActorWorker, AnsweringWorker
@@ -38,7 +38,7 @@ def group_of(processes: Processes, role: str, worker: Any, directory: Path, coun
 def rollout_of(processes: Processes, directory: Path, *, most: int, limit: float = 60.0) -> RolloutGroup:
     """Two engines with weights of version 5."""
     engines = group_of(processes, "rollout", AnsweringWorker, directory, 2)
-    sync = weight_sync(group_of(processes, "actor", ActorWorker, directory, 1), engines, nodes={0})
+    sync = SharedMemorySync(group_of(processes, "actor", ActorWorker, directory, 1), engines)
     sync.push(4)
     sync.push(5)
     engines.timeout_seconds = limit

@@ -11,14 +11,27 @@ import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megarlhf.engine import average, checkpoint, engine, export, optimizer, precision, schedule, sequences, sharing
+from megarlhf.engine import (
+    average,
+    checkpoint,
+    engine,
+    export,
+    optimizer,
+    precision,
+    schedule,
+    sending,
+    sequences,
+    sharing,
+)
 from megarlhf.engine.objective import LossTerm, TokenOutputs
+from megarlhf.formats.shared_memory import Block, Piece
 from megarlhf.models.build import transformer_config
 from megarlhf.models.fp8 import Statistics
 from megarlhf.parallel import groups
@@ -198,6 +211,7 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (optimizer, "get_megatron_optimizer", FakeOptimizer),
         (optimizer, "FiniteOptimizer", lambda chained: chained[0]),
         (sharing, "SharedWeights", FakeSharedWeights),
+        (sending, "SentWeights", partial(FakeSentWeights, trace)),
         (kd, "output_weight", lambda chunk: chunk.weight),
         (kd, "frozen_output_weight", lambda chunk, *, num_rows: chunk.weight),
     ):
@@ -331,6 +345,22 @@ class FakeSharedWeights:
 
     def refresh(self) -> list[bytes]:
         return [b"digest"]
+
+
+class FakeSentWeights:
+    """Two MiB without numbers, which nobody takes."""
+
+    def __init__(self, trace: Trace, of: Any) -> None:
+        self._trace = trace
+        index = (slice(0, 2), slice(0, 2**20))
+        piece = Piece(name="w", shape=(2, 2**20), index=index, offset=0, size=(2, 2**20), stride=(2**20, 1))
+        self.blocks = [Block(length=2**21, dtype=torch.uint8, pieces=(piece,))]
+
+    def join(self, buckets: Any, place: Any, *, num_senders: int | None) -> None:
+        self._trace.given["buckets"].append(len(buckets))
+
+    def send(self, version: int) -> str:
+        return ""
 
 
 def build_model(arch: Any, hf: Any, ranks: Ranks, options: Any, *, head: str, seed: int) -> tuple[list[Any], Any]:

@@ -88,18 +88,11 @@ class FakeLLM:
         log_probs = types.SimpleNamespace(logprobs=[log_prob(token, temperature) + SHIFT for token in tokens])
         return types.SimpleNamespace(token_ids=tokens, logprobs=log_probs, finish_reason=reason)
 
-    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None: ...
-
-    def start_weight_update(self) -> None: ...
-
-    def update_weights(self, request: dict[str, Any]) -> None:
-        self._status = dict(request["update_info"])
-        self.given_weights.append(self._status)
-
-    def finish_weight_update(self) -> None: ...
-
-    def collective_rpc(self, name: str) -> list[Any]:
-        return [self._status] if name == "weight_status" else [-1]
+    def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if name == "take_weights":
+            self._status = dict(args[0])
+            self.given_weights.append(self._status)
+        return [{"weight_status": self._status, "drop_weights": -1}.get(name)]
 
     def reset_prefix_cache(self) -> bool:
         return True

@@ -155,6 +155,10 @@ CLUSTER = {
         **{"expected": (True, 1), "also": JUDGED},
     ),
     "host_memory_gib": Probe(value=0.001, seen=lambda t: "host_memory_gib=0.001; " in t.error, expected=True),
+    "weight_transport": Probe(value="broadcast", seen=calls("actor", "send_weights"), expected=3),
+    "update_weight_buffer_mib": Probe(
+        value=1, seen=lambda t: t.given["buckets"], expected=[2], also={"weight_transport": "broadcast"}
+    ),
     "gpu_memory_gib": Probe(value=0.001, seen=lambda t: "gpu_memory_gib=0.001; " in t.error, expected=True),
     "ray": Probe(
         value=False, seen=both(lambda t: len(t.given["ray.init"]), lambda t: len(t.given["children"])), expected=(0, 1)

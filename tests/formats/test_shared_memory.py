@@ -10,8 +10,8 @@ import xxhash
 from torch import Tensor
 
 from megarlhf.formats.shared_memory import (
-    Block,
     Piece,
+    SharedBlock,
     SharedTensors,
     bytes_of,
     bytes_to_move,
@@ -50,7 +50,7 @@ def interleaved() -> tuple[Tensor, list[Piece]]:
     return block, pieces
 
 
-def shared(tensor: Tensor, pieces: list[Piece]) -> Block:
+def shared(tensor: Tensor, pieces: list[Piece]) -> SharedBlock:
     (copy,) = copies_together([tensor], shared=True)
     KEPT.append(copy)
     return describe_block(copy, pieces)

@@ -13,7 +13,15 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from megarlhf.data.types import FinishReason, GeneratedGroup, TokenIds
-from megarlhf.formats.shared_memory import Block, Piece, bytes_of, checksum, copies_together, describe_block, digest
+from megarlhf.formats.shared_memory import (
+    Piece,
+    SharedBlock,
+    bytes_of,
+    checksum,
+    copies_together,
+    describe_block,
+    digest,
+)
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 
@@ -46,7 +54,7 @@ class SharedModel:
     def __init__(self, model: PreTrainedModel, *, cut: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.cut = cut
         self._tensors: list[torch.Tensor] = []
-        self.blocks: list[Block] = []
+        self.blocks: list[SharedBlock] = []
         for fused in _fused_weights(model):
             halves = 2 if cut and all(tensor.dim() == 2 for tensor in fused.values()) else 1
             for half in range(halves):

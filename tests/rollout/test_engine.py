@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megarlhf.data.types import TokenIds
-from megarlhf.rollout import weight_transfer
+from megarlhf.rollout import reload, weight_sources
 from megarlhf.rollout.engine import RolloutEngine, engine_environment
 from tests.rollout.models import (
     Answer,
@@ -192,7 +192,7 @@ def test_environment_shares_threads_over_ranks() -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How weights come in: packed from views, from parts in several blocks, or by vLLM's loader."""
     if request.param == "loader":
-        monkeypatch.setattr(weight_transfer, "plan_direct_update", lambda model, tensors: None)
+        monkeypatch.setattr(weight_sources, "plan_direct_update", lambda model, tensors: None)
     return str(request.param)
 
 
@@ -227,7 +227,7 @@ def test_without_repacking_the_tied_head_stays_stale(
     shared = SharedModel(model, cut=way == "cut")
     engine.connect_weights(shared.blocks)
     with monkeypatch.context() as patch:
-        patch.setattr(weight_transfer, "repack_output_heads", lambda model: None)
+        patch.setattr(reload, "repack_output_heads", lambda model: None)
         update(engine, shared, 7)
     assert worst_difference(model, generate(engine)) > 1e-2
     update(engine, shared, 8)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megarlhf.rollout import weight_transfer
+from megarlhf.rollout import weight_sources
 from megarlhf.rollout.engine import RolloutEngine
 from tests.fp8_oracle import at_scale
 from tests.rollout.models import SharedModel, answers, make_engine_model, make_prompts, perturbed
@@ -69,7 +69,7 @@ def test_weights_are_rounded_at_each_update(
     tmp_path: Path, quantization: Quantization, block: int | None, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "loader":
-        monkeypatch.setattr(weight_transfer, "plan_direct_update", lambda model, tensors: None)
+        monkeypatch.setattr(weight_sources, "plan_direct_update", lambda model, tensors: None)
     model_dir = make_engine_model(tmp_path)
     engine = start(model_dir, quantization)
     try:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from vllm.model_executor.model_loader.reload import layerwise
 
 from megarlhf.engine.sharing import SharedWeights
-from megarlhf.formats.shared_memory import Block, SharedTensors, checksum
+from megarlhf.formats.shared_memory import SharedBlock, SharedTensors, checksum
 from megarlhf.rollout.engine import RolloutEngine
 from tests.distributed.layouts import MOE_LAYOUTS, build, world
 from tests.distributed.pool import RankPool
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 LAYERS = 4
 KEPT: list[torch.Tensor] = []  # a rank's shared memory, after its world has ended
 
-Shared = tuple[list[Block], list[bytes]]
+Shared = tuple[list[SharedBlock], list[bytes]]
 
 
 def share(rank: int, world_size: int, init_method: str, model_dir: Path) -> Shared:
@@ -64,7 +64,7 @@ def engine(model_dir: Path) -> Iterator[RolloutEngine]:
 
 
 @pytest.fixture(scope="module")
-def shared(ranks: RankPool, trained_dir: Path) -> tuple[list[Block], str]:
+def shared(ranks: RankPool, trained_dir: Path) -> tuple[list[SharedBlock], str]:
     """What both ranks hold, and the checksum."""
     parts = ranks.run(2, share, trained_dir)
     blocks = [block for blocks, _ in parts for block in blocks]
@@ -78,7 +78,7 @@ def held_bytes() -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def most_held(engine: RolloutEngine, blocks: list[Block], sent: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def most_held(engine: RolloutEngine, blocks: list[SharedBlock], sent: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """The largest `held_bytes` of an update, looked at whenever vLLM has taken another tensor."""
     most, original = 0, layerwise.get_numel_loaded
 
@@ -110,7 +110,7 @@ def worst_difference(engine: RolloutEngine, trained_dir: Path) -> float:
 
 
 def test_a_reload_holds_one_layers_experts_at_most(
-    engine: RolloutEngine, trained_dir: Path, shared: tuple[list[Block], str], monkeypatch: pytest.MonkeyPatch
+    engine: RolloutEngine, trained_dir: Path, shared: tuple[list[SharedBlock], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks, sent = shared
     tensors = load_file(trained_dir / "model.safetensors")
@@ -124,7 +124,7 @@ def test_a_reload_holds_one_layers_experts_at_most(
     assert most_held(engine, rank_by_rank, sent, monkeypatch) == half_of_all_and_of_the_first
 
 
-def test_tensors_come_in_the_tables_order(shared: tuple[list[Block], str], model_dir: Path) -> None:
+def test_tensors_come_in_the_tables_order(shared: tuple[list[SharedBlock], str], model_dir: Path) -> None:
     names = SharedTensors(shared[0]).names
     assert set(names) == set(load_file(model_dir / "model.safetensors"))
     layers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megarlhf.rollout import weight_transfer
+from megarlhf.rollout import reload, weight_sources
 from megarlhf.rollout.engine import RolloutEngine
 from tests.rollout.models import (
     Answer,
@@ -84,7 +84,7 @@ def test_direct_and_loader_agree_with_transformers(
         for way in ("direct", "cut", "loader", "direct"):
             with monkeypatch.context() as patch:
                 if way == "loader":
-                    patch.setattr(weight_transfer, "plan_direct_update", lambda model, tensors: None)
+                    patch.setattr(weight_sources, "plan_direct_update", lambda model, tensors: None)
                 shared = SharedModel(perturbed(model_dir, seed=9), cut=way == "cut")
                 engine.connect_weights(shared.blocks)
             engine.update_weights(1, shared.checksum())
@@ -114,7 +114,7 @@ def test_a_tied_configuration_with_a_head_of_its_own(
             model = perturbed(sent, seed=version)
             with monkeypatch.context() as patch:
                 if way == "loader":
-                    patch.setattr(weight_transfer, "plan_direct_update", lambda model, tensors: None)
+                    patch.setattr(weight_sources, "plan_direct_update", lambda model, tensors: None)
                 shared = SharedModel(model)
                 engine.connect_weights(shared.blocks)
             assert engine.update_weights(version, shared.checksum())["applied"] == way
@@ -154,7 +154,7 @@ def test_experts_are_packed_again(tmp_path: Path, family: str, monkeypatch: pyte
     try:
         if family == "mixtral":  # the others' experts are padded for the CPU, so that vLLM fails aloud
             with monkeypatch.context() as patch:
-                patch.setattr(weight_transfer, "forget_expert_kernels", lambda model: None)
+                patch.setattr(reload, "forget_expert_kernels", lambda model: None)
                 engine.update_weights(1, shared.checksum())
             sample = generate(engine)[0]
             wrong = torch.tensor(sample.rollout_log_probs) - transformers_log_probs(model, sample, 1.0)
@@ -195,9 +195,12 @@ def test_two_tensor_parallel_ranks(tmp_path: Path, tied: bool) -> None:
             reported = engine.update_weights(version, shared.checksum())
             assert (reported["version"], reported["checksum"]) == (version, shared.checksum())
             assert_parity(generate(engine), model)
-        with pytest.raises(RuntimeError, match="does not match"):
-            engine.update_weights(3, "0" * 32)
+        for version in (3, 4):  # both workers' answers are taken, so that the second call gets its own
+            with pytest.raises(ValueError, match=f"weight version {version} does not match"):
+                engine.update_weights(version, "0" * 32)
         assert {s.weight_version for s in generate(engine)} == {2}
+        engine.update_weights(5, shared.checksum())
+        assert {s.weight_version for s in generate(engine)} == {5}
         assert len(engine._llm.collective_rpc("weight_status")) == 2
     finally:
         engine.close()
