@@ -373,7 +373,7 @@ class RolloutEngine:
 
     def _ask_all(self, method: str, argument: dict[str, Any]) -> None:
         """Call a method of all workers, and raise the error of one, before those that others have by it."""
-        errors = [error for error in self._llm.collective_rpc(method, args=(argument,)) if error is not None]
+        errors = [error for found in self._llm.collective_rpc(method, args=(argument,)) for error in found]
         for error in sorted(errors, key=lambda error: isinstance(error, LostMemberError)):
             raise error
 

@@ -110,9 +110,9 @@ class SourceEngine(WeightTransferEngine[SourceInit, WeightsUpdate]):
 class WorkerExtension:
     """Mixed into vLLM's worker class (`worker_extension_cls`), for collective_rpc by name.
 
-    What may fail gives its error back as its result. vLLM 0.32 raises the first worker's at once and leaves the replies
-    of the others where they are (v1/executor/multiproc_executor.py, `get_response`), so that every later call would get
-    the one before's.
+    What may fail gives its error back in its result, a list. vLLM 0.32 raises the first worker's at once and leaves the
+    replies of the others where they are (v1/executor/multiproc_executor.py, `get_response`), so that every later call
+    would get the one before's.
     """
 
     weight_transfer_engine: SourceEngine
@@ -121,11 +121,11 @@ class WorkerExtension:
     update_weights: Callable[[dict[str, Any]], None]
     finish_weight_update: Callable[[], None]
 
-    def find_weights(self, source: dict[str, Any]) -> Exception | None:
+    def find_weights(self, source: dict[str, Any]) -> list[Exception]:
         """Know from now on where weights come from; fields of SourceInit."""
-        return _error_of(lambda: self.init_weight_transfer_engine(source))
+        return _errors_of(lambda: self.init_weight_transfer_engine(source))
 
-    def take_weights(self, sent: dict[str, Any]) -> Exception | None:
+    def take_weights(self, sent: dict[str, Any]) -> list[Exception]:
         """Update the weights; fields of WeightsUpdate."""
 
         def take() -> None:
@@ -133,7 +133,7 @@ class WorkerExtension:
             self.update_weights(sent)
             self.finish_weight_update()
 
-        return _error_of(take)
+        return _errors_of(take)
 
     def weight_status(self) -> dict[str, Any]:
         """Version (or NO_VERSION) and checksum of this worker's weights and how they came."""
@@ -150,15 +150,15 @@ class WorkerExtension:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _error_of(work: Callable[[], None]) -> Exception | None:
+def _errors_of(work: Callable[[], None]) -> list[Exception]:
     """What it raises, in a type that any process knows; the log has where."""
     try:
         work()
     except Exception as error:
         logger.exception("weights are not there")
         known = type(error) in (ValueError, RuntimeError, LostMemberError)
-        return error if known else RuntimeError(f"{type(error).__name__}: {error}")
-    return None
+        return [error if known else RuntimeError(f"{type(error).__name__}: {error}")]
+    return []
 
 
 register()  # a worker process imports this module for WorkerExtension, before it looks for the backend

@@ -92,7 +92,7 @@ class FakeLLM:
         if name == "take_weights":
             self._status = dict(args[0])
             self.given_weights.append(self._status)
-        return [{"weight_status": self._status, "drop_weights": -1}.get(name)]
+        return [{"weight_status": self._status, "drop_weights": -1}.get(name, [])]
 
     def reset_prefix_cache(self) -> bool:
         return True
