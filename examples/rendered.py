@@ -1,4 +1,4 @@
-"""Rows whose prompts are messages, with the text that a model's chat template makes of them: one form for several files.
+"""Rows whose prompts are messages, with the text that a model's chat template makes of them.
 
 python examples/rendered.py runs/smollm2 runs/words/preferences.jsonl runs/mine/preferences.jsonl
 """
@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 
 def main(model: str, source: str, target: str) -> None:
+    """Write `target`, whose rows are those of `source` but for their prompts."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
     for row in rows:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,19 @@ def test_smollm2_on_two_cores(script: str, places: dict[str, str], tmp_path: Pat
     check_documented(script, printed)
     assert "rollout_batch_size: 4" in printed
     assert not (tmp_path / "run with space").exists()
+
+
+def test_prompts_are_rendered_as_the_model_has_them(assets: Path, tmp_path: Path) -> None:
+    shutil.copytree(assets / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<answer>{% endif %}"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": [{"role": "user", "content": "7 words"}], "chosen": "c"}\n')
+    places = [str(tmp_path / name) for name in ("model", "rows.jsonl", "texts.jsonl")]
+    subprocess.run([sys.executable, "examples/rendered.py", *places], cwd=ROOT, check=True, timeout=60)
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": "<user>7 words<answer>", "chosen": "c"}]
 
 
 @pytest.mark.slow
