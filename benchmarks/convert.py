@@ -35,7 +35,7 @@ def write_random_llama(directory: Path, size: str, dtype: str) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
+    from megarlhf.formats.safetensors_file import TensorFiles, TensorSpec, create_tensor_file
     from megarlhf.models.registry import find_architecture
 
     config = LlamaConfig(
@@ -54,10 +54,12 @@ def write_random_llama(directory: Path, size: str, dtype: str) -> None:
         for weight in arch.weight_maps(config, tied=True, head="lm")
         for name, shape in zip(weight.hf, weight.shapes, strict=True)
     ]
-    with TensorFile.create(directory / "model.safetensors", specs) as file:
+    path = directory / "model.safetensors"
+    create_tensor_file(path, specs)
+    with TensorFiles([path], writable=True) as file:
         for spec in specs:
-            file.view(spec.name).uniform_(-0.05, 0.05)
-        file.flush()
+            file.write(spec.name, torch.empty(spec.shape).uniform_(-0.05, 0.05))
+        file.sync()
 
 
 def convert(direction: str, load: Path, save: Path) -> dict[str, float]:

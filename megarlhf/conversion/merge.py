@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megarlhf.formats.huggingface import read_checkpoint, shortened
 from megarlhf.formats.json_files import read_json_object
-from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
+from megarlhf.formats.safetensors_file import TensorFiles, TensorSpec, create_tensor_file
 from megarlhf.formats.staging import replace_directory, staging_path
 from megarlhf.models.companions import exported_config, write_companions, write_json
 from megarlhf.models.names import check_names, main_dtype, model_shapes, stored_dtypes
@@ -87,14 +87,15 @@ def merge_lora(
     staging.mkdir(parents=True)
     specs = sorted((TensorSpec(n, s, dtypes[n]) for n, s in shapes.items()), key=lambda s: -s.dtype.itemsize)
     weights_file = staging / "model.safetensors"
-    with TensorFile.create(weights_file, specs) as file:
+    create_tensor_file(weights_file, specs)
+    with TensorFiles([weights_file], writable=True) as file:
         for name, shape in shapes.items():
             whole = adapter[name] if name in adapter else source.read(name, (slice(None),) * len(shape))
             if (a := adapter.get(f"{module_of(name)}.lora_A.weight")) is not None:
                 b = adapter[f"{module_of(name)}.lora_B.weight"]
                 whole = whole.float() + scaling * (b.float() @ a.float())
-            file.view(name).copy_(whole)
-        file.flush()
+            file.write(name, whole)
+        file.sync()
     weights_file.chmod(0o644)
     config = exported_config(model, hf, arch.class_with_head(head), main_dtype(shapes, dtypes))
     write_json(staging / "config.json", config)

@@ -6,7 +6,6 @@ Files are read and written at offsets instead of being mapped, so that memory ho
 import hashlib
 import json
 import math
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from megarlhf.conversion.cuts import GlobalWeight
 from megarlhf.formats.run_checkpoints import LATEST
-from megarlhf.formats.safetensors_file import tensor_places
 from megarlhf.formats.shared_memory import bytes_of
 from megarlhf.formats.staging import StagingDirectory, check_staging, staging_path
 from megarlhf.formats.threads import map_threads
@@ -92,53 +90,6 @@ class Memory:
         while self._spare and sum(map(len, self._spare)) > room - len(buffer):
             self._spare.pop()
         return buffer
-
-
-class TensorFiles:
-    """Tensors in safetensors files, read and written at their offsets; from any thread."""
-
-    def __init__(self, paths: Sequence[Path], *, writable: bool = False) -> None:
-        # each tensor's file, first byte and spec
-        self.places = {name: (path, *place) for path in paths for name, place in tensor_places(path).items()}
-        flags = os.O_RDWR if writable else os.O_RDONLY
-        self._descriptors = {path: os.open(path, flags) for path in paths}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype."""
-        return self.places[name][2].dtype
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Fill a contiguous tensor of the same bytes."""
-        self._move(name, out, lambda descriptor, rest, start: os.preadv(descriptor, [rest], start))
-
-    def read(self, name: str) -> Tensor:
-        """A whole tensor."""
-        out = torch.empty(self.places[name][2].shape, dtype=self.dtype(name))
-        self.read_into(name, out)
-        return out
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put a whole tensor of the file's shape and dtype in its place."""
-        self._move(name, tensor, os.pwrite)
-
-    def _move(self, name: str, tensor: Tensor, move: Callable[[int, memoryview, int], int]) -> None:
-        path, start, _ = self.places[name]
-        rest = bytes_of(tensor)
-        while rest:
-            count = move(self._descriptors[path], rest, start)
-            if count == 0:
-                raise ValueError(f"{path} ends inside {name}: it was cut short meanwhile")
-            rest, start = rest[count:], start + count
-
-    def sync(self, names: Sequence[str]) -> None:
-        """Wait until the files with these tensors are on the disk."""
-        for path in {self.places[name][0] for name in names}:
-            os.fdatasync(self._descriptors[path])
-
-    def close(self) -> None:
-        """Close the files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
 
 
 def digest(tensor: Tensor, source: str) -> dict[str, Any]:

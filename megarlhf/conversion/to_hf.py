@@ -26,7 +26,7 @@ from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.formats.huggingface import INDEX, HFConfig, read_checkpoint, read_config
 from megarlhf.formats.megatron import HFFiles, MegatronCheckpoint, find_checkpoint, hf_files, run_pretrain
 from megarlhf.formats.run_checkpoints import config_entries
-from megarlhf.formats.safetensors_file import TensorFile, TensorSpec, tensor_places
+from megarlhf.formats.safetensors_file import TensorFiles, TensorSpec, create_tensor_file, tensor_places
 from megarlhf.formats.staging import StagingDirectory
 from megarlhf.formats.torch_dist import METADATA, TorchDistReader
 from megarlhf.models.arch import Split
@@ -103,7 +103,7 @@ def megatron_to_hf(
     stored = steps.fingerprint([reader.directory / METADATA])
     identity = {**about, "files": stored, "layout": contents, "steps": list(bundles)}
     with StagingDirectory(save, identity) as staging:
-        files = steps.TensorFiles([_prepare(staging.path / name, file) for name, file in layout.items()], writable=True)
+        files = TensorFiles([_prepare(staging.path / name, file) for name, file in layout.items()], writable=True)
         memory = steps.Memory(max(map(needed, weights)))
 
         def write_weight(weight: GlobalWeight) -> Digests:  # by itself: no name may keep memory that was given back
@@ -255,6 +255,6 @@ def _prepare(path: Path, specs: list[TensorSpec]) -> Path:
         if [spec for _, spec in tensor_places(path).values()] == specs:
             return path
     path.unlink(missing_ok=True)
-    TensorFile.create(path, specs).close()
+    create_tensor_file(path, specs)
     path.chmod(0o644)
     return path

@@ -24,6 +24,7 @@ from megarlhf.conversion.to_hf import hf_form, hf_tensors, reading_bytes
 from megarlhf.formats.huggingface import EMBEDDING, HFConfig, has_score_head, read_checkpoint
 from megarlhf.formats.megatron import HF_CONFIG, RELEASE
 from megarlhf.formats.run_checkpoints import LATEST
+from megarlhf.formats.safetensors_file import TensorFiles
 from megarlhf.formats.staging import StagingDirectory
 from megarlhf.formats.torch_dist import TorchDistReader, write_metadata, write_objects, write_tensor
 from megarlhf.models.arch import Split
@@ -55,7 +56,7 @@ def hf_to_megatron(
     check_names(arch, hf, source, kind)
     model = cut_model(arch, hf, head=kind, tensor=tensor, pipeline=pipeline, expert=expert)
     paths = [load / name for name in source.files]
-    work = _Conversion(hf=hf, files=steps.TensorFiles(paths), options=options)
+    work = _Conversion(hf=hf, files=TensorFiles(paths), options=options)
     steps.check_target(load, save, sum(map(work.num_bytes, model.weights)), overwrite=options.overwrite)
     if options.dry_run:
         return
@@ -102,7 +103,7 @@ class _Conversion:
     """What the steps share."""
 
     hf: HFConfig
-    files: steps.TensorFiles
+    files: TensorFiles
     options: ConvertOptions
 
     def source_dtype(self, weight: GlobalWeight) -> torch.dtype:

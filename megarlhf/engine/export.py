@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megarlhf.engine.engine import MegatronEngine
-from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
-from megarlhf.formats.staging import replace_directory, staging_path
+from megarlhf.formats.safetensors_file import TensorFiles, TensorSpec, create_tensor_file
+from megarlhf.formats.staging import replace_directory, staging_path, sync
 from megarlhf.models.companions import exported_config, write_companions, write_json
 from megarlhf.models.lora import Adapters
 from megarlhf.models.names import main_dtype
@@ -43,20 +43,20 @@ def export_hf(
     if dist.get_rank() == 0:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        TensorFile.create(weights_file, specs).close()
+        create_tensor_file(weights_file, specs)
     dist.barrier()
     engine.finish_param_gather()
-    with TensorFile(weights_file) as file:
+    with TensorFiles([weights_file], specs=specs) as file:
         if adapters is None:
             engine.weights.write(file)
         else:
             for tensor in adapters.tensors():
                 if not any(tensor.replica(ranks)):
-                    file.view(tensor.name)[tensor.index(ranks)] = tensor.parameter.detach().cpu()
-        file.flush()
-    weights_file.chmod(0o644)
+                    file.write(tensor.name, tensor.parameter, tensor.index(ranks))
+        file.sync()
     dist.barrier()
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0:  # the others' parts are on the disk
+        weights_file.chmod(0o644)
         if adapters is None:
             hf_class = engine.weights.arch.class_with_head(engine.head)
             dtype = main_dtype(engine.weights.hf_shapes, engine.source_dtypes)
@@ -68,7 +68,9 @@ def export_hf(
                 write_json(staging / "config_entries.json", dict(config_entries))
         tokenizer_dir = None if tokenizer is None else Path(tokenizer)
         write_companions(staging, engine.pretrain, tokenizer=tokenizer_dir, chat_template=chat_template)
+        sync(*staging.rglob("*"), staging)
         replace_directory(staging, directory)
+        sync(directory.parent)
     dist.barrier()
     release_memory()
 

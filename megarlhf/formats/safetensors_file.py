@@ -1,6 +1,8 @@
-"""A safetensors file of fixed layout that several processes map and write in place.
+"""Safetensors files of fixed layout, read and written at offsets, by several threads, processes or hosts.
 
-The ranks of a run write a Hugging Face export together, each its own parts; any safetensors reader opens the file.
+The ranks of a run write a Hugging Face export together, each its own parts; any safetensors reader opens the file. On
+NFS every host has a page cache of its own, and only pwrite tells the client which bytes of a page are new: a shared
+mapping would send whole pages, with old bytes where other hosts have written.
 
 Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length, JSON header, data
 without holes. Safetensors sorts tensors by dtype; here they keep the caller's order.
@@ -8,12 +10,11 @@ without holes. Safetensors sorts tensors by dtype; here they keep the caller's o
 
 import json
 import math
-import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import _TYPES
 from torch import Tensor
 
-from megarlhf.formats.staging import sync
+from megarlhf.formats.shared_memory import bytes_of
 
 _DTYPES = cast(dict[str, torch.dtype], _TYPES)
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -68,6 +69,12 @@ def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _places(specs: Sequence[TensorSpec]) -> dict[str, tuple[int, TensorSpec]]:
+    """Each tensor's first byte in a file that is made with this layout, and its spec."""
+    first = len(_encode_header(specs))
+    return {spec.name: (first + start, spec) for spec, start in zip(specs, _offsets(specs), strict=True)}
+
+
 def tensor_places(path: str | os.PathLike[str]) -> dict[str, tuple[int, TensorSpec]]:
     """Each tensor's first byte in a safetensors file and its spec, in file order; reads the header alone.
 
@@ -97,64 +104,116 @@ def tensor_places(path: str | os.PathLike[str]) -> dict[str, tuple[int, TensorSp
     return {spec.name: (8 + length + start, spec) for spec, start in zip(specs, starts, strict=True)}
 
 
-class TensorFile(AbstractContextManager["TensorFile"]):
-    """Tensors that lie in a shared mapping of one safetensors file, to be read and written.
+def create_tensor_file(path: str | os.PathLike[str], specs: Sequence[TensorSpec]) -> None:
+    """Make a new file of zeros with this layout, readable by its owner alone; it is on the disk.
 
-    What one process writes into a view, every other process that has the file open reads at once; the caller orders
-    writers and readers. Views stay valid after `close` and after the path is unlinked.
+    Its whole space is reserved here, so that no later write into it can run out of space. Nothing of it stays in this
+    host's page cache: an NFS client that has the zeros of a page sends them along with what is written into it.
 
+    Raises:
+        FileExistsError: something exists at `path`.
+        OSError: the file system has not enough space; nothing is left behind.
+        ValueError: a dtype outside safetensors, or an order that misaligns a tensor.
+    """
+    header = _encode_header(specs)
+    size = len(header) + sum(spec.num_bytes for spec in specs)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+        os.pwrite(descriptor, header, 0)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+class TensorFiles(AbstractContextManager["TensorFiles"]):
+    """Tensors in safetensors files, read and written at their offsets; from any thread.
+
+    Args:
+        writable: they are written too.
+        specs: the layout of the one file, where it is only written, and by other hosts at the same time: nothing of it
+            is read, the header neither, so that this host's page cache has no page of it but what is written here.
     Raises:
         ValueError: see tensor_places.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path, self._places = Path(path), tensor_places(path)
-        with open(path, "r+b") as file:
-            self._mapping = mmap.mmap(file.fileno(), 0)
-        self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
+    def __init__(
+        self, paths: Sequence[Path], *, writable: bool = False, specs: Sequence[TensorSpec] | None = None
+    ) -> None:
+        places = (_places(specs),) if specs is not None else map(tensor_places, paths)
+        # each tensor's file, first byte and spec
+        self.places = {
+            name: (path, *place) for path, found in zip(paths, places, strict=True) for name, place in found.items()
+        }
+        flags = os.O_WRONLY if specs is not None else os.O_RDWR if writable else os.O_RDONLY
+        self._descriptors = {path: os.open(path, flags) for path in paths}
 
-    @classmethod
-    def create(cls, path: str | os.PathLike[str], specs: Sequence[TensorSpec]) -> "TensorFile":
-        """Make a new file of zeros with this layout, readable by its owner alone, and open it.
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype."""
+        return self.places[name][2].dtype
 
-        Its whole space is reserved here, so that a later write into a view cannot run out of space (SIGBUS).
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill a contiguous tensor of the same bytes."""
+        path, start, _ = self.places[name]
+        self._move(path, start, bytes_of(out), lambda descriptor, rest, at: os.preadv(descriptor, [rest], at))
 
-        Raises:
-            FileExistsError: something exists at `path`.
-            OSError: the file system has not enough space; nothing is left behind.
-            ValueError: a dtype outside safetensors, or an order that misaligns a tensor.
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        out = torch.empty(self.places[name][2].shape, dtype=self.dtype(name))
+        self.read_into(name, out)
+        return out
+
+    def write(self, name: str, tensor: Tensor, index: tuple[slice, ...] = ()) -> None:
+        """Put a whole tensor, or the part at an index, in its place and in the file's dtype.
+
+        Args:
+            tensor: on any device; may have more dimensions than the part in the file.
         """
-        header = _encode_header(specs)
-        size = len(header) + sum(spec.num_bytes for spec in specs)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            os.pwrite(descriptor, header, 0)
-        except OSError:
-            os.unlink(path)
-            raise
-        finally:
-            os.close(descriptor)
-        return cls(path)
+        path, start, spec = self.places[name]
+        rest, size = bytes_of(tensor.detach().to("cpu", spec.dtype).contiguous()), spec.dtype.itemsize
+        for first, count in _runs(spec.shape, index):
+            self._move(path, start + first * size, rest[: count * size], os.pwrite)
+            rest = rest[count * size :]
+        assert not rest, "the part in the file is smaller than what is given"
 
-    @property
-    def names(self) -> list[str]:
-        """Tensor names in file order."""
-        return list(self._places)
+    def _move(self, path: Path, start: int, rest: memoryview, move: Callable[[int, memoryview, int], int]) -> None:
+        while rest:
+            count = move(self._descriptors[path], rest, start)
+            if count == 0:
+                raise ValueError(f"{path} ends at byte {start}: it was cut short meanwhile")
+            rest, start = rest[count:], start + count
 
-    def view(self, name: str) -> Tensor:
-        """The tensor itself, sharing memory with the file; KeyError for an unknown name."""
-        start, spec = self._places[name]
-        return self._bytes[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)
-
-    def flush(self) -> None:
-        """Write changed pages to the disk and wait."""
-        self._mapping.flush()
-        sync(self.path)
-
-    def close(self) -> None:
-        """Let go of the mapping; it is unmapped once no view of it is left. The object cannot be used afterwards."""
-        del self._bytes, self._mapping
+    def sync(self, names: Sequence[str] | None = None) -> None:
+        """Wait until the files with these tensors, or all, are on the disk; on NFS until the server has them."""
+        for path in self._descriptors if names is None else {self.places[name][0] for name in names}:
+            os.fdatasync(self._descriptors[path])
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+def _runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
+    """What of a part lies together in the whole tensor: the number of its first element there, and how many, in order.
+
+    Args:
+        index: slices of step 1 of the first dimensions.
+    """
+    sizes = shape or (1,)
+    parts = (*index, *[slice(None)] * (len(sizes) - len(index)))
+    bounds = [part.indices(size)[:2] for part, size in zip(parts, sizes, strict=True)]
+    cut = max((i for i, size in enumerate(sizes) if bounds[i] != (0, size)), default=0)
+    inner, (first, end) = math.prod(sizes[cut + 1 :]), bounds[cut]
+    for outer in product(*(range(*pair) for pair in bounds[:cut])):
+        place = 0
+        for number, size in zip((*outer, first), sizes[: cut + 1], strict=True):
+            place = place * size + number
+        yield place * inner, (end - first) * inner

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor
 
 from megarlhf.formats.huggingface import HFConfig, HFWeights
-from megarlhf.formats.safetensors_file import TensorFile, TensorSpec
+from megarlhf.formats.safetensors_file import TensorFiles, TensorSpec
 from megarlhf.models.arch import ArchSpec, Split, WeightMap
 from megarlhf.models.build import Head
 from megarlhf.models.four_bit import dense
@@ -130,10 +130,10 @@ class ModelWeights:
         return [local for local in mine if local.weight.split is not Split.REPLICATED or ranks.tp_rank == 0]
 
     @torch.no_grad()
-    def write(self, file: TensorFile) -> None:
-        """Write this rank's share into a weight file that all ranks have open. The caller puts a barrier behind."""
+    def write(self, file: TensorFiles) -> None:
+        """Write this rank's share into a weight file that all ranks have open; the caller syncs it, then a barrier."""
         for shard in self._owned_shards():
-            shard.emit(file.view(shard.hf_name))
+            file.write(shard.hf_name, shard.view, shard.index)
 
     def _owned_shards(self) -> Iterator[Shard]:
         shards = (shard for local in self.owned_weights() for shard in self.shards(local, local.data))

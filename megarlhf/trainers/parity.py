@@ -22,7 +22,7 @@ from megarlhf.data.types import TrainingRows
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import main_weight
 from megarlhf.engine.schedule import sum_gradients
-from megarlhf.formats.safetensors_file import TensorFile
+from megarlhf.formats.safetensors_file import TensorFiles, create_tensor_file
 from megarlhf.parallel.device import current_device
 from megarlhf.trainers.parity_cases import anchored, fitting, parity_case
 
@@ -91,9 +91,11 @@ def write_reference(engine: MegatronEngine, name: ObjectiveName, rows: TrainingR
     """What one process computes, for `compare`; the engine takes a step."""
 
     def record(quantity: str, parts: Iterator[Part]) -> None:
-        with TensorFile.create(directory / f"{quantity}.safetensors", specs) as file:
+        path = directory / f"{quantity}.safetensors"
+        create_tensor_file(path, specs)
+        with TensorFiles([path], writable=True) as file:
             for hf_name, index, part in parts:
-                file.view(hf_name)[index] = part
+                file.write(hf_name, part, index)
 
     directory.mkdir()
     specs = engine.weights.tensor_specs(dict.fromkeys(engine.weights.hf_shapes, torch.float32))
@@ -126,10 +128,10 @@ class _Differences:
             self._worst[quantity] = max(self._worst[quantity], worst)
 
     def record(self, quantity: str, parts: Iterator[Part]) -> None:
-        with TensorFile(self._directory / f"{quantity}.safetensors") as file:
+        with TensorFiles([self._directory / f"{quantity}.safetensors"]) as file:
             least = 1e-3 * _largest(file)
             for hf_name, index, part in parts:
-                expected = file.view(hf_name)
+                expected = file.read(hf_name)
                 difference = part.cpu() - expected[index]
                 self.note(quantity, difference)
                 if quantity == "gradients":
@@ -180,8 +182,8 @@ def compare(engine: MegatronEngine, name: ObjectiveName, rows: TrainingRows, dir
     return differences.everywhere()
 
 
-def _largest(file: TensorFile) -> float:
-    return max(float(file.view(name).abs().max()) for name in file.names)
+def _largest(file: TensorFiles) -> float:
+    return max(float(file.read(name).abs().max()) for name in file.places)
 
 
 def scales(directory: Path) -> dict[str, float]:
@@ -190,7 +192,7 @@ def scales(directory: Path) -> dict[str, float]:
     Returns:
         "gradients": largest gradient; "grad norm"; "loss"; "moved": most that the step moves a log-prob or value.
     """
-    with TensorFile(directory / "gradients.safetensors") as file:
+    with TensorFiles([directory / "gradients.safetensors"]) as file:
         gradient = _largest(file)
     tokens = load_file(directory / "tokens.safetensors")
     moved = float((tokens["after"] - tokens["forward"]).abs().max())

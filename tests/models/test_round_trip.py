@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megarlhf.engine.sharing import SharedWeights
-from megarlhf.formats.safetensors_file import TensorFile
+from megarlhf.formats.safetensors_file import TensorFiles, create_tensor_file
 from tests.distributed.cases import read_shared
 from tests.distributed.layouts import LATENT_LAYOUTS, LAYOUTS, MOE_LAYOUTS, SINGLE, Layout, build, world
 from tests.distributed.pool import RankPool
@@ -53,9 +53,10 @@ def round_trip(rank: int, layout: Layout, source: Path) -> Trip:
 
     engine, target = build(layout, source, optimizer=False), source / "out.safetensors"
     if rank == 0:
-        TensorFile.create(target, engine.weights.tensor_specs(engine.source_dtypes)).close()
+        create_tensor_file(target, engine.weights.tensor_specs(engine.source_dtypes))
     dist.barrier()
-    engine.weights.write(TensorFile(target))
+    with TensorFiles([target], specs=engine.weights.tensor_specs(engine.source_dtypes)) as file:
+        engine.weights.write(file)
     sent_bytes, exchange = 0, dist.batch_isend_irecv
 
     def counted(operations: list[dist.P2POp]) -> Any:
