@@ -75,18 +75,20 @@ class WorkerGroup:
         *,
         ranks: Sequence[int] | None = None,
         timeout_seconds: float | None = None,
+        since: float | None = None,
     ) -> list[Any]:
         """Results of calls, in the order of `refs`.
 
         Args:
             ranks: of each call; None: those of the first ranks.
+            since: time.monotonic() from which the limit counts; None: now.
         Raises:
             WorkerFailedError: the first failure, at once, whatever other ranks still wait for; or the limit is past.
             NonFiniteError: every rank of the role found a loss or gradient that is not finite.
         """
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         rank_of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
-        deadline = time.monotonic() + limit
+        deadline = (time.monotonic() if since is None else since) + limit
         pending, results = list(refs), dict[Any, Any]()
         while pending:
             left = deadline - time.monotonic()
@@ -100,6 +102,17 @@ class WorkerGroup:
                 self._raise_if_one_died(rank_of, what)  # the others only notice
                 raise
         return [results[ref] for ref in refs]
+
+    def first_of(self, calls: Mapping[Any, float]) -> Any:
+        """The call that ends first, or is past its limit; wait_for says which.
+
+        Args:
+            calls: with time.monotonic() of when each was submitted.
+        """
+        oldest = min(calls, key=lambda call: calls[call])
+        left = calls[oldest] + self.timeout_seconds - time.monotonic()
+        done, _ = self._processes.wait(list(calls), all_of_them=False, timeout_seconds=left)
+        return done[0] if done else oldest
 
     def _raise_if_one_died(self, rank_of: Mapping[Any, int], what: str) -> None:
         done, _ = self._processes.wait(list(rank_of), all_of_them=True, timeout_seconds=_DEATH_SECONDS)

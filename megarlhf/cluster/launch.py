@@ -115,6 +115,7 @@ def start(
                 rollout=RolloutGroup(
                     groups["rollout"],
                     n_samples_per_prompt=samples,
+                    at_once=config.rollout.max_num_seqs,
                     replace=replacement,
                     in_fp8=config.rollout_dtype == "fp8",
                 ),
@@ -146,7 +147,8 @@ def open_engines(
 ) -> Iterator[RolloutGroup]:
     """The inference engines of a plan alone, with the weights of pretrain; ended after the block."""
     with open_groups(config, plan, [ROLES["rollout"]], stop_token_ids=stop_token_ids) as groups:
-        yield RolloutGroup(groups["rollout"], n_samples_per_prompt=config.batch.n_samples_per_prompt)
+        samples, at_once = config.batch.n_samples_per_prompt, config.rollout.max_num_seqs
+        yield RolloutGroup(groups["rollout"], n_samples_per_prompt=samples, at_once=at_once)
 
 
 @contextmanager
@@ -156,7 +158,8 @@ def open_judged_engines(
     """The inference engines, with the weights of pretrain, and the reward models of a plan; and their phases."""
     judges = reward_roles(config)
     with open_groups(config, plan, [*judges, ROLES["rollout"]], stop_token_ids=stop_token_ids) as groups:
-        engines = RolloutGroup(groups["rollout"], n_samples_per_prompt=config.batch.n_samples_per_prompt)
+        samples, at_once = config.batch.n_samples_per_prompt, config.rollout.max_num_seqs
+        engines = RolloutGroup(groups["rollout"], n_samples_per_prompt=samples, at_once=at_once)
         asleep = [groups[role.name] for role in judges]
         colocated = config.cluster.colocate_all_models
         phases = ResourceManager(asleep, groups["rollout"], lambda phase: None, colocated=colocated)

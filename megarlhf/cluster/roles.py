@@ -1,5 +1,7 @@
 """The loop's roles over groups of worker processes."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -95,9 +97,13 @@ class TrainingGroup:
 
 
 class RolloutGroup:
-    """The inference engines; prompts go to them in turn, the samples of one prompt stay together.
+    """The inference engines. Prompts go to them in pieces, of which an engine that is done takes the next.
+
+    The samples of one prompt stay together. Which engine answers a piece changes nothing in it: seeds follow from
+    places, a piece is a batch of its own, and an engine begins it with an empty prefix cache.
 
     Args:
+        at_once: samples that an engine works on at once; smaller pieces would leave it idle.
         replace: puts another engine in the place of one that is lost, which then is asked again: the same seeds give
             the same samples. None: the loss of an engine is raised.
     """
@@ -107,10 +113,12 @@ class RolloutGroup:
         workers: WorkerGroup,
         *,
         n_samples_per_prompt: int,
+        at_once: int,
         replace: Callable[[int, WorkerFailedError], None] | None = None,
         in_fp8: bool = False,
     ) -> None:
         self.workers, self.n_samples, self._replace = workers, n_samples_per_prompt, replace
+        self._at_once = at_once
         self.in_fp8 = in_fp8
 
     def set_fp8(self, on: bool) -> None:
@@ -135,16 +143,14 @@ class RolloutGroup:
         self, prompts: Sequence[Prompt], places: Sequence[int], n_samples: int, step: int, temperature: float | None
     ) -> Rollout:
         """Samples whose seeds follow from the run's, the step and the prompts' places; None: the run's temperature."""
-        asked, order, count = list[tuple[Any, ...]](), [], len(self.workers.handles)
-        for engine in range(min(count, len(prompts))):
-            groups = list(range(engine, len(prompts), count))
-            order += groups
-            tokens = [prompts[group].token_ids for group in groups]
-            own = [places[group] for group in groups]
-            asked.append((tokens, own, n_samples, step, temperature))
-        calls = [self.workers.submit_to(engine, "generate", *arguments) for engine, arguments in enumerate(asked)]
-        parts = [self._answer_of(engine, calls[engine], arguments) for engine, arguments in enumerate(asked)]
-        found = dict(zip(order, (group for part in parts for group in part), strict=True))
+        cuts = cut_for_engines(
+            len(prompts), num_engines=len(self.workers.handles), least=max(1, self._at_once // n_samples)
+        )
+        asked = [
+            ([prompt.token_ids for prompt in prompts[cut]], list(places[cut]), n_samples, step, temperature)
+            for cut in cuts
+        ]
+        found = [group for part in self._answers(asked) for group in part]
         samples = [
             Sample(
                 prompt=prompts[group_id],
@@ -156,22 +162,55 @@ class RolloutGroup:
                 finish_reason=group.finish_reasons[sample_id],
                 weight_version=group.weight_version,
             )
-            for group_id in range(len(prompts))
-            for group in (found[group_id][0],)
+            for group_id, (group, _) in enumerate(found)
             for sample_id, text in enumerate(group.texts)
         ]
-        return Rollout(samples=samples, tokens=tuple(found[group_id][1] for group_id in range(len(prompts))))
+        return Rollout(samples=samples, tokens=tuple(tokens for _, tokens in found))
 
-    def _answer_of(self, engine: int, call: Any, arguments: tuple[Any, ...]) -> Any:
-        """What an engine, or the one in its place, has generated."""
-        while True:
+    def _answers(self, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What engines generate for each piece: one that is done, or has taken the place of another, is asked next."""
+        answers, left = list[Any]([None] * len(asked)), deque(range(len(asked)))
+        waiting: dict[Any, tuple[int, int, float]] = {}  # engine, piece and time by call
+
+        def ask(engine: int, piece: int) -> None:
+            call = self.workers.submit_to(engine, "generate", *asked[piece])
+            waiting[call] = engine, piece, time.monotonic()
+
+        for engine in range(min(len(self.workers.handles), len(asked))):
+            ask(engine, left.popleft())
+        while waiting:
+            call = self.workers.first_of({call: since for call, (*_, since) in waiting.items()})
+            engine, piece, since = waiting.pop(call)
             try:
-                return self.workers.wait_for([call], "generate", ranks=[engine])[0]
+                (answers[piece],) = self.workers.wait_for([call], "generate", ranks=[engine], since=since)
             except WorkerFailedError as error:
                 if self._replace is None:
                     raise
                 self._replace(engine, error)
-            call = self.workers.submit_to(engine, "generate", *arguments)
+                ask(engine, piece)
+                continue
+            if left:
+                ask(engine, left.popleft())
+        return answers
+
+
+def cut_for_engines(count: int, *, num_engines: int, least: int) -> list[slice]:
+    """Pieces of so many prompts that engines take one after another: large ones first, so that all end together.
+
+    Factoring (Hummel, Schonberg, Flynn, "Factoring: a method for scheduling parallel loops", CACM 35(8), 1992): a round
+    deals half of what is left, one piece for each engine; the last one all of it, where half a share would be less than
+    `least` prompts, or there is one engine. The pieces depend on these numbers alone; an engine's share is of
+    1 + log2(share / least) of them at most.
+    """
+    cuts, start = list[slice](), 0
+    while start < count:
+        whole = -(-(count - start) // num_engines)
+        last = num_engines == 1 or whole < 2 * least
+        end = count if last else start + whole // 2 * num_engines
+        bounds = [start + (end - start) * engine // num_engines for engine in range(num_engines + 1)]
+        cuts += [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
+        start = end
+    return cuts
 
 
 class CheckpointGroup:

@@ -188,7 +188,7 @@ class RolloutEngine:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
     ) -> list[GeneratedGroup]:
-        """Answer each prompt `n_samples` times.
+        """Answer each prompt `n_samples` times, whatever has been answered before: with an empty prefix cache.
 
         Args:
             prompts: at least one token each.
@@ -219,6 +219,7 @@ class RolloutEngine:
             raise RuntimeError("the engine sleeps, or a part of it: wake it before generating")
         if self.weight_version < 0:
             raise RuntimeError("the weights are dropped, or their last update failed halfway: update them first")
+        self._forget_prefixes()
         parameters = [
             SamplingParams(
                 temperature=0.0 if greedy else temperature,
@@ -367,9 +368,12 @@ class RolloutEngine:
         wanted = {"version": version, "checksum": checksum or statuses[0]["checksum"]}
         if any(status | wanted != status for status in statuses):
             raise RuntimeError(f"sent weights {wanted} and the engine's workers report {statuses}")
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: were requests running?")
+        self._forget_prefixes()
         return {**statuses[0], "seconds": time.perf_counter() - start}
+
+    def _forget_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, of other weights or prompts: were requests running?")
 
     def _ask_all(self, method: str, argument: dict[str, Any]) -> None:
         """Call a method of all workers, and raise the error of one, before those that others have by it."""

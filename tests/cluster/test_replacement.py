@@ -43,7 +43,7 @@ def rollout_of(processes: Processes, directory: Path, *, most: int, limit: float
     sync.push(5)
     engines.timeout_seconds = limit
     replacement = EngineReplacement(engines, sync.restore, most=most, start_timeout_seconds=60.0)
-    return RolloutGroup(engines, n_samples_per_prompt=2, replace=replacement)
+    return RolloutGroup(engines, n_samples_per_prompt=2, at_once=2, replace=replacement)
 
 
 PROMPTS = [Prompt(index=n, text="p", token_ids=np.arange(n + 1, dtype=np.int32), label=None) for n in range(5)]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup
+from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, cut_for_engines
 from megarlhf.cluster.weight_sync import SharedMemorySync
 from megarlhf.data.types import GeneratedGroup, Prompt, Sample
 from megarlhf.formats.shared_memory import checksum
-from tests.cluster.recorded_groups import RecordedGroup, makes_directory
+from tests.cluster.recorded_groups import RecordedGroup, TimedEngines, makes_directory
 from tests.trainers.plain_roles import make_prompts
 
 Log = list[tuple[str, str, tuple[Any, ...]]]
@@ -59,29 +60,29 @@ def test_an_engine_with_other_weights_is_named(wrong: dict[str, Any]) -> None:
     assert key in ("version", "checksum")
 
 
-def engines(log: Log, number: int) -> RolloutGroup:
-    """Engines whose answers name group and sample."""
+def answers_of(rank: int, args: tuple[Any, ...]) -> list[tuple[GeneratedGroup, str]]:
+    """An engine's, which name group and sample."""
+    prompts, groups, n_samples, step, temperature = args
+    numbers = range(n_samples)
+    return [
+        (
+            GeneratedGroup(
+                tokens=None,
+                lengths=np.array([100 * step + 10 * group + s for s in numbers]),
+                texts=[f"{prompt.tolist()} {group} {s} {temperature}" for s in numbers],
+                stop_texts=[f"stop {group} {s}" for s in numbers],
+                finish_reasons=["stop" if (group + s) % 2 else "length" for s in numbers],
+                weight_version=rank,
+            ),
+            f"tokens of {group}",
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
 
-    def generate(rank: int, args: tuple[Any, ...]) -> list[tuple[GeneratedGroup, str]]:
-        prompts, groups, n_samples, step, temperature = args
-        numbers = range(n_samples)
-        return [
-            (
-                GeneratedGroup(
-                    tokens=None,
-                    lengths=np.array([100 * step + 10 * group + s for s in numbers]),
-                    texts=[f"{prompt.tolist()} {group} {s} {temperature}" for s in numbers],
-                    stop_texts=[f"stop {group} {s}" for s in numbers],
-                    finish_reasons=["stop" if (group + s) % 2 else "length" for s in numbers],
-                    weight_version=rank,
-                ),
-                f"tokens of {group}",
-            )
-            for prompt, group in zip(prompts, groups, strict=True)
-        ]
 
-    group = RecordedGroup("rollout", log, ranks=number, generate=generate)
-    return RolloutGroup(group, n_samples_per_prompt=3)
+def engines(log: Log, number: int, *, at_once: int = 999) -> RolloutGroup:
+    group = RecordedGroup("rollout", log, ranks=number, generate=answers_of)
+    return RolloutGroup(group, n_samples_per_prompt=3, at_once=at_once)
 
 
 def check_samples(
@@ -116,6 +117,48 @@ def test_prompts_go_to_engines_evenly_and_samples_come_back_in_order(number: int
     for role, _, (given, groups, *_) in log:
         assert all(ids is prompts[group].token_ids for ids, group in zip(given, groups, strict=True))
         assert {s.weight_version for s in samples if s.group_id in groups} == {int(role.split()[1])}
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 1.0), (1.0, 4.0), (5.0, 1.0, 1.0), (2.0,)])
+def test_a_fast_engine_gets_more_and_no_sample_tells_which_it_was(seconds: tuple[float, ...]) -> None:
+    log: Log = []
+    prompts, count = make_prompts(64), len(seconds)
+    group = TimedEngines(log, seconds, generate=answers_of)
+    rollout = RolloutGroup(group, n_samples_per_prompt=3, at_once=7).generate(prompts, step=11, first_place=5)
+    check = engines([], 1).generate(prompts, step=11, first_place=5)
+    assert [replace(s, weight_version=0) for s in rollout.samples] == check.samples  # it names the engine here
+    assert rollout.tokens == check.tokens
+    given = [sum(len(args[0]) for role, _, args in log if role == f"rollout {rank}") for rank in range(count)]
+    ends = [max((end for rank, _, end in group.pieces if rank == engine)) for engine in range(count)]
+    assert sum(given) == 64
+    by_count = max(seconds) * 64 / count  # the end if each had the same number
+    assert max(ends) <= by_count
+    if len(set(seconds)) > 1:
+        slowest = seconds.index(max(seconds))
+        assert given[slowest] == min(given) < 64 / count and max(ends) < by_count
+    alike = [len(args[0]) for role, _, args in sorted(log, key=lambda call: call[2][1][0])]
+    cuts = cut_for_engines(64, num_engines=count, least=2)
+    assert alike == [cut.stop - cut.start for cut in cuts], "and pieces do not depend on it"
+
+
+@pytest.mark.parametrize(
+    ("count", "num_engines", "least", "expected"),
+    [
+        (32, 2, 4, [8, 8, 4, 4, 4, 4]),
+        (32, 1, 4, [32]),
+        (31, 2, 4, [8, 8, 4, 4, 3, 4]),
+        (7, 2, 4, [3, 4]),
+        (1, 3, 4, [1]),
+        (0, 3, 4, []),
+        (4096, 64, 32, [32] * 128),  # 32,768 samples of 8 a prompt, 256 at once
+    ],
+)
+def test_pieces_are_large_then_small_and_never_too_small(
+    count: int, num_engines: int, least: int, expected: list[int]
+) -> None:
+    cuts = cut_for_engines(count, num_engines=num_engines, least=least)
+    assert [cut.stop - cut.start for cut in cuts] == expected
+    assert [place for cut in cuts for place in range(cut.start, cut.stop)] == list(range(count))
 
 
 @pytest.mark.parametrize(("number", "temperature"), [(1, 0.0), (4, 0.7), (2, None)])
