@@ -59,7 +59,7 @@ class ResourceManager:
     def __init__(
         self, training: list[WorkerGroup], rollout: WorkerGroup, show: Callable[[str], None], *, colocated: bool
     ) -> None:
-        self._training, self._rollout, self._show, self._colocated = training, rollout, show, colocated
+        self._training, self._rollout, self._show, self._colocated = list(training), rollout, show, colocated
         self._timers = Timers()
         self._awake: dict[str, tuple[Part, ...]] = {group.role.name: () for group in training}
         self._engines_awake: tuple[EnginePart, ...] = ENGINE_PARTS
@@ -69,9 +69,12 @@ class ResourceManager:
         return self._last_reward() if is_last else self._other_reward()
 
     def rescue(self) -> AbstractContextManager[None]:
-        """The run is failing: the engines, which may not answer, are ended, and the training roles are saved."""
+        """The run is failing: what is not trained, which may not answer, is ended, and the training roles are saved."""
         self._rollout.kill()
         self._engines_awake = ()
+        for group in [group for group in self._training if not group.role.trains]:
+            group.kill()
+            self._training.remove(group)
         return self.save()
 
     def seconds(self) -> dict[str, float]:

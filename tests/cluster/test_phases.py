@@ -174,15 +174,17 @@ def test_disjoint_roles_never_sleep() -> None:
 
 
 @pytest.mark.parametrize("colocated", [True, False])
-def test_a_rescue_ends_the_engines_and_asks_them_nothing_more(colocated: bool) -> None:
+def test_a_rescue_ends_what_is_not_trained_and_asks_it_nothing_more(colocated: bool) -> None:
     log: Log = []
-    phases = manager(log, colocated=colocated)
+    phases = manager(log, colocated=colocated, models=("actor", "reward", "critic"))
     with phases.sync():
         said(log)
     with phases.rollout():
         said(log)
+    with phases.reward():  # in which the reward model dies
+        said(log)
     with phases.rescue():
-        assert said(log) == ["rollout kill", *(TRAIN[1:] if colocated else [])]
+        assert said(log) == ["rollout kill", "reward kill", *(TRAIN[1:] if colocated else [])]
     with phases.save():
         assert said(log) == []
 
