@@ -10,6 +10,7 @@ from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, Proces
 from megarlhf.cluster.workers import WorkerSpec
 from megarlhf.config.roles import RoleSpec
 from megarlhf.engine.objective import NonFiniteError
+from megarlhf.formats.run_checkpoints import SaveFailedError
 from megarlhf.trainers.roles import RoleFailedError
 
 _LAST_LINES = 15
@@ -85,6 +86,7 @@ class WorkerGroup:
         Raises:
             WorkerFailedError: the first failure, at once, whatever other ranks still wait for; or the limit is past.
             NonFiniteError: every rank of the role found a loss or gradient that is not finite.
+            SaveFailedError: every rank of the role knows that one could not write.
         """
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         rank_of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
@@ -131,8 +133,8 @@ class WorkerGroup:
             raise self._failure(f"rank {rank} died during {what}: {error}", rank) from None
         except CallFailedError as error:
             cause = error.cause
-            if isinstance(cause, NonFiniteError):
-                raise NonFiniteError(f"{self.role.name}: {cause}") from error
+            if isinstance(cause, NonFiniteError | SaveFailedError):
+                raise type(cause)(f"{self.role.name}: {cause}") from error
             raise self._failure(f"rank {rank} failed in {what}: {type(cause).__name__}: {cause}", rank) from error
         except ProcessError as error:
             raise self._failure(f"rank {rank}: {what}: {error}", rank) from error

@@ -243,8 +243,10 @@ class CheckpointGroup:
                     )
             run_state = run_state | {"identity": self.identity}
             run_checkpoints.commit(self.root, step, run_state, keep=self._keep, most_gib=self._most_gib)
-        except Exception:
+        except Exception as error:
             run_checkpoints.abandon(self.root, step)
+            if isinstance(error, OSError | run_checkpoints.SaveFailedError):
+                raise run_checkpoints.save_failed(self.root, step, error) from error
             raise
         self.last_saved = step
 

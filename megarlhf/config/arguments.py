@@ -261,6 +261,10 @@ class RunArguments:
     wandb_group: str | None = None
     """Group of runs at Weights & Biases. None: the run name, which all starts of a run share."""
 
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step that is not the last."""
+        return self.save_interval is not None and step % self.save_interval == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingArguments(RunArguments):

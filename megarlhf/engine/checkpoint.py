@@ -5,22 +5,34 @@ the business of formats/run_checkpoints.
 """
 
 import queue
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import single_optimizers
+from megarlhf.formats.run_checkpoints import SaveFailedError
 from megarlhf.parallel.device import current_device
 
 # Megatron-Core would start a manager process per rank, seconds each, for results of background saves. Saves here are
 # synchronous: results come back inside the process.
 assert hasattr(filesystem_async, "_results_queue")
 filesystem_async._results_queue = queue.Queue()
+
+# What Megatron-Core has rank 0 write alone, while the others wait for it in a collective.
+_BY_RANK_0 = (
+    (common.TorchCommonSaveStrategy, "save_common"),
+    (filesystem_async.FileSystemWriterAsync, "finish"),
+    (serialization, "save_config"),
+)
 
 _ADAPTERS = "adapters"  # with LoRA, in the place of the model: what is trained alone
 _HAS_MOMENTS = "optimizer_has_state"
@@ -76,13 +88,65 @@ def _has_moments(engine: MegatronEngine) -> bool:
     return bool(found.item())
 
 
+@contextmanager
+def agreed_write() -> Iterator[None]:
+    """Around files that one rank writes or all; every rank enters, and leaves when all have written.
+
+    Raises:
+        SaveFailedError: on every rank, where one could not write.
+    """
+    own = list[str]()
+    try:
+        yield
+    except OSError as error:
+        own = [f"rank {dist.get_rank()}: {error}"]
+    except CheckpointException as error:  # on all ranks, and the first one knows whose it is
+        own = [f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
+    all_of_them: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(all_of_them, own)
+    if said := [text for texts in all_of_them for text in texts]:
+        raise SaveFailedError("; ".join(said))
+
+
+@contextmanager
+def _rank_0_goes_on() -> Iterator[None]:
+    """Let rank 0 take part in all collectives of the block, also where it cannot write its own files; then raise."""
+    errors = list[Exception]()
+
+    def going_on(write: Callable[..., None]) -> Callable[..., None]:
+        def tried(*args: Any, **options: Any) -> None:
+            try:
+                write(*args, **options)
+            except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save
+                errors.append(error)
+
+        return tried
+
+    with ExitStack() as undoing:
+        for owner, name in _BY_RANK_0:
+            undoing.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, going_on(getattr(owner, name)))
+        yield
+    if errors:
+        raise OSError(str(errors[0]).splitlines()[0]) from errors[0]
+
+
+def _save(state: dict[str, Any], directory: Path) -> None:
+    """Write a state dict; see agreed_write."""
+    with agreed_write():
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True)
+    with agreed_write(), _rank_0_goes_on():
+        dist_checkpointing.save(state, str(directory), validate_access_integrity=True)
+
+
 def save_weights(engine: MegatronEngine, directory: Path) -> None:
-    """Write what the parameters are now into `directory`; every rank of the role calls it."""
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_weights(engine), str(directory), validate_access_integrity=True)
-    dist.barrier()
+    """Write what the parameters are now into `directory`; every rank of the role calls it.
+
+    Raises:
+        SaveFailedError: on every rank, where one could not write.
+    """
+    _save(_weights(engine), directory)
 
 
 def load_weights(engine: MegatronEngine, directory: Path) -> None:
@@ -108,15 +172,15 @@ def _fill(engine: MegatronEngine, state: dict[str, Any]) -> None:
 
 
 def save_engine(engine: MegatronEngine, directory: Path) -> None:
-    """Write one role's state into `directory`; every rank of the role calls it."""
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True)
-    dist.barrier()
+    """Write one role's state into `directory`; every rank of the role calls it.
+
+    Raises:
+        SaveFailedError: on every rank, where one could not write.
+    """
     engine.finish_param_gather()
     state = _state(engine, loading=False, with_optimizer=_has_moments(engine))
     state[_PRECISION] = engine.precision.state()
-    dist_checkpointing.save(state, str(directory), validate_access_integrity=True)
-    dist.barrier()
+    _save(state, directory)
 
 
 def load_engine(engine: MegatronEngine, directory: Path, *, with_optimizer: bool = True) -> None:

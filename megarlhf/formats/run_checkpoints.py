@@ -15,12 +15,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megarlhf.formats.staging import replace_directory, replace_link, sync, write_whole
+from megarlhf.formats.staging import replace_directory, replace_link, staging_path, sync, write_whole
 
 OPTIMIZER_STATE = "optimizer_state"  # entry of an identity: what of the layout decides how optimizer state is kept
 AVERAGE = "average"  # directory of a checkpoint
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best"
+
+
+class SaveFailedError(RuntimeError):
+    """A checkpoint cannot be written, and all who take part know; what they hold in memory is as it was."""
 
 
 def iteration_directory(root: Path, step: int) -> Path:
@@ -43,7 +47,25 @@ def begin(root: Path, step: int) -> Path:
 
 def abandon(root: Path, step: int) -> None:
     """Remove what a save that failed has written: on a full disk the room is needed."""
+    staging_path(root / LATEST).unlink(missing_ok=True)
     shutil.rmtree(staging_directory(root, step), ignore_errors=True)
+    if _latest_step(root) != step:  # it is complete, and nothing names it
+        shutil.rmtree(iteration_directory(root, step), ignore_errors=True)
+
+
+def save_failed(root: Path, step: int, cause: Exception) -> SaveFailedError:
+    """The sentence for a save that has been abandoned, with what is left."""
+    left = _latest_step(root)
+    kept = "there is no complete one yet" if left is None else f"the last complete one is that of step {left}"
+    free = f", {shutil.disk_usage(root).free / 2**20:.0f} MiB free" if root.is_dir() else ""
+    return SaveFailedError(f"the checkpoint of step {step} could not be written to {root} ({cause}{free}): {kept}")
+
+
+def _latest_step(root: Path) -> int | None:
+    """What the pointer names, whether it is there or not."""
+    pointer = root / LATEST
+    text = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    return int(text) if text.isdecimal() else None
 
 
 def commit(root: Path, step: int, run_state: dict[str, Any], *, keep: int, most_gib: float | None = None) -> Path:
@@ -84,17 +106,17 @@ def latest(root: Path) -> tuple[int, Path, dict[str, Any]]:
     Raises:
         ValueError: there is none, or the pointer names no step, or an incomplete one.
     """
-    pointer = root / LATEST
+    pointer, step = root / LATEST, _latest_step(root)
     if not pointer.is_file():
         raise ValueError(f"load={root.parent}; {pointer} is missing: no complete checkpoint there")
-    text = pointer.read_text(errors="replace").strip()
-    if not text.isdecimal():
+    if step is None:
+        text = pointer.read_text(errors="replace").strip()
         raise ValueError(f"load={root.parent}; {pointer} holds {text!r}, not a step: name a saved one")
-    directory = iteration_directory(root, int(text))
+    directory = iteration_directory(root, step)
     state = directory / "run_state.json"
     if not state.is_file():
         raise ValueError(f"load={root.parent}; {directory} is incomplete: run_state.json is missing")
-    return int(text), directory, json.loads(state.read_text())
+    return step, directory, json.loads(state.read_text())
 
 
 def config_entries(directory: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """From scored samples to what the updates need: log-probs, values, KL, advantages, weights."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -100,19 +100,21 @@ def check_results(scored: Sequence[Sample], config: PPOConfig, *, step: int) -> 
         )
 
 
-def check_rewards(state: LoopState, scored: Sequence[Sample], config: PPOConfig) -> None:
+def check_rewards(state: LoopState, metrics: Mapping[str, float], config: PPOConfig) -> None:
     """End a run whose reward does not work.
+
+    Args:
+        metrics: of the last finished step.
 
     Raises:
         NoSamplesError: max_untrained_steps steps in a row were not trained.
     """
     limit = config.reward.max_untrained_steps
     if state.untrained_in_a_row >= limit:
-        missing = sum(sample.reward is None for sample in scored)
         raise NoSamplesError(
             f"{limit} steps in a row had too few rewards to train on (max_untrained_steps={limit}, "
             f"min_result_fraction={config.reward.min_result_fraction}); in step {state.step} the reward gave no result "
-            f"for {missing} of {len(scored)} samples{_left_out(config)}: see its errors in the log"
+            f"for {metrics['reward/no_result_count']:.0f} samples{_left_out(config)}: see its errors in the log"
         )
 
 

@@ -23,6 +23,7 @@ from megarlhf.trainers.experience import (
 )
 from megarlhf.trainers.roles import Roles
 from megarlhf.trainers.sampling_rounds import Collected, collect
+from megarlhf.trainers.saving import saved
 from megarlhf.trainers.state import LoopState, RewardMoments, saved_on_failure
 
 
@@ -47,35 +48,50 @@ def train(
     with saved_on_failure(roles, state):
         precision.set_rollout(config, roles, state)
         with phases.sync():
-            roles.sync.push(state.step)  # the engines start from the pretrained weights
+            synced = roles.sync.push(state.step)  # the engines start from the pretrained weights
         if state.step == 0:
             sinks.log(0, measure() | dropped | phases.seconds())
-        while state.step < total_steps:
-            step, started, epoch = state.step + 1, time.perf_counter(), state.consumed_prompts / num_prompts
-            collected = collect(config, roles, prompts.prompts, state)  # the phases rollout and reward
-            with phases.train():
-                metrics = train_step(config, roles, collected, state)
-            precision.set_rollout(config, roles, state)
-            with phases.sync():
-                metrics |= roles.sync.push(step)
-            if step == first + 1:
-                metrics |= phases.memory()
-            samples = collected.samples
-            del collected  # its tokens make room for those of an evaluation and of the next step
-            metrics |= summary.speed(samples, seconds=time.perf_counter() - started)
+        if state.unlogged is not None:
+            state.unlogged |= synced
+        while state.step < total_steps or state.unlogged is not None:
+            if state.unlogged is None:  # else a run before this one has trained the step, and failed after that
+                _finish_step(config, roles, prompts, state, is_first=state.step == first)
+            step, metrics, best = state.step, state.unlogged or {}, state.best
             last = step == total_steps or should_stop()
-            epochs = epoch, state.consumed_prompts / num_prompts
+            epochs = state.consumed_before / num_prompts, state.consumed_prompts / num_prompts
             if last or evaluation_is_due(step, logging.eval_interval, epochs=epochs):
                 metrics |= measure()
-                state.best = state.best.after(step, metrics, logging)
+                state.best = best.after(step, metrics, logging)
+            state.unlogged = None
             sinks.log(step, metrics | {"data/epoch": epochs[1]} | dropped | phases.seconds())
-            check_rewards(state, samples, config)
+            check_rewards(state, metrics, config)
             # Logged first: a run killed in between continues from the checkpoint before, and logs this step again.
-            if last or state.best.step == step or (logging.save_interval and step % logging.save_interval == 0):
+            if last or state.best.step == step or logging.saves(step):
                 with phases.save():
-                    roles.checkpoint.save(step, state.to_json())
+                    save = partial(roles.checkpoint.save, step, state.to_json())
+                    if not saved(save, step, logging, total_steps=total_steps, is_last=last):
+                        state.best = best
             if last:
                 return
+
+
+def _finish_step(config: PPOConfig, roles: Roles, prompts: PromptData, state: LoopState, *, is_first: bool) -> None:
+    """Sample, score, train, and move the weights; metrics are in `state.unlogged`, as far as it has come.
+
+    Args:
+        is_first: of this process, whose use of memory is that of all its steps.
+    """
+    started, phases = time.perf_counter(), roles.phases
+    collected = collect(config, roles, prompts.prompts, state)  # the phases rollout and reward
+    with phases.train():
+        metrics = train_step(config, roles, collected, state)
+    state.unlogged = metrics
+    precision.set_rollout(config, roles, state)
+    with phases.sync():
+        metrics |= roles.sync.push(state.step)
+    if is_first:
+        metrics |= phases.memory()
+    metrics |= summary.speed(collected.samples, seconds=time.perf_counter() - started)
 
 
 def train_step(config: PPOConfig, roles: Roles, collected: Collected, state: LoopState) -> dict[str, float]:

@@ -223,7 +223,11 @@ class CheckpointRole(Protocol):
     last_saved: int | None
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
-        """A complete checkpoint of every role, or none."""
+        """A complete checkpoint of every role, or none.
+
+        Raises:
+            SaveFailedError: none, and the roles can go on.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megarlhf.algos.kl import KLController
 from megarlhf.config.algorithm_arguments import AlgorithmArguments
+from megarlhf.formats.run_checkpoints import SaveFailedError
 from megarlhf.trainers.best import Best
 from megarlhf.trainers.roles import RoleFailedError, Roles
 
@@ -44,11 +45,13 @@ class LoopState:
     kl_controller: KLController
     reward_moments: RewardMoments = field(default_factory=RewardMoments)
     consumed_prompts: int = 0  # drawn so far
+    consumed_before: int = 0  # before the last finished step
     untrained_steps: int = 0  # so far, for want of rewards
     untrained_in_a_row: int = 0  # the last steps among them
     best: Best = Best()  # evaluation so far
     rollout_steps_left: int = 0  # of the engines outside of FP8; -1: all
     rollout_fallbacks: int = 0  # so far
+    unlogged: dict[str, float] | None = None  # metrics of the last finished step, until it is evaluated and logged
     updating: bool = False  # optimizer steps are under way: the weights are of no step; not saved
 
     @staticmethod
@@ -61,7 +64,7 @@ class LoopState:
         """Count a step whose last optimizer step is made, or that is not trained."""
         self.step += 1
         self.updating = False
-        self.consumed_prompts = consumed_prompts
+        self.consumed_before, self.consumed_prompts = self.consumed_prompts, consumed_prompts
         self.untrained_steps += not trained
         self.untrained_in_a_row = 0 if trained else self.untrained_in_a_row + 1
 
@@ -78,8 +81,9 @@ class LoopState:
         self.best = Best.of_state(state)
         for name in ("step", "consumed_prompts", "untrained_steps", "untrained_in_a_row"):
             setattr(self, name, int(state[name]))
-        for name in ("rollout_steps_left", "rollout_fallbacks"):
+        for name in ("rollout_steps_left", "rollout_fallbacks", "consumed_before"):
             setattr(self, name, int(state.get(name, 0)))  # older checkpoints have none
+        self.unlogged = state.get("unlogged")
 
 
 @contextmanager
@@ -92,6 +96,8 @@ def saved_on_failure(roles: Roles, state: LoopState) -> Iterator[None]:
     first = state.step
     try:
         yield
+    except SaveFailedError:  # of the last step
+        raise
     except Exception as error:
         if state.step > first and state.step != roles.checkpoint.last_saved:
             error.add_note(_save(roles, state, error))

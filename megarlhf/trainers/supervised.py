@@ -4,6 +4,7 @@ import logging as logs
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from megarlhf.metrics.timers import Timers
 from megarlhf.parallel.device import current_device
 from megarlhf.trainers.best import Best
 from megarlhf.trainers.evaluation import evaluation_is_due
+from megarlhf.trainers.saving import saved
 
 logger = logs.getLogger(__name__)
 Prepare = Callable[[SupervisedData, Ints, list[MicroBatch]], list[MicroBatch]]
@@ -99,21 +101,25 @@ def train(
         Where it ended, the same on every rank.
     Raises:
         NonFiniteError: a loss or gradient that is not finite; the step before it is saved.
+        SaveFailedError: the last step cannot be saved.
         RuntimeError: rank 0 could not log a step (there it is the cause that is raised); the step is saved.
     """
     timers, logging = Timers(), config.logging
     sampler = _sampler(config, data, progress)
-    saved, entries, best = progress.step, progress.config_entries, progress.best
+    on_disk, entries, best = progress.step, progress.config_entries, progress.best
 
     def reached(step: int) -> Progress:
         return Progress(step=step, consumed=sampler.consumed(step), config_entries=entries, best=best)
 
-    def save(step: int) -> None:
-        nonlocal saved
-        if step != saved:
-            with timers("save"):
-                save_checkpoint(engine, logging, reached(step), identity, average=average)
-            saved = step
+    def save(step: int, *, is_last: bool = True) -> bool:
+        nonlocal on_disk
+        write = partial(save_checkpoint, engine, logging, reached(step), identity, average=average)
+        with timers("save"):
+            done = step == on_disk or saved(
+                write, step, logging, total_steps=total_steps, is_last=is_last, says=sinks is not None
+            )
+        on_disk = step if done else on_disk
+        return done
 
     for step in range(progress.step + 1, total_steps + 1):
         if sinks is not None:
@@ -131,6 +137,7 @@ def train(
             logger.warning("%s", sentence)
         if step == progress.step + 1:
             metrics |= memory(engine, task.name)
+        before = best
         stopping, epochs = agree(should_stop()), (sampler.epoch(step - 1), sampler.epoch(step))
         last = step == total_steps or stopping
         found: dict[str, float] = {}
@@ -145,13 +152,14 @@ def train(
                 entries = task.config_entries(measured)
         problem = _log(sinks, step, metrics | timers.pop())
         failed = agree(problem is not None)
-        if last or failed or best.step == step or _is_due(step, logging.save_interval):
-            save(step)
+        is_due = last or failed or best.step == step or logging.saves(step)
+        if is_due and not save(step, is_last=last or failed):
+            best = before
         if failed:
             raise problem or RuntimeError(f"rank 0 could not log step {step}")
         if last:
             break
-    return reached(saved)
+    return reached(on_disk)
 
 
 def _sampler(config: SupervisedConfig, data: Units, progress: Progress) -> PromptSampler:
@@ -181,10 +189,6 @@ def _step(
     metrics = {"time/step_seconds": seconds} | {f"perf/{name}_per_second": value for name, value in speed.items()}
     own = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
     return metrics | {f"{task.name}/{name}": value for name, value in (own | task.metrics(result.metrics)).items()}
-
-
-def _is_due(step: int, interval: int | None) -> bool:
-    return interval is not None and step % interval == 0
 
 
 def _log(sinks: Sinks | None, step: int, metrics: dict[str, float]) -> Exception | None:
@@ -232,29 +236,34 @@ def save_checkpoint(
     *,
     average: WeightAverage | None = None,
 ) -> None:
-    """One complete checkpoint; every rank calls it."""
-    root, step = Path(logging.save) / "checkpoints", progress.step
-    if dist.get_rank() == 0:
-        run_checkpoints.begin(root, step)
-    dist.barrier()
+    """One complete checkpoint; every rank calls it.
+
+    Raises:
+        SaveFailedError: on every rank; nothing of it is left.
+    """
+    root, step, is_first = Path(logging.save) / "checkpoints", progress.step, dist.get_rank() == 0
     try:
+        with checkpoint.agreed_write():
+            if is_first:
+                run_checkpoints.begin(root, step)
         staging = run_checkpoints.staging_directory(root, step)
         checkpoint.save_engine(engine, staging / "actor")
         if average is not None:
             average.save(staging / run_checkpoints.AVERAGE)
-        if dist.get_rank() == 0:
-            state = {
-                "step": step,
-                "consumed": progress.consumed,
-                "identity": identity,
-                "config_entries": dict(progress.config_entries),
-                "best": asdict(progress.best),
-            }
-            run_checkpoints.commit(root, step, state, keep=logging.max_ckpt_num, most_gib=logging.max_ckpt_mem)
-    except OSError:
-        run_checkpoints.abandon(root, step)
-        raise
-    dist.barrier()
+        with checkpoint.agreed_write():
+            if is_first:
+                state = {
+                    "step": step,
+                    "consumed": progress.consumed,
+                    "identity": identity,
+                    "config_entries": dict(progress.config_entries),
+                    "best": asdict(progress.best),
+                }
+                run_checkpoints.commit(root, step, state, keep=logging.max_ckpt_num, most_gib=logging.max_ckpt_mem)
+    except run_checkpoints.SaveFailedError as error:
+        if is_first:
+            run_checkpoints.abandon(root, step)
+        raise run_checkpoints.save_failed(root, step, error) from error
 
 
 def load(

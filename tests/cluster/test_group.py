@@ -12,6 +12,7 @@ from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
 from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError
 from megarlhf.config.roles import ROLES
 from megarlhf.engine.objective import NonFiniteError
+from megarlhf.formats.run_checkpoints import SaveFailedError
 
 Fault = BaseException | None
 NEVER = 1e9
@@ -129,9 +130,12 @@ def test_an_engine_holds_no_weights_that_are_trained(fake: FakeProcesses, tmp_pa
     assert not error.value.trains
 
 
-def test_a_refused_step_is_no_failure_of_a_worker(fake: FakeProcesses, tmp_path: Path) -> None:
-    refs = [fake.ref(rank, 1.0, failed(NonFiniteError("loss=nan"))) for rank in range(3)]
-    with pytest.raises(NonFiniteError, match="actor: loss=nan"):
+@pytest.mark.parametrize("error", [NonFiniteError("loss=nan"), SaveFailedError("rank 1: no room")])
+def test_what_all_ranks_agree_on_is_no_failure_of_a_worker(
+    fake: FakeProcesses, tmp_path: Path, error: Exception
+) -> None:
+    refs = [fake.ref(rank, 1.0, failed(error)) for rank in range(3)]
+    with pytest.raises(type(error), match=f"actor: {error}"):
         make_group(fake, tmp_path).wait_for(refs, "update")
 
 

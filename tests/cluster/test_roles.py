@@ -13,6 +13,7 @@ import pytest
 from megarlhf.cluster.roles import CheckpointGroup, RolloutGroup, cut_for_engines
 from megarlhf.cluster.weight_sync import SharedMemorySync
 from megarlhf.data.types import GeneratedGroup, Prompt, Sample
+from megarlhf.formats.run_checkpoints import SaveFailedError
 from megarlhf.formats.shared_memory import checksum
 from tests.cluster.recorded_groups import RecordedGroup, TimedEngines, makes_directory
 from tests.trainers.plain_roles import make_prompts
@@ -193,21 +194,33 @@ def test_a_checkpoint_appears_when_all_roles_have_saved(tmp_path: Path) -> None:
     assert sorted(path.name for path in final.iterdir()) == ["actor", "critic", "run_state.json"]
 
 
-@pytest.mark.parametrize("kind", ["raises", "saves nothing"])
-def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (OSError("no space left"), SaveFailedError),
+        (SaveFailedError("critic: rank 1: no space left"), SaveFailedError),
+        (ValueError("no space left"), ValueError),
+        (None, RuntimeError),
+    ],
+)
+def test_a_failed_save_leaves_the_last_good_one(
+    tmp_path: Path, error: Exception | None, found: type[Exception]
+) -> None:
+    """Of a role that raises, or saves nothing."""
     log: Log = []
     checkpoints(tmp_path, log).save(3, {"step": 3})
 
     def save(rank: int, args: tuple[Any, ...]) -> None:
         if not args[0].endswith("critic"):
             makes_directory(rank, args)
-        elif kind == "raises":
-            raise OSError("no space left")
+        elif error is not None:
+            raise error
 
     group = checkpoints(tmp_path, log, save=save)
-    with pytest.raises((OSError, RuntimeError), match="no space left|the critic saved nothing"):
+    with pytest.raises(found, match="no space left|the critic saved nothing") as failure:
         group.save(4, {"step": 4})
-    assert group.last_saved is None
+    assert type(failure.value) is found and group.last_saved is None
+    assert found is not SaveFailedError or str(failure.value).endswith(": the last complete one is that of step 3")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000003", "latest_checkpointed_iteration.txt"]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
 

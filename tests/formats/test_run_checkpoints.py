@@ -63,3 +63,29 @@ def test_a_best_step_of_another_directory_is_not_linked(tmp_path: Path) -> None:
     run_checkpoints.begin(tmp_path, 7)
     run_checkpoints.commit(tmp_path, 7, {"step": 7, "best": {"step": 5}}, keep=2)
     assert not (tmp_path / "best").is_symlink() and run_checkpoints.latest(tmp_path)[0] == 7
+
+
+def test_what_a_failed_save_has_written_is_gone_and_the_sentence_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        path.with_name(path.name + ".partial").write_text(text[:1])
+        raise OSError("no room for the pointer")
+
+    run_checkpoints.begin(tmp_path, 1)
+    run_checkpoints.abandon(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+    said = str(run_checkpoints.save_failed(tmp_path, 1, OSError("no room")))
+    assert said.startswith(f"the checkpoint of step 1 could not be written to {tmp_path} (no room, ")
+    assert said.endswith(" MiB free): there is no complete one yet")
+    run_checkpoints.begin(tmp_path, 2)
+    run_checkpoints.commit(tmp_path, 2, {"step": 2}, keep=2)
+    before = sorted(tmp_path.rglob("*"))
+    (run_checkpoints.begin(tmp_path, 4) / "actor").mkdir()
+    monkeypatch.setattr(run_checkpoints, "write_whole", refuse)
+    with pytest.raises(OSError, match="pointer"):  # of a checkpoint that has its own name by then
+        run_checkpoints.commit(tmp_path, 4, {"step": 4}, keep=2)
+    run_checkpoints.abandon(tmp_path, 4)
+    assert sorted(tmp_path.rglob("*")) == before and run_checkpoints.latest(tmp_path)[0] == 2
+    said = str(run_checkpoints.save_failed(tmp_path, 4, OSError("x")))
+    assert said.endswith("the last complete one is that of step 2")

@@ -11,6 +11,7 @@ import pytest
 
 from megarlhf.data.types import Prompt, Rollout, Sample
 from megarlhf.engine.objective import NonFiniteError
+from megarlhf.formats.run_checkpoints import SaveFailedError
 from megarlhf.metrics.sinks import Sinks
 from megarlhf.trainers import rl
 from megarlhf.trainers.experience import NoSamplesError, enough_results
@@ -52,7 +53,7 @@ class Failing(PlainRoles):
 
 def test_steps_with_too_few_results_are_not_trained_and_end_the_run_saved(tmp_path: Path) -> None:
     plain = PlainRoles(without_result=ALL[:5])
-    with pytest.raises(NoSamplesError, match=r"2 steps in a row .* no result for 5 of 8 samples") as failure:
+    with pytest.raises(NoSamplesError, match=r"2 steps in a row .* no result for 5 samples") as failure:
         run(tmp_path, plain, batch={"train_iters": 9}, reward={"max_untrained_steps": 2, "min_result_fraction": 0.4})
     assert plain.events == [
         *("push 0", "evaluate", "generate 1", "push 1", "generate 2", "push 2", "evaluate", "rescue", "save 2"),
@@ -60,7 +61,7 @@ def test_steps_with_too_few_results_are_not_trained_and_end_the_run_saved(tmp_pa
     unmoved = {"kl_controller": None, "reward_moments": None, "best": None}
     assert plain.saved[2] | unmoved == unmoved | {
         **{"step": 2, "consumed_prompts": 8, "untrained_steps": 2, "untrained_in_a_row": 2},
-        **{"rollout_fallbacks": 0, "rollout_steps_left": 0},
+        **{"rollout_fallbacks": 0, "rollout_steps_left": 0, "consumed_before": 4, "unlogged": None},
     }
     assert "the state after step 2 is saved" in failure.value.__notes__[0]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -165,13 +166,79 @@ def test_what_is_saved_already_is_not_saved_again(tmp_path: Path) -> None:
     assert plain.saved == {}  # nothing was trained
 
 
+@pytest.mark.parametrize(
+    ("where", "nth"), [("push", 3), ("score", 4)], ids=["the sync of step 2", "the evaluation of step 2"]
+)
+def test_a_step_that_is_saved_before_its_row_is_evaluated_and_logged_when_the_run_goes_on(
+    tmp_path: Path, where: str, nth: int
+) -> None:
+    """Else its row and, where it was the best, its evaluation are missing."""
+    options: dict[str, Any] = {"batch": {"train_iters": 4}}
+    options["logging"] = {"eval_interval": 2, "best_metric": "eval/accuracy", "save_interval": 3}
+    whole, rest = PlainRoles(), PlainRoles()
+    broken = Failing(where, nth, RoleFailedError("rollout rank 0 died", trains=False))
+    expected = run(tmp_path / "whole", whole, **options)
+    with pytest.raises(RoleFailedError):
+        run(tmp_path / "broken", broken, **options)
+    found = run(tmp_path / "broken", rest, resume=json.loads(json.dumps(broken.saved[2])), **options)
+    assert rest.events[:4] == ["push 2", "evaluate", "save 2", "generate 3"], "its evaluation is the best"
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    for row, other in zip(found, expected, strict=True):
+        assert untimed(row) == untimed(other)
+    assert rest.saved[4] == whole.saved[4] and rest.saved[4]["best"]["step"] == 2
+
+
+def untimed(row: dict[str, float]) -> dict[str, float]:
+    """Without what is of the clock, and of the first step of a process."""
+    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/", "memory/"))}
+
+
+class Full(PlainRoles):
+    """Has no room for the checkpoints of these steps."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def save(self, step: int, run_state: dict[str, Any]) -> None:
+        if step in self._steps:
+            self.events.append(f"no room for {step}")
+            raise SaveFailedError(f"the checkpoint of step {step} could not be written")
+        super().save(step, run_state)
+
+
+def test_a_full_disk_does_not_end_a_run_that_has_other_checkpoints_to_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step that is not saved is not the best, whose checkpoint would be exported."""
+    plain, options = Full(2, 4), {"save_interval": 2, "eval_interval": 3, "best_metric": "eval/reward_mean"}
+    run(tmp_path, plain, batch={"train_iters": 7}, logging=options)
+    asked = [event for event in plain.events if event.startswith(("save", "no room"))]
+    assert asked == ["no room for 2", "save 3", "no room for 4", "save 6", "save 7"]
+    goes_on = "could not be written; the run goes on, and saves again after step"
+    assert [record.getMessage() for record in caplog.records if "written" in record.getMessage()] == [
+        f"the checkpoint of step {step} {goes_on} {step + 2}: free space" for step in (2, 4)
+    ]
+    plain = Full(3)
+    run(tmp_path / "best", plain, batch={"train_iters": 4}, logging=options)
+    assert plain.saved[4]["best"] == {"metric": "eval/reward_mean", "step": 4, "value": 0.0}
+
+
+def test_the_last_checkpoint_must_be_written(tmp_path: Path) -> None:
+    plain = Full(2, 3)
+    with pytest.raises(SaveFailedError, match="step 3 could not be written") as failure:
+        run(tmp_path, plain, logging={"save_interval": 2})
+    assert plain.events[-1] == "no room for 3" and "rescue" not in plain.events
+    assert not hasattr(failure.value, "__notes__")
+
+
 def test_a_save_that_fails_too_is_told_beside_the_cause(tmp_path: Path) -> None:
-    class Full(Failing):
+    class NoRoom(Failing):
         def save(self, step: int, run_state: dict[str, Any]) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ValueError, match="gone") as failure:
-        run(tmp_path, Full("score", 4, ValueError("the reward code is gone")))
+        run(tmp_path, NoRoom("score", 4, ValueError("the reward code is gone")))
     assert "step 2 could not be saved (OSError: [Errno 28] No space left on device)" in failure.value.__notes__[0]
 
 

@@ -1,7 +1,9 @@
 """The supervised loop in real ranks: a run that goes on is the run that never stopped; failures leave a checkpoint."""
 
 import json
+import logging
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from megarlhf.trainers import supervised
 from megarlhf.trainers.sft import sft_task
 from tests.distributed.layouts import LAYOUTS, SINGLE, Layout, world
 from tests.distributed.pool import RankPool
+from tests.engine.test_full_disk import small_files
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 TOTAL = 5
@@ -40,6 +43,7 @@ class Start:
     stop_after: int = TOTAL  # a signal comes in this step
     fails: str | None = None  # "loss" or "log", in step 3
     save_interval: int | None = None
+    full: tuple[int, ...] = ()  # rank 0 has no room for the checkpoints of these steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,7 @@ class Outcome:
     schedule: dict[str, Any]
     drawn: list[list[int]]  # rows of each step
     error: str
+    said: list[str]  # warnings
 
 
 def make_rows(count: int = 11) -> TrainingRows:
@@ -107,7 +112,14 @@ def run(rank: int, world_size: int, init_method: str, layout: Layout, model_dir:
             if start.fails == "log":
                 log = sinks.log
                 sinks.log = lambda step, metrics: log(step, metrics) if step < 3 else 1 / 0  # type: ignore[assignment]
-        error = ""
+        error, warnings, write = "", ListHandler(), supervised.save_checkpoint
+
+        def save_checkpoint(engine: MegatronEngine, options: Any, at: Any, *args: Any, **more: Any) -> None:
+            with small_files(100) if rank == 0 and at.step in start.full else nullcontext():
+                write(engine, options, at, *args, **more)
+
+        supervised.save_checkpoint = save_checkpoint
+        logging.getLogger("megarlhf").addHandler(warnings)
         try:
             supervised.train(
                 config,
@@ -123,13 +135,28 @@ def run(rank: int, world_size: int, init_method: str, layout: Layout, model_dir:
             )
         except (NonFiniteError, RuntimeError, ZeroDivisionError) as failure:
             error = type(failure).__name__
+        finally:
+            supervised.save_checkpoint = write
+            logging.getLogger("megarlhf").removeHandler(warnings)
         if sinks is not None:
             sinks.close()
         dist.barrier()
         tensors = {name: p.detach().clone() for name, p in engine.named_parameters()}
         for number, state in enumerate(engine.optimizer.optimizer.state.values()):
             tensors |= {f"{number}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
-        return Outcome(tensors=tensors, schedule=engine.scheduler.state_dict(), drawn=drawn, error=error)
+        schedule = engine.scheduler.state_dict()
+        return Outcome(tensors=tensors, schedule=schedule, drawn=drawn, error=error, said=warnings.said)
+
+
+class ListHandler(logging.Handler):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
 
 
 def rows_of(save: Path) -> list[dict[str, float]]:
@@ -209,3 +236,29 @@ def test_a_failure_saves_the_last_good_state_first(
     pointer = save / "checkpoints" / "latest_checkpointed_iteration.txt"
     state = json.loads((save / "checkpoints" / f"iter_{saved:07d}" / "run_state.json").read_text())
     assert int(pointer.read_text()) == saved == state["step"] and state["consumed"] == 4 * saved
+
+
+def test_a_full_disk_ends_no_run_that_has_other_checkpoints_to_come(
+    ranks: RankPool, model_dir: Path, tmp_path: Path
+) -> None:
+    """Where the last one cannot be written either it is an error of every rank, and the one before stays."""
+    whole, save, layout = tmp_path / "whole", tmp_path / "run", LAYOUTS["DP2-distopt"]
+    straight = ranks.run(2, run, layout, model_dir, Start(save=whole))
+    found = ranks.run(2, run, layout, model_dir, Start(save=save, save_interval=2, full=(2, 5)))
+    for rank, (expected, own) in enumerate(zip(straight, found, strict=True)):
+        assert own.drawn == expected.drawn and own.error == "SaveFailedError"
+        assert all(torch.equal(own.tensors[name], expected.tensors[name]) for name in expected.tensors)
+        said = [text for text in own.said if "checkpoint" in text]
+        assert len(said) == (rank == 0), "once"
+    assert said == [] and found[0].said[0].startswith(f"the checkpoint of step 2 could not be written to {save}")
+    assert found[0].said[0].endswith(
+        "there is no complete one yet; the run goes on, and saves again after step 4: free space"
+    )
+    assert sorted(path.name for path in (save / "checkpoints").iterdir()) == [
+        "iter_0000004",
+        "latest_checkpointed_iteration.txt",
+    ]
+    resumed = ranks.run(2, run, layout, model_dir, Start(save=save, load=save))
+    for expected, own in zip(straight, resumed, strict=True):
+        assert own.error == "" and own.drawn == expected.drawn[4:]
+        assert all(torch.equal(own.tensors[name], expected.tensors[name]) for name in expected.tensors)
