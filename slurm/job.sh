@@ -1,0 +1,140 @@
+# shellcheck shell=bash
+# What the scripts of slurm/ share: nodes, addresses, ports, steps, and the end of a job. They source it in the directory
+# of the repository, after site.env.
+
+say() { printf '[%s] %s\n' "$(date +%T)" "$*"; }
+fail() { say "error: $*" >&2; exit 2; }
+
+# start_job NAME: sets NODES, NODE_IP, HEAD, HEAD_IP, PORT, SAVE, LOGS, SEED and what is put in front of commands.
+start_job() {
+    SAVE=${SAVE:-runs/$1-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # each task has a run and a seed of its own
+        SAVE=$SAVE/task-$SLURM_ARRAY_TASK_ID
+        SEED=$((${SEED:-42} + SLURM_ARRAY_TASK_ID))
+        export SEED
+    fi
+    LOGS=$SAVE/slurm
+    mkdir -p "$LOGS"
+    export SAVE PYTHON PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    set_containers
+    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    HEAD=${NODES[0]}
+    export NNODES=${#NODES[@]}
+    set_ports
+    declare -gA NODE_IP=()
+    find_addresses
+    # shellcheck disable=SC2034 # the scripts read it
+    HEAD_IP=${NODE_IP[$HEAD]}
+    say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), ${NODES[*]}, ports $PORT-$((PORT + PORTS_PER_JOB - 1)), $SAVE"
+}
+
+# launcher_name LAUNCHER
+launcher_name() {
+    [ -x "${1:-}" ] || fail "${1:-no launcher}: name an executable one, such as examples/ppo_llama3_8b_h100.sh"
+    basename "$1" .sh
+}
+
+set_ports() {
+    local blocks=$(((PORT_LAST - PORT_FIRST + 1) / PORTS_PER_JOB))
+    if [ "$blocks" -lt 1 ] || [ "$PORTS_PER_JOB" -lt 40 ]; then
+        fail "PORTS_PER_JOB=$PORTS_PER_JOB: at least 40, of the ports PORT_FIRST=$PORT_FIRST to PORT_LAST=$PORT_LAST"
+    fi
+    PORT=$((PORT_FIRST + SLURM_JOB_ID % blocks * PORTS_PER_JOB))
+}
+
+set_containers() {
+    STEP_OPTIONS=() IN_CONTAINER=()
+    local mounts="$PWD:$PWD,$LOCAL_DIR:$LOCAL_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    case $CONTAINER in
+        none) return ;;
+        pyxis)
+            STEP_OPTIONS=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$mounts" "--container-workdir=$PWD") ;;
+        apptainer) IN_CONTAINER=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$CONTAINER_IMAGE") ;;
+        *) fail "CONTAINER=$CONTAINER: none, pyxis or apptainer" ;;
+    esac
+    [ -n "$CONTAINER_IMAGE" ] || fail "CONTAINER=$CONTAINER needs CONTAINER_IMAGE"
+}
+
+# Of each node the address at NETWORK_INTERFACE, or else the one that Slurm itself uses. Not what its name resolves to,
+# which on the node itself may be 127.0.1.1.
+find_addresses() {
+    local node
+    for node in "${NODES[@]}"; do
+        if [ -n "$NETWORK_INTERFACE" ]; then
+            NODE_IP[$node]=$(srun --overlap -N1 -n1 -w "$node" ip -o -4 addr show dev "$NETWORK_INTERFACE" |
+                awk 'NR == 1 { sub(/\/.*/, "", $4); print $4 }')
+        else
+            NODE_IP[$node]=$(scontrol -o show node "$node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' |
+                xargs getent ahostsv4 | awk 'NR == 1 { print $1 }')
+        fi
+        [ -n "${NODE_IP[$node]}" ] || fail "no address of node $node${NETWORK_INTERFACE:+ at $NETWORK_INTERFACE}"
+    done
+}
+
+# step LOG NODE [OPTIONS OF step.py] -- COMMAND...: runs on a node in the background; STEP is its srun. The log goes on
+# where an earlier start has ended.
+step() {
+    local log=$1 node=$2
+    shift 2
+    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --cpu-bind=none --export=ALL --open-mode=append \
+        --output="$LOGS/$log.$node.log" "${STEP_OPTIONS[@]}" \
+        "${IN_CONTAINER[@]}" "$PYTHON" slurm/step.py --grace-seconds "$GRACE_SECONDS" "$@" &
+    STEP=$!
+    STEPS+=("$STEP")
+}
+STEPS=()
+
+# Traps run between foreground commands only, so every long wait is one of the shell's own.
+USR1_AT=
+trap 'USR1_AT=${USR1_AT:-$SECONDS}' USR1
+trap 'trap "" TERM; say "TERM: ending"; end_steps; exit 143' TERM
+
+# await PID: waits for a step that is a run, and passes USR1 on to it until it ends or SAVE_SECONDS are over (status 124).
+await() {
+    local step=$1 status last=
+    while kill -0 "$step" 2>/dev/null; do
+        if [ -n "$USR1_AT" ]; then
+            if [ $((SECONDS - USR1_AT)) -ge "$SAVE_SECONDS" ]; then return 124; fi
+            if [ -z "$last" ] || [ $((SECONDS - last)) -ge 5 ]; then # again, should it not listen yet
+                last=$SECONDS
+                kill -USR1 "$step" 2>/dev/null || break
+            fi
+        fi
+        sleep 1 &
+        wait $! || continue
+    done
+    wait "$step" && status=0 || status=$?
+    return "$status"
+}
+
+# Ends all steps at once: srun passes USR2 on, where on TERM it has them killed.
+end_steps() {
+    local step until=$((SECONDS + GRACE_SECONDS + 5)) left
+    for step in "${STEPS[@]}"; do kill -USR2 "$step" 2>/dev/null || continue; done
+    while [ "$SECONDS" -lt "$until" ]; do
+        left=
+        for step in "${STEPS[@]}"; do if kill -0 "$step" 2>/dev/null; then left=1; fi; done
+        [ -n "$left" ] || return 0
+        sleep 0.2
+    done
+    say "steps did not end in time: Slurm kills them"
+}
+
+# finish STATUS: the job's end after that of its run, or its way back to the queue.
+finish() {
+    local status=$1 starts=${SLURM_RESTART_COUNT:-0}
+    end_steps
+    if [ -z "$USR1_AT" ] || { [ "$status" -ne 0 ] && [ "$status" -ne 124 ]; }; then
+        say "the run's status is $status"
+        exit "$status"
+    fi
+    [ "$status" -eq 0 ] || say "SAVE_SECONDS=$SAVE_SECONDS are over: the last checkpoint counts"
+    if [ "$starts" -ge "$MAX_REQUEUES" ]; then
+        say "error: not requeued again, MAX_REQUEUES=$MAX_REQUEUES; sbatch it once more with SAVE=$SAVE to go on" >&2
+        exit 1
+    fi
+    say "requeued, $((MAX_REQUEUES - starts - 1)) more times possible"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 & # Slurm ends this shell
+    wait $!
+}
