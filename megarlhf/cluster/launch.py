@@ -124,12 +124,19 @@ def start(
                 critic=TrainingGroup(critic, critic.started) if (critic := groups.get("critic")) else None,
                 sync=sync,
                 checkpoint=checkpoints,
+                side_by_side=work_side_by_side(config, plan, [group.role for group in models]),
             ),
             phases=phases,
             actor=groups["actor"],
             checkpoints=checkpoints,
             reward_models=reward_models(config, groups),
         )
+
+
+def work_side_by_side(config: PPOConfig, plan: PlacementPlan, roles: Sequence[RoleSpec]) -> bool:
+    """Whether these roles never sleep, and no device has processes of two of them."""
+    found = [{(worker.node, device) for worker in plan.of(role.name) for device in worker.devices} for role in roles]
+    return not config.cluster.colocate_all_models and len(set().union(*found)) == sum(map(len, found))
 
 
 def reward_models(config: PPOConfig, groups: Mapping[str, WorkerGroup]) -> dict[str, RewardGroup]:

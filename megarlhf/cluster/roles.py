@@ -80,6 +80,10 @@ class TrainingGroup:
         report: tuple[dict[str, float], list[str]] = self.workers.call("precision_report")[0]
         return report
 
+    def stop(self) -> None:
+        """See TrainingRole."""
+        self.workers.kill()
+
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a method on every process with the arguments of its data-parallel replica."""
         ranks = enumerate(self._replicas)

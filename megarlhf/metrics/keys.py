@@ -90,7 +90,7 @@ METRICS: dict[str, str] = {
     "memory/ROLE/reference_gib": "Reference beside a role, the most on one device; there while it computes alone (GiB)",
     "time/rollout_seconds": "Generating responses (seconds)",
     "time/reward_seconds": "Scoring responses (seconds)",
-    "time/experience_seconds": "Log-probs, reference log-probs and values of the samples (seconds)",
+    "time/experience_seconds": "Log-probs, reference log-probs, values; beside scoring what outlasts it (seconds)",
     "time/train_seconds": "Forward, backward and optimizer steps (seconds)",
     "time/sync_seconds": "Moving the weights to the inference engines (seconds)",
     "time/eval_seconds": "Evaluation (seconds)",

@@ -1,7 +1,7 @@
 """From scored samples to what the updates need: log-probs, values, KL, advantages, weights."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -16,7 +16,8 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_numbers import GROUP_ESTIMATORS
 from megarlhf.data.types import Floats, Rollout, Sample
 from megarlhf.trainers.precision import trainer_leaves_fp8
-from megarlhf.trainers.roles import ActorRole, CriticRole, LogProbDifference, UpdateResult
+from megarlhf.trainers.roles import ActorRole, CriticRole, LogProbDifference, Roles, UpdateResult
+from megarlhf.trainers.side_by_side import side_by_side
 from megarlhf.trainers.state import LoopState
 
 
@@ -124,40 +125,78 @@ def _left_out(config: PPOConfig) -> str:
     return f", and {' and '.join(names)} left others out" if names else ""
 
 
+class ForwardPasses:
+    """What the estimator needs of the training roles, of the samples that the losses look at.
+
+    Attributes:
+        calls: one for each role; they may be made side by side, before the samples have rewards.
+        difference, kl, values: as in Experience, once the calls are made.
+    """
+
+    def __init__(
+        self, rollout: Rollout, actor: ActorRole, critic: CriticRole | None, config: PPOConfig, *, step: int
+    ) -> None:
+        samples = [sample for sample in rollout.samples if in_loss(sample, config)]
+        self._rollout, self._config = replace(rollout, samples=samples), config
+        self.mini_batches = split_mini_batches(samples, config, step=step)
+        self.calls: list[Callable[[], None]] = [partial(self._run_actor, actor)]
+        self.calls += [] if critic is None else [partial(self._run_critic, critic)]
+        self.difference: LogProbDifference | None = None
+        self.kl: Floats | None = None
+        self.values: Floats | None = None
+
+    def are_of(self, samples: Sequence[Sample]) -> bool:
+        """Whether these are what the losses look at of samples."""
+        kept = [sample for sample in samples if in_loss(sample, self._config)]
+        return list(map(_names, kept)) == list(map(_names, self._rollout.samples))
+
+    def _run_actor(self, actor: ActorRole) -> None:
+        actor.begin(self._rollout, self.mini_batches)
+        difference = None if self._config.is_one_pass else actor.log_probs()
+        if difference is not None and trainer_leaves_fp8(difference, self._config, actor, "log_prob"):
+            difference = actor.log_probs()
+        if self._config.algorithm.init_kl_coef > 0:
+            actor.ref_log_probs()
+            self.kl = None if difference is None else actor.kl(self._config.algorithm.kl_estimator)
+        self.difference = difference
+
+    def _run_critic(self, critic: CriticRole) -> None:
+        critic.begin(self._rollout, self.mini_batches)
+        self.values = critic.values()
+
+
+def _names(sample: Sample) -> tuple[int, int]:
+    return sample.group_id, sample.sample_id
+
+
+def passes_of(rollout: Rollout, roles: Roles, config: PPOConfig, *, step: int) -> ForwardPasses:
+    """Forward passes, made."""
+    passes = ForwardPasses(rollout, roles.actor, roles.critic, config, step=step)
+    with side_by_side(passes.calls, roles) as wait:
+        wait()
+    return passes
+
+
 def make_experience(
-    rollout: Rollout,
-    actor: ActorRole,
-    critic: CriticRole | None,
+    passes: ForwardPasses,
+    everyone: Sequence[Sample],
+    roles: Roles,
     config: PPOConfig,
     *,
-    step: int,
     kl_coef: float,
     reward_scale: tuple[float, float] = (0.0, 1.0),
 ) -> Experience:
-    """Run the forward passes that the estimator needs, compute advantages, and give both roles what their losses need.
+    """Compute advantages, and give actor and critic what their losses need.
 
     Args:
-        rollout: samples with rewards; those that the losses do not look at count in the baselines alone.
+        passes: of these samples, made.
+        everyone: samples with rewards; those that the losses do not look at count in the baselines alone.
         kl_coef: present coefficient of the KL penalty.
         reward_scale: (shift, scale): rewards enter as (reward - shift) / scale.
     """
-    algorithm, everyone = config.algorithm, rollout.samples
+    algorithm, mini_batches, kl, values = config.algorithm, passes.mini_batches, passes.kl, passes.values
     trained = [in_loss(sample, config) for sample in everyone]
     samples = [sample for sample, is_trained in zip(everyone, trained, strict=True) if is_trained]
-    rollout = replace(rollout, samples=samples)
-    mini_batches = split_mini_batches(samples, config, step=step)
-    actor.begin(rollout, mini_batches)
-    difference = None if config.is_one_pass else actor.log_probs()
-    if difference is not None and trainer_leaves_fp8(difference, config, actor, "log_prob"):
-        difference = actor.log_probs()
-    has_reference = algorithm.init_kl_coef > 0
-    if has_reference:
-        actor.ref_log_probs()
-    kl = actor.kl(algorithm.kl_estimator) if has_reference and difference is not None else None
-    values = None
-    if critic is not None:
-        critic.begin(rollout, mini_batches)
-        values = critic.values()
     shift, scale = reward_scale
     lengths = torch.tensor([sample.response_length for sample in samples])
     result = compute_advantages(
@@ -175,15 +214,15 @@ def make_experience(
         trained=torch.tensor(trained),
     )
     weights, actor_denominators = loss_weights(lengths, mini_batches, config, critic=False)
-    actor.keep({"advantages": result.advantages.numpy()}, scalars={"weights": weights.numpy()})
+    roles.actor.keep({"advantages": result.advantages.numpy()}, scalars={"weights": weights.numpy()})
     weights, critic_denominators = loss_weights(lengths, mini_batches, config, critic=True)
-    if critic is not None:
-        critic.keep({"returns": result.returns.numpy()}, scalars={"weights": weights.numpy()})
+    if roles.critic is not None:
+        roles.critic.keep({"returns": result.returns.numpy()}, scalars={"weights": weights.numpy()})
     return Experience(
         actor_denominators=actor_denominators,
         critic_denominators=critic_denominators,
-        difference=difference,
-        has_reference=has_reference,
+        difference=passes.difference,
+        has_reference=algorithm.init_kl_coef > 0,
         values=values,
         kl=kl,
         advantages=result.advantages,

@@ -1,7 +1,7 @@
 """The RL loop: PPO, REINFORCE(++), RLOO and GRPO alike, one line a phase."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,13 +17,15 @@ from megarlhf.trainers.experience import (
     enough_results,
     in_loss,
     make_experience,
+    passes_of,
     penalised,
     update_order,
     with_result,
 )
-from megarlhf.trainers.roles import Roles
+from megarlhf.trainers.roles import Roles, TrainingRole, UpdateResult
 from megarlhf.trainers.sampling_rounds import Collected, collect
 from megarlhf.trainers.saving import saved
+from megarlhf.trainers.side_by_side import side_by_side
 from megarlhf.trainers.state import LoopState, RewardMoments, saved_on_failure
 
 
@@ -118,26 +120,22 @@ def train_step(config: PPOConfig, roles: Roles, collected: Collected, state: Loo
         moments = state.reward_moments.merged([sample.reward for sample in samples if sample.reward is not None])
     step, coef, updates = state.step + 1, state.kl_controller.coef, Updates()
     with roles.phases.experience():
-        experience = make_experience(
-            replace(collected.rollout, samples=samples),
-            roles.actor,
-            roles.critic,
-            config,
-            step=step,
-            kl_coef=coef,
-            reward_scale=moments.scale(),
-        )
+        passes = collected.passes
+        if passes is None or not passes.are_of(samples):  # such as without those that have no reward
+            passes = passes_of(replace(collected.rollout, samples=samples), roles, config, step=step)
+        experience = make_experience(passes, samples, roles, config, kl_coef=coef, reward_scale=moments.scale())
     if experience.difference is not None:
         metrics |= precision.judge_log_probs(experience.difference, config, state, roles.actor, "log_prob")
     state.updating = True
     try:
+        trained: list[tuple[TrainingRole, list[float], list[UpdateResult]]] = []
+        if roles.critic is not None:
+            trained.append((roles.critic, experience.critic_denominators, updates.critic))
+        if state.step >= config.optimizer.freezing_actor_steps:
+            trained.append((roles.actor, experience.actor_denominators, updates.actor))
         for mini_batch in update_order(len(experience.actor_denominators), config, step=step):
-            if roles.critic is not None:
-                denominator = experience.critic_denominators[mini_batch]
-                updates.critic.append(roles.critic.update(mini_batch, denominator=denominator))
-            if state.step >= config.optimizer.freezing_actor_steps:
-                denominator = experience.actor_denominators[mini_batch]
-                updates.actor.append(roles.actor.update(mini_batch, denominator=denominator))
+            with side_by_side([partial(_update, mini_batch, *each) for each in trained], roles) as wait:
+                wait()
     except NonFiniteError:  # it left the weights as they were before its optimizer step
         state.updating = False
         if updates.actor or updates.critic:
@@ -151,3 +149,7 @@ def train_step(config: PPOConfig, roles: Roles, collected: Collected, state: Loo
         metrics |= precision.judge_log_probs(updates.actor[0].difference, config, state, roles.actor, "train")
     metrics |= precision.report(config, roles, state)
     return metrics | {"reward/untrained_steps": float(state.untrained_steps)}
+
+
+def _update(mini_batch: int, role: TrainingRole, denominators: Sequence[float], done: list[UpdateResult]) -> None:
+    done.append(role.update(mini_batch, denominator=denominators[mini_batch]))

@@ -124,6 +124,9 @@ class TrainingRole(Protocol):
     def fall_back(self, phase: EnginePhase, why: str) -> bool:
         """Let a phase leave FP8, for fp8_fallback_steps; False where it has already."""
 
+    def stop(self) -> None:
+        """End its processes: the run is interrupted, and another thread may wait for what they compute."""
+
     def precision_report(self) -> tuple[dict[str, float], list[str]]:
         """Metrics of the step by phase and key, and what happened, in sentences; once a step, at its end."""
 
@@ -232,7 +235,11 @@ class CheckpointRole(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """Everything the loop talks to."""
+    """Everything the loop talks to.
+
+    Attributes:
+        side_by_side: actor, critic and reward models have devices of their own.
+    """
 
     phases: Phases
     rollout: RolloutRole
@@ -241,3 +248,4 @@ class Roles:
     critic: CriticRole | None
     sync: WeightSyncRole
     checkpoint: CheckpointRole
+    side_by_side: bool = False

@@ -3,6 +3,7 @@
 import logging
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +11,9 @@ from megarlhf.config.algorithm_arguments import AlgorithmArguments
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.data.sampling import drawn_rows
 from megarlhf.data.types import Prompt, Rollout, Sample
-from megarlhf.trainers.experience import check_results
+from megarlhf.trainers.experience import ForwardPasses, check_results
 from megarlhf.trainers.roles import Roles
+from megarlhf.trainers.side_by_side import side_by_side
 from megarlhf.trainers.state import LoopState
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ class Collected:
     samples: list[Sample]  # all of it
     rollout: Rollout  # the groups to train on
     consumed: int  # prompts drawn up to this step and with it
+    passes: ForwardPasses | None = None  # of all samples, where they were made while these were scored
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -43,11 +46,11 @@ def collect(config: PPOConfig, roles: Roles, prompts: Sequence[Prompt], state: L
     samples: list[Sample] = []
     tokens: list[Any] = []  # by group; None where it is not trained on
     kept: list[int] = []
-    rounds = 0
+    rounds, passes = 0, None
     while len(kept) < wanted and rounds < most:
         first, missing, rounds = len(tokens), wanted - len(kept), rounds + 1
         count = min(wanted, -(-missing * first // max(1, len(kept)))) if first else wanted
-        scored = _round(
+        scored, passes = _round(
             config, roles, prompts, state, first_place=first, count=count, is_last=rounds == most
         )
         teaching = _teaching(scored.samples, algorithm)
@@ -71,7 +74,7 @@ def collect(config: PPOConfig, roles: Roles, prompts: Sequence[Prompt], state: L
                 *(state.step + 1, len(trained), wanted, most, len(tokens)),
             )
     consumed = state.consumed_prompts + len(tokens)
-    return Collected(samples=samples, rollout=rollout, consumed=consumed, metrics=metrics)
+    return Collected(samples=samples, rollout=rollout, consumed=consumed, passes=passes, metrics=metrics)
 
 
 def _round(
@@ -83,16 +86,26 @@ def _round(
     first_place: int,
     count: int,
     is_last: bool,
-) -> Rollout:
-    """The next `count` prompts behind those of earlier rounds, answered and scored."""
+) -> tuple[Rollout, ForwardPasses | None]:
+    """The next `count` prompts behind those of earlier rounds, answered and scored.
+
+    Where devices are the roles' own, training roles run their forward passes while responses are scored. Not with
+    dynamic filtering, which drops most of what it would be of, nor in FP8, whose scales remember every pass.
+    """
     step, start = state.step + 1, state.consumed_prompts + first_place
     chosen = [prompts[i] for i in drawn_rows(len(prompts), config.model.seed, start, start + count)]
     with roles.phases.rollout():
         generated = of_version(roles.rollout.generate(chosen, step=step, first_place=first_place), state.step)
-    with roles.phases.reward(is_last=is_last):
-        scored = replace(generated, samples=roles.reward.score(generated))
+    passes = None
+    if roles.side_by_side and not (config.algorithm.dynamic_filtering or config.precision.any_fp8):
+        passes = ForwardPasses(generated, roles.actor, roles.critic, config, step=step)
+    with side_by_side(passes.calls if passes is not None and passes.mini_batches else [], roles) as wait:
+        with roles.phases.reward(is_last=is_last):
+            scored = replace(generated, samples=roles.reward.score(generated))
+        with roles.phases.experience() if passes is not None else nullcontext():
+            wait()
     check_results(scored.samples, config, step=step)
-    return scored
+    return scored, passes
 
 
 def _teaching(samples: Sequence[Sample], algorithm: AlgorithmArguments) -> dict[int, None]:

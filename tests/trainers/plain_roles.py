@@ -91,14 +91,18 @@ class PlainRoles:
         self.events: list[str] = []
         self.updates: list[tuple[str, TrainingRows, float]] = []
         self.saved: dict[int, dict[str, Any]] = {}
+        self.stopped: list[str] = []
+        self.begun: list[tuple[str, int]] = []  # role and number of samples
         self.prompts: list[Prompt] = []  # of the last rollout
         self.phase, self.version = "none", -1
         self.last_saved: int | None = None
         self._without_result, self._difference = set(without_result), difference
         self.in_fp8 = False  # of the engines
+        self.side_by_side = False
 
     def roles(self, *, critic: bool) -> Roles:
         return Roles(
+            side_by_side=self.side_by_side,
             phases=_Phases(self),
             rollout=self,
             reward=self,
@@ -161,7 +165,7 @@ class PlainRoles:
         self.saved[step] = run_state
 
     def forward(self, rows: TrainingRows, shift: float) -> Floats:
-        assert self.phase == "train"
+        assert self.phase == "train" or self.side_by_side
         return np.full(int(rows.num_targets.sum()), -1.0 + shift, dtype=np.float32)
 
     def before_update(self, name: str) -> None:
@@ -177,7 +181,11 @@ class _Training:
     def __init__(self, parent: PlainRoles, name: str) -> None:
         self._parent, self._name = parent, name
 
+    def stop(self) -> None:
+        self._parent.stopped.append(self._name)
+
     def begin(self, rollout: Rollout, mini_batches: Sequence[Sequence[int]]) -> None:
+        self._parent.begun.append((self._name, len(rollout.samples)))
         split = DataParallelSplit(rollout.samples, mini_batches, num_ranks=1, packing=PACKING)
         (partition,) = split.partitions
         self.rows = rows_of(partition, [rollout.tokens[group] for group in partition.groups])
@@ -241,7 +249,7 @@ class _Phases:
         return lambda **_: self._enter(name)
 
     def experience(self) -> Any:
-        assert self._parent.phase == "train"
+        assert self._parent.phase == "train" or self._parent.side_by_side
         return nullcontext()
 
     def rescue(self) -> Any:

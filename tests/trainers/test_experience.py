@@ -23,6 +23,7 @@ from megarlhf.trainers.experience import (
     Updates,
     loss_weights,
     make_experience,
+    passes_of,
     split_mini_batches,
     update_order,
     with_result,
@@ -104,8 +105,9 @@ def experience_from(samples: list[Sample], config: PPOConfig, **options: Any) ->
     """Of these samples, without a critic."""
     plain, rollout = PlainRoles(), Rollout(samples=samples, tokens=tokens_of(samples))
     plain.phase = "train"
-    actor = plain.roles(critic=False).actor
-    return make_experience(rollout, actor, None, config, step=1, kl_coef=0.0, **options)
+    roles = plain.roles(critic=False)
+    passes = passes_of(rollout, roles, config, step=1)
+    return make_experience(passes, samples, roles, config, kl_coef=0.0, **options)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_each_role_is_given_what_its_loss_asks_for_of_the_same_samples() -> None
     plain.phase, roles = "train", plain.roles(critic=True)
     rollout = Rollout(samples=samples, tokens=tokens_of(samples))
     assert roles.critic is not None
-    experience = make_experience(rollout, roles.actor, roles.critic, config, step=1, kl_coef=0.25)
+    experience = make_experience(passes_of(rollout, roles, config, step=1), samples, roles, config, kl_coef=0.25)
     mini_batches = split_mini_batches(samples, config, step=1)
     assert experience.actor_denominators == [len(mini_batch) for mini_batch in mini_batches]
     tokens = [sum(samples[i].response_length for i in mini_batch) for mini_batch in mini_batches]
