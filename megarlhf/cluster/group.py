@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
+from megarlhf.cluster.rank_seconds import PHASES, RankSeconds
 from megarlhf.cluster.workers import WorkerSpec
 from megarlhf.config.roles import RoleSpec
 from megarlhf.engine.objective import NonFiniteError
@@ -30,6 +31,7 @@ class WorkerGroup:
     Attributes:
         started: what each rank's `start` has returned, once they are up.
         loads: how often since then models were loaded anew, which know nothing of where weights come from.
+        seconds: what ranks take for calls that compute.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class WorkerGroup:
         self.role, self.handles, self.specs, self._launch = role, list(handles), list(specs), launch
         self.timeout_seconds = timeout_seconds
         self.started: list[Any] = []
-        self.loads = 0
+        self.loads, self.seconds = 0, RankSeconds()
         self._processes = processes
 
     def call(self, method: str, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
@@ -90,7 +92,8 @@ class WorkerGroup:
         """
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         rank_of = dict(zip(refs, range(len(refs)) if ranks is None else ranks, strict=True))
-        deadline = (time.monotonic() if since is None else since) + limit
+        start = time.monotonic() if since is None else since
+        deadline = start + limit
         pending, results = list(refs), dict[Any, Any]()
         while pending:
             left = deadline - time.monotonic()
@@ -103,6 +106,9 @@ class WorkerGroup:
             except WorkerFailedError:
                 self._raise_if_one_died(rank_of, what)  # the others only notice
                 raise
+            for ref in done if what in PHASES else ():
+                taken = getattr(results[ref], "seconds", time.monotonic() - start)  # an answer may know its own
+                self.seconds.note(PHASES[what], rank_of[ref], taken)
         return [results[ref] for ref in refs]
 
     def first_of(self, calls: Mapping[Any, float]) -> Any:

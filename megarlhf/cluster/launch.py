@@ -1,7 +1,7 @@
 """Start the workers of a plan, with Ray or without, and hand the loop its roles."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 from megarlhf.cluster.group import WorkerGroup
 from megarlhf.cluster.local_processes import local_processes
 from megarlhf.cluster.processes import Processes
+from megarlhf.cluster.rank_seconds import SlowestRanks, TimedRole
 from megarlhf.cluster.replacement import EngineReplacement
 from megarlhf.cluster.resource_manager import ResourceManager
 from megarlhf.cluster.reward import RewardGroup
@@ -124,6 +125,7 @@ def start(
                 critic=TrainingGroup(critic, critic.started) if (critic := groups.get("critic")) else None,
                 sync=sync,
                 checkpoint=checkpoints,
+                slowest_ranks=slowest_ranks(groups.values()),
                 side_by_side=work_side_by_side(config, plan, [group.role for group in models]),
             ),
             phases=phases,
@@ -131,6 +133,12 @@ def start(
             checkpoints=checkpoints,
             reward_models=reward_models(config, groups),
         )
+
+
+def slowest_ranks(groups: Iterable[WorkerGroup]) -> Callable[[], dict[str, float]]:
+    """Metrics of a step's calls."""
+    roles = [TimedRole(group.role.name, [spec.node for spec in group.specs], group.seconds) for group in groups]
+    return SlowestRanks(roles).metrics
 
 
 def work_side_by_side(config: PPOConfig, plan: PlacementPlan, roles: Sequence[RoleSpec]) -> bool:

@@ -137,14 +137,21 @@ class RolloutGroup:
     ) -> Rollout:
         """See RolloutRole."""
         places = range(first_place, first_place + len(prompts))
-        return self._generate(prompts, places, self.n_samples, step, 0.0 if greedy else None)
+        return self._generate(prompts, places, self.n_samples, step, 0.0 if greedy else None, timed=True)
 
     def answer(self, prompts: Sequence[Prompt], *, n_samples: int, temperature: float | None) -> Rollout:
         """See RolloutRole."""
         return self._generate(prompts, [prompt.index for prompt in prompts], n_samples, 0, temperature)
 
     def _generate(
-        self, prompts: Sequence[Prompt], places: Sequence[int], n_samples: int, step: int, temperature: float | None
+        self,
+        prompts: Sequence[Prompt],
+        places: Sequence[int],
+        n_samples: int,
+        step: int,
+        temperature: float | None,
+        *,
+        timed: bool = False,
     ) -> Rollout:
         """Samples whose seeds follow from the run's, the step and the prompts' places; None: the run's temperature."""
         cuts = cut_for_engines(
@@ -154,7 +161,7 @@ class RolloutGroup:
             ([prompt.token_ids for prompt in prompts[cut]], list(places[cut]), n_samples, step, temperature)
             for cut in cuts
         ]
-        found = [group for part in self._answers(asked) for group in part]
+        found = [group for part in self._answers(asked, timed=timed) for group in part]
         samples = [
             Sample(
                 prompt=prompts[group_id],
@@ -171,7 +178,7 @@ class RolloutGroup:
         ]
         return Rollout(samples=samples, tokens=tuple(tokens for _, tokens in found))
 
-    def _answers(self, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _answers(self, asked: Sequence[tuple[Any, ...]], *, timed: bool) -> list[Any]:
         """What engines generate for each piece: one that is done, or has taken the place of another, is asked next."""
         answers, left = list[Any]([None] * len(asked)), deque(range(len(asked)))
         waiting: dict[Any, tuple[int, int, float]] = {}  # engine, piece and time by call
@@ -193,6 +200,9 @@ class RolloutGroup:
                 self._replace(engine, error)
                 ask(engine, piece)
                 continue
+            if timed:
+                tokens = sum(int(group.lengths.sum()) for group, _ in answers[piece])
+                self.workers.seconds.note("rollout", engine, time.monotonic() - since, tokens=tokens)
             if left:
                 ask(engine, left.popleft())
         return answers

@@ -206,7 +206,7 @@ class MegatronWorker(SendsWeights):
 
     def update(self, mini_batch: int, denominator: float) -> UpdateResult:
         """One optimizer step; it measures the difference of log-probs where no pass before it has."""
-        is_policy, fields = self.spec.role.head == "lm", self.rows.rows.fields
+        started, is_policy, fields = time.perf_counter(), self.spec.role.head == "lm", self.rows.rows.fields
         unread = () if is_policy and self.spec.config.uses_tis else ("rollout_log_probs",)
         with self._giving_back():
             batches = self.rows.batches(mini_batch, unread=unread)
@@ -220,7 +220,7 @@ class MegatronWorker(SendsWeights):
                 done.outputs.values, fields["rollout_log_probs"][done.outputs.indices]
             )
         numbers = {name: value for name, value in vars(done).items() if name != "outputs"}
-        return UpdateResult(**numbers, difference=difference)
+        return UpdateResult(**numbers, difference=difference, seconds=self.engine.reduction.reached - started)
 
     def fall_back(self, phase: EnginePhase, why: str) -> bool:
         """See TrainingRole."""

@@ -39,12 +39,12 @@ from megarlhf.engine.optimizer import (
 from megarlhf.engine.precision import Precision
 from megarlhf.engine.reference import Reference, reference_source
 from megarlhf.engine.schedule import (
+    GradientReduction,
     balance_loss_unit,
     equally_long,
     run_evaluation,
     run_forward,
     run_forward_backward,
-    sum_gradients,
     summed,
     target_log_probs,
     term_losses,
@@ -102,7 +102,7 @@ class MegatronEngine:
         self._seed = seed
         for chunk in self.chunks:
             chunk.to(current_device())
-        self.config.finalize_model_grads_func = sum_gradients
+        self.config.finalize_model_grads_func = self.reduction = GradientReduction()
         self._routers = RouterStatistics(self.chunks, self.hf.num_hidden_layers) if arch.is_moe(self.hf) else None
         self._bf16 = model.bf16
         self.distribution = OutputDistribution(

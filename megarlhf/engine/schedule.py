@@ -4,6 +4,7 @@ The only place where gradients are scaled: not at all. Losses arrive as sums ove
 reduction adds, and Megatron-Core's own divisions (by micro-batches, by tokens) are switched off.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from megarlhf.data.packing import lengthened
 from megarlhf.data.types import KEPT_TOKENS, MicroBatch
 from megarlhf.engine.objective import LossTerm, Objective, OutputLayer, Outputs, TokenOutputs
 from megarlhf.models.heads import output_weight
-from megarlhf.parallel.device import current_device
+from megarlhf.parallel.device import current_device, finish_computing
 from megarlhf.parallel.groups import Ranks
 from megarlhf.parallel.megatron_versions import ranks_in_balance_loss
 from megarlhf.parallel.packed_params import packed_params
@@ -40,6 +41,22 @@ Finish = Callable[[Tensor, MicroBatch], Any]  # makes a result of the last stage
 def sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron-Core's gradient reduction without its division by tokens: the loss carries its denominator."""
     finalize_model_grads(model, None, **kwargs)
+
+
+class GradientReduction:
+    """`sum_gradients`, in which a rank waits for the others that have gradients of the same parameters.
+
+    Attributes:
+        reached: time.perf_counter() of when this rank was done with its own last, on its device too.
+    """
+
+    reached = 0.0
+
+    def __call__(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """As sum_gradients."""
+        finish_computing()
+        self.reached = time.perf_counter()
+        sum_gradients(model, num_tokens, **kwargs)
 
 
 def token_outputs(

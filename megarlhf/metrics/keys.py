@@ -95,6 +95,9 @@ METRICS: dict[str, str] = {
     "time/sync_seconds": "Moving the weights to the inference engines (seconds)",
     "time/eval_seconds": "Evaluation (seconds)",
     "time/save_seconds": "Writing the checkpoint since the row before (seconds)",
+    "time/ROLE/PHASE/slowest_rank": "Rank (or engine) that is slowest at its own part of a phase (number from 0)",
+    "time/ROLE/PHASE/slowest_seconds": "What it takes for that; of updates up to the summing of gradients (seconds)",
+    "time/ROLE/PHASE/slowest_ratio": "That over the median rank's, of engines by generated token (ratio)",
     "time/step_seconds": "The whole step without evaluation and saving (seconds)",
     "perf/tokens_per_second": "RL: response tokens, else: all tokens of the step, over its time (tokens/s)",
     "perf/samples_per_second": "RL: samples generated, else: trained on in the step, over its time (samples/s)",
@@ -157,6 +160,7 @@ METRICS: dict[str, str] = {
 def _general(key: str) -> str:
     """The name in METRICS of a key that has a role's, a source's or a set's name or a number in it."""
     key = re.sub("^memory/[a-z_0-9]+/", "memory/ROLE/", key)
+    key = re.sub("^time/[a-z_0-9]+/[a-z]+/", "time/ROLE/PHASE/", key)
     key = re.sub("^precision/[a-z_]+/", "precision/PHASE/", key)
     key = re.sub(r"^eval/pass@\d+$", "eval/pass@K", re.sub("^eval/[^/]+/", "eval/", key))
     return re.sub("^reward/.+/(mean|no_result_count)$", r"reward/SOURCE/\1", key)

@@ -54,6 +54,12 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
+def finish_computing() -> None:
+    """Wait until what this process has begun to compute is done; communication may go on beside it."""
+    if device_kind() == "gpu":
+        torch.cuda.current_stream().synchronize()
+
+
 def release_memory() -> None:
     """Give back what is freed, with garbage that is in circles; see release_cache."""
     gc.collect()

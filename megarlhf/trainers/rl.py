@@ -93,7 +93,7 @@ def _finish_step(config: PPOConfig, roles: Roles, prompts: PromptData, state: Lo
         metrics |= roles.sync.push(state.step)
     if is_first:
         metrics |= phases.memory()
-    metrics |= summary.speed(collected.samples, seconds=time.perf_counter() - started)
+    metrics |= summary.speed(collected.samples, seconds=time.perf_counter() - started) | roles.slowest_ranks()
 
 
 def train_step(config: PPOConfig, roles: Roles, collected: Collected, state: LoopState) -> dict[str, float]:

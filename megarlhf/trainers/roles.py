@@ -1,6 +1,6 @@
 """What the RL loop works with. On a cluster each role is a group of processes; in a unit test, a plain object."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,6 +54,7 @@ class UpdateResult:
     grad_norm: float
     learning_rate: float
     difference: LogProbDifference | None = None  # of the log-probs before it, if no pass before has measured it
+    seconds: float = 0.0  # of this rank, up to where it waits for others to sum gradients
 
 
 class RoleFailedError(RuntimeError):
@@ -239,6 +240,7 @@ class Roles:
 
     Attributes:
         side_by_side: actor, critic and reward models have devices of their own.
+        slowest_ranks: metrics of the ranks of each role, once a step, for the calls since the last time.
     """
 
     phases: Phases
@@ -249,3 +251,4 @@ class Roles:
     sync: WeightSyncRole
     checkpoint: CheckpointRole
     side_by_side: bool = False
+    slowest_ranks: Callable[[], dict[str, float]] = dict

@@ -90,7 +90,7 @@ class PlainEngine:
         self.packing, self._head, self._kind = packing, head, kind
         self.ranks = SimpleNamespace(is_last_stage=kind != "first stage", holds_results=kind == "counts")
         self.lines: list[tuple[list[MicroBatch], float]] = []
-        self._in_reference = False
+        self._in_reference, self.reduction = False, SimpleNamespace(reached=1e12)
 
     def pack(self, rows: TrainingRows, indices: Sequence[int], min_length: int = 1) -> MicroBatch:
         return pack_rows(rows, indices, share_prefix=self.packing.share_prefix, min_length=min_length)

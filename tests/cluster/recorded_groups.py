@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megarlhf.cluster.rank_seconds import RankSeconds
 from megarlhf.config.roles import ROLES
 
 Reply = Callable[[int, tuple[Any, ...]], Any]  # rank and arguments -> that rank's answer
@@ -22,7 +23,7 @@ class RecordedGroup:
         self, role: str, log: list[tuple[str, str, tuple[Any, ...]]], *, ranks: int = 1, **replies: Reply
     ) -> None:
         self.role, self._log, self._replies = ROLES[role], log, replies
-        self.handles, self.loads = list(range(ranks)), 0
+        self.handles, self.loads, self.seconds = list(range(ranks)), 0, RankSeconds()
 
     def call(self, method: str, *args: Any) -> list[Any]:
         self._log.append((self.role.name, method, args))

@@ -149,3 +149,33 @@ def test_a_call_goes_to_every_rank_and_stores_what_is_large_once(fake: FakeProce
     make_group(fake, tmp_path, ranks=2).submit("update", [1, 2], 7.0, {"a": 1})
     assert fake.stored == [[1, 2], {"a": 1}]
     assert fake.submitted == [(rank, "update", ("stored 1", 7.0, "stored 2")) for rank in (0, 1)]
+
+
+def test_calls_that_compute_are_timed_by_rank_or_by_what_their_answer_says(fake: FakeProcesses, tmp_path: Path) -> None:
+    group = make_group(fake, tmp_path)
+    for what, answers in (
+        ("log_probs", [None, None, None]),
+        ("ref_log_probs", [None, None, None]),
+        ("update", [SimpleNamespace(seconds=own) for own in (0.5, 0.25, 2.0)]),
+        ("save", [None, None, None]),  # which computes nothing
+    ):
+        refs = [fake.ref(rank, fake.now + after, answers[rank]) for rank, after in enumerate((9.0, 1.0, 5.0))]
+        group.wait_for(refs, what)
+    spent = group.seconds.take()
+    assert spent == {
+        "experience": {0: (18.0, 0), 1: (2.0, 0), 2: (10.0, 0)},
+        "train": {0: (0.5, 0), 1: (0.25, 0), 2: (2.0, 0)},
+    }
+    assert group.seconds.take() == {}
+
+
+def test_of_many_calls_the_first_that_ends_or_is_late(fake: FakeProcesses, tmp_path: Path) -> None:
+    group = make_group(fake, tmp_path, role="rollout", ranks=2)
+    slow, fast = fake.ref(0, 40.0, "slow"), fake.ref(1, 2.0, "fast")
+    assert group.first_of({slow: 0.0, fast: 0.0}) == fast and fake.now == 2.0
+    hangs = fake.ref(1, NEVER, "x")
+    assert group.first_of({hangs: 2.0, slow: 0.0}) == slow and fake.now == 40.0
+    assert group.first_of({hangs: 2.0}) == hangs and fake.now == 62.0, "60 s after it was asked"
+    with pytest.raises(WorkerFailedError, match=r"rollout ranks \[1\] did not finish generate within 60 s"):
+        group.wait_for([hangs], "generate", ranks=[1], since=2.0)
+    assert fake.now == 62.0

@@ -171,6 +171,16 @@ def test_seeds_of_an_evaluation_follow_from_the_row_alone(number: int, temperatu
     check_samples(samples, prompts, step=0, temperature=temperature)
 
 
+def test_engines_are_timed_in_a_step_and_not_in_an_evaluation() -> None:
+    rollout = engines([], 2, at_once=3)
+    rollout.answer(make_prompts(4), n_samples=3, temperature=None)
+    assert rollout.workers.seconds.take() == {}
+    rollout.generate(make_prompts(8), step=1)
+    own = {0: (0, 1, 4, 6), 1: (2, 3, 5, 7)}  # prompts, of pieces of 2 and then 1
+    lengths = {e: sum(100 + 10 * group + n for group in groups for n in range(3)) for e, groups in own.items()}
+    assert {engine: tokens for engine, (_, tokens) in rollout.workers.seconds.take()["rollout"].items()} == lengths
+
+
 def checkpoints(root: Path, log: Log, **options: Any) -> CheckpointGroup:
     identity = options.pop("identity", {"seed": 5})
     save = options.pop("save", makes_directory)

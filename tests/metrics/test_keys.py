@@ -11,7 +11,7 @@ from megarlhf.metrics.keys import METRICS, check_metrics, main, markdown_table
 
 def test_every_metric_has_a_phase_a_meaning_and_a_unit() -> None:
     for key, meaning in METRICS.items():
-        phase = "memory/ROLE|reward/SOURCE|precision/PHASE|[a-z]+"
+        phase = "memory/ROLE|time/ROLE/PHASE|reward/SOURCE|precision/PHASE|[a-z]+"
         assert re.fullmatch(rf"({phase})/[a-z_0-9]+|eval/SET/KEY|eval/pass@K", key)
         assert re.fullmatch(r"[A-Z].+ \(.+\)", meaning), key
 
