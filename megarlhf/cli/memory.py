@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +15,7 @@ from megarlhf.config.kd_arguments import KDConfig
 from megarlhf.config.layouts import LayoutArguments
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.precision import wide_dtype
-from megarlhf.config.roles import RoleSpec, first_given, roles_of
+from megarlhf.config.roles import ROLES, RoleSpec, roles_of
 from megarlhf.config.supervised_arguments import SupervisedConfig
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import padded_vocab_size
@@ -27,11 +28,13 @@ from megarlhf.planner.memory_table import (
     Column,
     DeviceTable,
     EngineBytes,
+    Place,
     RoleBytes,
     device_tables,
     host_table,
     misfits,
 )
+from megarlhf.planner.placement import Machine, asked_nodes, plan_placement
 
 Config = PPOConfig | SupervisedConfig
 _WITHOUT_TRAINING = (
@@ -85,19 +88,19 @@ def plan_memory(
         ranks = _training_ranks(config, model, config.head, config.layout, config.world_size, has_reference=reference)
         for teacher in teachers:
             ranks = _beside_teacher(config, ranks, teacher)
-        slots: dict[int, dict[str, RoleBytes]] = {rank: {"actor": taken} for rank, taken in enumerate(ranks)}
-        engine, colocated, nodes = None, False, max(1, config.world_size // config.ranks.num_gpus_per_node)
+        slots: dict[Place, dict[str, RoleBytes]] = {
+            divmod(rank, config.ranks.num_gpus_per_node): {"actor": taken} for rank, taken in enumerate(ranks)
+        }
+        engine, colocated = None, False
     else:
         roles, colocated = roles_of(config) if only is None else only, config.cluster.colocate_all_models
         of_megatron = [role for role in roles if role.runs == "megatron"]
         engine = _engine(config, models[0], memory) if len(of_megatron) < len(roles) else None
         slots = _slots(config, of_megatron, models[len(models) - len(of_megatron) :], engine)
-        nodes = max((first_given(config.cluster, role.workers[0])[1] for role in of_megatron), default=1)
     tables = device_tables(slots, colocated=colocated, gpu=gpu, resident=resident)
     if only is not None:
         tables = [replace(table, phases=_without_training(table.phases)) for table in tables]
-    per_node = -(-len(slots) // nodes)
-    host = host_table(slots, devices_per_node=per_node, colocated=colocated, resident=resident, gpu=gpu)
+    host = host_table(slots, colocated=colocated, resident=resident, gpu=gpu)
     found = [] if memory is None else misfits(tables, engine, memory)
     found += [] if host_memory is None else misfits([host], None, host_memory)
     return MemoryPlan(tables=tables, host=host, memory=memory, host_memory=host_memory, misfits=found)
@@ -127,21 +130,24 @@ def fitting_memory(
 
 def _slots(
     config: PPOConfig, of_megatron: Sequence[RoleSpec], models: Sequence[HFConfig], engine: EngineBytes | None
-) -> dict[int, dict[str, RoleBytes]]:
-    """What lies on each device, numbered over all nodes: colocated roles start at the first, others follow."""
-    cluster, slots = config.cluster, dict[int, dict[str, RoleBytes]]()
+) -> dict[Place, dict[str, RoleBytes]]:
+    """What lies on each device, of nodes that have as many as are asked for."""
     by_role: dict[str, Sequence[RoleBytes]] = {}
     for spec, hf in zip(of_megatron, models, strict=True):
         layout, world_size, reference = spec.layout(config), spec.num_workers(config), spec.keeps_reference(config)
         own = config if spec.trains else replace(config, lora=LoraArguments())
         by_role[spec.name] = _training_ranks(own, hf, spec.head, layout, world_size, has_reference=reference)
     if engine is not None:
-        by_role["rollout"] = [engine] * (cluster.vllm_num_engines * cluster.vllm_tensor_parallel_size)
-    first = 0
-    for name, ranks in by_role.items():
-        for rank, taken in enumerate(ranks):
-            slots.setdefault(first + rank, {})[name] = taken
-        first += 0 if cluster.colocate_all_models else len(ranks)
+        by_role["rollout"] = [engine] * config.cluster.vllm_num_engines
+    roles = [*of_megatron, *([ROLES["rollout"]] if engine is not None else [])]
+    slots, taken = dict[Place, dict[str, RoleBytes]](), Counter[tuple[int, str]]()
+    plan = plan_placement(config, Machine.alike("cpu", asked_nodes(config, 0), 0, 1), only=roles)  # without a limit
+    for worker in plan.workers:
+        name = worker.role.name
+        there = worker.node, name if config.cluster.colocate_all_models else ""
+        for _ in range(worker.role.devices_per_worker(config)):
+            slots.setdefault((worker.node, taken[there]), {})[name] = by_role[name][worker.rank]
+            taken[there] += 1
     return slots
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import to_dict, to_yaml
 from megarlhf.config.layouts import TransformerImpl
 from megarlhf.config.precision import precision_lines
-from megarlhf.config.roles import layout_lines, megatron_roles, unread_counts
+from megarlhf.config.roles import first_given, layout_lines, megatron_roles, unread_counts
 from megarlhf.data.prompts import PromptData
 from megarlhf.data.supervised import SupervisedData
 from megarlhf.data.types import Prompt
@@ -41,7 +42,7 @@ from megarlhf.formats.data_names import named_sets
 from megarlhf.formats.huggingface import HFConfig
 from megarlhf.metrics.report import write_report
 from megarlhf.parallel.device import device_kind, num_cores, num_local_gpus
-from megarlhf.planner.placement import Machine, object_store_bytes, plan_placement
+from megarlhf.planner.placement import Machine, asked_nodes, object_store_bytes, plan_placement
 from megarlhf.planner.transport import Transport, plan_transport
 from megarlhf.reward.sources import SumOfSources
 from megarlhf.trainers import rl
@@ -71,18 +72,23 @@ def resolve(config: PPOConfig, transformer_impl: TransformerImpl) -> PPOConfig:
     return replace(config, algorithm=algorithm, batch=batch)
 
 
-def find_machine(config: PPOConfig) -> Machine:
-    """What each node of the run has: this machine, or the nodes of the Ray cluster that is joined.
+def find_machine(config: PPOConfig, *, dry_run: bool = False) -> Machine:
+    """The nodes of the Ray cluster that is joined, or this machine; for a dry run as many like it as are asked for.
 
     Raises:
-        ValueError: the cluster has too few nodes.
+        ValueError: several nodes are asked for, and no cluster is joined.
     """
-    address, nodes = config.cluster.ray_address, config.cluster.actor_num_nodes
+    address, gpus = config.cluster.ray_address, num_local_gpus()
     if address is not None:
         from megarlhf.cluster.nodes import joined_machine
 
-        return joined_machine(address, nodes=nodes)
-    return Machine(kind=device_kind(), nodes=nodes, gpus_per_node=num_local_gpus(), cores_per_node=num_cores())
+        return joined_machine(address)
+    asked = [first_given(config.cluster, role.workers[0]) for role in megatron_roles(config)]
+    option, most = max(asked, key=itemgetter(1), default=("", 1))
+    if most > 1 and not dry_run:
+        raise ValueError(f"{option}={most} needs a running Ray cluster: set ray_address (RAY_AUTH_TOKEN has its token)")
+    nodes = asked_nodes(config, gpus) if most > 1 else 1
+    return Machine.alike(device_kind(), nodes, gpus, num_cores())
 
 
 def _check_models(
@@ -219,7 +225,7 @@ def with_restarts(
 def run(config: PPOConfig, *, dry_run: bool) -> int:
     """Plan and run; returns the exit status."""
     layouts = [(role.prefix, role.layout(config)) for role in megatron_roles(config)]
-    machine, shared = find_machine(config), bool(config.batch.share_prompt_prefix)
+    machine, shared = find_machine(config, dry_run=dry_run), bool(config.batch.share_prompt_prefix)
     transformer_impl = resolve_kernels(config, layouts, share_prompt_prefix=shared, device=machine.kind)
     config = resolve(config, transformer_impl)
     if unread := unread_counts(config):

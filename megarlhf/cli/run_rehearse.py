@@ -9,13 +9,13 @@ from typing import Any
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.lora import LoraArguments
-from megarlhf.config.roles import RoleSpec, first_given, megatron_roles, roles_of
+from megarlhf.config.roles import RoleSpec, megatron_roles, roles_of
 from megarlhf.engine.rehearsal import Rehearsal, rehearse_model
 from megarlhf.formats.huggingface import read_config
 from megarlhf.models.build import ModelOptions
 from megarlhf.models.registry import find_architecture
 from megarlhf.parallel.device import num_cores
-from megarlhf.planner.placement import Machine, PlacementPlan, Worker, plan_placement
+from megarlhf.planner.placement import Machine, PlacementPlan, Worker, asked_nodes, plan_placement
 from megarlhf.trainers.assembly import parallel_sizes
 
 FILE = "rehearsal.jsonl"
@@ -41,13 +41,8 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
 
 def asked_machine(config: PPOConfig) -> Machine:
     """Nodes with as many GPUs as the options ask for on one; roles that take turns share them."""
-    roles, cluster = megatron_roles(config), config.cluster
-    models = [(role.num_workers(config), first_given(cluster, role.workers[0])[1]) for role in roles]
-    per_node = max(ranks // nodes for ranks, nodes in models)
-    on_one = max(1, per_node // cluster.vllm_tensor_parallel_size)  # engines
-    needed = [*(nodes for _, nodes in models), -(-cluster.vllm_num_engines // on_one)]
-    nodes = max(needed) if cluster.colocate_all_models else sum(needed)
-    return Machine(kind="gpu", nodes=nodes, gpus_per_node=per_node, cores_per_node=num_cores())
+    per_node = max(role.nodes(config)[1] for role in megatron_roles(config))
+    return Machine.alike("gpu", asked_nodes(config, per_node), per_node, num_cores())
 
 
 def _rehearsed(config: PPOConfig, role: RoleSpec) -> Rehearsal:

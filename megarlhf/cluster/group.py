@@ -149,6 +149,7 @@ class WorkerGroup:
         return WorkerFailedError(f"{self.role.name} {said}" + self._last_words(rank), trains=self.role.trains)
 
     def _last_words(self, rank: int) -> str:
+        self._processes.collect_logs()
         path = Path(self.specs[rank].log_file)
         if not path.is_file():
             return ""

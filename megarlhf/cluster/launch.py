@@ -1,9 +1,10 @@
 """Start the workers of a plan, with Ray or without, and hand the loop its roles."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -205,8 +206,8 @@ def open_groups(
             launch, limit = partial(_launch, processes), config.cluster.phase_timeout_seconds
             handles = [launch(spec) for spec in specs]
             groups[role.name] = WorkerGroup(role, processes, handles, specs, launch=launch, timeout_seconds=limit)
-        cluster = config.cluster
-        start_workers(groups, rendezvous, cluster.start_timeout_seconds, colocated=cluster.colocate_all_models)
+        cluster, shared = config.cluster, rendezvous if config.cluster.ray_address is None else None
+        start_workers(groups, shared, cluster.start_timeout_seconds, colocated=cluster.colocate_all_models)
         yield groups
 
 
@@ -219,6 +220,7 @@ def _processes(config: PPOConfig, plan: PlacementPlan) -> AbstractContextManager
 
 
 def _launch(processes: Processes, spec: WorkerSpec) -> Any:
+    spec = replace(spec, address=processes.addresses.get(spec.node))
     environment = {"OMP_NUM_THREADS": str(spec.threads), "HF_HUB_OFFLINE": "1"}
     if names := processes.device_names:
         environment |= visible_devices_environment([names[spec.node, device] for device in spec.devices])
@@ -235,14 +237,15 @@ def _spec(config: PPOConfig, plan: PlacementPlan, worker: Worker, stop_token_ids
         world_size=len(plan.of(worker.role.name)),
         device_kind=plan.device_kind,
         stop_token_ids=stop_token_ids,
+        directory=os.getcwd(),
         log_file=str(Path(config.logging.save).absolute() / "logs" / f"{worker.role.name}-{worker.rank}.log"),
     )
 
 
 def start_workers(
-    groups: dict[str, WorkerGroup], rendezvous: str, timeout_seconds: float, *, colocated: bool
+    groups: dict[str, WorkerGroup], rendezvous: str | None, timeout_seconds: float, *, colocated: bool
 ) -> None:
-    """Load every role; the ranks of a role meet in a file in the directory `rendezvous`, not at a port.
+    """Load every role; its ranks meet in a file in the directory `rendezvous`, or where that is None at a port.
 
     Roles that share devices load in turn and sleep, the engines last: vLLM measures the whole device while it starts,
     and would take what others allocate or free meanwhile for its own doing. Disjoint roles load side by side.
@@ -250,8 +253,11 @@ def start_workers(
     deadline = time.monotonic() + timeout_seconds
     starting: dict[str, list[Any]] = {}
     for role, group in groups.items():
-        is_model = group.role.runs == "megatron"
-        starting[role] = group.submit("start", *((f"file://{rendezvous}/{role}",) if is_model else ()))
+        is_model, place = group.role.runs == "megatron", [f"file://{rendezvous}/{role}"]
+        if is_model and rendezvous is None:  # a port of the first rank's node
+            left = max(0.0, deadline - time.monotonic())
+            place = group.wait_for([group.submit_to(0, "open_meeting")], "open_meeting", timeout_seconds=left)
+        starting[role] = group.submit("start", *(place if is_model else ()))
         if colocated:
             _wait(group, starting.pop(role), deadline)
             if is_model:

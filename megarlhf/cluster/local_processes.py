@@ -97,6 +97,7 @@ class LocalProcesses:
 
     def __init__(self) -> None:
         self.store, self._started = LocalStore(), list[LocalProcess]()
+        self.addresses: dict[int, str] = {}
         self.device_names = {(0, number): name for number, name in enumerate(local_device_names())}
 
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> LocalProcess:
@@ -123,6 +124,9 @@ class LocalProcesses:
     def kill(self, handle: LocalProcess) -> None:
         """See Processes."""
         handle.kill()
+
+    def collect_logs(self) -> None:
+        """See Processes; they write there."""
 
     def close(self) -> None:
         """End all processes."""

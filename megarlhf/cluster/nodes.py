@@ -2,57 +2,61 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megarlhf.parallel.device import DeviceKind
-from megarlhf.planner.placement import Machine
+from megarlhf.planner.placement import Machine, Node
 
 
-def joined_machine(address: str, *, nodes: int) -> Machine:
-    """What each node of a running cluster has that a plan can count on.
-
-    Raises:
-        ValueError: it has fewer nodes.
-    """
+def joined_machine(address: str) -> Machine:
+    """The nodes of a running cluster."""
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        return machine_of(ray.nodes(), nodes=nodes)
+        return machine_of(usable_nodes(ray.nodes()))
     finally:
         ray.shutdown()
 
 
-def machine_of(found: Sequence[Mapping[str, Any]], *, nodes: int) -> Machine:
-    """The same from Ray's description of its nodes; where one has GPUs, those without do not count.
+def usable_nodes(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of Ray's nodes those that a plan counts on, always in the same order: most GPUs, then cores, then by address.
 
-    Of nodes that differ the `nodes` with the most GPUs, then cores, are meant, and the least that one of them has.
+    Where one has GPUs, those without do not count, and those that Ray has no cores of never do.
+    """
+    alive = [node for node in found if node["Alive"]]
+    by_gpus = [node for node in alive if node["Resources"].get("GPU", 0) >= 1]
+    by_cores = [node for node in alive if node["Resources"].get("CPU", 0) >= 1]
+
+    def order(node: Mapping[str, Any]) -> tuple[Any, ...]:
+        gpus, cores = (node["Resources"].get(name, 0) for name in ("GPU", "CPU"))
+        return -gpus, -cores, ip_address(node["NodeManagerAddress"]).packed, node["NodeID"]
+
+    return sorted(by_gpus or by_cores, key=order)
+
+
+def machine_of(usable: Sequence[Mapping[str, Any]]) -> Machine:
+    """What a plan needs to know of them.
 
     Raises:
-        ValueError: there are fewer nodes.
+        ValueError: there is none.
     """
-    shapes = [
-        (int(node["Resources"].get("GPU", 0)), int(node["Resources"].get("CPU", 0))) for node in found if node["Alive"]
-    ]
-    kind: DeviceKind = "gpu" if any(gpus for gpus, _ in shapes) else "cpu"
-    shapes = sorted(shape for shape in shapes if shape[0] or kind == "cpu")[-nodes:]
-    if len(shapes) < nodes:
-        raise ValueError(
-            f"actor_num_nodes={nodes} is above the {len(shapes)} node(s) of the Ray cluster"
-            + (" with GPUs" if kind == "gpu" else "")
-            + ": start more, or set it lower"
+    if not usable:
+        raise ValueError("the Ray cluster has no node with GPUs or CPUs: start one with --num-gpus or --num-cpus")
+    nodes = tuple(
+        Node(
+            gpus=int(node["Resources"].get("GPU", 0)),
+            cores=max(1, int(node["Resources"].get("CPU", 0))),
+            address=node["NodeManagerAddress"],
         )
-    return Machine(
-        kind=kind,
-        nodes=nodes,
-        gpus_per_node=min(gpus for gpus, _ in shapes),
-        cores_per_node=max(1, min(cores for _, cores in shapes)),
+        for node in usable
     )
+    return Machine("gpu" if nodes[0].gpus else "cpu", nodes)
 
 
-def devices_of(bundles: Any, node: int, num_gpus: int, *, timeout_seconds: float) -> list[str]:
-    """Names of the GPUs that Ray holds in a bundle, as CUDA_VISIBLE_DEVICES has them: numbers or UUIDs.
+def devices_of(place: PlacementGroupSchedulingStrategy, num_gpus: int, *, timeout_seconds: float) -> list[str]:
+    """Names of the GPUs that Ray holds in a node's bundle, as CUDA_VISIBLE_DEVICES has them: numbers or UUIDs.
 
     Ray takes them from what the node was started with, so they are this job's, whichever other jobs share the node.
     """
@@ -61,6 +65,5 @@ def devices_of(bundles: Any, node: int, num_gpus: int, *, timeout_seconds: float
     def held() -> list[str]:
         return [str(device) for device in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
-    strategy = PlacementGroupSchedulingStrategy(placement_group=bundles, placement_group_bundle_index=node)
-    names = ray.get(held.options(scheduling_strategy=strategy).remote(), timeout=timeout_seconds)
+    names = ray.get(held.options(scheduling_strategy=place).remote(), timeout=timeout_seconds)
     return sorted(names, key=lambda name: (len(name), name))

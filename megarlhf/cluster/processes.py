@@ -45,6 +45,10 @@ class Processes(Protocol):
     def device_names(self) -> Mapping[tuple[int, int], str]:
         """Of GPUs, by node and the plan's number; empty on CPUs."""
 
+    @property
+    def addresses(self) -> Mapping[int, str]:
+        """At which nodes reach each other, by the plan's number; empty where there is one."""
+
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any:
         """A process that makes worker(spec, store), with these variables from its first instruction on; its handle."""
 
@@ -67,3 +71,6 @@ class Processes(Protocol):
 
     def kill(self, handle: Any) -> None:
         """End a process at once."""
+
+    def collect_logs(self) -> None:
+        """Have what workers have written until now in the files of their logs."""

@@ -5,13 +5,16 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import NODE_ID_LABEL_KEY, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megarlhf.cluster.nodes import devices_of
+from megarlhf.cluster.node_files import NodeLogs, Places, nodes_without_run_directory
+from megarlhf.cluster.nodes import devices_of, machine_of, usable_nodes
 from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.planner.placement import PlacementPlan, object_store_bytes
@@ -28,8 +31,22 @@ def ray_processes(config: PPOConfig, plan: PlacementPlan) -> Iterator[Processes]
     """
     _start_ray(config, plan)
     try:
-        bundles = _reserve(plan, config.cluster.start_timeout_seconds)
-        yield RayProcesses(bundles, _gpus(plan, bundles, config.cluster.start_timeout_seconds))
+        limit, nodes = config.cluster.start_timeout_seconds, _nodes(plan)
+        bundles = _reserve(plan, nodes, limit)
+        places = {
+            node: PlacementGroupSchedulingStrategy(placement_group=bundles, placement_group_bundle_index=number)
+            for number, node in enumerate(nodes)
+        }
+        blind = []
+        if config.cluster.ray_address is not None:
+            blind = nodes_without_run_directory(config, plan, places, timeout_seconds=limit)
+        own = Path(config.logging.save).absolute() / "logs"
+        logs = NodeLogs(own, {node: places[node] for node in blind}, timeout_seconds=limit)
+        addresses = {node: str(found["NodeManagerAddress"]) for node, found in nodes.items()}
+        try:
+            yield RayProcesses(places, _gpus(plan, places, limit), addresses, logs)
+        finally:
+            logs.close()
     finally:
         ray.shutdown()
 
@@ -49,19 +66,25 @@ class RayStore:
 class RayProcesses:
     """Actors in the bundles of a placement group, one for each node; see Processes."""
 
-    def __init__(self, bundles: Any, device_names: Mapping[tuple[int, int], str]) -> None:
-        self.store, self._bundles, self.device_names = RayStore(), bundles, device_names
+    def __init__(
+        self,
+        places: Places,
+        device_names: Mapping[tuple[int, int], str],
+        addresses: Mapping[int, str],
+        logs: NodeLogs,
+    ) -> None:
+        self.store, self._places, self.device_names, self._logs = RayStore(), places, device_names, logs
+        self.addresses = addresses if len(addresses) > 1 else {}
 
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any:
         """See Processes."""
         options = ray.remote(worker).options(
-            num_cpus=1,
-            num_gpus=0,  # devices are shared by phases, so the plan assigns them and not Ray
+            num_cpus=0,  # devices are shared by phases, so the plan assigns them and not Ray
+            num_gpus=0,
             runtime_env={"env_vars": dict(environment)},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._bundles, placement_group_bundle_index=spec.node
-            ),
+            scheduling_strategy=self._places[spec.node],
         )
+        spec = replace(spec, log_file=self._logs.path(spec.node, spec.log_file))
         return options.remote(spec, self.store)
 
     def submit(self, handle: Any, method: str, *args: Any) -> Any:
@@ -90,6 +113,10 @@ class RayProcesses:
         """See Processes."""
         ray.kill(handle)
 
+    def collect_logs(self) -> None:
+        """See Processes."""
+        self._logs.collect()
+
 
 def _start_ray(config: PPOConfig, plan: PlacementPlan) -> None:
     """A local Ray that only this run's token opens, or the cluster at --ray_address."""
@@ -108,34 +135,54 @@ def _start_ray(config: PPOConfig, plan: PlacementPlan) -> None:
         ray.init(address=config.cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def _reserve(plan: PlacementPlan, timeout_seconds: float) -> Any:
-    """One Ray placement bundle per node of the plan, with its workers' share of CPUs and GPUs."""
-    nodes = sorted({worker.node for worker in plan.workers})
+def _nodes(plan: PlacementPlan) -> dict[int, Mapping[str, Any]]:
+    """Ray's node for each of the plan: the one that was planned with, or where that is lost another that has as much.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    found, chosen = usable_nodes(ray.nodes()), dict[int, Mapping[str, Any]]()
+    left = dict(enumerate(found))
+    for node in sorted({worker.node for worker in plan.workers}):
+        gpus = len({gpu for w in plan.workers if w.node == node for gpu in w.devices}) * (plan.device_kind == "gpu")
+        fitting = [number for number in left if left[number]["Resources"].get("GPU", 0) >= gpus]
+        if not fitting:
+            raise RuntimeError(f"node {node} of the plan, with {gpus} GPU(s), is lost: Ray has {machine_of(found)}")
+        chosen[node] = left.pop(node if node in fitting else fitting[0])
+    return chosen
+
+
+def _reserve(plan: PlacementPlan, nodes: Mapping[int, Mapping[str, Any]], timeout_seconds: float) -> Any:
+    """One Ray placement bundle on each node, with its workers' share of CPUs and GPUs."""
     bundles = []
-    for node in nodes:
+    for node, found in nodes.items():
         here = [worker for worker in plan.workers if worker.node == node]
-        bundle = {"CPU": float(len(here))}
+        bundle = {"CPU": min(float(len(here)), found["Resources"].get("CPU", 0.0))}  # ranks may share cores
         gpus = {device for worker in here for device in worker.devices}
         if plan.device_kind != "cpu":
             bundle["GPU"] = float(len(gpus))
-        bundles.append(bundle)
-    group = placement_group(bundles, strategy="STRICT_SPREAD" if len(nodes) > 1 else "STRICT_PACK")
+        bundles.append({name: number for name, number in bundle.items() if number})
+    group = placement_group(
+        bundles,
+        strategy="STRICT_SPREAD" if len(nodes) > 1 else "STRICT_PACK",
+        bundle_label_selector=[{NODE_ID_LABEL_KEY: found["NodeID"]} for found in nodes.values()],
+    )
     ready, _ = ray.wait([group.ready()], timeout=timeout_seconds)
     if not ready:
         raise RuntimeError(
             f"Ray did not find room for {bundles} within start_timeout_seconds={timeout_seconds:g}: the cluster has "
-            f"{ray.cluster_resources()}; start more nodes, or ask for fewer ranks"
+            f"{ray.available_resources()} left of {ray.cluster_resources()}; start more nodes, or ask for fewer ranks"
         )
     return group
 
 
-def _gpus(plan: PlacementPlan, bundles: Any, timeout_seconds: float) -> dict[tuple[int, int], str]:
+def _gpus(plan: PlacementPlan, on_nodes: Places, timeout_seconds: float) -> dict[tuple[int, int], str]:
     """Names of the GPUs that Ray gave, by node and the plan's number; none on CPUs."""
     if plan.device_kind == "cpu":
         return {}
     places = sorted({(worker.node, device) for worker in plan.workers for device in worker.devices})
     names: list[str] = []
-    for node in sorted({node for node, _ in places}):
+    for node, on_node in on_nodes.items():
         count = sum(place[0] == node for place in places)
-        names += devices_of(bundles, node, count, timeout_seconds=timeout_seconds)
+        names += devices_of(on_node, count, timeout_seconds=timeout_seconds)
     return dict(zip(places, names, strict=True))

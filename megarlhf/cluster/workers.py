@@ -24,6 +24,8 @@ from megarlhf.data.planning import PackingOptions
 from megarlhf.data.types import KEPT_TOKENS, Floats, GeneratedGroup, GroupTokens, TokenIds
 from megarlhf.formats.run_checkpoints import AVERAGE
 from megarlhf.parallel.device import DeviceKind
+from megarlhf.parallel.network import use_interface
+from megarlhf.parallel.weight_group import Meeting, open_meeting
 from megarlhf.planner.placement import Worker
 from megarlhf.trainers.roles import LogProbDifference, UpdateResult
 
@@ -37,6 +39,8 @@ class WorkerSpec(Worker):
     device_kind: DeviceKind  # the plan's
     stop_token_ids: tuple[int, ...]
     log_file: str
+    directory: str  # the driver's working directory
+    address: str | None = None  # of its node; None: all workers of the run are on one
 
     @property
     def name(self) -> str:
@@ -80,11 +84,20 @@ def check_own_device(spec: WorkerSpec) -> None:
     check_device(spec.device_kind, len(spec.devices), kind=device_kind(), num_gpus=num_local_gpus())
 
 
+def set_up_process(spec: WorkerSpec) -> None:
+    """What every worker process does first."""
+    redirect_output(spec.log_file)
+    if Path(spec.directory).is_dir():  # Ray starts it in the directory of its own processes
+        os.chdir(spec.directory)
+    if spec.address is not None:
+        use_interface(spec.config.cluster.network_interface, address=spec.address)
+
+
 class MegatronWorker(SendsWeights):
     """One rank of a model: the actor (with the reference beside it), the critic or a reward model."""
 
     def __init__(self, spec: WorkerSpec, store: Store) -> None:
-        redirect_output(spec.log_file)
+        set_up_process(spec)
         import torch
 
         from megarlhf.trainers import assembly  # noqa: F401  (seconds, which all roles spend side by side)
@@ -92,7 +105,12 @@ class MegatronWorker(SendsWeights):
         torch.set_num_threads(spec.threads)
         self.spec, self._store = spec, store
 
-    def start(self, init_method: str) -> tuple[int, PackingOptions]:
+    def open_meeting(self) -> Meeting:
+        """A place to meet for the ranks of this role."""
+        self._role_store, meeting = open_meeting(one_host=self.spec.address is None)
+        return meeting
+
+    def start(self, init_method: str | Meeting) -> tuple[int, PackingOptions]:
         """Join the role's groups and load the model; returns the rank's data-parallel replica and its packing."""
         note("start")
         from megarlhf.parallel.device import freeze_garbage_collector
@@ -296,7 +314,7 @@ class RolloutWorker(ReceivesWeights):
     """One vLLM engine."""
 
     def __init__(self, spec: WorkerSpec, store: Store) -> None:
-        redirect_output(spec.log_file)
+        set_up_process(spec)
         from megarlhf.rollout import weight_transfer  # noqa: F401  (vLLM: seconds, side by side with the other roles)
 
         self.spec, self._store = spec, store

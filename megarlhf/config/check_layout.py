@@ -277,18 +277,18 @@ def cluster_errors(config: PPOConfig) -> list[str]:
     )
     checked = []
     for role in megatron_roles(config):
+        layout, world_size = role.layout(config), role.num_workers(config)
+        prefix, tp = role.prefix if layout != config.layout else "", layout.tensor_model_parallel_size
         nodes, number = (first_given(config.cluster, names) for names in role.workers)
         if nodes[1] > 1 and config.cluster.ray is False:
             errors.append(f"{nodes[0]}={nodes[1]} needs Ray (ray=False starts processes on this machine alone): use 1")
-        elif nodes[1] > 1:
+        elif nodes[1] > 1 and tp > 0 and number[1] % tp:
             errors.append(
-                f"{nodes[0]}={nodes[1]} is not supported yet (new weights reach vLLM through the memory of one host): "
-                "use 1"
+                f"{number[0]}={number[1]} is no multiple of {prefix}tensor_model_parallel_size={tp} (with "
+                f"{nodes[0]}={nodes[1]}; tensor-parallel ranks share a node): use {tp}, {2 * tp}, ..."
             )
-        layout, world_size = role.layout(config), role.num_workers(config)
         if (layout, world_size) not in checked:
             checked.append((layout, world_size))
-            prefix = role.prefix if layout != config.layout else ""
             name = f"{role.workers[0][0]}={nodes[1]} x {role.workers[1][0]}={number[1]}"
             samples = config.batch.global_batch_size if role.trains else world_size  # a frozen rank may have none
             errors += world_errors(name, world_size, layout, samples, prefix)

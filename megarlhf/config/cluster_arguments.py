@@ -27,7 +27,7 @@ class ClusterArguments(EngineArguments):
     to the same result; after that it stops. As often an inference engine that is lost while it generates is replaced
     by another, which answers its prompts again."""
     actor_num_nodes: int = 1
-    """Nodes the actor is trained on. More than 1 is not supported yet."""
+    """Nodes the actor is trained on. More than 1 needs a Ray cluster (ray_address) and directories that they share."""
     actor_num_gpus_per_node: int = 1
     """Actor ranks on each node: one GPU each, or one process each on a machine without GPUs."""
     critic_num_nodes: int | None = None
@@ -62,3 +62,6 @@ class ClusterArguments(EngineArguments):
     `python -m megarlhf.cli.train_ppo`."""
     ray_address: str | None = None
     """Address of a running Ray cluster to join, whose token is in RAY_AUTH_TOKEN. None: start one on this machine."""
+    network_interface: str | None = None
+    """Interface over which ranks and engines on several nodes speak (Gloo, NCCL, and where they meet), such as eth0.
+    None: GLOO_SOCKET_IFNAME, or the one with the node's address in Ray. On one node it is the loopback interface."""

@@ -77,6 +77,11 @@ class RoleSpec:
         """Processes."""
         return math.prod(first_given(config.cluster, names)[1] for names in self.workers)
 
+    def nodes(self, config: PPOConfig) -> tuple[int, int]:
+        """Of a model: its nodes, and its processes on each."""
+        num_nodes, each = (first_given(config.cluster, names)[1] for names in self.workers)
+        return num_nodes, each
+
     def devices_per_worker(self, config: PPOConfig) -> int:
         """Devices of each process."""
         return 1 if self.devices is None else int(getattr(config.cluster, self.devices))

@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megarlhf.parallel.cpu import megatron_cpu
 from megarlhf.parallel.device import device_kind
 from megarlhf.parallel.megatron_versions import balance_losses
+from megarlhf.parallel.weight_group import Meeting, store_at
 
 Value = TypeVar("Value")
 _logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def initialize_groups(
     *,
     rank: int,
     world_size: int,
-    init_method: str,
+    init_method: str | Meeting,
     seed: int,
     local_rank: int = 0,
     timeout_minutes: float = 10.0,
@@ -80,7 +81,7 @@ def initialize_groups(
     """Join the role's world, cut it into Megatron-Core's groups and seed the generators.
 
     Args:
-        init_method: torch.distributed rendezvous, such as "file:///tmp/rendezvous" or "env://".
+        init_method: torch.distributed rendezvous, such as "file:///tmp/rendezvous" or "env://"; or a store.
         timeout_minutes: a collective that waits longer fails on every rank.
     """
     sizes.data(world_size)
@@ -89,14 +90,17 @@ def initialize_groups(
     on_gpu = device_kind() == "gpu"
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    if init_method.startswith("file:") or "127.0.0.1" in init_method:  # all ranks on this machine
+    timeout = timedelta(minutes=timeout_minutes)
+    place = init_method if isinstance(init_method, str) else init_method.host
+    if place.startswith("file:") or "127.0.0.1" in place:  # all ranks on this machine
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=init_method,
+        init_method=init_method if isinstance(init_method, str) else None,
+        store=None if isinstance(init_method, str) else store_at(init_method, timeout),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
     )
     _cut_world(sizes, gloo=True, timeout_minutes=timeout_minutes)
     seed_generators(seed)

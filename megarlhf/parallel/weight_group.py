@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarlhf.parallel.device import current_device, device_kind, settle
+from megarlhf.parallel.network import address_of
 
 _LOOPBACK = "127.0.0.1"
 
@@ -51,24 +52,24 @@ class Place:
 def open_meeting(*, one_host: bool) -> tuple[dist.Store, Meeting]:
     """A store that listens as long as it is kept, and where it is: on one host not to be reached from any other.
 
-    Between hosts it listens at the address of GLOO_SOCKET_IFNAME, or else of this host's name.
+    Between hosts it listens at the address of the interface that use_interface has set.
     """
-    host = _LOOPBACK if one_host else _address()
+    host = _LOOPBACK if one_host else address_of(os.environ["GLOO_SOCKET_IFNAME"])
     listener = socket.create_server((host, 0))
     port = int(listener.getsockname()[1])
     store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, Meeting(host=host, port=port, key=secrets.token_hex(16))
 
 
-def _address() -> str:
-    interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    if interface is None:
-        return socket.gethostbyname(socket.gethostname())
-    import fcntl
+def store_at(meeting: Meeting, timeout: timedelta) -> dist.Store:
+    """A member's end of the store.
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as found:
-        request = interface.encode()[:15].ljust(256, b"\0")
-        return socket.inet_ntoa(fcntl.ioctl(found.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR
+    Raises:
+        RuntimeError: it cannot be reached in time.
+    """
+    host, port = meeting.host, meeting.port
+    tcp = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(meeting.key, tcp)
 
 
 class LostMemberError(RuntimeError):
@@ -113,14 +114,7 @@ class WeightGroup:
         on_gpu = device_kind() == "gpu" and not on_host
         self.device = current_device() if on_gpu else torch.device("cpu")
         with self._telling():
-            tcp = dist.TCPStore(
-                place.meeting.host,
-                place.meeting.port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=self._timeout,
-            )
-            store = dist.PrefixStore(place.meeting.key, tcp)
+            store = store_at(place.meeting, self._timeout)
             self._group = (_nccl if on_gpu else _gloo)(store, place, self._timeout)
         self.add_up(torch.zeros(1, dtype=torch.int64, device=self.device))  # connections are made with the first use
 

@@ -75,45 +75,45 @@ class DeviceTable:
         return [*self.roles, "all"].index(role), _ORDER.index(part)
 
 
-def device_tables(
-    slots: Mapping[int, Mapping[str, RoleBytes]], *, colocated: bool, gpu: bool, resident: bool = False
-) -> list[DeviceTable]:
+Place = tuple[int, int]  # a node, and a device there
+Slots = Mapping[Place, Mapping[str, RoleBytes]]  # -> name of a role -> what its rank takes there
+
+
+def device_tables(slots: Slots, *, colocated: bool, gpu: bool, resident: bool = False) -> list[DeviceTable]:
     """One table for each set of roles that share devices.
 
     Args:
-        slots: device -> name of a role -> what its rank takes there. The first role that trains is the policy.
+        slots: what lies on each device. The first role that trains is the policy.
         colocated: roles take turns; else nothing sleeps but gradients and the reference.
         gpu: count what a GPU's processes and allocator take besides.
         resident: the reference and reward models never sleep.
     """
     tables = []
     options = {"colocated": colocated, "gpu": gpu, "resident": resident}
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for device, held in slots.items():
-        groups.setdefault(tuple(held), []).append(device)
-    for roles, numbers in groups.items():
-        candidates = {number: _phases(slots[number], **options) for number in numbers}
-        peaks = {number: max(sum(c.values()) for c in phases.values()) for number, phases in candidates.items()}
-        fullest = max(numbers, key=lambda number: peaks[number])
-        words = f"device {fullest}" if len(numbers) == 1 else f"device {fullest}, the fullest of {len(numbers)}"
+    groups: dict[tuple[str, ...], list[Place]] = {}
+    for place, held in slots.items():
+        groups.setdefault(tuple(held), []).append(place)
+    for roles, places in groups.items():
+        candidates = {place: _phases(slots[place], **options) for place in places}
+        peaks = {place: max(sum(c.values()) for c in phases.values()) for place, phases in candidates.items()}
+        node, device = fullest = max(places, key=lambda place: peaks[place])
+        words = f"device {device}" + (f" of node {node}" if len({node for node, _ in slots}) > 1 else "")
+        words += f", the fullest of {len(places)}" if len(places) > 1 else ""
         tables.append(DeviceTable(devices=f"{words} ({', '.join(roles)})", roles=roles, phases=candidates[fullest]))
     return tables
 
 
-def host_table(
-    slots: Mapping[int, Mapping[str, RoleBytes]], *, devices_per_node: int, colocated: bool, resident: bool, gpu: bool
-) -> DeviceTable:
+def host_table(slots: Slots, *, colocated: bool, resident: bool, gpu: bool) -> DeviceTable:
     """What the fullest node's host holds for its devices: copies of what sleeps, and what is stepped there.
 
     The processes' own memory, weights on their way and tokens are left out.
 
     Args:
-        devices_per_node: devices are numbered node after node.
         resident: the reference and reward models stay on the devices.
     """
     nodes: dict[int, list[tuple[str, RoleBytes]]] = {}
-    for device, held in slots.items():
-        nodes.setdefault(device // devices_per_node, []).extend(held.items())
+    for (node, _), held in slots.items():
+        nodes.setdefault(node, []).extend(held.items())
     columns: dict[int, dict[str, Column]] = {}
     for node, ranks in nodes.items():
         kept: Column = {}

@@ -6,14 +6,13 @@ actor's processes.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.layouts import LayoutArguments
-from megarlhf.config.roles import RoleSpec, roles_of
+from megarlhf.config.roles import RoleSpec, megatron_roles, roles_of
 from megarlhf.parallel.device import DeviceKind
 
 _WORK = ("rollout", "reward", "train")  # phases that compute
@@ -61,13 +60,41 @@ class PlacementPlan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+class Node(NamedTuple):
+    """One node to place on."""
+
+    gpus: int
+    cores: int
+    address: str = ""  # of Ray's; empty where no cluster is joined
+
+
 class Machine(NamedTuple):
-    """The nodes to place on, each alike."""
+    """The nodes to place on, those with the most devices first."""
 
     kind: DeviceKind
-    nodes: int
-    gpus_per_node: int
-    cores_per_node: int
+    nodes: tuple[Node, ...]
+
+    @classmethod
+    def alike(cls, kind: DeviceKind, nodes: int, gpus_per_node: int, cores_per_node: int) -> "Machine":
+        """Of so many equal nodes."""
+        return cls(kind, (Node(gpus_per_node, cores_per_node),) * nodes)
+
+    def __str__(self) -> str:
+        """For people: each node's devices, where they differ or have addresses."""
+        sizes = [f"{node.gpus} GPU(s)" if self.kind == "gpu" else f"{node.cores} core(s)" for node in self.nodes]
+        if len(set(sizes)) == 1 and not self.nodes[0].address:
+            return f"{len(sizes)} node(s) with {sizes[0]} each"
+        named = [f"{node.address}: {size}".removeprefix(": ") for node, size in zip(self.nodes, sizes, strict=True)]
+        return f"{len(sizes)} node(s) ({', '.join(named)})"
+
+
+def asked_nodes(config: PPOConfig, gpus_per_node: int) -> int:
+    """Nodes that the options ask for; without GPUs those of the model on most, since there roles share cores."""
+    needed = [role.nodes(config)[0] for role in megatron_roles(config)]
+    if gpus_per_node:
+        on_one = max(1, gpus_per_node // config.cluster.vllm_tensor_parallel_size)  # engines
+        needed.append(-(-config.cluster.vllm_num_engines // on_one))
+    return max(needed, default=1) if config.cluster.colocate_all_models or not gpus_per_node else sum(needed)
 
 
 def plan_placement(
@@ -75,19 +102,23 @@ def plan_placement(
 ) -> PlacementPlan:
     """Assign every process of a run, or of these roles alone, to a node and to devices there.
 
-    Processes fill one node after the other, so tensor-parallel ranks, which are neighbours, share a node where they
-    can; an engine always stays on one. With GPUs a rank has one, an engine as many as it has ranks. Without, nodes take
-    equal numbers of ranks, and a rank has an equal part of its node's cores: among the ranks of its role where roles
-    take turns, among all otherwise. More ranks than cores share them.
+    A model has as many ranks on each of its nodes as its options say, neighbours together: tensor-parallel ranks share
+    a node. Models that take turns start at the first node. Disjoint ones take nodes where the fewest GPUs are left that
+    are enough; without GPUs those with the fewest ranks. An engine stays on one node, the one with the most room, of
+    equal ones the last: exports are written on the first. Engines that take turns with models keep to their devices as
+    long as all have room there.
+
+    With GPUs a rank has one, an engine as many as it has ranks. Without, a rank has an equal part of its node's cores:
+    among the ranks of its role where roles take turns, among all otherwise. More ranks than cores share them.
 
     Raises:
-        ValueError: too few GPUs.
+        ValueError: too few nodes or GPUs.
     """
     workers: list[Worker] = []
     notes: list[str] = []
     roles = roles_of(config) if only is None else only
     for group in [[role] for role in roles] if config.cluster.colocate_all_models else [roles]:
-        placed, note = _place(config, group, machine)
+        placed, note = _place(config, group, machine, workers)
         workers += placed
         notes += note
     return PlacementPlan(workers=tuple(workers), device_kind=machine.kind, notes=tuple(notes))
@@ -105,19 +136,25 @@ def object_store_bytes(config: PPOConfig) -> int:
     return max(_LEAST, int(_SPARE * tokens))
 
 
-def _place(config: PPOConfig, group: Sequence[RoleSpec], machine: Machine) -> tuple[list[Worker], list[str]]:
-    """Workers with devices of their own, and what to tell the user."""
-    members = [(role, rank) for role in group for rank in range(role.num_workers(config))]
-    sizes = [role.devices_per_worker(config) for role, _ in members]
-    slots_per_node = machine.gpus_per_node if machine.kind == "gpu" else _slots_needed(sizes, machine.nodes)
-    spots = _fill(sizes, machine.nodes, slots_per_node)
-    if spots is None:
+def _place(
+    config: PPOConfig, group: Sequence[RoleSpec], machine: Machine, others: Sequence[Worker]
+) -> tuple[list[Worker], list[str]]:
+    """Workers that do not take turns with each other but with `others`, and what to tell the user."""
+    sizes = [role.devices_per_worker(config) for role in group]
+    total = sum(size * role.num_workers(config) for role, size in zip(group, sizes, strict=True))
+    room = [node.gpus if machine.kind == "gpu" else total for node in machine.nodes]
+    spots = None
+    if others and group[0].runs == "vllm":
+        spots = _spots(config, group, _shared_room(room, others, machine.kind), machine.kind)
+    if spots is None and (spots := _spots(config, group, room, machine.kind)) is None:
         raise ValueError(_too_few(config, group, machine))
-    threads = max(1, machine.cores_per_node // slots_per_node)
+    slots = room if machine.kind == "gpu" else [max(slot + size for *_, slot, size in spots)] * len(room)
     workers = []
-    for (role, rank), size, (node, slot) in zip(members, sizes, spots, strict=True):
+    for role, rank, node, slot, size in spots:
+        num_cores = machine.nodes[node].cores
+        threads = max(1, num_cores // slots[node])
         gpus = range(slot, slot + size)
-        cores = (core % machine.cores_per_node for core in range(gpus.start * threads, gpus.stop * threads))
+        cores = (core % num_cores for core in range(gpus.start * threads, gpus.stop * threads))
         is_model = role.runs == "megatron"
         workers.append(
             Worker(
@@ -129,27 +166,44 @@ def _place(config: PPOConfig, group: Sequence[RoleSpec], machine: Machine) -> tu
                 threads=threads * size,
             )
         )
-    return workers, _notes(group, sum(sizes), slots_per_node, machine)
+    return workers, _notes(group, total, slots, machine)
 
 
-def _fill(sizes: Sequence[int], nodes: int, slots_per_node: int) -> list[tuple[int, int]] | None:
-    """(node, first slot) of each process when they fill node after node and none spans two; None: no room."""
-    spots: list[tuple[int, int]] = []
-    node, slot = 0, 0
-    for size in sizes:
-        if slot + size > slots_per_node:
-            node, slot = node + 1, 0
-        if node >= nodes or size > slots_per_node:
+Spot = tuple[RoleSpec, int, int, int, int]  # role, rank, node, first slot there, and slots
+
+
+def _spots(config: PPOConfig, group: Sequence[RoleSpec], room: Sequence[int], kind: DeviceKind) -> list[Spot] | None:
+    """Where each process goes, of nodes with so many slots; None: no room."""
+    left, spots = list(room), list[Spot]()
+
+    def take(role: RoleSpec, rank: int, node: int, size: int) -> None:
+        spots.append((role, rank, node, room[node] - left[node], size))
+        left[node] -= size
+
+    for role in group:
+        if role.runs == "vllm":
+            size = role.devices_per_worker(config)
+            for rank in range(role.num_workers(config)):
+                node = max(range(len(left)), key=lambda node: (left[node], node))
+                if left[node] < size:
+                    return None
+                take(role, rank, node, size)
+            continue
+        num_nodes, each = role.nodes(config)
+        fitting = [node for node, slots in enumerate(left) if slots >= each]
+        sign = 1 if kind == "gpu" and len(group) > 1 else -1
+        chosen = sorted(sorted(fitting, key=lambda node: sign * left[node])[:num_nodes])
+        if len(chosen) < num_nodes:
             return None
-        spots.append((node, slot))
-        slot += size
+        for rank in range(num_nodes * each):
+            take(role, rank, chosen[rank // each], 1)
     return spots
 
 
-def _slots_needed(sizes: Sequence[int], nodes: int) -> int:
-    """Fewest slots a node must have for all processes to find room; at least 1."""
-    fewest = max(1, math.ceil(sum(sizes) / nodes))
-    return next(slots for slots in itertools.count(fewest) if _fill(sizes, nodes, slots) is not None)
+def _shared_room(room: Sequence[int], others: Sequence[Worker], kind: DeviceKind) -> list[int]:
+    """Slots of GPUs that others have as well; without GPUs all slots of their nodes."""
+    held = [{gpu for other in others if other.node == node for gpu in other.devices} for node in range(len(room))]
+    return [len(gpus) if kind == "gpu" else slots * bool(gpus) for slots, gpus in zip(room, held, strict=True)]
 
 
 def _coordinates(rank: int, world_size: int, layout: LayoutArguments) -> str:
@@ -164,23 +218,27 @@ def _coordinates(rank: int, world_size: int, layout: LayoutArguments) -> str:
 
 
 def _too_few(config: PPOConfig, group: Sequence[RoleSpec], machine: Machine) -> str:
-    asked = []
+    asked, most, missing = [], 0, ""
     for role in group:
         options = " x ".join(names[0] for names in role.workers)
         devices = f" x {role.devices}={role.devices_per_worker(config)}" if role.devices else ""
         asked.append(f"{options}={role.num_workers(config)}{devices}")
-    rule = "an engine stays on one node" if len(group) == 1 else "colocate_all_models=False gives each role its own"
-    there = f"{machine.nodes} node(s) with {machine.gpus_per_node} GPU(s) each"
-    return f"{' + '.join(asked)} GPUs do not fit on {there} ({rule}): use fewer, or more nodes"
+        if role.runs == "megatron" and (nodes := role.nodes(config)[0]) > max(most, len(machine.nodes)):
+            most, missing = nodes, f"; {role.workers[0][0]}={nodes}: {nodes - len(machine.nodes)} node(s) are missing"
+    rule = "an engine stays on one node" if group[0].runs == "vllm" else "a model has its number on each of its nodes"
+    if len(group) > 1:
+        rule = "colocate_all_models=False gives each role its own"
+    unit = " GPUs" if machine.kind == "gpu" else " ranks"
+    return f"{' + '.join(asked)}{unit} do not fit on {machine} ({rule}{missing}): use fewer, or more nodes"
 
 
-def _notes(group: Sequence[RoleSpec], num_ranks: int, slots_per_node: int, machine: Machine) -> list[str]:
+def _notes(group: Sequence[RoleSpec], num_ranks: int, slots: Sequence[int], machine: Machine) -> list[str]:
     names = ", ".join(_shown(role) for role in group)
-    num_slots = machine.nodes * slots_per_node
-    if machine.kind == "cpu" and slots_per_node > machine.cores_per_node:
-        return [f"{names}: up to {slots_per_node} ranks share the {machine.cores_per_node} core(s) of a node"]
-    if machine.kind == "gpu" and num_ranks < num_slots:
-        return [f"{names}: {num_ranks} of {num_slots} GPUs in use, the others are idle"]
+    fewest = min(node.cores for node in machine.nodes)
+    if machine.kind == "cpu" and slots[0] > fewest:
+        return [f"{names}: up to {slots[0]} ranks share the {fewest} core(s) of a node"]
+    if machine.kind == "gpu" and num_ranks < sum(slots):
+        return [f"{names}: {num_ranks} of {sum(slots)} GPUs in use, the others are idle"]
     return []
 
 

@@ -63,7 +63,7 @@ def test_what_is_wrong_comes_together(
     start: Start, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine with fewer GPUs than are asked for, which needs what is not installed, and with a bad tokenizer."""
-    monkeypatch.setattr(reward_models, "find_machine", lambda config: Machine("gpu", 1, 1, 2))
+    monkeypatch.setattr(reward_models, "find_machine", lambda config: Machine.alike("gpu", 1, 1, 2))
     for file in (tmp_path / "rm").glob("tokenizer*"):
         file.write_text("{")
     status, _, said = start(program, "--reward_num_gpus_per_node=2")

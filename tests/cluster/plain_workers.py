@@ -157,6 +157,7 @@ class _PlainProcesses:
     """Processes of a group whose handles are ranks."""
 
     device_names: Mapping[tuple[int, int], str] = {}
+    addresses: Mapping[int, str] = {}
 
     def __init__(self, group: PlainWorkers, store: PlainStore) -> None:
         self._group, self.store = group, store
@@ -164,6 +165,8 @@ class _PlainProcesses:
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any: ...
 
     def kill(self, handle: int) -> None: ...
+
+    def collect_logs(self) -> None: ...
 
     def submit(self, handle: int, method: str, *args: Any) -> Ref:
         self._group.given.append((method, handle, args))

@@ -22,6 +22,7 @@ class FakeProcesses:
     """Calls as (seconds until it has ended, value or error) under a clock that `wait` moves."""
 
     device_names: Mapping[tuple[int, int], str] = {}
+    addresses: Mapping[int, str] = {}
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -51,6 +52,8 @@ class FakeProcesses:
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any: ...
 
     def kill(self, handle: int) -> None: ...
+
+    def collect_logs(self) -> None: ...
 
     def submit(self, handle: int, method: str, *args: Any) -> None:
         self.submitted.append((handle, method, args))

@@ -1,21 +1,24 @@
 """Kinds, counts and cores from Ray's nodes; GPUs by the names that the job was given; workers that see others stop."""
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megarlhf.cluster import launch, ray_processes
 from megarlhf.cluster.local_processes import LocalProcesses
-from megarlhf.cluster.nodes import devices_of, machine_of
+from megarlhf.cluster.nodes import devices_of, machine_of, usable_nodes
 from megarlhf.cluster.workers import WorkerSpec
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
 from megarlhf.parallel import device
 from megarlhf.parallel.device import check_device, visible_devices_environment
-from megarlhf.planner.placement import Machine, PlacementPlan, plan_placement
+from megarlhf.planner.placement import Machine, Node, PlacementPlan, plan_placement
 
 CONFIG = from_dict(
     PPOConfig,
@@ -26,28 +29,50 @@ CONFIG = from_dict(
 )
 
 
-def node(*, cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[str, Any]:
-    resources = {"CPU": cpus, "memory": 1e9} | ({"GPU": gpus} if gpus else {})
-    return {"Alive": alive, "Resources": resources}
+def node(address: int = 9, *, cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[str, Any]:
+    resources = {"memory": 1e9} | ({"CPU": cpus} if cpus else {}) | ({"GPU": gpus} if gpus else {})
+    named = {"NodeManagerAddress": f"10.0.0.{address}", "NodeID": f"{address}"}
+    return {"Alive": alive, "Resources": resources, **named}
 
 
 @pytest.mark.parametrize(
-    ("found", "nodes", "expected"),
+    ("found", "kind", "expected"),
     [
-        ([node(cpus=8)], 1, Machine("cpu", 1, 0, 8)),
-        ([node(cpus=2), node(cpus=96, gpus=8)], 1, Machine("gpu", 1, 8, 96)),  # the head has no GPUs
-        ([node(cpus=96, gpus=8), node(cpus=64, gpus=8), node(cpus=48, gpus=4)], 2, Machine("gpu", 2, 8, 64)),
-        ([node(cpus=96, gpus=8), node(cpus=48, gpus=4)], 2, Machine("gpu", 2, 4, 48)),
-        ([node(cpus=4), node(cpus=96, gpus=8, alive=False)], 1, Machine("cpu", 1, 0, 4)),
+        ([node(cpus=8)], "cpu", [(0, 8, "10.0.0.9")]),
+        ([node(cpus=2), node(cpus=96, gpus=8)], "gpu", [(8, 96, "10.0.0.9")]),  # the head has no GPUs
+        (
+            [node(cpus=48, gpus=4), node(10, cpus=96, gpus=8), node(9, cpus=96, gpus=8), node(1, cpus=64, gpus=8)],
+            "gpu",
+            [(8, 96, "10.0.0.9"), (8, 96, "10.0.0.10"), (8, 64, "10.0.0.1"), (4, 48, "10.0.0.9")],
+        ),
+        ([node(cpus=4), node(cpus=96, gpus=8, alive=False), node(8, cpus=0)], "cpu", [(0, 4, "10.0.0.9")]),
     ],
 )
-def test_what_a_plan_can_count_on(found: list[dict[str, Any]], nodes: int, expected: Machine) -> None:
-    assert machine_of(found, nodes=nodes) == expected
+def test_what_a_plan_can_count_on(found: list[dict[str, Any]], kind: Any, expected: list[tuple[int, int, str]]) -> None:
+    for order in itertools.permutations(found):
+        assert machine_of(usable_nodes(order)) == Machine(kind, tuple(Node(*each) for each in expected))
 
 
-def test_too_few_nodes() -> None:
-    with pytest.raises(ValueError, match=r"actor_num_nodes=2 is above the 1 node\(s\) .* with GPUs"):
-        machine_of([node(cpus=4), node(cpus=96, gpus=8)], nodes=2)
+def test_a_cluster_of_nothing() -> None:
+    with pytest.raises(ValueError, match="the Ray cluster has no node with GPUs or CPUs"):
+        machine_of(usable_nodes([node(cpus=0), node(cpus=4, alive=False)]))
+
+
+def test_a_plan_gets_the_nodes_it_was_made_for_and_others_for_lost_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, spare = node(3, cpus=8, gpus=4), node(4, cpus=8, gpus=2), node(5, cpus=4, gpus=2)
+    machine = machine_of(usable_nodes([spare, second, first]))
+    plan = plan_placement(replace(CONFIG, cluster=replace(CONFIG.cluster, actor_num_nodes=2)), machine)
+    for found, expected in (
+        ([spare, second, first], ["10.0.0.3", "10.0.0.4"]),
+        ([spare, first], ["10.0.0.3", "10.0.0.5"]),
+        ([spare, second], ["10.0.0.4", "10.0.0.5"]),
+    ):
+        monkeypatch.setattr(ray, "nodes", lambda found=found: found)
+        chosen = ray_processes._nodes(plan)
+        assert [chosen[number]["NodeManagerAddress"] for number in (0, 1)] == expected
+    monkeypatch.setattr(ray, "nodes", lambda: [first])
+    with pytest.raises(RuntimeError, match=r"node 1 of the plan, .* 2 GPU\(s\), is lost: Ray has 1 node\(s\) .*0.3: 4"):
+        ray_processes._nodes(plan)
 
 
 def test_a_worker_that_sees_other_devices_stops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +104,7 @@ def given_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def two_roles() -> PlacementPlan:
     """Actor and critic of two ranks each share two of the GPUs, an engine of two takes both."""
-    return plan_placement(CONFIG, Machine("gpu", 1, 3, 4))
+    return plan_placement(CONFIG, Machine.alike("gpu", 1, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -110,11 +135,12 @@ def test_children_get_the_gpus_that_the_run_sees(
 
 def test_workers_get_the_jobs_own_gpus_by_name(given_gpus: list[str]) -> None:
     plan = two_roles()
-    bundles = ray_processes._reserve(plan, 30.0)
-    gpus = ray_processes._gpus(plan, bundles, 30.0)
+    bundles = ray_processes._reserve(plan, ray_processes._nodes(plan), 30.0)
+    place = PlacementGroupSchedulingStrategy(placement_group=bundles, placement_group_bundle_index=0)
+    gpus = ray_processes._gpus(plan, {0: place}, 30.0)
     assert set(gpus) == {(0, 0), (0, 1)} and len(set(gpus.values())) == 2
     assert set(gpus.values()) < set(given_gpus)
-    assert devices_of(bundles, 0, 2, timeout_seconds=30.0) == [gpus[0, 0], gpus[0, 1]]
+    assert devices_of(place, 2, timeout_seconds=30.0) == [gpus[0, 0], gpus[0, 1]]
 
     @ray.remote
     def seen() -> str | None:

@@ -40,7 +40,7 @@ def processes(request: pytest.FixtureRequest) -> Iterator[Processes]:
     from megarlhf.cluster.ray_processes import ray_processes
 
     config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s", "actor_num_gpus_per_node": 8})
-    with ray_processes(config, plan_placement(config, Machine("cpu", 1, 0, 8))) as found:
+    with ray_processes(config, plan_placement(config, Machine.alike("cpu", 1, 0, 8))) as found:
         yield found
 
 

@@ -5,17 +5,21 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import megarlhf.rollout
 from megarlhf.cluster import launch, ray_processes, workers
+from megarlhf.cluster.node_files import NodeLogs
 from megarlhf.parallel import device
 from megarlhf.rollout import engine as rollout_engine
 from tests.config.in_process import Trace, log_prob
 
+NODE = {"Alive": True, "Resources": {"CPU": 8.0}}
 SHIFT = 0.01  # vLLM's log-probs are off by as much
 
 
@@ -119,13 +123,16 @@ def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
     @contextlib.contextmanager
     def children() -> Iterator[ray_processes.RayProcesses]:
         trace.given["children"].append(True)
-        yield ray_processes.RayProcesses(None, {})  # whose calls of Ray come here all the same
+        logs = NodeLogs(Path("nowhere"), {}, timeout_seconds=1.0)
+        place = PlacementGroupSchedulingStrategy(None)
+        yield ray_processes.RayProcesses({0: place}, {}, {}, logs)  # whose calls of Ray come here all the same
 
     for module, name, value in (
         (launch, "local_processes", children),
         (ray, "init", lambda **options: trace.given["ray.init"].append(options)),
         (ray, "shutdown", lambda: None),
-        (ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}]),
+        (ray, "nodes", lambda: [NODE | {"NodeID": f"{n}", "NodeManagerAddress": f"10.0.0.{n}"} for n in range(3)]),
+        (ray_processes, "nodes_without_run_directory", lambda *arguments, **options: []),
         (ray, "put", Ref),
         (ray, "get", lambda refs: [ref.value for ref in refs] if isinstance(refs, list) else refs.value),
         (ray, "wait", wait),

@@ -121,8 +121,18 @@ MODEL = {
 }
 
 CLUSTER = {
-    "actor_num_nodes": Probe(value=2, seen=refused("actor_num_nodes=2 is not supported yet"), expected=True),
-    "critic_num_nodes": Probe(value=2, seen=refused("critic_num_nodes=2 is not supported yet"), expected=True),
+    "actor_num_nodes": Probe(
+        **{"value": 3, "seen": both(world("world_size"), world("world_size", "critic")), "expected": (3, 2)},
+        also={"critic_num_nodes": 2, "ray_address": "10.0.0.1:6379"},
+    ),
+    "critic_num_nodes": Probe(
+        **{"value": 3, "seen": world("world_size", "critic"), "expected": 3},
+        also={"ray_address": "10.0.0.1:6379"},
+    ),
+    "network_interface": Probe(
+        **{"value": "nowhere0", "seen": refused("network_interface=nowhere0: ", "it has lo"), "expected": True},
+        also={"critic_num_nodes": 2, "ray_address": "10.0.0.1:6379"},
+    ),
     "actor_num_gpus_per_node": Probe(
         value=4,
         seen=both(world("world_size"), calls("actor", "start"), calls("critic", "start")),
@@ -135,7 +145,8 @@ CLUSTER = {
         expected=(3, 1, 3),
     ),
     "reward_num_nodes": Probe(
-        value=2, seen=refused("reward_num_nodes=2 is not supported yet"), expected=True, also=JUDGED
+        **{"value": 2, "seen": world("world_size", "reward"), "expected": 2},
+        also=JUDGED | {"ray_address": "10.0.0.1:6379"},
     ),
     "reward_num_gpus_per_node": Probe(
         value=3,

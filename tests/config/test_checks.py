@@ -327,8 +327,14 @@ def test_a_comparison_takes_as_few_ranks_as_the_layout_holds(layout: dict[str, A
         ({"advantage_estimator": "group_norm"}, "n_samples_per_prompt=1"),
         ({"advantage_estimator": "dr_grpo"}, "n_samples_per_prompt=1"),
         ({"advantage_estimator": "reinforce_baseline"}, "n_samples_per_prompt=1"),
-        ({"actor_num_nodes": 2}, "actor_num_nodes=2 is not supported yet"),
-        ({"critic_num_nodes": 2}, "critic_num_nodes=2 is not supported yet"),
+        (
+            {"actor_num_nodes": 2, "tensor_model_parallel_size": 2},
+            "actor_num_gpus_per_node=1 is no multiple of tensor_model_parallel_size=2 (with actor_num_nodes=2",
+        ),
+        (
+            {"critic_num_nodes": 2, "critic_num_gpus_per_node": 3, "critic_tensor_model_parallel_size": 2},
+            "critic_num_gpus_per_node=3 is no multiple of critic_tensor_model_parallel_size=2 (with critic_num_nodes=2",
+        ),
         ({"ray": False, "critic_num_nodes": 3}, "critic_num_nodes=3 needs Ray (ray=False"),
         ({"ray": False, "ray_address": "10.0.0.1:6379"}, "ray_address=10.0.0.1:6379 is ignored with ray=False"),
         (

@@ -180,7 +180,7 @@ def test_a_dry_run_plans_reward_models(assets: Path, tmp_path: Path, capsys: pyt
 
 def test_disjoint_models_have_devices_of_their_own() -> None:
     config = make(reward_pretrain="a,b", colocate_all_models=False, actor_num_gpus_per_node=2)
-    placed = plan_placement(config, Machine("gpu", 1, 9, 8))
+    placed = plan_placement(config, Machine.alike("gpu", 1, 9, 8))
     assert [(w.role.name, w.devices) for w in placed.workers][4:] == [
         *(("reward_0", (4,)), ("reward_0", (5,)), ("reward_1", (6,)), ("reward_1", (7,)), ("rollout", (8,))),
     ]

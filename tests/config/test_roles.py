@@ -69,12 +69,12 @@ def test_a_new_row_is_placed_before_the_engines_and_cut_by_its_own_options(monke
         critic_num_gpus_per_node=4,
         critic_tensor_model_parallel_size=2,
     )
-    placed = plan_placement(config, Machine("gpu", 1, 4, 8))
+    placed = plan_placement(config, Machine.alike("gpu", 1, 4, 8))
     assert [worker.role.name for worker in placed.workers] == ["actor"] * 2 + ["teacher"] * 4 + ["rollout"]
     assert [worker.place for worker in placed.of("teacher")] == ["tp0 dp0", "tp1 dp0", "tp0 dp1", "tp1 dp1"]
     assert re.search(r"^teacher +3 \(tp1 dp1\) +0 +3 +2 +train$", placed.table(), re.M)
     with pytest.raises(ValueError, match="critic_num_nodes x critic_num_gpus_per_node=4 GPUs do not fit on 1 node"):
-        plan_placement(config, Machine("gpu", 1, 3, 8))
+        plan_placement(config, Machine.alike("gpu", 1, 3, 8))
 
 
 def test_a_new_row_is_checked_like_any_other(monkeypatch: pytest.MonkeyPatch, assets: Path, tmp_path: Path) -> None:

@@ -27,13 +27,13 @@ ENGINE = EngineBytes(weights=3 * GIB, kv_cache=5 * GIB, one_sequence=GIB, bucket
 ALL: dict[str, RoleBytes] = {"actor": ACTOR, "critic": CRITIC, "rollout": ENGINE}
 
 
-def totals(slots: dict[int, dict[str, RoleBytes]], *, colocated: bool) -> list[dict[str, int]]:
+def totals(slots: dict[tuple[int, int], dict[str, RoleBytes]], *, colocated: bool) -> list[dict[str, int]]:
     tables = device_tables(slots, colocated=colocated, gpu=False)
     return [{phase: table.total(phase) for phase in table.phases} for table in tables]
 
 
 def test_roles_that_take_turns() -> None:
-    assert totals({0: ALL}, colocated=True) == [
+    assert totals({(0, 0): ALL}, colocated=True) == [
         {
             "rollout": 8 * GIB,
             "experience": (1 + 4 + 8 + 16 + 64) * GIB + 500,
@@ -46,7 +46,11 @@ def test_roles_that_take_turns() -> None:
 
 
 def test_roles_with_devices_of_their_own_never_sleep() -> None:
-    apart: dict[int, dict[str, RoleBytes]] = {0: {"actor": ACTOR}, 1: {"critic": CRITIC}, 2: {"rollout": ENGINE}}
+    apart: dict[tuple[int, int], dict[str, RoleBytes]] = {
+        (0, 0): {"actor": ACTOR},
+        (0, 1): {"critic": CRITIC},
+        (0, 2): {"rollout": ENGINE},
+    }
     actor, critic, rollout = totals(apart, colocated=False)
     assert actor == {"experience": 93 * GIB, "update": 103 * GIB, "save": 5 * GIB}
     assert critic == {"experience": 1300, "update": 2300, "save": 500}
@@ -54,9 +58,17 @@ def test_roles_with_devices_of_their_own_never_sleep() -> None:
 
 
 def test_the_fullest_device_is_shown_and_processes_are_counted_on_gpus() -> None:
-    slots: dict[int, dict[str, RoleBytes]] = {0: {"critic": CRITIC}, 1: {"critic": ACTOR}, 2: {"critic": CRITIC}}
+    slots: dict[tuple[int, int], dict[str, RoleBytes]] = {
+        (0, 0): {"critic": CRITIC},
+        (0, 1): {"critic": ACTOR},
+        (0, 2): {"critic": CRITIC},
+    }
     (table,) = device_tables(slots, colocated=True, gpu=True)
     assert table.devices == "device 1, the fullest of 3 (critic)"
+    (elsewhere,) = device_tables({(1, n): held for (_, n), held in slots.items()}, colocated=True, gpu=True)
+    assert elsewhere.devices == table.devices, "one node needs no number"
+    (spread,) = device_tables({(n, 0): held for (_, n), held in slots.items()}, colocated=True, gpu=True)
+    assert spread.devices == "device 0 of node 1, the fullest of 3 (critic)"
     assert table.peak_phase == "update"
     assert table.total("update") == 103 * GIB + int(0.05 * 103 * GIB) + PROCESS_BYTES
     said = table.text(120 * GIB).splitlines()
@@ -65,7 +77,7 @@ def test_the_fullest_device_is_shown_and_processes_are_counted_on_gpus() -> None
 
 
 def test_what_does_not_fit() -> None:
-    tables = device_tables({0: ALL}, colocated=True, gpu=False)
+    tables = device_tables({(0, 0): ALL}, colocated=True, gpu=False)
     assert misfits(tables, ENGINE, 103 * GIB + 500) == []
     ((phase, said),) = misfits(tables, ENGINE, 103 * GIB)
     assert phase == "update actor"
@@ -80,7 +92,7 @@ JUDGE = RankBytes(parameters=9, gradients=0, optimizer=0, reference=0, forward=5
 
 def test_what_stays_on_the_devices() -> None:
     """The reference, 8 GiB, and the judge's 9 bytes are in every phase then."""
-    slots: dict[int, dict[str, RoleBytes]] = {0: ALL | {"reward": JUDGE}}
+    slots: dict[tuple[int, int], dict[str, RoleBytes]] = {(0, 0): ALL | {"reward": JUDGE}}
     (away,), (stays,) = (device_tables(slots, colocated=True, gpu=False, resident=kept) for kept in (False, True))
     more = {phase: stays.total(phase) - away.total(phase) for phase in stays.phases}
     own = {"experience": 9, "reward": 8 * GIB}
@@ -89,26 +101,29 @@ def test_what_stays_on_the_devices() -> None:
 
 def test_one_role_gathers_its_optimizer_at_a_time() -> None:
     held: dict[str, RoleBytes] = {"actor": replace(ACTOR, gathered=7), "critic": replace(CRITIC, gathered=11)}
-    (table,) = device_tables({0: held}, colocated=True, gpu=False)
+    (table,) = device_tables({(0, 0): held}, colocated=True, gpu=False)
     assert table.total("save") == 5 * GIB + 500 + 11 and ("critic", "gathered") in table.phases["save"]
 
 
 def test_the_hosts_of_two_nodes() -> None:
     """The second node has the critic alone, which is stepped there."""
     critic = replace(CRITIC, optimizer=0, host_optimizer=20 * GIB, host_gathered=30 * GIB)
-    slots: dict[int, dict[str, RoleBytes]] = {0: {"actor": replace(ACTOR, host_gathered=3)}, 1: {"actor": ACTOR}}
-    slots |= {2: {"critic": critic, "rollout": ENGINE}, 3: {"critic": critic, "reward": JUDGE}}
+    slots: dict[tuple[int, int], dict[str, RoleBytes]] = {
+        (0, 0): {"actor": replace(ACTOR, host_gathered=3)},
+        (0, 1): {"actor": ACTOR},
+    }
+    slots |= {(1, 0): {"critic": critic, "rollout": ENGINE}, (1, 1): {"critic": critic, "reward": JUDGE}}
 
     def table(**options: bool) -> dict[str, dict[tuple[str, str], int]]:
         usual = {"colocated": True, "resident": False, "gpu": True}
-        return host_table(slots, devices_per_node=2, **(usual | options)).phases
+        return host_table(slots, **(usual | options)).phases
 
     steps = {("critic", "asleep"): 200, ("critic", "stepped here"): 40 * GIB, ("rollout", "asleep"): 3 * GIB}
     judge = {("reward", "asleep"): 9}
     assert table() == {"steps": steps | judge, "save": steps | judge | {("critic", "checkpoint"): 60 * GIB}}
     assert table(resident=True)["steps"] == steps, "a judge that stays has no copy"
     assert table(colocated=False)["steps"] == {("critic", "stepped here"): 40 * GIB}
-    del slots[2], slots[3]
+    del slots[1, 0], slots[1, 1]
     assert table(gpu=False) == {
         "steps": {("actor", "asleep"): 2 * (1 + 4 + 8) * GIB},
         "save": {("actor", "asleep"): 2 * (1 + 4 + 8) * GIB, ("actor", "checkpoint"): 3},

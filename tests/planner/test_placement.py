@@ -10,7 +10,7 @@ import pytest
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
 from megarlhf.config.evaluation_arguments import EvaluationArguments
-from megarlhf.planner.placement import Machine, PlacementPlan, object_store_bytes, plan_placement
+from megarlhf.planner.placement import Machine, Node, PlacementPlan, object_store_bytes, plan_placement
 from tests.trainers.plain_roles import make_config
 
 
@@ -22,14 +22,15 @@ def plan(
     cores_per_node: int = 4,
     actor_world_size: int = 2,
     critic_world_size: int | None = None,
+    machine: Machine | None = None,
     **options: Any,
 ) -> PlacementPlan:
-    """Ranks as if all of them were asked for on one node, whatever the machine has."""
+    """Ranks of one node, unless options say more."""
     ranks = {"actor_num_gpus_per_node": actor_world_size, "advantage_estimator": "reinforce"}
     if critic_world_size is not None:
         ranks |= {"critic_num_gpus_per_node": critic_world_size, "advantage_estimator": "gae"}
     config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s", **ranks, **options})
-    return plan_placement(config, Machine(devices, nodes, gpus_per_node, cores_per_node))
+    return plan_placement(config, machine or Machine.alike(devices, nodes, gpus_per_node, cores_per_node))
 
 
 def where(placed: PlacementPlan, role: Any) -> list[tuple[int, tuple[int, ...], int]]:
@@ -61,9 +62,9 @@ def test_more_cpu_ranks_than_cores_share_them_and_say_so() -> None:
 
 
 def test_cpu_ranks_spread_evenly_over_nodes() -> None:
-    placed = plan(actor_world_size=4, vllm_num_engines=2, nodes=2)
+    placed = plan(actor_num_nodes=2, vllm_num_engines=2, nodes=2)
     assert where(placed, "actor") == [(0, (0, 1), 2), (0, (2, 3), 2), (1, (0, 1), 2), (1, (2, 3), 2)]
-    assert where(placed, "rollout") == [(0, (0, 1, 2, 3), 4), (1, (0, 1, 2, 3), 4)]
+    assert where(placed, "rollout") == [(1, (0, 1, 2, 3), 4), (0, (0, 1, 2, 3), 4)]
 
 
 def test_disjoint_roles_on_cpu_split_the_cores() -> None:
@@ -74,17 +75,17 @@ def test_disjoint_roles_on_cpu_split_the_cores() -> None:
 
 
 def test_disjoint_cpu_engines_do_not_span_nodes_even_where_that_costs_cores() -> None:
-    # 1 + 4 x 2 = 9 ranks make 3 slots on each of 3 nodes, into which four pairs and a single do not go: 4 slots do.
+    # 1 + 4 x 2 = 9 ranks are 3 for each of 3 nodes, but a pair is not cut: 4 on one of them, and so many parts of all.
     placed = plan(
         actor_world_size=1, vllm_num_engines=4, vllm_tensor_parallel_size=2, nodes=3, colocate_all_models=False
     )
-    assert [w.node for w in placed.of("rollout")] == [0, 1, 1, 2]
-    assert [w.devices for w in placed.of("rollout")] == [(1, 2), (0, 1), (2, 3), (0, 1)]
+    assert [w.node for w in placed.of("rollout")] == [2, 1, 0, 2]
+    assert [w.devices for w in placed.of("rollout")] == [(0, 1), (0, 1), (1, 2), (2, 3)]
 
 
 def test_colocated_gpus() -> None:
     placed = plan(
-        actor_world_size=4,
+        actor_num_nodes=2,
         gpus_per_node=2,
         nodes=2,
         vllm_num_engines=1,
@@ -93,7 +94,7 @@ def test_colocated_gpus() -> None:
         cores_per_node=8,
     )
     assert where(placed, "actor") == [(0, (0,), 4), (0, (1,), 4), (1, (0,), 4), (1, (1,), 4)]
-    assert where(placed, "rollout") == [(0, (0, 1), 8)]
+    assert where(placed, "rollout") == [(1, (0, 1), 8)]
     assert placed.notes == ("rollout: 2 of 4 GPUs in use, the others are idle",)
 
 
@@ -125,6 +126,92 @@ def test_disjoint_gpus_are_used_once() -> None:
 def test_too_few_gpus(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         plan(devices="gpu", **changes)
+
+
+CPU = {"critic_world_size": 1, "critic_num_nodes": 1}
+GPU = CPU | {"devices": "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "expected"),
+    [
+        # Differing numbers of GPUs: the critic's four on one node leave the actor's two nodes where two are.
+        (
+            [(4, 8), (2, 8), (2, 8)],
+            GPU | {"actor_num_nodes": 2, "critic_world_size": 4, "vllm_num_engines": 1, "colocate_all_models": False},
+            "no room for the engine",
+        ),
+        (
+            [(8, 8), (4, 8), (2, 8)],
+            GPU | {"actor_num_nodes": 2, "critic_world_size": 4, "vllm_num_engines": 4, "colocate_all_models": False},
+            {
+                "actor": [(1, "0"), (1, "1"), (2, "0"), (2, "1")],
+                "critic": [(0, "0"), (0, "1"), (0, "2"), (0, "3")],
+                "rollout": [(0, "4"), (0, "5"), (1, "2"), (0, "6")],
+            },
+        ),
+        # Taking turns: all start at the first node, and engines stay where models are, if all fit there.
+        (
+            [(8, 8), (4, 8), (4, 8)],
+            GPU | {"actor_num_nodes": 2, "actor_world_size": 4, "critic_world_size": 8, "vllm_num_engines": 3},
+            {
+                "actor": [(0, "0"), (0, "1"), (0, "2"), (0, "3"), (1, "0"), (1, "1"), (1, "2"), (1, "3")],
+                "critic": [(0, str(gpu)) for gpu in range(8)],
+                "rollout": [(0, "0"), (0, "1"), (0, "2")],
+            },
+        ),
+        (
+            [(4, 8), (4, 8)],
+            GPU | {"actor_num_nodes": 2, "actor_world_size": 1, "vllm_num_engines": 1, "vllm_tensor_parallel_size": 2},
+            {"actor": [(0, "0"), (1, "0")], "critic": [(0, "0")], "rollout": [(1, "0-1")]},
+        ),
+        (
+            [(4, 8), (4, 8)],
+            GPU | {"actor_num_nodes": 1, "actor_world_size": 1, "vllm_num_engines": 1},
+            {"actor": [(0, "0")], "critic": [(0, "0")], "rollout": [(0, "0")]},
+        ),
+        # Cores: equal parts of each node's own.
+        (
+            [(0, 8), (0, 4)],
+            CPU | {"actor_num_nodes": 2, "critic_num_nodes": 2},
+            {
+                "actor": [(0, "0-3"), (0, "4-7"), (1, "0-1"), (1, "2-3")],
+                "critic": [(0, "0-7"), (1, "0-3")],
+                "rollout": [(1, "0-3")],
+            },
+        ),
+        (
+            [(0, 6), (0, 3), (0, 3)],
+            CPU | {"actor_num_nodes": 2, "vllm_num_engines": 2, "colocate_all_models": False},
+            {
+                "actor": [(0, "0-1"), (0, "2-3"), (1, "0"), (1, "1")],
+                "critic": [(2, "0")],
+                "rollout": [(2, "1"), (2, "2")],
+            },
+        ),
+    ],
+)
+def test_differing_nodes(nodes: list[tuple[int, int]], options: dict[str, Any], expected: Any) -> None:
+    machine = Machine(options.get("devices", "cpu"), tuple(Node(*node, f"10.0.0.{n}") for n, node in enumerate(nodes)))
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=r"fit on 3 node\(s\) \(10.0.0.0: 4 GPU\(s\), 10.0.0.1: 2 GPU\(s\),"):
+            plan(machine=machine, **options)
+        return
+    placed = plan(machine=machine, **options)
+    found = {role: [(w.node, as_text(w.devices)) for w in placed.of(role)] for role in expected}
+    assert found == expected
+
+
+def as_text(devices: tuple[int, ...]) -> str:
+    assert list(devices) == list(range(devices[0], devices[-1] + 1))
+    return f"{devices[0]}-{devices[-1]}" if len(devices) > 1 else str(devices[0])
+
+
+def test_missing_nodes_are_counted() -> None:
+    with pytest.raises(ValueError, match=r"actor_num_nodes=5: 3 node\(s\) are missing\): use fewer"):
+        plan(actor_num_nodes=5, nodes=2)
+    with pytest.raises(ValueError, match=r"critic_num_nodes=3: 1 node\(s\) are missing"):
+        plan(devices="gpu", actor_num_nodes=2, critic_num_nodes=3, critic_world_size=1, nodes=2)
 
 
 def test_coordinates_are_those_of_megatron() -> None:

@@ -22,7 +22,7 @@ def config(**options: Any) -> PPOConfig:
 def decided(devices: Any, *, engine_node: int = 0, **options: Any) -> Transport:
     """For two ranks of the actor on node 0 and an engine."""
     run = config(actor_num_gpus_per_node=2, **options)
-    plan = plan_placement(run, Machine(devices, 1, 4, 4))
+    plan = plan_placement(run, Machine.alike(devices, 1, 4, 4))
     moved = [replace(w, node=engine_node) if w.role.name == "rollout" else w for w in plan.workers]
     return plan_transport(run, PlacementPlan(workers=tuple(moved), device_kind=plan.device_kind, notes=()))
 
@@ -67,7 +67,7 @@ def test_plans_that_leave_no_way(devices: Any, options: dict[str, Any], message:
 
 def test_gpus_of_which_some_are_shared_between_nodes_leave_none() -> None:
     run = config(actor_num_gpus_per_node=2, vllm_num_engines=2)
-    plan = plan_placement(run, Machine("gpu", 1, 4, 4))
+    plan = plan_placement(run, Machine.alike("gpu", 1, 4, 4))
     moved = [replace(w, node=1) if w.role.name == "rollout" and w.rank == 1 else w for w in plan.workers]
     with pytest.raises(ValueError, match="=auto, .* several nodes, with some GPUs shared .*: set colocate_all"):
         plan_transport(run, replace(plan, workers=tuple(moved)))
