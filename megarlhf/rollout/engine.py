@@ -260,10 +260,6 @@ class RolloutEngine:
         """The tokens of one answer as they are generated, a stop token included; arguments as of `generate`.
 
         Nothing else is generated meanwhile. Closing the iterator stops the answer.
-
-        Args:
-            repetition_penalty: logits of tokens that the prompt or the answer has are divided by it where they are
-                above 0, and else multiplied.
         """
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
