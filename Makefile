@@ -5,7 +5,7 @@
 # make test-gpu    what needs one GPU, in some minutes; PYTHON=... names the interpreter, which need not be .venv's
 # make test-megatron-next   a sample of the layout tests against the newest Megatron-Core that runs here
 # make clean   remove what tools and builds left, but not .venv and not runs/
-.PHONY: setup demo test test-slow test-gpu test-megatron-next clean
+.PHONY: setup demo test test-slow test-slurm test-gpu test-megatron-next clean
 
 setup:
 	@bash requirements/install.sh
@@ -17,7 +17,11 @@ test: setup
 	.venv/bin/python -m pytest -m "not slow and not gpu" --durations 25
 
 test-slow: setup
-	.venv/bin/python -m pytest -m "slow and not gpu" $(if $(SHARE),--slow-share $(SHARE))
+	.venv/bin/python -m pytest -m "slow and not gpu and not slurm" $(if $(SHARE),--slow-share $(SHARE))
+
+test-slurm: setup
+	@bash requirements/system.sh
+	.venv/bin/python -m pytest -m slurm tests/slurm --durations 10
 
 PYTHON ?= python
 

@@ -40,7 +40,7 @@ DATA_ARGS=(
     --pretrain "${MODEL}"
     --pretrain_mode
     --data-path 0.7 "${DATA}/sums_text_document" 0.3 "${DATA}/long_sums_text_document"
-    --split 90,9,1
+    --split '90,9,1'
     --seq-length "${SEQ_LENGTH}"
 )
 

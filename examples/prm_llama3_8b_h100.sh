@@ -46,11 +46,12 @@ if [ "${TP_SIZE}" -gt 1 ]; then
     MODEL_PARALLEL_ARGS+=(--sequence-parallel)
 fi
 
+read -ra REWARD_WORDS <<< "${REWARD_TOKENS}"
 DATA_ARGS=(
     --pretrain "${MODEL}"
     --dataset "${DATASET}"
     --placeholder_token "${PLACEHOLDER_TOKEN}"
-    --reward_tokens ${REWARD_TOKENS}   # several words
+    --reward_tokens "${REWARD_WORDS[@]}"
     --max_len "${MAX_LEN}"
 )
 

@@ -71,46 +71,59 @@ find_addresses() {
     done
 }
 
-# step LOG NODE [OPTIONS OF step.py] -- COMMAND...: runs on a node in the background; STEP is its srun. The log goes on
-# where an earlier start has ended.
+# step NAME NODE COMMAND...: runs on a node in the background; STEP is its srun. The log goes on where an earlier start has
+# ended; the directory of temporary files, which scratch NAME names, ends with the step.
 step() {
-    local log=$1 node=$2
+    local name=$1 node=$2 pipe orders
     shift 2
+    pipe=$(mktemp -u)
+    mkfifo -m 600 "$pipe"
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --cpu-bind=none --export=ALL --open-mode=append \
-        --output="$LOGS/$log.$node.log" "${STEP_OPTIONS[@]}" \
-        "${IN_CONTAINER[@]}" "$PYTHON" slurm/step.py --grace-seconds "$GRACE_SECONDS" "$@" &
+        --output="$LOGS/$name.$node.log" "${STEP_OPTIONS[@]}" \
+        "${IN_CONTAINER[@]}" "$PYTHON" slurm/step.py --grace-seconds "$GRACE_SECONDS" \
+        --scratch "$(scratch "$name")" -- "$@" < "$pipe" &
     STEP=$!
     STEPS+=("$STEP")
+    exec {orders}> "$pipe"
+    ORDERS[$STEP]=$orders
+    rm "$pipe"
 }
+declare -A ORDERS=()
+scratch() { echo "$LOCAL_DIR/$SLURM_JOB_ID.$1"; }
 STEPS=()
+
+# order WORD STEP: TERM or USR1, for step.py.
+order() { if kill -0 "$2" 2>/dev/null; then echo "$1" >&"${ORDERS[$2]}"; fi; }
+trap '' PIPE # of a step that ends meanwhile
 
 # Traps run between foreground commands only, so every long wait is one of the shell's own.
 USR1_AT=
 trap 'USR1_AT=${USR1_AT:-$SECONDS}' USR1
 trap 'trap "" TERM; say "TERM: ending"; end_steps; exit 143' TERM
 
-# await PID: waits for a step that is a run, and passes USR1 on to it until it ends or SAVE_SECONDS are over (status 124).
+# await STEP [OTHER STEPS]: waits for the end of the first, and passes USR1 on to all until SAVE_SECONDS are over (status
+# 124).
 await() {
-    local step=$1 status last=
+    local step=$1 last=
     while kill -0 "$step" 2>/dev/null; do
         if [ -n "$USR1_AT" ]; then
             if [ $((SECONDS - USR1_AT)) -ge "$SAVE_SECONDS" ]; then return 124; fi
             if [ -z "$last" ] || [ $((SECONDS - last)) -ge 5 ]; then # again, should it not listen yet
                 last=$SECONDS
-                kill -USR1 "$step" 2>/dev/null || break
+                for step in "${@}"; do order USR1 "$step"; done
+                step=$1
             fi
         fi
         sleep 1 &
         wait $! || continue
     done
-    wait "$step" && status=0 || status=$?
-    return "$status"
+    wait "$step"
 }
 
-# Ends all steps at once: srun passes USR2 on, where on TERM it has them killed.
+# Ends all steps at once.
 end_steps() {
     local step until=$((SECONDS + GRACE_SECONDS + 5)) left
-    for step in "${STEPS[@]}"; do kill -USR2 "$step" 2>/dev/null || continue; done
+    for step in "${STEPS[@]}"; do order TERM "$step"; done
     while [ "$SECONDS" -lt "$until" ]; do
         left=
         for step in "${STEPS[@]}"; do if kill -0 "$step" 2>/dev/null; then left=1; fi; done

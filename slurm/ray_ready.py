@@ -29,7 +29,7 @@ def main(address: str, seconds: str, *named: str) -> int:
     while (lacking := missing(nodes)) and time.monotonic() < deadline:
         time.sleep(0.5)
     for name, ip in lacking.items():
-        print(f"no Ray on node {name} ({ip}) after {seconds} s: see its log beside this one", file=sys.stderr)
+        print(f"no Ray on node {name} ({ip}) after {seconds} s: see ray-*.{name}.log beside this log", file=sys.stderr)
     return 1 if lacking else 0
 
 

@@ -1,19 +1,21 @@
 """Runs a command as a job step that leaves no process behind, whatever the command has put into the background.
 
-    python slurm/step.py [--grace-seconds S] [--remove DIR] -- COMMAND...
+    python slurm/step.py [--grace-seconds S] [--scratch DIR] -- COMMAND...
 
 Where Slurm tracks processes by their parents (proctrack/linuxproc, pgid), those of Ray and torchrun outlive their step.
 Here they become this process's children when their parents end.
 
-SIGTERM, and SIGUSR2, which srun passes on where it would answer SIGTERM by killing the step, end the command: it gets
-SIGTERM and --grace-seconds. Afterwards everything that has come of it is killed, and --remove is deleted. SIGUSR1 goes
-to those of its processes that have a handler for it: the run, or each rank under torchrun, and not to torchrun itself,
-which would die. Leaves with the command's status, 128 + N where signal N has ended it.
+The job gives orders through srun's standard input, a word a line: srun answers SIGTERM by killing its step, and other
+signals may come to every process of it. TERM, or that signal itself, ends the command: it gets SIGTERM and
+--grace-seconds. Afterwards everything that has come of it is killed, and --scratch deleted, its TMPDIR. USR1, or that
+signal, is for those processes that have a handler for it: the run, or each rank under torchrun. The others ignore it.
+Leaves with the command's status, 128 + N where signal N has ended it.
 """
 
 import argparse
 import ctypes
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -76,32 +78,55 @@ def reap() -> dict[int, int]:
         ended[process] = code if code >= 0 else 128 - code
 
 
+class Orders:
+    """Words from standard input, as the signals that they name."""
+
+    def __init__(self) -> None:
+        self._open, self._rest = True, b""
+
+    def wait(self, seconds: float) -> None:
+        """So long for the next ones, and send them to this process."""
+        if not self._open:
+            time.sleep(seconds)
+        elif select.select([0], [], [], seconds)[0]:
+            found = os.read(0, 4096)
+            self._open = bool(found)
+            *words, self._rest = (self._rest + found).split(b"\n")
+            for word in words:
+                signal.raise_signal(signal.Signals[f"SIG{word.decode()}"])
+
+
 def run(command: list[str], *, grace_seconds: float) -> int:
     """Run a command to its end, or to that of its grace after a signal, and kill what is left; returns its status."""
-    libc = ctypes.CDLL(None)
+    libc, orders = ctypes.CDLL(None), Orders()
     libc.prctl(_SET_CHILD_SUBREAPER, 1)
-    # A session of its own: what srun signals is this process alone.
-    child = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=lambda: libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    ).pid
+    child: int | None = None
     deadline: float | None = None
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal deadline
         if deadline is None:
             deadline = time.monotonic() + grace_seconds
-        send(child, signal.SIGTERM)
+        if child is not None:
+            send(child, signal.SIGTERM)
 
     def finish(number: int, frame: FrameType | None) -> None:
         for process in descendants():
             if handles(process, number):
                 send(process, number)
 
-    for number, handler in ((signal.SIGTERM, end), (signal.SIGUSR2, end), (signal.SIGUSR1, finish)):
+    def prepare() -> None:
+        libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    for number, handler in ((signal.SIGTERM, end), (signal.SIGUSR1, finish)):
         signal.signal(number, handler)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare).pid
+    if deadline is not None:
+        send(child, signal.SIGTERM)
     status = None
     while status is None and (deadline is None or time.monotonic() < deadline):
-        time.sleep(_POLL_SECONDS)
+        orders.wait(_POLL_SECONDS)
         status = reap().get(child)
     while left := descendants():
         for process in left:
@@ -115,14 +140,19 @@ def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grace-seconds", type=float, default=20.0, help="from SIGTERM to SIGKILL")
-    parser.add_argument("--remove", type=Path, help="directory of the command, to delete at its end")
+    parser.add_argument("--scratch", type=Path, help="directory to make for the command's temporary files")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
+    scratch = arguments.scratch
+    if scratch is not None:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a start whose node has lost it
+        scratch.mkdir(mode=0o700)
+        os.environ["TMPDIR"] = str(scratch)
     try:
         return run(arguments.command, grace_seconds=arguments.grace_seconds)
     finally:
-        if arguments.remove is not None:
-            shutil.rmtree(arguments.remove, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Slurm controller and two nodes on this machine, each with its own network, processes, hostname, /tmp and /dev/shm."""
+"""A Slurm controller and two nodes on this machine: each has its own network, processes, name, /tmp and /dev/shm."""
 
 import os
 import subprocess
@@ -41,8 +41,9 @@ class Cluster:
             (directory / name).mkdir()
         conf = (_HERE / "slurm.conf").read_text().replace("{directory}", str(directory))
         (directory / "slurm.conf").write_text(conf)
-        hosts = [f"{address} {name}\n" for name, address in ADDRESSES.items()]
-        (directory / "hosts").write_text("".join(["127.0.0.1 localhost\n", *hosts]))
+        for name in ADDRESSES:  # a node's own name is a loopback address, as Debian's installer has it
+            known = {"127.0.0.1": "localhost", "127.0.1.1": name} | {ADDRESSES[n]: n for n in ADDRESSES if n != name}
+            (directory / f"hosts.{name}").write_text("".join(f"{where} {who}\n" for where, who in known.items()))
         (directory / "nsswitch.conf").write_text("hosts: files\npasswd: files\ngroup: files\n")
         (directory / "munge.key").write_bytes(os.urandom(1024))
         (directory / "munge.key").chmod(0o600)
@@ -54,20 +55,24 @@ class Cluster:
             self.stop()
             raise
 
+    def start(self, node: str, *command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """A command on a node, in this process's directory; its output can be read."""
+        enter = ["nsenter", "-t", str(self._first_process(node)), *_NAMESPACES, f"--wd={Path.cwd()}", "--"]
+        given = os.environ | {"SLURM_CONF": str(self.directory / "slurm.conf")} | (env or {})
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*enter, *command], env=given, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
     def on(self, node: str, *command: str, env: dict[str, str] | None = None) -> str:
         """What a command prints on a node.
 
         Raises:
-            CalledProcessError: it fails; its notes have what it printed.
+            RuntimeError: it fails.
         """
-        words = ["nsenter", "-t", str(self._first_process(node)), *(kind for kind in _NAMESPACES), f"--wd={Path.cwd()}"]
-        given = os.environ | {"SLURM_CONF": str(self.directory / "slurm.conf")} | (env or {})
-        done = subprocess.run([*words, "--", *command], env=given, capture_output=True, text=True, check=False)
-        if done.returncode:
-            error = subprocess.CalledProcessError(done.returncode, command)
-            error.add_note(done.stdout + done.stderr)
-            raise error
-        return done.stdout
+        process = self.start(node, *command, env=env)
+        printed, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} on {node}: status {process.returncode}\n{printed}")
+        return printed
 
     def submit(self, *words: str, **variables: str) -> str:
         """Id of a new job, submitted from the directory of the repository with these variables."""
@@ -93,6 +98,14 @@ class Cluster:
         own = ("bash " + str(_HERE), "sleep 3600", "slurmd", "munged", "slurmctld", "ps ")
         lines = self.on(node, "ps", "-e", "-o", "args=").splitlines()
         return [line for line in lines if not line.startswith(own) and "/slurmd" not in line.split()[0]]
+
+    def check_empty(self) -> None:
+        """Assert that jobs have left neither processes nor files of theirs on the nodes."""
+        for node in NODES:
+            until(lambda node=node: self.processes(node) == [], 10, f"an empty {node}: {self.processes(node)}")
+            assert self.on(node, "ls", "/dev/shm") == ""
+            own = {path.split("/")[2] for path in self._shared if path.startswith("/tmp/")}
+            assert set(self.on(node, "ls", "/tmp").split()) - own == set(), "pipes of jobs, TMPDIR"
 
     def stop(self) -> None:
         """End the nodes; with the first process of each all others end, and its network and mounts go."""
@@ -123,7 +136,9 @@ class Cluster:
             self._start_node(name)
 
     def _start_controller(self) -> None:
-        self.on("ctl", "bash", "-ec", "ip link add br0 type bridge; ip addr add 10.77.0.1/24 dev br0; ip link set br0 up")
+        self.on("ctl", "ip", "link", "add", "br0", "type", "bridge")
+        self.on("ctl", "ip", "addr", "add", f"{ADDRESSES['ctl']}/24", "dev", "br0")
+        self.on("ctl", "ip", "link", "set", "br0", "up")
         place = self.directory
         self.on(
             "ctl",

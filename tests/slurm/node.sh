@@ -24,7 +24,7 @@ if [ -d /sys/fs/cgroup ]; then
     mount --move /dev/shm/cgroup /sys/fs/cgroup
     rmdir /dev/shm/cgroup
 fi
-mount --bind "$directory/hosts" /etc/hosts
+mount --bind "$directory/hosts.$name" /etc/hosts
 mount --bind "$directory/nsswitch.conf" /etc/nsswitch.conf
 touch "$directory/$name.ready"
 while :; do sleep 3600 & wait $!; done

@@ -1,4 +1,4 @@
-"""A run as the scripts of slurm/ see one: takes --save, goes on where it was, ends its step at SIGUSR1, uses its Ray cluster."""
+"""A run as the scripts of slurm/ see one: it goes on where it was, ends its step at SIGUSR1, and uses Ray."""
 
 import argparse
 import os
