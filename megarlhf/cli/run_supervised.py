@@ -43,6 +43,7 @@ from megarlhf.metrics.keys import METRICS
 from megarlhf.metrics.report import write_report
 from megarlhf.models.backend import resolve_transformer_impl
 from megarlhf.parallel.device import device_kind, num_cores
+from megarlhf.parallel.network import use_interface_towards
 
 if TYPE_CHECKING:
     from megarlhf.engine.average import WeightAverage
@@ -62,6 +63,8 @@ def run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
         rendezvous = os.environ.get(RENDEZVOUS, "env://")
+        if int(os.environ["WORLD_SIZE"]) > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])):
+            use_interface_towards(os.environ["MASTER_ADDR"])
         minutes = config.layout.distributed_timeout_minutes
         with prepared_once(partial(_prepare, config), timeout_minutes=minutes) as directory:
             return _run_rank(config, directory, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), rendezvous)

@@ -41,6 +41,24 @@ def address_of(interface: str) -> str:
         ) from error
 
 
+def use_interface_towards(host: str) -> None:
+    """Have this process's groups use the interface that leads to the first rank's host, or GLOO_SOCKET_IFNAME.
+
+    Raises:
+        ValueError: that host is a loopback address here, which the other nodes do not reach.
+        OSError: its name is unknown, or no network leads there.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        asked.connect((host, 9))  # nothing is sent
+        address = str(asked.getsockname()[0])
+    if ip_address(address).is_loopback and "GLOO_SOCKET_IFNAME" not in os.environ:
+        raise ValueError(
+            f"MASTER_ADDR={host} is {address} on {socket.gethostname()}, which other nodes cannot reach: give torchrun "
+            "an address (--master-addr), or set GLOO_SOCKET_IFNAME to the interface between the nodes"
+        )
+    use_interface(None, address=address)
+
+
 def _interface_of(address: str) -> str:
     if ip_address(address).is_loopback:
         return "lo"
