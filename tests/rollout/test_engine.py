@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -114,6 +115,24 @@ def test_seeds_decide_the_tokens(engine: RolloutEngine) -> None:
     assert [s.response_ids for s in alone] == first[4:8]
     twice = generate(engine, [PROMPTS[1]] * 2, group_ids=[1, 5])
     assert len({s.response_ids for s in twice}) == 8  # a prompt that a batch holds twice is answered twice
+
+
+def test_a_call_begins_with_an_empty_prefix_cache(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its samples are those of any engine, whatever it has answered before."""
+    cached, inner = [], engine._llm.generate
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        outputs = inner(*arguments, **options)
+        cached.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(engine._llm, "generate", recorded)
+    prompts = make_prompts([70] * 20)  # more than the engine begins at once: the last find the first ones' blocks
+    shared = [np.concatenate([prompts[0][:64], prompt[64:]]) for prompt in prompts]
+    for _ in range(2):
+        generate(engine, shared, group_ids=list(range(20)), n_samples=1)
+    assert cached[0][0] == cached[1][0] == 0 and max(cached[0]) == 64
+    assert cached[0] == cached[1]
 
 
 def test_prompts_beyond_a_batch_of_tokens_wait_whole(engine: RolloutEngine) -> None:
