@@ -14,12 +14,12 @@ from megarlhf.planner.placement import Machine, plan_placement
 @pytest.mark.parametrize(
     ("roles", "colocated", "machine", "expected"),
     [
-        (["actor", "critic"], True, Machine("cpu", 1, 2, 4), False),
-        (["actor"], True, Machine("cpu", 1, 2, 4), False),  # it sleeps while the engines, who have its cores, answer
-        (["actor", "critic"], False, Machine("cpu", 1, 2, 4), True),
-        (["actor", "critic"], False, Machine("cpu", 1, 2, 1), False),  # all share the core
-        (["actor", "critic"], False, Machine("cpu", 4, 2, 1), True),  # the same number on other nodes
-        (["actor", "critic"], False, Machine("gpu", 1, 8, 4), True),
+        (["actor", "critic"], True, Machine.alike("cpu", 1, 2, 4), False),
+        (["actor"], True, Machine.alike("cpu", 1, 2, 4), False),  # it sleeps while the engines, who have its cores, answer
+        (["actor", "critic"], False, Machine.alike("cpu", 1, 2, 4), True),
+        (["actor", "critic"], False, Machine.alike("cpu", 1, 2, 1), False),  # all share the core
+        (["actor", "critic"], False, Machine.alike("cpu", 4, 2, 1), True),  # the same number on other nodes
+        (["actor", "critic"], False, Machine.alike("gpu", 1, 8, 4), True),
     ],
 )
 def test_roles_work_side_by_side_where_no_device_has_two(
