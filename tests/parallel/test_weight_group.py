@@ -1,5 +1,6 @@
 """Weights in a group of their own: what comes is what was sent, and a member that is lost is told to all others."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -216,6 +217,7 @@ def resident(field: str) -> int:
 def weigh(rank: int, place: Place, connection: Connection) -> None:
     """What a version adds to this process's resident memory at most, in MiB: rank 0 sends, rank 1 receives."""
     torch.set_num_threads(1)
+    assert ctypes.CDLL(None).mallopt(-3, MIB) == 1  # M_MMAP_THRESHOLD: what is freed goes back, and is seen again
     blocks = large_blocks()
     held = [torch.full((block.length,), float(number)) for number, block in enumerate(blocks)] if rank == 0 else []
     group, buckets = WeightGroup(replace(place, rank=rank)), plan_buckets([blocks], most_bytes=BUCKET_MIB * MIB)
