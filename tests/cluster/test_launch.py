@@ -15,7 +15,7 @@ from megarlhf.planner.placement import Machine, plan_placement
     ("roles", "colocated", "machine", "expected"),
     [
         (["actor", "critic"], True, Machine.alike("cpu", 1, 2, 4), False),
-        (["actor"], True, Machine.alike("cpu", 1, 2, 4), False),  # it sleeps while the engines, who have its cores, answer
+        (["actor"], True, Machine.alike("cpu", 1, 2, 4), False),  # it sleeps while engines answer
         (["actor", "critic"], False, Machine.alike("cpu", 1, 2, 4), True),
         (["actor", "critic"], False, Machine.alike("cpu", 1, 2, 1), False),  # all share the core
         (["actor", "critic"], False, Machine.alike("cpu", 4, 2, 1), True),  # the same number on other nodes
