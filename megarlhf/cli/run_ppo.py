@@ -233,6 +233,8 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         print(f"note: {given} without effect: the run has no such role", file=sys.stderr)
     plan = plan_placement(config, machine)
     transport = plan_transport(config, plan)
+    if (interface := config.cluster.network_interface) and len({worker.node for worker in plan.workers}) == 1:
+        print(f"note: network_interface={interface} without effect: the run is on one node", file=sys.stderr)
     models = model_sources(config)
     sources = [*models, *reward_sources(config.reward, dry_run=dry_run)]
     reward = SumOfSources(sources, config.reward.reward_weights)

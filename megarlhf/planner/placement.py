@@ -175,28 +175,26 @@ Spot = tuple[RoleSpec, int, int, int, int]  # role, rank, node, first slot there
 def _spots(config: PPOConfig, group: Sequence[RoleSpec], room: Sequence[int], kind: DeviceKind) -> list[Spot] | None:
     """Where each process goes, of nodes with so many slots; None: no room."""
     left, spots = list(room), list[Spot]()
-
-    def take(role: RoleSpec, rank: int, node: int, size: int) -> None:
-        spots.append((role, rank, node, room[node] - left[node], size))
-        left[node] -= size
-
     for role in group:
+        size, free, chosen = role.devices_per_worker(config), list(left), list[int]()
         if role.runs == "vllm":
-            size = role.devices_per_worker(config)
-            for rank in range(role.num_workers(config)):
-                node = max(range(len(left)), key=lambda node: (left[node], node))
-                if left[node] < size:
-                    return None
-                take(role, rank, node, size)
-            continue
-        num_nodes, each = role.nodes(config)
-        fitting = [node for node, slots in enumerate(left) if slots >= each]
-        sign = 1 if kind == "gpu" and len(group) > 1 else -1
-        chosen = sorted(sorted(fitting, key=lambda node: sign * left[node])[:num_nodes])
-        if len(chosen) < num_nodes:
-            return None
-        for rank in range(num_nodes * each):
-            take(role, rank, chosen[rank // each], 1)
+            for _ in range(role.num_workers(config)):
+                node = max(range(len(free)), key=lambda node: (free[node], node))
+                free[node] -= size
+                chosen.append(node)
+            if min(free) < 0:
+                return None
+        else:
+            num_nodes, each = role.nodes(config)
+            fitting = [node for node, slots in enumerate(left) if slots >= each]
+            sign = 1 if kind == "gpu" and len(group) > 1 else -1
+            best = sorted(fitting, key=lambda node: sign * left[node])[:num_nodes]
+            if len(best) < num_nodes:
+                return None
+            chosen = best * each
+        for rank, node in enumerate(sorted(chosen)):
+            spots.append((role, rank, node, room[node] - left[node], size))
+            left[node] -= size
     return spots
 
 

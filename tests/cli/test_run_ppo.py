@@ -8,7 +8,7 @@ import pytest
 from megarlhf.cli import rewards, run_ppo
 from megarlhf.cli.prompt_data import load_data
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.command_line import parse
+from megarlhf.config.command_line import from_dict, parse
 from megarlhf.formats import run_checkpoints
 from megarlhf.trainers.best import Best
 from megarlhf.trainers.roles import RoleFailedError
@@ -100,3 +100,27 @@ def test_a_run_that_is_told_to_stop_does_not_start_again(tmp_path: Path) -> None
     attempt = failing(tmp_path, saved={1: 2}, given=[])
     with pytest.raises(RoleFailedError, match="rank 1 died"):
         run_ppo.with_restarts(config, attempt, continued=None, max_restarts=3, should_stop=lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "nodes"),
+    [
+        (0, {"actor_num_nodes": 2, "critic_num_nodes": 3}, 3),
+        (0, {"actor_num_nodes": 2, "vllm_num_engines": 9, "colocate_all_models": False}, 2),
+        (8, {"actor_num_nodes": 2, "vllm_num_engines": 17}, 3),
+        (8, {"actor_num_nodes": 2, "critic_num_nodes": 1, "vllm_num_engines": 9, "colocate_all_models": False}, 5),
+        (8, {"vllm_num_engines": 9, "colocate_all_models": False}, 1),  # one node is this machine
+    ],
+)
+def test_a_dry_run_plans_with_as_many_nodes_as_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, options: dict[str, Any], nodes: int
+) -> None:
+    monkeypatch.setattr(run_ppo, "num_local_gpus", lambda: gpus)
+    monkeypatch.setattr(run_ppo, "device_kind", lambda: "gpu" if gpus else "cpu")
+    config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s"} | options)
+    machine = run_ppo.find_machine(config, dry_run=True)
+    assert [node.gpus for node in machine.nodes] == [gpus] * nodes
+    most = max(("actor_num_nodes", "critic_num_nodes"), key=lambda option: options.get(option, 1))
+    if nodes > 1:
+        with pytest.raises(ValueError, match=f"^{most}={options[most]} needs a running Ray cluster: set ray_address"):
+            run_ppo.find_machine(config)

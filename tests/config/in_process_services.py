@@ -138,9 +138,10 @@ def patch_ray(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (ray, "wait", wait),
         (ray, "kill", lambda handle: None),
         (ray, "remote", remote),
-        (ray_processes, "placement_group", lambda bundles, strategy: types.SimpleNamespace(ready=lambda: Ref(True))),
+        (ray_processes, "placement_group", lambda bundles, **rest: types.SimpleNamespace(ready=lambda: Ref(True))),
         (ray_processes, "PlacementGroupSchedulingStrategy", lambda **options: None),
         (workers, "redirect_output", lambda path: None),
+        (workers, "use_interface", lambda name, address: trace.given["interface"].append(dict(name=name, at=address))),
     ):
         patch.setattr(module, name, value)
     patch.setattr(device, "freeze_garbage_collector", lambda: None)

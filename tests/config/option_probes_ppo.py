@@ -130,7 +130,8 @@ CLUSTER = {
         also={"ray_address": "10.0.0.1:6379"},
     ),
     "network_interface": Probe(
-        **{"value": "nowhere0", "seen": refused("network_interface=nowhere0: ", "it has lo"), "expected": True},
+        **{"value": "eth7", "seen": both(given("interface", "name"), given("interface", "at"))},
+        expected=("eth7", "10.0.0.0"),
         also={"critic_num_nodes": 2, "ray_address": "10.0.0.1:6379"},
     ),
     "actor_num_gpus_per_node": Probe(

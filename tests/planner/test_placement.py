@@ -64,7 +64,7 @@ def test_more_cpu_ranks_than_cores_share_them_and_say_so() -> None:
 def test_cpu_ranks_spread_evenly_over_nodes() -> None:
     placed = plan(actor_num_nodes=2, vllm_num_engines=2, nodes=2)
     assert where(placed, "actor") == [(0, (0, 1), 2), (0, (2, 3), 2), (1, (0, 1), 2), (1, (2, 3), 2)]
-    assert where(placed, "rollout") == [(1, (0, 1, 2, 3), 4), (0, (0, 1, 2, 3), 4)]
+    assert where(placed, "rollout") == [(0, (0, 1, 2, 3), 4), (1, (0, 1, 2, 3), 4)]
 
 
 def test_disjoint_roles_on_cpu_split_the_cores() -> None:
@@ -79,8 +79,8 @@ def test_disjoint_cpu_engines_do_not_span_nodes_even_where_that_costs_cores() ->
     placed = plan(
         actor_world_size=1, vllm_num_engines=4, vllm_tensor_parallel_size=2, nodes=3, colocate_all_models=False
     )
-    assert [w.node for w in placed.of("rollout")] == [2, 1, 0, 2]
-    assert [w.devices for w in placed.of("rollout")] == [(0, 1), (0, 1), (1, 2), (2, 3)]
+    assert [w.node for w in placed.of("rollout")] == [0, 1, 2, 2]
+    assert [w.devices for w in placed.of("rollout")] == [(1, 2), (0, 1), (0, 1), (2, 3)]
 
 
 def test_colocated_gpus() -> None:
@@ -147,7 +147,7 @@ GPU = CPU | {"devices": "gpu"}
             {
                 "actor": [(1, "0"), (1, "1"), (2, "0"), (2, "1")],
                 "critic": [(0, "0"), (0, "1"), (0, "2"), (0, "3")],
-                "rollout": [(0, "4"), (0, "5"), (1, "2"), (0, "6")],
+                "rollout": [(0, "4"), (0, "5"), (0, "6"), (1, "2")],
             },
         ),
         # Taking turns: all start at the first node, and engines stay where models are, if all fit there.
