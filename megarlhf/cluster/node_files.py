@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from megarlhf.config.roles import RoleSpec
 from megarlhf.planner.placement import PlacementPlan
 
 _POLL_SECONDS = 1.0
+_ANSWER_SECONDS = 10.0  # of a follower, before it is asked again later
 Places = Mapping[int, PlacementGroupSchedulingStrategy]  # where tasks of each node of a plan go
 
 
@@ -94,7 +96,7 @@ class NodeLogs:
     """
 
     def __init__(self, directory: Path, places: Places, *, timeout_seconds: float) -> None:
-        self._here, self._timeout_seconds = directory, timeout_seconds
+        self._here = directory
         started = ray.remote(_Follower)
         self._followers: dict[int, Any] = {
             node: started.options(num_cpus=0, scheduling_strategy=place).remote() for node, place in places.items()
@@ -103,6 +105,7 @@ class NodeLogs:
             node: str(ray.get(follower.directory.remote(), timeout=timeout_seconds))
             for node, follower in self._followers.items()
         }
+        self._asked: dict[int, Any] = {}  # calls whose answer is late
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         if self._followers:
@@ -117,10 +120,15 @@ class NodeLogs:
         """Bring what there is."""
         with self._lock:
             for node, follower in list(self._followers.items()):
+                call = self._asked.pop(node, None) or follower.news.remote()
                 try:
-                    news = ray.get(follower.news.remote(), timeout=self._timeout_seconds)
-                except ray.exceptions.RayError:  # the node is lost, which its workers' calls say as well
+                    news = ray.get(call, timeout=_ANSWER_SECONDS)
+                except ray.exceptions.GetTimeoutError:
+                    self._asked[node] = call
+                    continue
+                except ray.exceptions.RayActorError as error:
                     del self._followers[node]
+                    print(f"logs of node {node} are not brought here any more: {error}", file=sys.stderr)
                     continue
                 for name, text in news.items():
                     with (self._here / name).open("ab") as file:
@@ -134,7 +142,7 @@ class NodeLogs:
         self.collect()
         calls: list[Any] = [follower.remove.remote() for follower in self._followers.values()]
         if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=self._timeout_seconds)
+            ray.wait(calls, num_returns=len(calls), timeout=_ANSWER_SECONDS)
 
     def _poll(self) -> None:
         while not self._ended.wait(_POLL_SECONDS):
