@@ -91,7 +91,7 @@ def caught(process: int) -> str:
 
 def ports(job: int, **settings: str) -> subprocess.CompletedProcess[str]:
     """What slurm/job.sh prints for a job: its first port and how many there are."""
-    command = '. slurm/site.env; . slurm/job.sh; set_ports; echo "$PORT $PORTS_PER_JOB"'
+    command = '. slurm/site.env; . slurm/job.sh; set_ports; echo "$port $PORTS_PER_JOB"'
     given = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": str(job)} | settings
     return subprocess.run(["bash", "-c", command], cwd=ROOT, env=given, capture_output=True, text=True, check=False)
 
