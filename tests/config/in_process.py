@@ -175,6 +175,9 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         for part in parts:
             part.copy_(mine)
 
+    def gather(parts: list[Any], mine: Any) -> None:
+        parts[:] = [mine]
+
     from megatron.core.tensor_parallel import random as megatron_random  # after megarlhf.parallel
 
     dist, parallel_state = torch.distributed, engine.parallel_state
@@ -188,6 +191,8 @@ def patch_torch_and_megatron(patch: pytest.MonkeyPatch, trace: Trace) -> None:
         (dist, "reduce", lambda *args: None),
         (dist, "barrier", lambda: None),
         (dist, "all_gather", copy),
+        (dist, "all_gather_object", gather),
+        (dist, "get_world_size", lambda *args: 1),
         (dist, "get_rank", lambda: 0),
         (torch, "set_num_threads", lambda number: None),
         (parallel_state, "get_context_parallel_group", lambda: types.SimpleNamespace(rank=lambda: 0)),
