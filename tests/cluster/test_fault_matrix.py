@@ -233,7 +233,8 @@ def test_a_full_disk_costs_a_checkpoint_and_at_the_end_the_run(flags: Flags, tmp
         Strike(role="actor", rank=1, phase="save", step=2, how="full disk"),
         Strike(role="critic", phase="save", step=6, how="full disk for good"),
     ]
-    layout: Flags = {"--tensor-model-parallel-size": "2", "--critic_tensor_model_parallel_size": "1"}
+    layout: Flags = {"--tensor-model-parallel-size": "2"}  # of which every rank writes its part
+    layout |= {"--critic_tensor_model_parallel_size": "1", "--reward_tensor_model_parallel_size": "1"}
     status, output, _ = struck(strikes, flags | layout | {"--save": str(save)})
     root = re.escape(str(save / "checkpoints"))
     failed = [
