@@ -1,4 +1,4 @@
-"""slurm/ppo_ray.sbatch with a run of small steps: Ray over two nodes, its ports, requeues and ends."""
+"""slurm/ppo_ray.sbatch with a run that only waits: Ray over two nodes, its ports, and what is said of mistakes."""
 
 import re
 from pathlib import Path
@@ -11,10 +11,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 SETTINGS = {"RAY_OBJECT_STORE_BYTES": "100000000", "GRACE_SECONDS": "8", "RAY_NUM_CPUS": "2"}
 
 
-def submit(cluster: Cluster, save: Path, *words: str, options: tuple[str, ...] = ("-N2",), **settings: str) -> str:
+def submit(cluster: Cluster, save: Path, options: tuple[str, ...] = ("-N2",), **settings: str) -> str:
     given = SETTINGS | {"SAVE": str(save)} | settings
     out = f"--output={cluster.directory}/%j.out"
-    return cluster.submit(*options, out, "slurm/ppo_ray.sbatch", "tests/slurm/stepper.sh", *words, **given)
+    return cluster.submit(*options, out, "slurm/ppo_ray.sbatch", "tests/slurm/stepper.sh", **given)
 
 
 def said(cluster: Cluster, job: str) -> str:
@@ -28,10 +28,12 @@ def listening(cluster: Cluster, node: str) -> set[int]:
     return {int(port) for host, port in places if not host.startswith("127.")} - set(range(60001, 61000))
 
 
-def test_usr1_requeues_a_task_of_an_array_which_goes_on(cluster: Cluster) -> None:
-    save = cluster.directory / "requeued"
+def test_a_task_of_an_array_that_does_not_end_in_time(cluster: Cluster) -> None:
+    """Its directory, seed, ports and logs; and its end, since it may not be requeued."""
+    save = cluster.directory / "array"
     before = {node: listening(cluster, node) for node in NODES}
-    array = submit(cluster, save, "--wait", options=("-N2", "--array=3"), SEED="40")
+    settings = {"SEED": "40", "SAVE_SECONDS": "3", "MAX_REQUEUES": "0"}
+    array = submit(cluster, save, options=("-N2", "--array=3"), **settings)
     run = save / "task-3"
     until(lambda: (run / "waiting").exists(), 120, "the second step")
     job = cluster.field(f"{array}_3", "JobId")
@@ -41,38 +43,17 @@ def test_usr1_requeues_a_task_of_an_array_which_goes_on(cluster: Cluster) -> Non
         assert 4 < len(opened) and opened <= set(range(first, first + 300))
     shown = " ".join(line for node in NODES for line in cluster.processes(node))
     assert not re.search(r"\b[0-9a-f]{64}\b", shown), "the token is in no command line"
-    cluster.on("ctl", "scancel", "--signal=USR1", "--batch", job)
-    assert cluster.wait(job, 120) == "COMPLETED"
-    assert cluster.field(job, "Restarts") == "1"
-    assert (run / "steps").read_text() == "2"
-    assert "requeued, 19 more times possible" in said(cluster, job)
     lines = (run / "slurm" / "driver.node1.log").read_text().splitlines()
-    steps = [line for line in lines if line.startswith("step ")]
+    steps = [line for line in lines if line.startswith("step")]
     assert steps == [f"step {step} on node1 node2, seed 43" for step in (1, 2)]
     logs = {"driver.node1.log", "ray-head.node1.log", "ray-worker.node2.log", "ready.node1.log"}
     assert {path.name for path in (run / "slurm").iterdir()} == logs
-    cluster.check_empty()
 
-
-def test_a_step_that_does_not_end_in_time_and_no_requeue_left(cluster: Cluster) -> None:
-    run = cluster.directory / "deaf"
-    job = submit(cluster, run, "--wait", "--deaf", SAVE_SECONDS="3", MAX_REQUEUES="0")
-    until(lambda: (run / "waiting").exists(), 120, "the second step")
     cluster.on("ctl", "scancel", "--signal=USR1", "--batch", job)
     assert cluster.wait(job, 60) == "FAILED"
     assert "SAVE_SECONDS=3 are over: the last checkpoint counts" in said(cluster, job)
     assert f"not requeued again, MAX_REQUEUES=0; sbatch it once more with SAVE={run} to go on" in said(cluster, job)
-    assert (run / "steps").read_text() == "1"
-    cluster.check_empty()
-
-
-def test_scancel_leaves_nothing(cluster: Cluster) -> None:
-    run = cluster.directory / "cancelled"
-    job = submit(cluster, run, "--wait", "--deaf")
-    until(lambda: (run / "waiting").exists(), 120, "the second step")
-    assert all(any("raylet" in line for line in cluster.processes(node)) for node in NODES)
-    cluster.on("ctl", "scancel", job)
-    assert cluster.wait(job, 30) == "CANCELLED"
+    assert "heard" in (run / "slurm" / "driver.node1.log").read_text()
     cluster.check_empty()
 
 
