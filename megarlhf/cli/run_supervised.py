@@ -62,12 +62,12 @@ def run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int
         print(f"{world} local rank(s), {threads} CPU thread(s) each\n{told['decided']}")
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
-        rendezvous = os.environ.get(RENDEZVOUS, "env://")
-        if int(os.environ["WORLD_SIZE"]) > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])):
+        rendezvous, world_size = os.environ.get(RENDEZVOUS, "env://"), os.environ["WORLD_SIZE"]
+        if RENDEZVOUS not in os.environ and os.environ.get("LOCAL_WORLD_SIZE", world_size) != world_size:
             use_interface_towards(os.environ["MASTER_ADDR"])
         minutes = config.layout.distributed_timeout_minutes
         with prepared_once(partial(_prepare, config), timeout_minutes=minutes) as directory:
-            return _run_rank(config, directory, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), rendezvous)
+            return _run_rank(config, directory, int(os.environ["RANK"]), int(world_size), rendezvous)
     with TemporaryDirectory(prefix="megarlhf-") as name:
         directory = Path(name)
         _prepare(config, directory)
