@@ -5,17 +5,19 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.roles import RoleSpec, megatron_roles, roles_of
 from megarlhf.engine.rehearsal import Rehearsal, rehearse_model
+from megarlhf.formats.buckets import Bucket, plan_buckets
 from megarlhf.formats.huggingface import read_config
 from megarlhf.models.build import ModelOptions
 from megarlhf.models.registry import find_architecture
 from megarlhf.parallel.device import num_cores
 from megarlhf.planner.placement import Machine, PlacementPlan, Worker, asked_nodes, plan_placement
+from megarlhf.planner.transport import Transport, plan_transport
 from megarlhf.trainers.assembly import parallel_sizes
 
 FILE = "rehearsal.jsonl"
@@ -27,13 +29,15 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
     plan = plan_placement(config, asked_machine(config))
     check_devices(plan, colocated=config.cluster.colocate_all_models)
     models = {role.name: _rehearsed(config, role) for role in megatron_roles(config)}
+    sync = weight_plan(config, plan, models["actor"])
     lines = [line for role in roles_of(config) for line in summary(plan, role, models.get(role.name), config)]
-    print("\n".join(lines))
+    print("\n".join([*lines, *sync.lines()]))
     if not dry_run:
         file = Path(config.logging.save) / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
+        rehearsed = processes(plan, models, sync, bf16=config.model.bf16)
         with file.open("w") as out:
-            out.writelines(json.dumps(process) + "\n" for process in processes(plan, models, bf16=config.model.bf16))
+            out.writelines(json.dumps(process) + "\n" for process in rehearsed)
         print(f"a line for each process: {file}")
     print(f"{len(plan.workers)} processes rehearsed in {time.monotonic() - started:.1f} s")
     return 0
@@ -69,6 +73,36 @@ def check_devices(plan: PlacementPlan, *, colocated: bool) -> None:
                 raise RuntimeError(f"{names} have device {device} of node {worker.node}")
 
 
+class WeightPlan(NamedTuple):
+    """How new weights get to the engines."""
+
+    transport: Transport
+    senders: list[int]  # ranks of the actor that take part; buckets name them by their places here
+    buckets: list[Bucket]  # empty where engines read in the memory of a host
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield self.transport.line()
+        if self.buckets:
+            largest = max(bucket.num_bytes for bucket in self.buckets) / 2**20
+            number = len({bucket.sender for bucket in self.buckets})
+            yield f"  {len(self.buckets)} buckets of at most {largest:.1f} MiB, from {number} ranks"
+
+
+def weight_plan(config: PPOConfig, plan: PlacementPlan, model: Rehearsal) -> WeightPlan:
+    """As cluster/weight_sync.py makes it.
+
+    Raises:
+        ValueError: there is no way from these ranks to these engines.
+    """
+    transport = plan_transport(config, plan)
+    if transport.name == "shared_memory":
+        return WeightPlan(transport, [], [])
+    senders = [rank for rank, blocks in enumerate(model.sent) if blocks or transport.name == "ipc"]
+    most = config.cluster.update_weight_buffer_mib * 2**20
+    return WeightPlan(transport, senders, plan_buckets([model.sent[rank] for rank in senders], most_bytes=most))
+
+
 def summary(plan: PlacementPlan, role: RoleSpec, model: Rehearsal | None, config: PPOConfig) -> Iterator[str]:
     """What is said of a role."""
     workers = plan.of(role.name)
@@ -81,15 +115,20 @@ def summary(plan: PlacementPlan, role: RoleSpec, model: Rehearsal | None, config
         inside = all(len({workers[rank].node for rank in group}) == 1 for group in groups)
         yield f"  {kind}: {len(groups)} of {len(groups[0])}, {'each inside a node' if inside else 'across nodes'}"
     if role.name == "actor":
-        sent = [sum(_bytes(piece.size, bf16=config.model.bf16) for piece in pieces) for pieces in model.sent]
+        sent = [sum(_bytes(piece.size, bf16=config.model.bf16) for piece in pieces) for pieces in model.exported]
         yield (
             f"  weights: {len(model.shapes)} tensors, {sum(sent) / 1e9:.2f} GB, each number handed out once, by "
             f"{sum(size > 0 for size in sent)} ranks, of which each has at most {max(sent) / 1e6:.1f} MB"
         )
 
 
-def processes(plan: PlacementPlan, models: Mapping[str, Rehearsal], *, bf16: bool) -> Iterator[dict[str, Any]]:
+def processes(
+    plan: PlacementPlan, models: Mapping[str, Rehearsal], sync: WeightPlan, *, bf16: bool
+) -> Iterator[dict[str, Any]]:
     """Each process: where it runs, whom it meets, its groups, and the parts of weights that it hands out."""
+    buckets: dict[int, list[dict[str, int]]] = {rank: [] for rank in sync.senders}
+    for number, bucket in enumerate(sync.buckets):
+        buckets[sync.senders[bucket.sender]].append({"number": number, "bytes": bucket.num_bytes})
     members: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
     for name, model in models.items():
         for kind, groups in model.groups.items():
@@ -108,8 +147,11 @@ def processes(plan: PlacementPlan, models: Mapping[str, Rehearsal], *, bf16: boo
                     "part": [[part.start, part.stop] for part in piece.index],
                     "bytes": _bytes(piece.size, bf16=bf16),
                 }
-                for piece in models[name].sent[rank]
+                for piece in models[name].exported[rank]
             ]
+            process["buckets"] = buckets.get(rank, [])
+        if sync.buckets and (name == "rollout" or (name == "actor" and rank in buckets)):
+            process["weights_meet_at_node"] = plan.of("actor")[sync.senders[0]].node
         yield process
 
 

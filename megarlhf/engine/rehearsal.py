@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from megarlhf.engine.sending import blocks_to_send
 from megarlhf.engine.sharing import pieces_of
 from megarlhf.formats.huggingface import HFConfig
-from megarlhf.formats.shared_memory import Piece
+from megarlhf.formats.shared_memory import Block, Piece
 from megarlhf.models.arch import ArchSpec
 from megarlhf.models.build import Head, ModelOptions, build_model
 from megarlhf.models.weights import ModelWeights
@@ -21,7 +22,8 @@ class Rehearsal:
 
     groups: dict[str, list[tuple[int, ...]]]  # ranks of every group, by Megatron-Core's name of its kind
     ranks: list[Ranks]
-    sent: list[list[Piece]]  # by rank: what it hands out of the weights
+    exported: list[list[Piece]]  # by rank: what it writes of the weights, or shares with engines on its host
+    sent: list[list[Block]]  # by rank: what it sends to engines elsewhere
     shapes: dict[str, tuple[int, ...]]  # of every Hugging Face tensor
 
 
@@ -39,7 +41,7 @@ def rehearse_model(
         check_partition(kind, members, world_size)
     ranks = world_ranks(groups, sizes)
     models: dict[tuple[int, int], ModelWeights] = {}
-    sent = []
+    exported, sent = [], []
     for own in ranks:
         part = own.pp_rank, own.ep_rank
         if part not in models:
@@ -48,10 +50,12 @@ def rehearse_model(
                 models[part] = ModelWeights(chunks, arch, hf, found, head=head)
         weights = models[part]
         weights.ranks = own  # tensor-parallel ranks and replicas have as many numbers, of other places
-        sent.append([piece for local in weights.owned_weights() for piece in pieces_of(weights, local)])
+        exported.append([piece for local in weights.owned_weights() for piece in pieces_of(weights, local)])
+        sent.append([block for _, block in blocks_to_send(weights)])
     shapes = next(iter(models.values())).hf_shapes
-    check_coverage(shapes, sent)
-    return Rehearsal(groups=groups, ranks=ranks, sent=sent, shapes=shapes)
+    check_coverage(shapes, exported)
+    check_coverage(shapes, [[piece for block in blocks for piece in block.pieces] for blocks in sent])
+    return Rehearsal(groups=groups, ranks=ranks, exported=exported, sent=sent, shapes=shapes)
 
 
 def check_partition(kind: str, groups: Sequence[Sequence[int]], world_size: int) -> None:

@@ -10,13 +10,33 @@ from megarlhf.engine.sharing import pieces_of
 from megarlhf.formats.buckets import Bucket
 from megarlhf.formats.shared_memory import Block
 from megarlhf.models.four_bit import dense_like
+from megarlhf.models.weights import LocalWeight, ModelWeights
 from megarlhf.parallel.bucket_stream import BucketStream, buckets_shape
 from megarlhf.parallel.memory_handles import MemoryHandle, handle_of, shareable_bytes
 from megarlhf.parallel.weight_group import HandleGroup, Place, WeightGroup
 
 
+def blocks_to_send(weights: ModelWeights) -> list[tuple[LocalWeight, Block]]:
+    """What a rank sends of the weights, parameter by parameter: nothing, where another one has the same."""
+    places = {name: place for place, name in enumerate(weights.hf_names())}
+    owned = [(local, pieces_of(weights, local)) for local in weights.owned_weights(share=False)]
+    return [
+        (
+            local,
+            Block(
+                length=dense_like(local.param).numel(),
+                dtype=dense_like(local.param).dtype,
+                pieces=tuple(pieces),
+                position=places[pieces[0].name],
+            ),
+        )
+        for local, pieces in owned
+        if pieces  # not padding alone
+    ]
+
+
 class SentWeights:
-    """What this rank sends of the weights: no numbers, where another one has the same.
+    """What this rank sends of the weights.
 
     Attributes:
         blocks: what its buckets are cut from.
@@ -27,20 +47,9 @@ class SentWeights:
         self._buckets: Sequence[Bucket] = []
         self._group: WeightGroup | HandleGroup | None = None
         self._memory: Tensor | None = None
-        weights = engine.weights
-        owned = [(local, pieces_of(weights, local)) for local in weights.owned_weights(share=False)]
-        held = [(local, pieces) for local, pieces in owned if pieces]  # not padding alone
-        places = {name: place for place, name in enumerate(weights.hf_names())}
+        held = blocks_to_send(engine.weights)
         self._local = [local for local, _ in held]
-        self.blocks = [
-            Block(
-                length=dense_like(local.param).numel(),
-                dtype=dense_like(local.param).dtype,
-                pieces=tuple(pieces),
-                position=places[pieces[0].name],
-            )
-            for local, pieces in held
-        ]
+        self.blocks = [block for _, block in held]
         self._read: tuple[int, Tensor] | None = None  # number and numbers of the block that was read last
 
     def join(self, buckets: Sequence[Bucket], place: Place, *, num_senders: int | None = None) -> None:

@@ -45,7 +45,7 @@ def test_llama_70b_on_128_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     sizes = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4, "sequence_parallel": True}
     nodes = {"actor_num_nodes": 128, "actor_num_gpus_per_node": 8}
     engines = {"vllm_num_engines": 128, "vllm_tensor_parallel_size": 8}
-    processes = rehearsed(tmp_path, LLAMA_3_70B, **sizes, **nodes, **engines)
+    processes = rehearsed(tmp_path, LLAMA_3_70B, **sizes, **nodes, **engines, update_weight_buffer_mib=96)
     assert time.process_time() - started < 60
     by_role: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for process in processes:
@@ -73,7 +73,13 @@ def test_llama_70b_on_128_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for number in range(80):
         assert all(tiles(parts[f"model.layers.{number}.{name}.weight"], shape) for name, shape in layer.items())
     assert all(tiles(parts[name], (128256, 8192)) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    buckets = [(bucket, p["rank"]) for p in by_role["actor"] for bucket in p["buckets"]]
+    assert sum(bucket["bytes"] for bucket, _ in buckets) == sent and max(b["bytes"] for b, _ in buckets) <= 96 * 2**20
+    assert sorted(bucket["number"] for bucket, _ in buckets) == list(range(len(buckets)))
+    assert {rank for _, rank in buckets} == {tp + 256 * stage for tp in range(8) for stage in range(4)}
+    assert all(p["weights_meet_at_node"] == 0 for p in (*by_role["actor"], *by_role["rollout"]))
     said = capsys.readouterr().out
+    assert "weights to the engines: ipc (" in said and f"  {len(buckets)} buckets of at most " in said
     assert "TENSOR_MODEL_PARALLEL_GROUP: 128 of 8, each inside a node" in said
     assert "PIPELINE_MODEL_PARALLEL_GROUP: 256 of 4, across nodes" in said
 
@@ -102,6 +108,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     flags += ["--prompt_max_len", 16, "--generate_max_len", 16]
     assert main(["rehearse", *map(str, flags), "--dry-run"]) == 0
     said = capsys.readouterr().out
+    assert "weights to the engines: broadcast (" in said and "buckets of at most " in said and "from 2 ranks\n" in said
     assert "critic: 4 processes on 1 node(s)\n  meet at node 1\n" in said and "\n9 processes rehearsed in " in said
     assert not (tmp_path / "run").exists()
 
