@@ -1,7 +1,7 @@
 """Processes of every role struck in every phase: a run ends as an undisturbed one, or with a checkpoint and a sentence.
 
-Twenty draws of one seed, three to a run; `make test-slow` makes all of them, and CI one run, by the commit's number. Whole
-runs, whose processes take seconds to start each time, so slow.
+Twenty draws of one seed, three to a run; `make test-slow` makes all of them, and CI one run, by the commit's number.
+Whole runs, whose processes take seconds to start each time, so slow.
 """
 
 import json
