@@ -201,7 +201,8 @@ def with_restarts(
     """What an attempt at the run returns; where a role fails, of another one from the last checkpoint.
 
     Args:
-        attempt: is told the configuration, whose logging.load names what to continue from, and the step of that.
+        attempt: is told the configuration, whose logging.load names what to continue from, and the step of that; -1: it
+            begins anew.
         continued: step that the first attempt continues from; None: a fresh run.
     Raises:
         RoleFailedError: of the last attempt that max_restarts allows, or of one that is to stop.
@@ -214,11 +215,11 @@ def with_restarts(
             if should_stop():
                 raise
             said = "\n".join([str(error).splitlines()[0], *getattr(error, "__notes__", [])])
-        continued = continued or 0
+        continued = -1 if continued is None else continued  # not even what was measured before the first step
         if (root / "checkpoints" / run_checkpoints.LATEST).exists():
             continued, _, _ = run_checkpoints.latest(root / "checkpoints")
             config = replace(config, logging=replace(config.logging, load=str(root)))
-        print(f"{said}\nstarting again after step {continued}; max_restarts leaves {left - 1} more", file=sys.stderr)
+        print(f"{said}\nstarting again after step {max(continued, 0)}; max_restarts leaves {left - 1} more", file=sys.stderr)
     return attempt(config, continued)
 
 

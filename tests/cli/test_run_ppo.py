@@ -69,8 +69,8 @@ def failing(save: Path, *, saved: dict[int, int | None], given: list[tuple[str |
 @pytest.mark.parametrize(
     ("most", "expected"),
     [
-        (3, [(None, None), (None, 0), ("save", 4), ("save", 6)]),  # the first left no checkpoint
-        (2, [(None, None), (None, 0), ("save", 4)]),
+        (3, [(None, None), (None, -1), ("save", 4), ("save", 6)]),  # the first left no checkpoint
+        (2, [(None, None), (None, -1), ("save", 4)]),
         (0, [(None, None)]),
     ],
 )

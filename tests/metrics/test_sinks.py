@@ -65,6 +65,10 @@ def test_jsonl_truncates_to_the_resumed_step_and_goes_on(tmp_path: Path) -> None
     resumed.close()
     assert [(row["step"], row["reward/mean"]) for row in read_rows(path)] == [(1, 0.1), (2, 0.2), (3, 9.0)]
     assert list(tmp_path.iterdir()) == [path]
+    anew = JsonlSink(path, resumed_step=-1)
+    anew.log(0, {"reward/mean": 5.0})
+    anew.close()
+    assert [row["step"] for row in read_rows(path)] == [0]
 
 
 def test_jsonl_line_that_a_killed_process_left_half_written_is_dropped(tmp_path: Path) -> None:
