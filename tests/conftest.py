@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import megarlhf.cluster  # noqa: F401  (it has Ray ask for tokens, which Ray reads as soon as some test imports it)
 from tests.distributed.pool import RankPool
 from tests.shares import pytest_addoption, pytest_collection_modifyitems
 

@@ -1,7 +1,6 @@
 """Runs over two nodes that Ray has on this machine: each has an address of its own, and one a directory less."""
 
 import os
-import secrets
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import pytest
 from ray.cluster_utils import Cluster
 
+from megarlhf.cluster import ray_processes
 from tests.cluster.runs import SMALL, metrics, run, write_inputs
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """The second node's processes have mounts of their own, and start in another directory."""
     hidden = tmp_path_factory.mktemp("hidden")
     patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    patch.setenv("RAY_AUTH_TOKEN", ray_processes.TOKEN)  # which this process has read once
     sizes = {"num_cpus": 2, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"node_ip_address": "127.0.0.2", **sizes})
     start = f"{Path(sys.executable).with_name('ray')} start --block --address={cluster.address}"
