@@ -219,7 +219,8 @@ def with_restarts(
         if (root / "checkpoints" / run_checkpoints.LATEST).exists():
             continued, _, _ = run_checkpoints.latest(root / "checkpoints")
             config = replace(config, logging=replace(config.logging, load=str(root)))
-        print(f"{said}\nstarting again after step {max(continued, 0)}; max_restarts leaves {left - 1} more", file=sys.stderr)
+        step = max(continued, 0)
+        print(f"{said}\nstarting again after step {step}; max_restarts leaves {left - 1} more", file=sys.stderr)
     return attempt(config, continued)
 
 

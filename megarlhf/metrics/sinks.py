@@ -239,8 +239,8 @@ class Sinks:
         directory: of the run; holds metrics.jsonl, tensorboard/ and wandb/.
         log_interval: steps between two lines of plain console output; the other sinks take every step.
         project, run_name, entity, group, config: what W&B shows; run_name None is the name of the directory.
-        resumed_step: last step of the checkpoint that the run continues from; rows past it are dropped, for -1 all. None: a
-            fresh run.
+        resumed_step: last step of the checkpoint that the run continues from; rows past it are dropped, for -1 all of
+            them. None: a fresh run.
     Raises:
         ValueError: a fresh run in a directory that holds another's metrics, or W&B online without its key.
     """
@@ -275,8 +275,9 @@ class Sinks:
                     directory, project=project, run_name=name, config=config or {}, entity=entity, group=group
                 )
                 self._sinks.append(opened.enter_context(closing(wandb)))
+            first = max(resumed_step or 0, 0)
             self._console = ConsoleSink(
-                total_steps=total_steps, first_step=max(resumed_step or 0, 0), log_interval=log_interval, console=console
+                total_steps=total_steps, first_step=first, log_interval=log_interval, console=console
             )
             self._sinks.append(opened.enter_context(closing(self._console)))
             self._opened = opened.pop_all()
