@@ -63,8 +63,9 @@ def run(config: SupervisedConfig, arguments: list[str], *, dry_run: bool) -> int
         return 0
     if "WORLD_SIZE" in os.environ:  # a rank: torchrun's, or one of those started below
         rendezvous, world_size = os.environ.get(RENDEZVOUS, "env://"), os.environ["WORLD_SIZE"]
-        if RENDEZVOUS not in os.environ and os.environ.get("LOCAL_WORLD_SIZE", world_size) != world_size:
-            use_interface_towards(os.environ["MASTER_ADDR"])
+        first, on_this_node = os.environ.get("MASTER_ADDR"), os.environ.get("LOCAL_WORLD_SIZE", world_size)
+        if RENDEZVOUS not in os.environ and first is not None and on_this_node != world_size:
+            use_interface_towards(first)
         minutes = config.layout.distributed_timeout_minutes
         with prepared_once(partial(_prepare, config), timeout_minutes=minutes) as directory:
             return _run_rank(config, directory, int(os.environ["RANK"]), int(world_size), rendezvous)
