@@ -97,9 +97,10 @@ class Striker:
             if rank != (0 if is_before else len(group.handles) - 1):
                 return submit()
             del self._left[0]
+            pid = self._find(strike.process)  # it takes longer than a call may
             call = None if is_before else submit()
             time.sleep(strike.after_seconds)
-            self._strike(strike)
+            self._strike(strike, pid)
         return submit() if is_before else call
 
     def _is_moment(self, strike: Strike, role: str, method: str) -> bool:
@@ -110,8 +111,7 @@ class Striker:
         called = strike.role if strike.role in calls else next(iter(calls))
         return step == strike.step and role == called and method in calls[called]
 
-    def _strike(self, strike: Strike) -> None:
-        pid = self._find(strike.process)
+    def _strike(self, strike: Strike, pid: int) -> None:
         if strike.how.startswith("full"):
             _limit_files(pid, SMALL_BYTES)
             self._full = pid if strike.how == "full disk" else 0

@@ -39,6 +39,8 @@ def draws(random: Random, count: int) -> list[Strike]:
         if role == "actor":
             rank = random.randrange(2)
         after = random.choice((0.0, 0.02, 0.1))
+        if (phase, step) == ("eval", STEPS):
+            after = 0.0  # else its answer may have come, and nothing is asked of it any more
         found.append(Strike(role=role, rank=rank, phase=phase, step=step, after_seconds=after))
     return found
 
