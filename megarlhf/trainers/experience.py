@@ -129,7 +129,6 @@ class ForwardPasses:
     """What the estimator needs of the training roles, of the samples that the losses look at.
 
     Attributes:
-        calls: one for each role; they may be made side by side, before the samples have rewards.
         difference, kl, values: as in Experience, once the calls are made.
     """
 
@@ -139,18 +138,22 @@ class ForwardPasses:
         samples = [sample for sample in rollout.samples if in_loss(sample, config)]
         self._rollout, self._config = replace(rollout, samples=samples), config
         self.mini_batches = split_mini_batches(samples, config, step=step)
-        self.calls: list[Callable[[], None]] = [partial(self._run_actor, actor)]
-        self.calls += [] if critic is None else [partial(self._run_critic, critic)]
+        self._actor, self._critic = actor, critic
         self.difference: LogProbDifference | None = None
         self.kl: Floats | None = None
         self.values: Floats | None = None
+
+    def calls(self) -> list[Callable[[], None]]:
+        """One for each role; they may be made side by side, before the samples have rewards."""
+        return [self._run_actor] + ([] if self._critic is None else [partial(self._run_critic, self._critic)])
 
     def are_of(self, samples: Sequence[Sample]) -> bool:
         """Whether these are what the losses look at of samples."""
         kept = [sample for sample in samples if in_loss(sample, self._config)]
         return list(map(_names, kept)) == list(map(_names, self._rollout.samples))
 
-    def _run_actor(self, actor: ActorRole) -> None:
+    def _run_actor(self) -> None:
+        actor = self._actor
         actor.begin(self._rollout, self.mini_batches)
         difference = None if self._config.is_one_pass else actor.log_probs()
         if difference is not None and trainer_leaves_fp8(difference, self._config, actor, "log_prob"):
@@ -172,7 +175,7 @@ def _names(sample: Sample) -> tuple[int, int]:
 def passes_of(rollout: Rollout, roles: Roles, config: PPOConfig, *, step: int) -> ForwardPasses:
     """Forward passes, made."""
     passes = ForwardPasses(rollout, roles.actor, roles.critic, config, step=step)
-    with side_by_side(passes.calls, roles) as wait:
+    with side_by_side(passes.calls(), roles) as wait:
         wait()
     return passes
 

@@ -99,7 +99,7 @@ def _round(
     passes = None
     if roles.side_by_side and not (config.algorithm.dynamic_filtering or config.precision.any_fp8):
         passes = ForwardPasses(generated, roles.actor, roles.critic, config, step=step)
-    with side_by_side(passes.calls if passes is not None and passes.mini_batches else [], roles) as wait:
+    with side_by_side(passes.calls() if passes is not None and passes.mini_batches else [], roles) as wait:
         with roles.phases.reward(is_last=is_last):
             scored = replace(generated, samples=roles.reward.score(generated))
         with roles.phases.experience() if passes is not None else nullcontext():
