@@ -6,9 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Thread
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,17 @@ def children() -> Iterator[LocalProcesses]:
         yield found
 
 
+@dataclass(frozen=True)
+class Spec:
+    """What of a WorkerSpec is read to start a process."""
+
+    name: str
+    log_file: str
+    node: int = 0
+
+
 def spec_of(rank: int, log_file: str = "none") -> Any:
-    return SimpleNamespace(name=f"actor-{rank}", node=0, log_file=log_file)
+    return Spec(f"actor-{rank}", log_file)
 
 
 def begin(processes: Processes, rank: int, environment: Mapping[str, str] | None = None) -> Any:
