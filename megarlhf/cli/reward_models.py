@@ -37,12 +37,12 @@ def opened_models(config: PPOConfig, *, engines: bool = False) -> OpenedModels:
     Raises:
         ConfigError: whatever is wrong with kernels, weights, devices and memory.
     """
-    judges, machine = reward_roles(config), find_machine(config)
-    roles = [*judges, *([ROLES["rollout"]] if engines else [])]
-    layouts = [(role.prefix, role.layout(config)) for role in judges]
+    rewards, machine = reward_roles(config), find_machine(config)
+    roles = [*rewards, *([ROLES["rollout"]] if engines else [])]
+    layouts = [(role.prefix, role.layout(config)) for role in rewards]
     policy = ("pretrain", config.model.pretrain, LayoutArguments(), "lm")
-    starts = [(*role.start(config), role.layout(config), role.head) for role in judges]
-    asked = config.kernels.transformer_impl if judges else "local"
+    starts = [(*role.start(config), role.layout(config), role.head) for role in rewards]
+    asked = config.kernels.transformer_impl if rewards else "local"
 
     def memory() -> tuple[MemoryPlan, bool]:
         impl = resolve_transformer_impl(asked, device=machine.kind)
@@ -54,7 +54,7 @@ def opened_models(config: PPOConfig, *, engines: bool = False) -> OpenedModels:
 
     kernels = partial(resolve_kernels, config, layouts, share_prompt_prefix=False, device=machine.kind)
     places = partial(plan_placement, config, machine, only=roles)
-    (room, shares), plan, *_ = all_or_errors([memory, places, *([kernels] if judges else [])])
+    (room, shares), plan, *_ = all_or_errors([memory, places, *([kernels] if rewards else [])])
     return OpenedModels(replace(config, batch=replace(config.batch, share_prompt_prefix=shares)), plan, room)
 
 

@@ -11,7 +11,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.lora import LoraArguments
 from megarlhf.config.roles import RoleSpec, megatron_roles, roles_of
 from megarlhf.engine.rehearsal import Rehearsal, rehearse_model
-from megarlhf.formats.buckets import Bucket, plan_buckets
+from megarlhf.formats.buckets import Bucket, plan_buckets, senders_of
 from megarlhf.formats.huggingface import read_config
 from megarlhf.models.build import ModelOptions
 from megarlhf.models.registry import find_architecture
@@ -98,7 +98,7 @@ def weight_plan(config: PPOConfig, plan: PlacementPlan, model: Rehearsal) -> Wei
     transport = plan_transport(config, plan)
     if transport.name == "shared_memory":
         return WeightPlan(transport, [], [])
-    senders = [rank for rank, blocks in enumerate(model.sent) if blocks or transport.name == "ipc"]
+    senders = senders_of(model.sent, by_handle=transport.name == "ipc")
     most = config.cluster.update_weight_buffer_mib * 2**20
     return WeightPlan(transport, senders, plan_buckets([model.sent[rank] for rank in senders], most_bytes=most))
 

@@ -26,7 +26,7 @@ from megarlhf.config.roles import PARTS, ROLES, RoleSpec, reward_roles, roles_of
 from megarlhf.parallel.device import visible_devices_environment
 from megarlhf.planner.placement import PlacementPlan, Worker
 from megarlhf.planner.transport import plan_transport
-from megarlhf.rollout.engine import engine_environment
+from megarlhf.rollout.platform import engine_environment
 from megarlhf.trainers.roles import RewardRole, Roles
 
 _WORKERS: dict[str, Any] = {"megatron": MegatronWorker, "vllm": RolloutWorker}
@@ -157,14 +157,19 @@ def reward_models(config: PPOConfig, groups: Mapping[str, WorkerGroup]) -> dict[
     }
 
 
+def _engines(config: PPOConfig, workers: WorkerGroup) -> RolloutGroup:
+    """As they were started, without the rest of a run."""
+    samples, at_once = config.batch.n_samples_per_prompt, config.rollout.max_num_seqs
+    return RolloutGroup(workers, n_samples_per_prompt=samples, at_once=at_once)
+
+
 @contextmanager
 def open_engines(
     config: PPOConfig, plan: PlacementPlan, *, stop_token_ids: tuple[int, ...]
 ) -> Iterator[RolloutGroup]:
     """The inference engines of a plan alone, with the weights of pretrain; ended after the block."""
     with open_groups(config, plan, [ROLES["rollout"]], stop_token_ids=stop_token_ids) as groups:
-        samples, at_once = config.batch.n_samples_per_prompt, config.rollout.max_num_seqs
-        yield RolloutGroup(groups["rollout"], n_samples_per_prompt=samples, at_once=at_once)
+        yield _engines(config, groups["rollout"])
 
 
 @contextmanager
@@ -174,8 +179,7 @@ def open_judged_engines(
     """The inference engines, with the weights of pretrain, and the reward models of a plan; and their phases."""
     judges = reward_roles(config)
     with open_groups(config, plan, [*judges, ROLES["rollout"]], stop_token_ids=stop_token_ids) as groups:
-        samples, at_once = config.batch.n_samples_per_prompt, config.rollout.max_num_seqs
-        engines = RolloutGroup(groups["rollout"], n_samples_per_prompt=samples, at_once=at_once)
+        engines = _engines(config, groups["rollout"])
         asleep = [groups[role.name] for role in judges]
         colocated = config.cluster.colocate_all_models
         phases = ResourceManager(asleep, groups["rollout"], lambda phase: None, colocated=colocated)

@@ -136,7 +136,7 @@ def _start_ray(config: PPOConfig, plan: PlacementPlan) -> None:
 
 
 def _nodes(plan: PlacementPlan) -> dict[int, Mapping[str, Any]]:
-    """Ray's node for each of the plan: the one that was planned with, or where that is lost another that has as much.
+    """Ray's node for each of the plan, in the order in which it was planned; where one is lost others with its GPUs.
 
     Raises:
         RuntimeError: there is none.

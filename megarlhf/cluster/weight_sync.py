@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from megarlhf.cluster.group import WorkerGroup, wait_for_each
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import ROLES
-from megarlhf.formats.buckets import plan_buckets
+from megarlhf.formats.buckets import plan_buckets, senders_of
 from megarlhf.formats.shared_memory import SharedBlock, checksum
 from megarlhf.parallel.weight_group import LostMemberError, Place
 from megarlhf.planner.transport import Transport
@@ -152,7 +152,7 @@ class BucketSync:
     def _join(self, engines: Sequence[int]) -> None:
         if self._buckets is None:
             held = self.actor.call("offer_weights")
-            self._senders = [rank for rank, blocks in enumerate(held) if blocks or self._by_handle]
+            self._senders = senders_of(held, by_handle=self._by_handle)
             buckets = plan_buckets([held[rank] for rank in self._senders], most_bytes=self._bucket_bytes)
             self._num_bytes = sum(block.num_bytes for blocks in held for block in blocks)
             (self._buckets,) = self.actor.put([buckets])

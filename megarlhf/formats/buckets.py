@@ -67,6 +67,11 @@ class Bucket:
         bucket[end:].zero_()
 
 
+def senders_of(held: Sequence[Sequence[Block]], *, by_handle: bool) -> list[int]:
+    """Of all ranks those that take part: who has blocks, or each whose device's readers see its memory."""
+    return [rank for rank, blocks in enumerate(held) if blocks or by_handle]
+
+
 def plan_buckets(held: Sequence[Sequence[Block]], *, most_bytes: int) -> list[Bucket]:
     """Buckets of at most this many bytes, each number once.
 

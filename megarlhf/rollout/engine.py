@@ -1,4 +1,4 @@
-"""Generation with vLLM: one engine, its environment, and the weights that it holds."""
+"""Generation with vLLM: one engine, and the weights that it holds."""
 
 import hashlib
 import os
@@ -19,33 +19,7 @@ from megarlhf.formats.huggingface import read_checkpoint
 from megarlhf.formats.shared_memory import SharedBlock
 from megarlhf.parallel.memory_handles import MemoryHandle
 from megarlhf.parallel.weight_group import LostMemberError, Place
-
-_CPU_BLOCK_TOKENS = 32  # the prefix cache shares whole blocks: vLLM's 128 on a CPU is longer than most prompts
-
-
-def engine_environment(*, threads: int, tensor_parallel_size: int = 1) -> dict[str, str]:
-    """Variables that an engine's process needs from its start on.
-
-    Args:
-        threads: CPU threads of the whole engine, shared out over its tensor-parallel ranks.
-    """
-    if threads < tensor_parallel_size:
-        raise ValueError(
-            f"threads={threads} is less than tensor_parallel_size={tensor_parallel_size} (each rank computes with "
-            "threads of its own): set a tensor_parallel_size of at most the engine's cores"
-        )
-    return {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler runs in our process: a tiny model loads in 2 s, not 20
-        "OMP_NUM_THREADS": str(threads // tensor_parallel_size),  # Ray and vLLM would make it 1
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the trainer, whose phases alternate with ours
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages: an update packs hundreds of MB into new memory
-        "MALLOC_ARENA_MAX": "1",  # in one heap, whichever thread packs
-        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),  # which stays with us for the next update
-        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    }
+from megarlhf.rollout.platform import engine_environment, platform_options
 
 
 def request_seed(run_seed: int, step: int, place: int, sample_id: int) -> int:
@@ -138,18 +112,6 @@ class RolloutEngine:
         self._workers_apart = tensor_parallel_size > 1  # from this process
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir)
         self._texts = partial(response_texts, tokenizer, skip_special_tokens=skip_special_tokens)
-        cpu_only = {
-            "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-            "block_size": _CPU_BLOCK_TOKENS,
-            # vLLM takes a seeded request's generator back a step where its prompt was cut, which a CPU's cannot.
-            "enable_chunked_prefill": False,
-        }
-        given = dict(passed or {})
-        if quantization is not None and current_platform.is_cpu():
-            more = given.get("additional_config") or {}
-            given["additional_config"] = {**more, weight_transfer.ROUNDS: quantization}
-        elif quantization is not None:
-            given["quantization"] = quantization
         self._llm = LLM(
             model=str(model_dir),
             hf_overrides={"tie_word_embeddings": bool(config.tie_word_embeddings)},  # as the weights say
@@ -168,7 +130,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature, top-k and top-p
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WorkerExtension.__name__}",
-            **((cpu_only if current_platform.is_cpu() else {}) | given),
+            **platform_options(passed or {}, quantization, kv_cache_gib),
         )
 
     def generate(

@@ -130,11 +130,7 @@ def train(
         except NonFiniteError:  # on every rank, and the weights are still those of the step before
             save(step - 1)
             raise
-        metrics["data/epoch"] = sampler.epoch(step)
-        phases, said = engine.precision.report()
-        metrics |= {f"precision/{key}": value for key, value in phases.items()}
-        for sentence in said if sinks is not None else ():
-            logger.warning("%s", sentence)
+        metrics |= {"data/epoch": sampler.epoch(step)} | _precision(engine, says=sinks is not None)
         if step == progress.step + 1:
             metrics |= memory(engine, task.name)
         before = best
@@ -160,6 +156,14 @@ def train(
         if last:
             break
     return reached(on_disk)
+
+
+def _precision(engine: MegatronEngine, *, says: bool) -> dict[str, float]:
+    """Metrics of the phases' precision; what changed is said on one rank."""
+    phases, said = engine.precision.report()
+    for sentence in said if says else ():
+        logger.warning("%s", sentence)
+    return {f"precision/{key}": value for key, value in phases.items()}
 
 
 def _sampler(config: SupervisedConfig, data: Units, progress: Progress) -> PromptSampler:

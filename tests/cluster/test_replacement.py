@@ -1,38 +1,18 @@
 """An inference engine that is lost while it generates: another one answers its prompts, with the same weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
-from megarlhf.cluster.local_processes import local_processes
+from megarlhf.cluster.group import WorkerFailedError
 from megarlhf.cluster.processes import Processes
 from megarlhf.cluster.replacement import EngineReplacement
 from megarlhf.cluster.roles import RolloutGroup
 from megarlhf.cluster.weight_sync import SharedMemorySync
-from megarlhf.config.roles import ROLES
 from megarlhf.data.types import Prompt
 from tests.cluster.answering_worker import ActorWorker, AnsweringWorker
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    with local_processes() as found:
-        yield found
-
-
-def group_of(processes: Processes, role: str, worker: Any, directory: Path, count: int) -> WorkerGroup:
-    names = [f"{role}-{rank}" for rank in range(count)]
-    specs = [SimpleNamespace(name=name, log_file=str(directory / f"{name}.log")) for name in names]
-
-    def launch(spec: Any) -> Any:
-        return processes.start(worker, spec, {})
-
-    return WorkerGroup(ROLES[role], processes, list(map(launch, specs)), specs, launch=launch, timeout_seconds=60.0)
+from tests.cluster.child_groups import group_of
 
 
 def rollout_of(processes: Processes, directory: Path, *, most: int, limit: float = 60.0) -> RolloutGroup:

@@ -1,37 +1,18 @@
 """Weights that an actor's processes broadcast to engines' over real connections, and what becomes of lost ones."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
-from megarlhf.cluster.local_processes import local_processes
+from megarlhf.cluster.group import WorkerFailedError
 from megarlhf.cluster.processes import Processes
 from megarlhf.cluster.weight_sync import BucketSync, SharedMemorySync, weight_sync
-from megarlhf.config.roles import ROLES
 from megarlhf.planner.transport import Transport
+from tests.cluster.child_groups import group_of
 from tests.cluster.recorded_groups import RecordedGroup
 from tests.cluster.sending_workers import ROWS, ReceivingWorker, SendingWorker, weights
 from tests.trainers.plain_roles import make_config
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    with local_processes() as found:
-        yield found
-
-
-def group_of(processes: Processes, role: str, worker: Any, directory: Path, count: int) -> WorkerGroup:
-    names = [f"{role}-{rank}" for rank in range(count)]
-    specs = [SimpleNamespace(name=name, log_file=str(directory / f"{name}.log")) for name in names]
-
-    def launch(spec: Any) -> Any:
-        return processes.start(worker, spec, {})
-
-    return WorkerGroup(ROLES[role], processes, list(map(launch, specs)), specs, launch=launch, timeout_seconds=120.0)
 
 
 def sync_of(processes: Processes, directory: Path, *, timeout_seconds: float = 60.0, **options: bool) -> BucketSync:

@@ -5,7 +5,6 @@ An engine for each model, so slow.
 
 import os
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -100,14 +99,6 @@ def tell_handle(sent: SentWeights, place: Place, rank: int, version: int, by_han
     if by_handle:
         store = TCPStore(place.meeting.host, place.meeting.port, is_master=False)
         store.set(f"{version} {rank}", pickle.dumps(sent.open_buckets()))
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
 
 
 def start(model_dir: Path, tensor_parallel_size: int) -> RolloutEngine:

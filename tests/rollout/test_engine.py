@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from megarlhf.data.types import TokenIds
 from megarlhf.rollout import reload, weight_sources
-from megarlhf.rollout.engine import RolloutEngine, engine_environment
+from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.platform import engine_environment
 from tests.rollout.models import (
     Answer,
     SharedModel,

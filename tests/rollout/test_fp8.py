@@ -3,8 +3,6 @@
 Importing vLLM and loading an engine takes about 10 seconds, a second one in the same process 2.
 """
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +19,6 @@ from tests.rollout.test_engine import OPTIONS, worst_difference
 
 PROMPTS = make_prompts([5, 40, 70])
 Quantization = Literal["fp8_per_tensor", "fp8_per_block"]
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    kept = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(kept)
 
 
 def start(model_dir: Path, quantization: Quantization | None) -> RolloutEngine:

@@ -1,7 +1,5 @@
 """Weight updates for other architectures, other dtypes and two ranks; an engine for each, so slow."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,6 @@ from tests.tiny_models import store_head
 
 pytestmark = pytest.mark.slow
 PROMPTS = make_prompts([5, 40, 70])
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
 
 
 def start(model_dir: Path, **options: Any) -> RolloutEngine:
