@@ -99,6 +99,17 @@ def test_experts_are_handed_out_by_their_own_replicas(tmp_path: Path) -> None:
     assert set().union(*senders.values()) == {0, 1, 2, 3}
 
 
+def test_buckets_are_those_of_the_ranks_that_send(tmp_path: Path) -> None:
+    """Two stages of two replicas, engines on GPUs of their own: the first replica sends, ranks 0 and 2."""
+    content = json.loads((make_model(tmp_path / "tiny", family="llama") / "config.json").read_text())
+    options = {"pipeline_model_parallel_size": 2, "actor_num_gpus_per_node": 4, "colocate_all_models": False}
+    processes = rehearsed(tmp_path, content, **options, advantage_estimator="rloo", bf16=False)
+    meeting = [process["rank"] for process in processes if process["role"] == "actor" and process["buckets"]]
+    assert meeting == [0, 2] == [p["rank"] for p in processes if p["role"] == "actor" and "weights_meet_at_node" in p]
+    numbers = [bucket["number"] for process in processes[:4] for bucket in process["buckets"]]
+    assert sorted(numbers) == list(range(len(numbers))) and len(numbers) >= 2
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model(tmp_path / "model", family="llama")
     data = tmp_path / "data.jsonl"
