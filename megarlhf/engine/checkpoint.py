@@ -13,26 +13,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import single_optimizers
 from megarlhf.formats.run_checkpoints import SaveFailedError
 from megarlhf.parallel.device import current_device
+from megarlhf.parallel.megatron_versions import written_by_rank_0
 
 # Megatron-Core would start a manager process per rank, seconds each, for results of background saves. Saves here are
 # synchronous: results come back inside the process.
 assert hasattr(filesystem_async, "_results_queue")
 filesystem_async._results_queue = queue.Queue()
-
-# What Megatron-Core has rank 0 write alone, while the others wait for it in a collective.
-_BY_RANK_0 = (
-    (common.TorchCommonSaveStrategy, "save_common"),
-    (filesystem_async.FileSystemWriterAsync, "finish"),
-    (serialization, "save_config"),
-)
 
 _ADAPTERS = "adapters"  # with LoRA, in the place of the model: what is trained alone
 _HAS_MOMENTS = "optimizer_has_state"
@@ -123,7 +116,7 @@ def _rank_0_goes_on() -> Iterator[None]:
         return tried
 
     with ExitStack() as undoing:
-        for owner, name in _BY_RANK_0:
+        for owner, name in written_by_rank_0():
             undoing.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, going_on(getattr(owner, name)))
         yield

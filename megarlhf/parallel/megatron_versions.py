@@ -51,3 +51,15 @@ def balance_losses() -> dict[str, Any]:
     from megatron.core.transformer.moe import moe_utils
 
     return moe_utils.get_moe_layer_wise_logging_tracker()
+
+
+def written_by_rank_0() -> list[tuple[Any, str]]:
+    """Owners and names of what rank 0 calls alone to write a checkpoint, while the others wait in a collective.
+
+    0.16 writes what is no tensor on its own, 0.19 with the shards.
+    """
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+
+    owners = [(filesystem_async.FileSystemWriterAsync, "finish"), (serialization, "save_config")]
+    return owners if NEWER else [*owners, (common.TorchCommonSaveStrategy, "save_common")]
