@@ -45,7 +45,7 @@ test-megatron-next: setup build/megatron-next
 MEGATRON_NEXT_SAMPLE = untied and (TP2-actor or TP2-SP-critic or PP2-VPP2-actor or PP2-uneven-sft or CP2-p2p-sft \
     or CP2-all-gather-critic or DP2-distopt-overlap-actor or recompute-selective-sft) or experts and (EP2-actor \
     or TP2-SP-EP2-ETP1-sft or PP2-VPP2-critic) or large and (TP2-SP-PP2-VPP2-CP2 or TP2-SP-EP2-ETP2) \
-    or log_probs_and_gradients and packed or round_trip and TP2 or resume or leave_no_threads or sleeps
+    or log_probs_and_gradients and packed or round_trip and TP2 or resume or leave_no_threads or sleeps or cannot_write
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -6,18 +6,18 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megarlhf.engine.checkpoint import load_engine, save_engine
 from megarlhf.formats.run_checkpoints import SaveFailedError
+from megarlhf.parallel.megatron_versions import NEWER, written_by_rank_0
 from megarlhf.trainers.parity_cases import parity_case
 from tests.distributed.cases import make_rows, parts
 from tests.distributed.layouts import LAYOUTS, build, world
 from tests.distributed.pool import RankPool
 from tests.tiny_models import make_model
-
-ALONE = ("common.pt", ".metadata", "metadata.json")  # what rank 0 writes while others wait for it in a collective
 
 
 @contextmanager
@@ -32,20 +32,12 @@ def small_files(most_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def refused(file: str) -> Iterator[None]:
-    """Writing this one of ALONE finds no room."""
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
-
-    owner, name = {
-        "common.pt": (common.TorchCommonSaveStrategy, "save_common"),
-        ".metadata": (filesystem_async.FileSystemWriterAsync, "finish"),
-        "metadata.json": (serialization, "save_config"),
-    }[file]
+def refused(owner: Any, name: str) -> Iterator[None]:
+    """What this call writes finds no room."""
     before = getattr(owner, name)
 
     def refuse(*args: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", file)
+        raise OSError(errno.ENOSPC, "No space left on device", name)
 
     setattr(owner, name, refuse)
     try:
@@ -65,7 +57,7 @@ def faulty_saves(rank: int, world_size: int, init_method: str, model_dir: Path, 
             (1, "large", small_files(20_000)),
             (0, "all", small_files(100)),
             (0, "file/below", small_files(1 << 30)),
-            *((0, file, refused(file)) for file in ALONE),
+            *((0, name, refused(owner, name)) for owner, name in written_by_rank_0()),
         ]
         for faulty, name, fault in faults:
             try:
@@ -92,5 +84,7 @@ def test_all_ranks_hear_of_the_one_that_cannot_write(ranks: RankPool, tmp_path: 
     assert first == second
     # torch.save has words of its own where it cannot write.
     causes = ["rank 1: Worker failure: ", "rank 0: Worker failure: ", "rank 0: .*Not a directory"]
-    for text, cause in zip(first, [*causes, *(f"rank 0: .*No space left.*{file}" for file in ALONE)], strict=True):
+    refusals = [f"rank 0: .*No space left.*{name}" for _, name in written_by_rank_0()]
+    assert len(refusals) == (2 if NEWER else 3)
+    for text, cause in zip(first, [*causes, *refusals], strict=True):
         assert re.match(cause, text), text
