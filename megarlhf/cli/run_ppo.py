@@ -49,7 +49,7 @@ from megarlhf.trainers import rl
 from megarlhf.trainers.best import Best
 from megarlhf.trainers.evaluation import metric_names
 from megarlhf.trainers.pretraining import pretraining_directory
-from megarlhf.trainers.roles import RoleFailedError
+from megarlhf.trainers.roles import NodeLostError, RoleFailedError
 from megarlhf.trainers.state import LoopState
 
 
@@ -206,22 +206,27 @@ def with_restarts(
         continued: step that the first attempt continues from; None: a fresh run.
     Raises:
         RoleFailedError: of the last attempt that max_restarts allows, or of one that is to stop.
+        NodeLostError: there are too few nodes for another attempt.
     """
-    root = Path(config.logging.save)
-    for left in range(max_restarts, 0, -1):
+    root, left = Path(config.logging.save), max_restarts
+    while True:
         try:
             return attempt(config, continued)
+        except NodeLostError as error:
+            if config.logging.load is not None:
+                place = f"load={config.logging.load}, whose last checkpoint is of step {continued}"
+                error.add_note(f"continue with {place}")
+            raise
         except RoleFailedError as error:
-            if should_stop():
+            if should_stop() or not left:
                 raise
             said = "\n".join([str(error).splitlines()[0], *getattr(error, "__notes__", [])])
         continued = -1 if continued is None else continued  # not even what was measured before the first step
         if (root / "checkpoints" / run_checkpoints.LATEST).exists():
             continued, _, _ = run_checkpoints.latest(root / "checkpoints")
             config = replace(config, logging=replace(config.logging, load=str(root)))
-        step = max(continued, 0)
-        print(f"{said}\nstarting again after step {step}; max_restarts leaves {left - 1} more", file=sys.stderr)
-    return attempt(config, continued)
+        step, left = max(continued, 0), left - 1
+        print(f"{said}\nstarting again after step {step}; max_restarts leaves {left} more", file=sys.stderr)
 
 
 def run(config: PPOConfig, *, dry_run: bool) -> int:

@@ -136,7 +136,7 @@ class WorkerGroup:
         try:
             return self._processes.result(ref)
         except ProcessDiedError as error:
-            raise self._failure(f"rank {rank} died during {what}: {error}", rank) from None
+            raise self._failure(f"rank {rank}{self._where(rank)} died during {what}: {error}", rank) from None
         except CallFailedError as error:
             cause = error.cause
             if isinstance(cause, NonFiniteError | SaveFailedError):
@@ -144,6 +144,10 @@ class WorkerGroup:
             raise self._failure(f"rank {rank} failed in {what}: {type(cause).__name__}: {cause}", rank) from error
         except ProcessError as error:
             raise self._failure(f"rank {rank}: {what}: {error}", rank) from error
+
+    def _where(self, rank: int) -> str:
+        address = self._processes.addresses.get(self.specs[rank].node)
+        return f" on node {address}" if address else ""
 
     def _failure(self, said: str, rank: int) -> WorkerFailedError:
         return WorkerFailedError(f"{self.role.name} {said}" + self._last_words(rank), trains=self.role.trains)
@@ -156,6 +160,10 @@ class WorkerGroup:
         with path.open(errors="replace") as file:
             lines = deque(file, maxlen=_LAST_LINES)
         return f"\nlast lines of {path}:\n" + "".join(f"  {line}" for line in lines)
+
+    def can_restart(self, rank: int) -> bool:
+        """Whether its node is there."""
+        return not self._processes.has_lost(self.specs[rank].node)
 
     def restart(self, rank: int) -> None:
         """End a process, and start another in its place."""

@@ -100,6 +100,10 @@ class LocalProcesses:
         self.addresses: dict[int, str] = {}
         self.device_names = {(0, number): name for number, name in enumerate(local_device_names())}
 
+    def has_lost(self, node: int) -> bool:
+        """See Processes."""
+        return False
+
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> LocalProcess:
         """See Processes."""
         self._started.append(LocalProcess(worker, spec, environment))

@@ -49,6 +49,9 @@ class Processes(Protocol):
     def addresses(self) -> Mapping[int, str]:
         """At which nodes reach each other, by the plan's number; empty where there is one."""
 
+    def has_lost(self, node: int) -> bool:
+        """Whether a node of the plan has gone, with its processes and the room for others."""
+
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any:
         """A process that makes worker(spec, store), with these variables from its first instruction on; its handle."""
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import NODE_ID_LABEL_KEY, placement_group
+from ray.util.placement_group import NODE_ID_LABEL_KEY, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megarlhf.cluster.node_files import NodeLogs, Places, nodes_without_run_directory
@@ -18,8 +19,11 @@ from megarlhf.cluster.nodes import devices_of, machine_of, usable_nodes
 from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.planner.placement import PlacementPlan, object_store_bytes
+from megarlhf.trainers.roles import NodeLostError
 
 TOKEN = secrets.token_hex(32)  # of what this process starts; Ray reads it once
+_POLL_SECONDS = 1.0
+Nodes = Mapping[int, Mapping[str, Any]]  # what Ray says of each node of a plan
 
 
 @contextmanager
@@ -28,11 +32,12 @@ def ray_processes(config: PPOConfig, plan: PlacementPlan) -> Iterator[Processes]
 
     Raises:
         RuntimeError: the cluster has no such room.
+        NodeLostError: a node is lost, and no other is like it.
     """
     _start_ray(config, plan)
     try:
-        limit, nodes = config.cluster.start_timeout_seconds, _nodes(plan)
-        bundles = _reserve(plan, nodes, limit)
+        limit = config.cluster.start_timeout_seconds
+        nodes, bundles = _reserve(plan, limit)
         places = {
             node: PlacementGroupSchedulingStrategy(placement_group=bundles, placement_group_bundle_index=number)
             for number, node in enumerate(nodes)
@@ -42,9 +47,8 @@ def ray_processes(config: PPOConfig, plan: PlacementPlan) -> Iterator[Processes]
             blind = nodes_without_run_directory(config, plan, places, timeout_seconds=limit)
         own = Path(config.logging.save).absolute() / "logs"
         logs = NodeLogs(own, {node: places[node] for node in blind}, timeout_seconds=limit)
-        addresses = {node: str(found["NodeManagerAddress"]) for node, found in nodes.items()}
         try:
-            yield RayProcesses(places, _gpus(plan, places, limit), addresses, logs)
+            yield RayProcesses(places, _gpus(plan, places, limit), nodes, logs)
         finally:
             logs.close()
     finally:
@@ -70,11 +74,16 @@ class RayProcesses:
         self,
         places: Places,
         device_names: Mapping[tuple[int, int], str],
-        addresses: Mapping[int, str],
+        nodes: Nodes,
         logs: NodeLogs,
     ) -> None:
         self.store, self._places, self.device_names, self._logs = RayStore(), places, device_names, logs
-        self.addresses = addresses if len(addresses) > 1 else {}
+        self._nodes, several = nodes, len(nodes) > 1
+        self.addresses = {node: str(found["NodeManagerAddress"]) for node, found in nodes.items() if several}
+
+    def has_lost(self, node: int) -> bool:
+        """See Processes."""
+        return self._nodes[node]["NodeID"] not in _alive(ray.nodes())
 
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any:
         """See Processes."""
@@ -135,45 +144,72 @@ def _start_ray(config: PPOConfig, plan: PlacementPlan) -> None:
         ray.init(address=config.cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def _nodes(plan: PlacementPlan) -> dict[int, Mapping[str, Any]]:
-    """Ray's node for each of the plan, in the order in which it was planned; where one is lost others with its GPUs.
+def _alive(found: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {node["NodeID"] for node in found if node["Alive"]}
+
+
+def _nodes(plan: PlacementPlan) -> Nodes:
+    """Ray's node for each of the plan: at the address that it was planned with, or for a lost one another like it.
 
     Raises:
-        RuntimeError: there is none.
+        NodeLostError: there is none.
     """
     found, chosen = usable_nodes(ray.nodes()), dict[int, Mapping[str, Any]]()
-    left = dict(enumerate(found))
-    for node in sorted({worker.node for worker in plan.workers}):
+    left, numbers = list(found), sorted({worker.node for worker in plan.workers})
+    planned = [plan.addresses[node] for node in numbers]
+    for node in numbers:
         gpus = len({gpu for w in plan.workers if w.node == node for gpu in w.devices}) * (plan.device_kind == "gpu")
-        fitting = [number for number in left if left[number]["Resources"].get("GPU", 0) >= gpus]
+        fitting = [other for other in left if other["Resources"].get("GPU", 0) >= gpus]
         if not fitting:
-            raise RuntimeError(f"node {node} of the plan, with {gpus} GPU(s), is lost: Ray has {machine_of(found)}")
-        chosen[node] = left.pop(node if node in fitting else fitting[0])
+            needed = f"with {gpus} GPU(s) or more" if gpus else "to take its place"
+            raise NodeLostError(
+                f"node {plan.addresses[node]} is lost, which is node {node} of the plan, and Ray has no other "
+                f"{needed}: it has {machine_of(found)}"
+            )
+        same = [other for other in fitting if other["NodeManagerAddress"] == plan.addresses[node]]
+        free = [other for other in fitting if other["NodeManagerAddress"] not in planned]
+        chosen[node] = (same or free or fitting)[0]
+        left.remove(chosen[node])
     return chosen
 
 
-def _reserve(plan: PlacementPlan, nodes: Mapping[int, Mapping[str, Any]], timeout_seconds: float) -> Any:
-    """One Ray placement bundle on each node, with its workers' share of CPUs and GPUs."""
-    bundles = []
-    for node, found in nodes.items():
-        here = [worker for worker in plan.workers if worker.node == node]
-        bundle = {"CPU": min(float(len(here)), found["Resources"].get("CPU", 0.0))}  # ranks may share cores
-        gpus = {device for worker in here for device in worker.devices}
-        if plan.device_kind != "cpu":
-            bundle["GPU"] = float(len(gpus))
-        bundles.append({name: number for name, number in bundle.items() if number})
-    group = placement_group(
-        bundles,
-        strategy="STRICT_SPREAD" if len(nodes) > 1 else "STRICT_PACK",
-        bundle_label_selector=[{NODE_ID_LABEL_KEY: found["NodeID"]} for found in nodes.values()],
-    )
-    ready, _ = ray.wait([group.ready()], timeout=timeout_seconds)
-    if not ready:
-        raise RuntimeError(
-            f"Ray did not find room for {bundles} within start_timeout_seconds={timeout_seconds:g}: the cluster has "
-            f"{ray.available_resources()} left of {ray.cluster_resources()}; start more nodes, or ask for fewer ranks"
+def _reserve(plan: PlacementPlan, timeout_seconds: float) -> tuple[Nodes, Any]:
+    """One Ray placement bundle on each node, with its workers' share of CPUs and GPUs.
+
+    Ray needs seconds to know that a node is lost; where it was one of these, others are taken.
+
+    Raises:
+        RuntimeError: Ray does not give it in time.
+        NodeLostError: see _nodes.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        nodes = _nodes(plan)
+        bundles = [_bundle(plan, number, found) for number, found in nodes.items()]
+        group = placement_group(
+            bundles,
+            strategy="STRICT_SPREAD" if len(nodes) > 1 else "STRICT_PACK",
+            bundle_label_selector=[{NODE_ID_LABEL_KEY: found["NodeID"]} for found in nodes.values()],
         )
-    return group
+        ready = [group.ready()]
+        while {found["NodeID"] for found in nodes.values()} <= _alive(ray.nodes()):
+            if ray.wait(ready, timeout=_POLL_SECONDS)[0]:
+                return nodes, group
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"Ray did not find room for {bundles} within start_timeout_seconds={timeout_seconds:g}: the "
+                    f"cluster has {ray.available_resources()} left of {ray.cluster_resources()}; start more nodes, or "
+                    "ask for fewer ranks"
+                )
+        remove_placement_group(group)
+
+
+def _bundle(plan: PlacementPlan, node: int, found: Mapping[str, Any]) -> dict[str, float]:
+    here = [worker for worker in plan.workers if worker.node == node]
+    bundle = {"CPU": min(float(len(here)), found["Resources"].get("CPU", 0.0))}  # ranks may share cores
+    if plan.device_kind != "cpu":
+        bundle["GPU"] = float(len({device for worker in here for device in worker.devices}))
+    return {name: number for name, number in bundle.items() if number}
 
 
 def _gpus(plan: PlacementPlan, on_nodes: Places, timeout_seconds: float) -> dict[tuple[int, int], str]:

@@ -24,9 +24,10 @@ class EngineReplacement:
         """Put another one in the place of an engine that died, raised or hung.
 
         Raises:
-            WorkerFailedError: `lost`, where no replacement is left; or the new one does not come up.
+            WorkerFailedError: `lost`, where no replacement is left or its node has gone; or the new one does not come
+                up.
         """
-        if not self._left:
+        if not self._left or not self._engines.can_restart(engine):
             raise lost
         self._left -= 1
         said = f"another engine is started, which answers its prompts; max_restarts leaves {self._left} more"

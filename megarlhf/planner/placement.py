@@ -41,6 +41,7 @@ class PlacementPlan:
 
     workers: tuple[Worker, ...]
     device_kind: DeviceKind
+    addresses: tuple[str, ...]  # of its nodes in Ray; empty texts where no cluster is joined
     notes: tuple[str, ...]  # what is legal but costs speed: shared cores, idle GPUs
 
     def of(self, role: str) -> tuple[Worker, ...]:
@@ -121,7 +122,8 @@ def plan_placement(
         placed, note = _place(config, group, machine, workers)
         workers += placed
         notes += note
-    return PlacementPlan(workers=tuple(workers), device_kind=machine.kind, notes=tuple(notes))
+    addresses = tuple(node.address for node in machine.nodes)
+    return PlacementPlan(workers=tuple(workers), device_kind=machine.kind, addresses=addresses, notes=tuple(notes))
 
 
 def object_store_bytes(config: PPOConfig) -> int:

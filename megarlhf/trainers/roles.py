@@ -69,6 +69,10 @@ class RoleFailedError(RuntimeError):
         self.trains = trains
 
 
+class NodeLostError(RuntimeError):
+    """A node has gone that the run has processes on, and there is no other for them."""
+
+
 class RolloutRole(Protocol):
     """The inference engines.
 

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megarlhf.cli import run_rehearse
 from megarlhf.cli.main import main
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
-from megarlhf.planner.placement import PlacementPlan, plan_placement
+from megarlhf.planner.placement import plan_placement
 from tests.cli.conftest import LLAMA_3_70B
 from tests.tiny_models import make_model
 
@@ -130,5 +131,5 @@ def test_a_device_that_two_ranks_have_is_told() -> None:
     run_rehearse.check_devices(plan, colocated=True)
     with pytest.raises(RuntimeError, match="actor 0 and critic 0 have device 0 of node 0"):
         run_rehearse.check_devices(plan, colocated=False)
-    twice = PlacementPlan(workers=(*plan.workers, plan.workers[0]), device_kind="gpu", notes=())
+    twice = replace(plan, workers=(*plan.workers, plan.workers[0]), notes=())
     run_rehearse.check_devices(twice, colocated=True)  # the same rank

@@ -11,7 +11,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict, parse
 from megarlhf.formats import run_checkpoints
 from megarlhf.trainers.best import Best
-from megarlhf.trainers.roles import RoleFailedError
+from megarlhf.trainers.roles import NodeLostError, RoleFailedError
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,20 @@ def test_a_run_starts_again_from_its_last_checkpoint_as_often_as_it_may(
     said = capsys.readouterr().err
     assert said.count("starting again") == len(expected) - 1
     assert most == 0 or f"rank 2 died\nstarting again after step 4; max_restarts leaves {most - 2} more" in said
+
+
+def test_too_few_nodes_for_another_attempt(tmp_path: Path) -> None:
+    config, _ = parse(PPOConfig, ["--pretrain", "m", "--prompt_data", "p", "--save", str(tmp_path)], "ppo")
+    fails, lost = failing(tmp_path, saved={1: 2}, given=[]), iter([False, True])
+
+    def attempt(config: PPOConfig, continued: int | None) -> Best:
+        if next(lost):
+            raise NodeLostError("node 10.0.0.5 is lost")
+        return fails(config, continued)
+
+    with pytest.raises(NodeLostError, match="10.0.0.5") as error:
+        run_ppo.with_restarts(config, attempt, continued=None, max_restarts=5, should_stop=lambda: False)
+    assert error.value.__notes__ == [f"continue with load={tmp_path}, whose last checkpoint is of step 2"]
 
 
 def test_a_run_that_is_told_to_stop_does_not_start_again(tmp_path: Path) -> None:

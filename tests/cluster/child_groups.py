@@ -14,7 +14,7 @@ def group_of(
 ) -> WorkerGroup:
     """Ranks 0 .. count - 1 of a role, each a `worker` whose log is in the directory."""
     names = [f"{role}-{rank}" for rank in range(count)]
-    specs = [SimpleNamespace(name=name, log_file=str(directory / f"{name}.log")) for name in names]
+    specs = [SimpleNamespace(name=name, node=0, log_file=str(directory / f"{name}.log")) for name in names]
 
     def launch(spec: Any) -> Any:
         return processes.start(worker, spec, {})

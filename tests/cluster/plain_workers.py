@@ -162,6 +162,9 @@ class _PlainProcesses:
     def __init__(self, group: PlainWorkers, store: PlainStore) -> None:
         self._group, self.store = group, store
 
+    def has_lost(self, node: int) -> bool:
+        return False
+
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any: ...
 
     def kill(self, handle: int) -> None: ...

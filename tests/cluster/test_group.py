@@ -49,6 +49,9 @@ class FakeProcesses:
             raise answer
         return answer
 
+    def has_lost(self, node: int) -> bool:
+        return node == 1
+
     def start(self, worker: Any, spec: Any, environment: Mapping[str, str]) -> Any: ...
 
     def kill(self, handle: int) -> None: ...
@@ -71,7 +74,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeProcesses:
 
 
 def make_group(fake: FakeProcesses, tmp_path: Path, *, role: str = "actor", ranks: int = 3) -> WorkerGroup:
-    specs = [SimpleNamespace(log_file=str(tmp_path / f"{role}-{rank}.log")) for rank in range(ranks)]
+    """Two ranks on a node, in their order."""
+    logs = [str(tmp_path / f"{role}-{rank}.log") for rank in range(ranks)]
+    specs = [SimpleNamespace(node=rank // 2, log_file=log) for rank, log in enumerate(logs)]
     return WorkerGroup(ROLES[role], fake, list(range(ranks)), specs, launch=str, timeout_seconds=60.0)
 
 
@@ -103,6 +108,13 @@ def test_a_call_past_its_limit_names_role_and_ranks(
     assert "line 39" in said and "line 24\n" not in said, "the first one's last words"
     assert fake.now == limit, "the limit is for all ranks together, not for each"
     assert error.value.trains
+
+
+def test_where_a_rank_was_that_died(fake: FakeProcesses, tmp_path: Path) -> None:
+    fake.addresses = {0: "10.0.0.5", 1: "10.0.0.6"}
+    refs = [fake.ref(0, NEVER, "x"), fake.ref(1, NEVER, "x"), fake.ref(2, 1.0, died())]
+    with pytest.raises(WorkerFailedError, match="actor rank 2 on node 10.0.0.6 died during update: "):
+        make_group(fake, tmp_path).wait_for(refs, "update")
 
 
 def test_many_slow_ranks_share_one_limit(fake: FakeProcesses, tmp_path: Path) -> None:

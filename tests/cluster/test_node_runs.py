@@ -1,17 +1,12 @@
 """Runs over two nodes that Ray has on this machine: each has an address of its own, and one a directory less."""
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from ray.cluster_utils import Cluster
 
-from megarlhf.cluster import ray_processes
+from tests.cluster.ray_nodes import head, join
 from tests.cluster.runs import SMALL, metrics, run, write_inputs
 
 pytestmark = pytest.mark.slow
@@ -26,28 +21,15 @@ class Nodes(NamedTuple):
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """The second node's processes have mounts of their own, and start in another directory."""
+    """Ended with the module."""
     hidden = tmp_path_factory.mktemp("hidden")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_TOKEN", ray_processes.TOKEN)  # which this process has read once
-    sizes = {"num_cpus": 2, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"node_ip_address": "127.0.0.2", **sizes})
-    start = f"{Path(sys.executable).with_name('ray')} start --block --address={cluster.address}"
-    start += " --node-ip-address=127.0.0.3 --num-cpus=2 --object-store-memory=83886080"
-    own_mounts = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c"]
-    words = [*own_mounts, f"mount -t tmpfs none {hidden} && exec {start}"]
-    second = subprocess.Popen(words, stdout=subprocess.DEVNULL, cwd="/", env=os.environ | {"PYTHONPATH": os.getcwd()})
-    try:
-        deadline = time.monotonic() + 60
-        while sum(node["Alive"] for node in cluster.global_state.node_table()) < 2:
-            assert second.poll() is None and time.monotonic() < deadline, "the second node does not come up"
-            time.sleep(0.1)
-        yield Nodes(cluster.address, hidden)
-    finally:
-        second.terminate()
-        second.wait(timeout=60)
-        cluster.shutdown()
-        patch.undo()
+    with head("127.0.0.2") as cluster:
+        second = join(cluster, "127.0.0.3", hidden=hidden)
+        try:
+            yield Nodes(cluster.address, hidden)
+        finally:
+            second.kill()
+            second.wait(timeout=60)
 
 
 def flags_of(assets: Path, save: Path, inputs: Path, **more: str) -> dict[str, str | None]:

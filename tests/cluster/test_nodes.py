@@ -19,6 +19,7 @@ from megarlhf.config.command_line import from_dict
 from megarlhf.parallel import device
 from megarlhf.parallel.device import check_device, visible_devices_environment
 from megarlhf.planner.placement import Machine, Node, PlacementPlan, plan_placement
+from megarlhf.trainers.roles import NodeLostError
 
 CONFIG = from_dict(
     PPOConfig,
@@ -65,13 +66,14 @@ def test_a_plan_gets_the_nodes_it_was_made_for_and_others_for_lost_ones(monkeypa
     for found, expected in (
         ([spare, second, first], ["10.0.0.3", "10.0.0.4"]),
         ([spare, first], ["10.0.0.3", "10.0.0.5"]),
-        ([spare, second], ["10.0.0.4", "10.0.0.5"]),
+        ([spare, second], ["10.0.0.5", "10.0.0.4"]),
     ):
         monkeypatch.setattr(ray, "nodes", lambda found=found: found)
         chosen = ray_processes._nodes(plan)
         assert [chosen[number]["NodeManagerAddress"] for number in (0, 1)] == expected
     monkeypatch.setattr(ray, "nodes", lambda: [first])
-    with pytest.raises(RuntimeError, match=r"node 1 of the plan, .* 2 GPU\(s\), is lost: Ray has 1 node\(s\) .*0.3: 4"):
+    said = r"10.0.0.4 is lost, .* node 1 of the plan, .* no other with 2 GPU\(s\) or more: it has 1 node\(s\) .*0.3: 4"
+    with pytest.raises(NodeLostError, match=said):
         ray_processes._nodes(plan)
 
 
@@ -135,7 +137,7 @@ def test_children_get_the_gpus_that_the_run_sees(
 
 def test_workers_get_the_jobs_own_gpus_by_name(given_gpus: list[str]) -> None:
     plan = two_roles()
-    bundles = ray_processes._reserve(plan, ray_processes._nodes(plan), 30.0)
+    _, bundles = ray_processes._reserve(plan, 30.0)
     place = PlacementGroupSchedulingStrategy(placement_group=bundles, placement_group_bundle_index=0)
     gpus = ray_processes._gpus(plan, {0: place}, 30.0)
     assert set(gpus) == {(0, 0), (0, 1)} and len(set(gpus.values())) == 2

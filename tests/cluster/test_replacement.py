@@ -57,3 +57,14 @@ def test_engines_are_replaced_as_often_as_may_be(processes: Processes, tmp_path:
     (tmp_path / "rollout-0.fault").write_text("die")
     with pytest.raises(WorkerFailedError, match="rollout rank 0 died during generate"):
         rollout.generate(PROMPTS, step=2)
+
+
+def test_no_engine_is_started_on_a_node_that_has_gone(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = rollout_of(processes, tmp_path, most=2)
+    monkeypatch.setattr(processes, "has_lost", lambda node: node == 0)
+    (tmp_path / "rollout-0.fault").write_text("die")
+    monkeypatch.setattr(processes, "start", lambda *_: pytest.fail("started"))
+    with pytest.raises(WorkerFailedError, match="rollout rank 0 died during generate"):
+        rollout.generate(PROMPTS, step=1)

@@ -54,7 +54,7 @@ def check_given_back(ranks: RankPool, model_dir: Path, layout: Layout) -> None:
     table = planned(model_dir, layout)
     for part, (counted, freed) in ranks.run(1, give_back, layout, model_dir)[0].items():
         expected = getattr(table, part)
-        assert expected > 15e6 and counted == pytest.approx(expected, rel=1e-3), part
+        assert expected > 40e6 and counted == pytest.approx(expected, rel=1e-3), part
         if device_kind() == "gpu":
             assert freed >= expected, part  # the allocator's blocks are at least as large as what lies in them
         else:
@@ -63,7 +63,7 @@ def check_given_back(ranks: RankPool, model_dir: Path, layout: Layout) -> None:
 
 @on_cpu_and_gpu
 def test_the_device_gets_the_bytes_of_the_table(ranks: RankPool, tmp_path: Path, device: str) -> None:
-    model_dir = make_model(tmp_path / "model", hidden_size=256, intermediate_size=2048, num_hidden_layers=3)
+    model_dir = make_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=3)
     check_given_back(ranks, model_dir, LAYOUTS["fp32"])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
-from megarlhf.planner.placement import Machine, PlacementPlan, plan_placement
+from megarlhf.planner.placement import Machine, plan_placement
 from megarlhf.planner.transport import Transport, plan_transport
 
 APART = {"colocate_all_models": False}
@@ -24,7 +24,7 @@ def decided(devices: Any, *, engine_node: int = 0, **options: Any) -> Transport:
     run = config(actor_num_gpus_per_node=2, **options)
     plan = plan_placement(run, Machine.alike(devices, 1, 4, 4))
     moved = [replace(w, node=engine_node) if w.role.name == "rollout" else w for w in plan.workers]
-    return plan_transport(run, PlacementPlan(workers=tuple(moved), device_kind=plan.device_kind, notes=()))
+    return plan_transport(run, replace(plan, workers=tuple(moved), notes=()))
 
 
 ONE, SEVERAL = "the actor's ranks and the engines are on one node", ".* are on several nodes"
