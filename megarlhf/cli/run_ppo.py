@@ -273,7 +273,13 @@ def run(config: PPOConfig, *, dry_run: bool) -> int:
         with closing(open_sinks(logging, to_dict(config), total_steps=total, resumed_step=continued)) as sinks:
             sinks.phase("start")
             started = launch.start(
-                config, plan, reward=reward, stop_token_ids=stops, identity=inputs.identity, show=sinks.phase
+                config,
+                plan,
+                transport=transport,
+                reward=reward,
+                stop_token_ids=stops,
+                identity=inputs.identity,
+                show=sinks.phase,
             )
             with running(), started as cluster:
                 stop.listen()  # starting Ray takes SIGTERM

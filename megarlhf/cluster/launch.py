@@ -25,7 +25,7 @@ from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.roles import PARTS, ROLES, RoleSpec, reward_roles, roles_of
 from megarlhf.parallel.device import visible_devices_environment
 from megarlhf.planner.placement import PlacementPlan, Worker
-from megarlhf.planner.transport import plan_transport
+from megarlhf.planner.transport import Transport
 from megarlhf.rollout.platform import engine_environment
 from megarlhf.trainers.roles import RewardRole, Roles
 
@@ -77,6 +77,7 @@ def start(
     config: PPOConfig,
     plan: PlacementPlan,
     *,
+    transport: Transport,
     reward: RewardRole,
     stop_token_ids: tuple[int, ...],
     identity: dict[str, Any],
@@ -103,7 +104,7 @@ def start(
             identity=identity,
             with_optimizer=not config.logging.no_load_optim,
         )
-        sync = weight_sync(groups["actor"], groups["rollout"], config, plan_transport(config, plan))
+        sync = weight_sync(groups["actor"], groups["rollout"], config, transport)
         replacement = EngineReplacement(
             groups["rollout"],
             sync.restore,

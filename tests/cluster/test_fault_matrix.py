@@ -1,4 +1,4 @@
-"""Processes of every role struck in every phase: a run ends as an undisturbed one, or with a checkpoint and a sentence.
+"""Faults of every role in every phase: a run ends as an undisturbed one, or with a checkpoint and a sentence.
 
 Twenty draws of one seed, three to a run; `make test-slow` makes all of them, and CI one run, by the commit's number.
 Whole runs, whose processes take seconds to start each time, so slow.
@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megarlhf.formats import run_checkpoints
+from tests.cluster.faulty_run import PHASES, ROLES, Fault
 from tests.cluster.runs import SMALL, Run, metrics, run, write_inputs
-from tests.cluster.struck_run import PHASES, ROLES, Strike
 from tests.cluster.test_reward_runs import reward_model
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ STEPS_OF = {"save": (2, 4, 6), "eval": (3, 6)}  # by --save-interval and --eval-
 Flags = dict[str, str | None]
 
 
-def draws(random: Random, count: int) -> list[Strike]:
+def draws(random: Random, count: int) -> list[Fault]:
     """Of all pairs of a role and a phase as many, none twice, with a step and a moment each."""
     found = []
     for role, phase in random.sample([(role, phase) for role in ROLES for phase in PHASES], count):
@@ -41,18 +41,18 @@ def draws(random: Random, count: int) -> list[Strike]:
         after = random.choice((0.0, 0.02, 0.1))
         if (phase, step) == ("eval", STEPS):
             after = 0.0  # else its answer may have come, and nothing is asked of it any more
-        found.append(Strike(role=role, rank=rank, phase=phase, step=step, after_seconds=after))
+        found.append(Fault(role=role, rank=rank, phase=phase, step=step, after_seconds=after))
     return found
 
 
-def in_order(strikes: Sequence[Strike]) -> list[Strike]:
+def in_order(faults: Sequence[Fault]) -> list[Fault]:
     """As a run comes to them."""
-    return sorted(strikes, key=lambda strike: (strike.step, PHASES.index(strike.phase)))
+    return sorted(faults, key=lambda fault: (fault.step, PHASES.index(fault.phase)))
 
 
-def place(strike: Strike) -> str:
+def place(fault: Fault) -> str:
     """For the test's name."""
-    return f"{strike.process} {strike.phase}"
+    return f"{fault.process} {fault.phase}"
 
 
 # Of a seed that has the calls which each role answers itself: in training, generation, scoring, sync and saving.
@@ -66,24 +66,24 @@ OTHERWISE: dict[int, Flags] = {
 IN_RAY = 1
 HANGS = [
     [
-        Strike(role="reward", phase="reward", step=1, how="SIGSTOP"),
-        Strike(role="actor", rank=1, phase="train", step=4, how="SIGSTOP"),
+        Fault(role="reward", phase="reward", step=1, how="SIGSTOP"),
+        Fault(role="actor", rank=1, phase="train", step=4, how="SIGSTOP"),
     ],
     [
-        Strike(role="function", phase="rollout", step=1, how="SIGSTOP"),
-        Strike(role="rollout", phase="rollout", step=2, how="SIGSTOP"),
-        Strike(role="critic", phase="save", step=4, how="SIGSTOP"),
+        Fault(role="function", phase="rollout", step=1, how="SIGSTOP"),
+        Fault(role="rollout", phase="rollout", step=2, how="SIGSTOP"),
+        Fault(role="critic", phase="save", step=4, how="SIGSTOP"),
     ],
 ]
 
 
-def becomes(strikes: Sequence[Strike], max_restarts: int) -> list[str]:
+def becomes(faults: Sequence[Fault], max_restarts: int) -> list[str]:
     """What each of them leads to; "end": the run ends, and the others do not come about."""
     found, restarts, replacements = list[str](), max_restarts, max_restarts
-    for strike in strikes:
-        if strike.role == "function":
+    for fault in faults:
+        if fault.role == "function":
             found.append("nothing")
-        elif strike.role == "rollout" and strike.phase in ("rollout", "eval") and replacements:
+        elif fault.role == "rollout" and fault.phase in ("rollout", "eval") and replacements:
             replacements -= 1
             found.append("replacement")
         elif restarts:
@@ -117,16 +117,16 @@ def undisturbed(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save
 
 
-def struck(strikes: Sequence[Strike], flags: Flags, *, program: str = "train_ppo") -> tuple[int, str, float]:
-    """A run's exit status, its output, and the seconds from its last strike to its end; no process of it is left."""
-    given = json.dumps([asdict(strike) for strike in strikes])
+def run_with(faults: Sequence[Fault], flags: Flags, *, program: str = "train_ppo") -> tuple[int, str, float]:
+    """A run's exit status, its output, and the seconds from its last fault to its end; no process of it is left."""
+    given = json.dumps([asdict(fault) for fault in faults])
     words = [word for flag, value in flags.items() for word in ([flag] if value is None else [flag, value])]
     before = {process.pid for process in psutil.process_iter()}
-    process = Run([sys.executable, "-m", "tests.cluster.struck_run", given, program, *words])
+    process = Run([sys.executable, "-m", "tests.cluster.faulty_run", given, program, *words])
     process.wait(timeout=600)
     ended, output = time.time(), process.read()
     times = re.findall(r"^\S.* of \S+ in \w+ of step \d, at (\d+\.\d+)$", output, re.MULTILINE)
-    assert len(times) == len(strikes), output
+    assert len(times) == len(faults), output
     others = [other for other in psutil.process_iter() if other.pid not in before]
     assert not (left := [other for other in others if str(flags["--save"]) in _said(other)]), left
     return process.returncode, output, ended - float(times[-1])
@@ -181,17 +181,17 @@ def check_checkpoint(save: Path, undisturbed: Path, directory: Path) -> int:
 def test_losses_cost_a_run_nothing_but_time_or_end_it_with_a_checkpoint(
     number: int, flags: Flags, undisturbed: Path, tmp_path: Path
 ) -> None:
-    strikes, save = RUNS[number], tmp_path / "run"
-    enough = next(most for most in range(9) if "end" not in becomes(strikes, most))
+    faults, save = RUNS[number], tmp_path / "run"
+    enough = next(most for most in range(9) if "end" not in becomes(faults, most))
     most = enough - 1 if number in ENDING else enough + 1
-    fates = becomes(strikes, most)
-    assert len(fates) == len(strikes) and (fates[-1] == "end") == (number in ENDING)
+    fates = becomes(faults, most)
+    assert len(fates) == len(faults) and (fates[-1] == "end") == (number in ENDING)
     own = OTHERWISE.get(number, {}) | {"--max_restarts": str(most), "--save": str(save)}
     program = "train_ppo_ray" if number == IN_RAY else "train_ppo"
-    status, output, seconds = struck(strikes, flags | own, program=program)
-    for strike, fate in zip(strikes, fates, strict=True):
+    status, output, seconds = run_with(faults, flags | own, program=program)
+    for fault, fate in zip(faults, fates, strict=True):
         if fate != "nothing":
-            assert f"{strike.role} rank {strike.rank} died during " in output, output
+            assert f"{fault.role} rank {fault.rank} died during " in output, output
     assert output.count("another engine is started") == fates.count("replacement"), output
     assert output.count("starting again after step") == fates.count("restart"), output
     if number not in ENDING:
@@ -201,28 +201,28 @@ def test_losses_cost_a_run_nothing_but_time_or_end_it_with_a_checkpoint(
     assert status == 1 and seconds < 60, output
     step = check_checkpoint(save, undisturbed, tmp_path)
     sentence = output[output.index("stopped: WorkerFailedError: ") :]
-    assert f"{strikes[-1].role} rank {strikes[-1].rank} died during " in sentence.splitlines()[0]
-    if strikes[-1].role in ("reward", "rollout"):
+    assert f"{faults[-1].role} rank {faults[-1].rank} died during " in sentence.splitlines()[0]
+    if faults[-1].role in ("reward", "rollout"):
         assert step >= max(metrics(save)), "nothing is lost"
     else:
         assert step in (2, 3, 4) and "are lost: the last checkpoint saved before is the last good state" in sentence
 
 
-@pytest.mark.parametrize("strikes", HANGS, ids=lambda strikes: "; ".join(map(place, strikes)))
+@pytest.mark.parametrize("faults", HANGS, ids=lambda faults: "; ".join(map(place, faults)))
 def test_hung_processes_are_noticed_at_the_limit_of_a_phase_and_replaced(
-    strikes: list[Strike], flags: Flags, undisturbed: Path, tmp_path: Path
+    faults: list[Fault], flags: Flags, undisturbed: Path, tmp_path: Path
 ) -> None:
     """In Ray too, where an engine that hangs answers no request to end."""
-    in_ray, save = strikes is HANGS[1], tmp_path / "run"
-    own: Flags = {"--max_restarts": str(len(strikes)), "--save": str(save)}
-    status, output, _ = struck(strikes, flags | own, program="train_ppo_ray" if in_ray else "train_ppo")
+    in_ray, save = faults is HANGS[1], tmp_path / "run"
+    own: Flags = {"--max_restarts": str(len(faults)), "--save": str(save)}
+    status, output, _ = run_with(faults, flags | own, program="train_ppo_ray" if in_ray else "train_ppo")
     assert status == 0, output
-    for strike in strikes:
-        said = rf"{strike.role} ranks \[(0, )?{strike.rank}\] did not finish \w+ within {HANG_SECONDS:g} s"
-        if strike.role == "function":
+    for fault in faults:
+        said = rf"{fault.role} ranks \[(0, )?{fault.rank}\] did not finish \w+ within {HANG_SECONDS:g} s"
+        if fault.role == "function":
             said = "took longer than its limit of 5 seconds"
         assert re.search(said, output), output
-    fates = becomes(strikes, len(strikes))
+    fates = becomes(faults, len(faults))
     assert output.count("another engine is started") == fates.count("replacement"), output
     assert output.count("starting again after step") == fates.count("restart"), output
     check_same(save, undisturbed)
@@ -231,13 +231,13 @@ def test_hung_processes_are_noticed_at_the_limit_of_a_phase_and_replaced(
 def test_a_full_disk_costs_a_checkpoint_and_at_the_end_the_run(flags: Flags, tmp_path: Path) -> None:
     """Whichever rank cannot write, those of its role hear of it, and nobody waits for anybody."""
     save = tmp_path / "run"
-    strikes = [
-        Strike(role="actor", rank=1, phase="save", step=2, how="full disk"),
-        Strike(role="critic", phase="save", step=6, how="full disk for good"),
+    faults = [
+        Fault(role="actor", rank=1, phase="save", step=2, how="full disk"),
+        Fault(role="critic", phase="save", step=6, how="full disk for good"),
     ]
     layout: Flags = {"--tensor-model-parallel-size": "2"}  # of which every rank writes its part
     layout |= {"--critic_tensor_model_parallel_size": "1", "--reward_tensor_model_parallel_size": "1"}
-    status, output, _ = struck(strikes, flags | layout | {"--save": str(save)})
+    status, output, _ = run_with(faults, flags | layout | {"--save": str(save)})
     root = re.escape(str(save / "checkpoints"))
     failed = [
         rf"the checkpoint of step {step} could not be written to {root} \({rank}: .*, \d+ MiB free\): {left}"

@@ -28,32 +28,44 @@ def listening(cluster: Cluster, node: str) -> set[int]:
     return {int(port) for host, port in places if not host.startswith("127.")} - set(range(60001, 61000))
 
 
-def test_a_task_of_an_array_that_does_not_end_in_time(cluster: Cluster) -> None:
-    """Its directory, seed, ports and logs; and its end, since it may not be requeued."""
-    save = cluster.directory / "array"
+def test_two_jobs_on_the_same_nodes_at_once(cluster: Cluster) -> None:
+    """Tasks of an array: each has its directory, seed, ports and logs, and the end of one leaves the other alone."""
+    save, tasks = cluster.directory / "array", (3, 4)
     before = {node: listening(cluster, node) for node in NODES}
     settings = {"SEED": "40", "SAVE_SECONDS": "3", "MAX_REQUEUES": "0"}
-    array = submit(cluster, save, options=("-N2", "--array=3"), **settings)
-    run = save / "task-3"
-    until(lambda: (run / "waiting").exists(), 120, "the second step")
-    job = cluster.field(f"{array}_3", "JobId")
-    first = int(re.findall(r"ports (\d+)-", said(cluster, job))[0])
+    array = submit(cluster, save, options=("-N2", "--array=3-4"), **settings)
+    runs = {task: save / f"task-{task}" for task in tasks}
+    for task in tasks:
+        until(lambda task=task: (runs[task] / "waiting").exists(), 180, "the second step")  # type: ignore[misc]
+    jobs = {task: cluster.field(f"{array}_{task}", "JobId") for task in tasks}
+    firsts = [int(re.findall(r"ports (\d+)-", said(cluster, jobs[task]))[0]) for task in tasks]
+    blocks = [set(range(first, first + 300)) for first in firsts]
+    assert not blocks[0] & blocks[1]
     for node in NODES:
         opened = listening(cluster, node) - before[node]
-        assert 4 < len(opened) and opened <= set(range(first, first + 300))
+        assert opened <= blocks[0] | blocks[1] and all(4 < len(opened & block) for block in blocks)
     shown = " ".join(line for node in NODES for line in cluster.processes(node))
     assert not re.search(r"\b[0-9a-f]{64}\b", shown), "the token is in no command line"
-    lines = (run / "slurm" / "driver.node1.log").read_text().splitlines()
-    steps = [line for line in lines if line.startswith("step")]
-    assert steps == [f"step {step} on node1 node2, seed 43" for step in (1, 2)]
     logs = {"driver.node1.log", "ray-head.node1.log", "ray-worker.node2.log", "ready.node1.log"}
-    assert {path.name for path in (run / "slurm").iterdir()} == logs
+    for task in tasks:
+        lines = (runs[task] / "slurm" / "driver.node1.log").read_text().splitlines()
+        steps = [line for line in lines if line.startswith("step")]
+        assert steps == [f"step {step} on node1 node2, seed {40 + task}" for step in (1, 2)]
+        assert {path.name for path in (runs[task] / "slurm").iterdir()} == logs
 
-    cluster.on("ctl", "scancel", "--signal=USR1", "--batch", job)
-    assert cluster.wait(job, 60) == "FAILED"
-    assert "SAVE_SECONDS=3 are over: the last checkpoint counts" in said(cluster, job)
-    assert f"not requeued again, MAX_REQUEUES=0; sbatch it once more with SAVE={run} to go on" in said(cluster, job)
-    assert "heard" in (run / "slurm" / "driver.node1.log").read_text()
+    cluster.on("ctl", "scancel", "--signal=USR1", "--batch", jobs[3])
+    assert cluster.wait(jobs[3], 60) == "FAILED"
+    ended = said(cluster, jobs[3])
+    assert "SAVE_SECONDS=3 are over: the last checkpoint counts" in ended
+    assert f"not requeued again, MAX_REQUEUES=0; sbatch it once more with SAVE={runs[3]} to go on" in ended
+    assert "heard" in (runs[3] / "slurm" / "driver.node1.log").read_text()
+    assert cluster.state(jobs[4]) == "RUNNING"
+    for node in NODES:
+        until(lambda node=node: listening(cluster, node) - before[node] <= blocks[1], 10, "the end of its ports")  # type: ignore[misc]
+        assert 4 < len(listening(cluster, node) & blocks[1])
+    assert "heard" not in (runs[4] / "slurm" / "driver.node1.log").read_text()
+    cluster.on("ctl", "scancel", jobs[4])
+    assert cluster.wait(jobs[4], 60) == "CANCELLED"
     cluster.check_empty()
 
 

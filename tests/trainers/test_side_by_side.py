@@ -1,6 +1,8 @@
 """Roles on devices of their own: at the same time, with the results of one after the other, and no thread left."""
 
+import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,26 @@ def test_an_interruption_ends_the_processes_that_a_thread_waits_for() -> None:
 
     with pytest.raises(KeyboardInterrupt), side_by_side([computes], plain.roles(critic=True)):
         raise KeyboardInterrupt
+    assert plain.stopped == ["actor", "critic"]
+
+
+def test_an_interruption_while_others_are_waited_for_after_a_failure() -> None:
+    ended, failed, plain = threading.Event(), threading.Event(), PlainRoles()
+    plain.side_by_side, plain.stopped = True, Ending(ended)
+
+    def computes() -> None:
+        assert failed.wait(SECONDS)
+        time.sleep(0.2)  # until the main thread waits
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert ended.wait(SECONDS), "its processes were ended"
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), side_by_side([computes], plain.roles(critic=True)):
+            failed.set()
+            raise RuntimeError("the reward is gone")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert plain.stopped == ["actor", "critic"]
 
 

@@ -1,6 +1,6 @@
-"""A run some of whose processes are struck: `python -m tests.cluster.struck_run STRIKES PROGRAM FLAG ...`.
+"""A run into which faults are injected: `python -m tests.cluster.faulty_run FAULTS PROGRAM FLAG ...`.
 
-STRIKES is a JSON list of Strike's fields, in the order in which they come about. The driver strikes, between its own
+FAULTS is a JSON list of Fault's fields, in the order in which they come about. The driver injects them, between its own
 calls, so that the phase is the one that is meant; what runs is the program as a user starts it.
 """
 
@@ -38,7 +38,7 @@ SMALL_BYTES = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strike:
+class Fault:
     """What happens to which process, and when.
 
     Attributes:
@@ -61,11 +61,11 @@ class Strike:
         return f"{self.how} of {self.process} in {self.phase} of step {self.step}"
 
 
-class Striker:
-    """Waits for the moment of the next strike."""
+class FaultInjector:
+    """Waits for the moment of the next fault."""
 
-    def __init__(self, strikes: list[Strike], logs: str) -> None:
-        self._left, self._logs, self._lock = strikes, logs, threading.Lock()
+    def __init__(self, faults: list[Fault], logs: str) -> None:
+        self._left, self._logs, self._lock = faults, logs, threading.Lock()
         self._phase, self._state, self._full = "", None, 0
 
     def watch(self) -> None:
@@ -90,34 +90,34 @@ class Striker:
 
     def _at_call(self, group: WorkerGroup, rank: int, method: str, submit: Callable[[], Any]) -> Any:
         with self._lock:  # rewards come in threads
-            strike = self._left[0] if self._left else None
-            if strike is None or not self._is_moment(strike, group.role.name, method):
+            fault = self._left[0] if self._left else None
+            if fault is None or not self._is_moment(fault, group.role.name, method):
                 return submit()
-            is_before = strike.how.startswith("full")
+            is_before = fault.how.startswith("full")
             if rank != (0 if is_before else len(group.handles) - 1):
                 return submit()
             del self._left[0]
-            pid = self._find(strike.process)  # it takes longer than a call may
+            pid = self._find(fault.process)  # it takes longer than a call may
             call = None if is_before else submit()
-            time.sleep(strike.after_seconds)
-            self._strike(strike, pid)
+            time.sleep(fault.after_seconds)
+            self._inject(fault, pid)
         return submit() if is_before else call
 
-    def _is_moment(self, strike: Strike, role: str, method: str) -> bool:
-        if self._state is None or self._phase != strike.phase:
+    def _is_moment(self, fault: Fault, role: str, method: str) -> bool:
+        if self._state is None or self._phase != fault.phase:
             return False
-        step = self._state.step + (strike.phase in ("rollout", "reward", "train"))
-        calls = CALLS[strike.phase]
-        called = strike.role if strike.role in calls else next(iter(calls))
-        return step == strike.step and role == called and method in calls[called]
+        step = self._state.step + (fault.phase in ("rollout", "reward", "train"))
+        calls = CALLS[fault.phase]
+        called = fault.role if fault.role in calls else next(iter(calls))
+        return step == fault.step and role == called and method in calls[called]
 
-    def _strike(self, strike: Strike, pid: int) -> None:
-        if strike.how.startswith("full"):
+    def _inject(self, fault: Fault, pid: int) -> None:
+        if fault.how.startswith("full"):
             _limit_files(pid, SMALL_BYTES)
-            self._full = pid if strike.how == "full disk" else 0
+            self._full = pid if fault.how == "full disk" else 0
         else:
-            os.kill(pid, getattr(signal, strike.how))
-        print(f"{strike}, at {time.time():.3f}", file=sys.stderr, flush=True)
+            os.kill(pid, getattr(signal, fault.how))
+        print(f"{fault}, at {time.time():.3f}", file=sys.stderr, flush=True)
 
     def _find(self, name: str) -> int:
         """Of the process, whose output goes to its own log; of reward code the innermost, which runs it."""
@@ -143,9 +143,9 @@ def _limit_files(pid: int, most_bytes: int) -> None:
 
 def main() -> None:
     """Watch, and run the program in this process."""
-    _, strikes, program, *flags = sys.argv
+    _, faults, program, *flags = sys.argv
     save = os.path.abspath(flags[flags.index("--save") + 1])
-    Striker([Strike(**strike) for strike in json.loads(strikes)], os.path.join(save, "logs")).watch()
+    FaultInjector([Fault(**fault) for fault in json.loads(faults)], os.path.join(save, "logs")).watch()
     sys.argv = [program, *flags]
     runpy.run_module(f"megarlhf.cli.{program}", run_name="__main__")
 
