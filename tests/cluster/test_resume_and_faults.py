@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -72,33 +71,6 @@ def test_kill_and_resume_gives_the_same_run(flags: dict[str, str | None], tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("name", "how"), [("actor-1", signal.SIGKILL), ("critic-0", signal.SIGSTOP)])
-def test_a_run_with_restarts_ends_as_an_undisturbed_one(
-    flags: dict[str, str | None], tmp_path: Path, name: str, how: signal.Signals
-) -> None:
-    """Of a training rank that dies, and of one that hangs, which is noticed at the limit of a phase."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags |= {"--save-interval": "2"}
-    run("train_ppo", flags | {"--save": str(whole)})
-    restarts = {"--max_restarts": "1", "--phase_timeout_seconds": "20"}
-    process = start("train_ppo", flags | restarts | {"--save": str(broken)})
-    wait_for_step(process, broken, 2)
-    (worker,) = workers_of(process, name)
-    worker.send_signal(how)
-    process.wait(timeout=300)
-    output = process.read()
-    assert process.returncode == 0, output
-    assert re.search(r"starting again after step (2|4); max_restarts leaves 0 more", output), output
-    role, rank = name.split("-")
-    assert re.search(rf"{role} rank {rank} died|{role} ranks \[.*{rank}.*\] did not finish", output), output
-    expected, found = metrics(whole), metrics(broken)
-    assert list(found) == list(expected)
-    for step in range(1, 7):
-        assert numbers(found[step]) == numbers(expected[step]), f"step {step}"
-    first, second = (load_file(d / "hf" / "model.safetensors") for d in (whole, broken))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_resume_in_another_layout(flags: dict[str, str | None], tmp_path: Path) -> None:
     save = tmp_path / "first"
     run("train_ppo", flags | {"--save": str(save), "--actor_num_gpus_per_node": "1", "--max_ckpt_num": "6"})
@@ -147,20 +119,3 @@ def test_dead_engine_leaves_the_last_finished_step(flags: dict[str, str | None],
     assert saved >= 2 and f"the state after step {saved} is saved" in output
     run("train_ppo_ray", flags | rare | {"--load": str(save), "--train-iters": str(saved + 1)})
     assert max(metrics(save)) == saved + 1
-
-
-@pytest.mark.parametrize(("program", "worker"), [("train_ppo_ray", "MegatronWorker"), ("train_ppo", "actor-")])
-def test_dead_worker_ends_the_run_by_name(
-    flags: dict[str, str | None], tmp_path: Path, program: str, worker: str
-) -> None:
-    save, role = tmp_path / "run", "actor"
-    estimator = {"--advantage_estimator": "rloo"}  # no critic: every MegatronWorker is the actor's
-    process = start(program, flags | estimator | {"--save": str(save), "--train-iters": "500"})
-    wait_for_step(process, save, 1)
-    workers_of(process, worker)[0].kill()
-    process.wait(timeout=120)
-    output = process.read()
-    assert process.returncode == 1, output
-    assert f"{role} rank 0 died" in output or f"{role} rank 1 died" in output, output
-    assert "last lines of" in output
-    assert int((save / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()) >= 1
