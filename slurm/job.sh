@@ -136,17 +136,23 @@ end_steps() {
 finish() {
     local status=$1 starts=${SLURM_RESTART_COUNT:-0}
     end_steps
-    if [ -z "$usr1_at" ] || { [ "$status" -ne 0 ] && [ "$status" -ne 124 ]; }; then
+    if [ "$status" -eq 124 ]; then
+        say "SAVE_SECONDS=$SAVE_SECONDS are over: the last checkpoint counts"
+    elif [ -z "$usr1_at" ] || { [ "$status" -ne 0 ] && [ ! -f "$SAVE/checkpoints/latest_checkpointed_iteration.txt" ]; }; then
         say "the run's status is $status"
         exit "$status"
+    elif [ "$status" -ne 0 ]; then
+        say "the run has failed after USR1, with status $status: the last checkpoint counts"
     fi
-    [ "$status" -eq 0 ] || say "SAVE_SECONDS=$SAVE_SECONDS are over: the last checkpoint counts"
     if [ "$starts" -ge "$MAX_REQUEUES" ]; then
         say "error: not requeued again, MAX_REQUEUES=$MAX_REQUEUES; sbatch it once more with SAVE=$SAVE to go on" >&2
         exit 1
     fi
     say "requeued, $((MAX_REQUEUES - starts - 1)) more times possible"
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 & # Slurm ends this shell
-    wait $!
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 60 & # Slurm ends this shell
+        wait $!
+    fi
+    say "error: Slurm did not requeue it; sbatch it once more with SAVE=$SAVE to go on" >&2
+    exit 1
 }

@@ -124,13 +124,14 @@ def resolve_kernels(
     bf16, impl = config.model.bf16, resolve_transformer_impl(config.kernels.transformer_impl, device=device)
     modules = config.passed.megatron.get("recompute_modules")
     errors = []
+    joins = isinstance(config, PPOConfig) and config.cluster.ray_address is not None  # other nodes may have other GPUs
     if not isinstance(config, ParityConfig):
         errors = precision_device_errors(
             config.precision,
             impl,
             bf16=bf16,
             on_gpu=device == "gpu",
-            capability=device_capability(),
+            capability=None if joins else device_capability(),  # workers then say what theirs cannot
             recompute_modules=modules,
         )
     raise_if(
@@ -233,11 +234,16 @@ def resumed_step(logging: LoggingArguments, identity: dict[str, Any]) -> int | N
     """Step of the checkpoint that --load names; None for a fresh run, 0 where --load_checkpoint may start again.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it is of another model.
+        ValueError: there is no complete checkpoint, or it is of another model, lacks bytes, or its metadata names code,
+            which Megatron-Core would run.
     """
     if logging.load is None:
         return 0 if logging.load_checkpoint else None
+    from megarlhf.formats.torch_dist import METADATA, TorchDistReader  # PyTorch, for those who continue
+
     step, directory, state = run_checkpoints.latest(Path(logging.load) / "checkpoints")
+    for metadata in sorted(directory.glob(f"*/{METADATA}")):
+        TorchDistReader(metadata.parent, f"load={logging.load}")
     saved = state.get("identity", {})
     run_checkpoints.check_identity(saved, identity, directory, with_optimizer=not logging.no_load_optim)
     return step

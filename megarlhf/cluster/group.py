@@ -161,6 +161,11 @@ class WorkerGroup:
             lines = deque(file, maxlen=_LAST_LINES)
         return f"\nlast lines of {path}:\n" + "".join(f"  {line}" for line in lines)
 
+    def has_ended(self, call: Any, *, within_seconds: float) -> bool:
+        """Whether a call has an answer, or fails, in that time."""
+        ended, _ = self._processes.wait([call], all_of_them=True, timeout_seconds=within_seconds)
+        return bool(ended)
+
     def can_restart(self, rank: int) -> bool:
         """Whether its node is there."""
         return not self._processes.has_lost(self.specs[rank].node)

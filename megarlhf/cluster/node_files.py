@@ -126,7 +126,7 @@ class NodeLogs:
                 except ray.exceptions.GetTimeoutError:
                     self._asked[node] = call
                     continue
-                except ray.exceptions.RayActorError as error:
+                except ray.exceptions.RayError as error:
                     del self._followers[node]
                     print(f"logs of node {node} are not brought here any more: {error}", file=sys.stderr)
                     continue

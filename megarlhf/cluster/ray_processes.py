@@ -19,7 +19,7 @@ from megarlhf.cluster.nodes import devices_of, machine_of, usable_nodes
 from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.planner.placement import PlacementPlan, object_store_bytes
-from megarlhf.trainers.roles import NodeLostError
+from megarlhf.trainers.roles import NodeLostError, RoleFailedError
 
 TOKEN = secrets.token_hex(32)  # of what this process starts; Ray reads it once
 _POLL_SECONDS = 1.0
@@ -33,6 +33,7 @@ def ray_processes(config: PPOConfig, plan: PlacementPlan) -> Iterator[Processes]
     Raises:
         RuntimeError: the cluster has no such room.
         NodeLostError: a node is lost, and no other is like it.
+        RoleFailedError: one is lost meanwhile.
     """
     _start_ray(config, plan)
     try:
@@ -42,17 +43,26 @@ def ray_processes(config: PPOConfig, plan: PlacementPlan) -> Iterator[Processes]
             node: PlacementGroupSchedulingStrategy(placement_group=bundles, placement_group_bundle_index=number)
             for number, node in enumerate(nodes)
         }
-        blind = []
-        if config.cluster.ray_address is not None:
-            blind = nodes_without_run_directory(config, plan, places, timeout_seconds=limit)
-        own = Path(config.logging.save).absolute() / "logs"
-        logs = NodeLogs(own, {node: places[node] for node in blind}, timeout_seconds=limit)
         try:
-            yield RayProcesses(places, _gpus(plan, places, limit), nodes, logs)
+            names = _gpus(plan, places, limit)
+            logs = _logs(config, plan, places, limit)
+        except ray.exceptions.RayError as error:
+            said = f"a node was lost, or did not answer, before it had processes: {error}"
+            raise RoleFailedError(said, trains=False) from error
+        try:
+            yield RayProcesses(places, names, nodes, logs)
         finally:
             logs.close()
     finally:
         ray.shutdown()
+
+
+def _logs(config: PPOConfig, plan: PlacementPlan, places: Places, timeout_seconds: float) -> NodeLogs:
+    blind = []
+    if config.cluster.ray_address is not None:
+        blind = nodes_without_run_directory(config, plan, places, timeout_seconds=timeout_seconds)
+    own = Path(config.logging.save).absolute() / "logs"
+    return NodeLogs(own, {node: places[node] for node in blind}, timeout_seconds=timeout_seconds)
 
 
 class RayStore:
@@ -156,8 +166,8 @@ def _nodes(plan: PlacementPlan) -> Nodes:
     """
     found, chosen = usable_nodes(ray.nodes()), dict[int, Mapping[str, Any]]()
     left, numbers = list(found), sorted({worker.node for worker in plan.workers})
-    planned = [plan.addresses[node] for node in numbers]
-    for node in numbers:
+    there = {node["NodeManagerAddress"] for node in found}
+    for node in sorted(numbers, key=lambda number: plan.addresses[number] not in there):  # then those that are lost
         gpus = len({gpu for w in plan.workers if w.node == node for gpu in w.devices}) * (plan.device_kind == "gpu")
         fitting = [other for other in left if other["Resources"].get("GPU", 0) >= gpus]
         if not fitting:
@@ -167,10 +177,9 @@ def _nodes(plan: PlacementPlan) -> Nodes:
                 f"{needed}: it has {machine_of(found)}"
             )
         same = [other for other in fitting if other["NodeManagerAddress"] == plan.addresses[node]]
-        free = [other for other in fitting if other["NodeManagerAddress"] not in planned]
-        chosen[node] = (same or free or fitting)[0]
+        chosen[node] = (same or fitting)[0]
         left.remove(chosen[node])
-    return chosen
+    return dict(sorted(chosen.items()))
 
 
 def _reserve(plan: PlacementPlan, timeout_seconds: float) -> tuple[Nodes, Any]:

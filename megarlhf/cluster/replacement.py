@@ -1,9 +1,12 @@
 """An inference engine that is lost in the middle of a step, and another one in its place."""
 
 import sys
+import time
 from collections.abc import Callable
 
 from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
+
+_POLL_SECONDS = 2.0
 
 
 class EngineReplacement:
@@ -33,6 +36,9 @@ class EngineReplacement:
         said = f"another engine is started, which answers its prompts; max_restarts leaves {self._left} more"
         print(f"{str(lost).splitlines()[0]}\n{said}", file=sys.stderr)
         self._engines.restart(engine)
-        call, limit = self._engines.submit_to(engine, "start"), self._start_timeout_seconds
-        self._engines.wait_for([call], "start", ranks=[engine], timeout_seconds=limit)
+        call, since, limit = self._engines.submit_to(engine, "start"), time.monotonic(), self._start_timeout_seconds
+        while not self._engines.has_ended(call, within_seconds=_POLL_SECONDS) and time.monotonic() - since < limit:
+            if not self._engines.can_restart(engine):  # which is known seconds after its processes died
+                raise lost
+        self._engines.wait_for([call], "start", ranks=[engine], timeout_seconds=limit, since=since)
         self._restore(engine)

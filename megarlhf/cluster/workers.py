@@ -17,7 +17,7 @@ from megarlhf.cluster.processes import Store
 from megarlhf.cluster.weight_workers import ReceivesWeights, SendsWeights
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.check_precision import check_node
-from megarlhf.config.precision import Dtype, EnginePhase
+from megarlhf.config.precision import ENGINE_PHASES, Dtype, EnginePhase
 from megarlhf.config.roles import EnginePart, Part, megatron_roles
 from megarlhf.data.partition import Partition, RankRows, with_ends
 from megarlhf.data.planning import PackingOptions
@@ -80,7 +80,9 @@ def check_own_device(spec: WorkerSpec) -> None:
     """
     from megarlhf.parallel.device import check_device, device_capability, device_kind, num_local_gpus
 
-    check_node(spec.config.precision, on_gpu=spec.device_kind == "gpu", capability=device_capability())
+    phases = ("rollout",) if spec.role.runs == "vllm" else ENGINE_PHASES if spec.role.trains else ()
+    on_gpu = spec.device_kind == "gpu"
+    check_node(spec.config.precision, phases, on_gpu=on_gpu, capability=device_capability())
     check_device(spec.device_kind, len(spec.devices), kind=device_kind(), num_gpus=num_local_gpus())
 
 

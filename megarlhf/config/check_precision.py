@@ -6,7 +6,8 @@ and `check_fp8_block_scaling_support` (9.0); in vLLM 0.32: model_executor/layers
 no weights any more, fp8_per_tensor and fp8_per_block do).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megarlhf.config.arguments import PPOConfig
@@ -149,12 +150,18 @@ def precision_device_errors(
     )
 
 
-def check_node(precision: PrecisionArguments, *, on_gpu: bool, capability: tuple[int, int] | None) -> None:
+def check_node(
+    precision: RLPrecisionArguments, phases: Collection[str], *, on_gpu: bool, capability: tuple[int, int] | None
+) -> None:
     """In a worker's process, whose node the start of the run may not have seen.
 
+    Args:
+        phases: "rollout", "log_prob" and "train": those that it computes.
     Raises:
         RuntimeError: its GPU cannot compute what is asked.
     """
+    others: dict[str, Any] = {f"{phase}_dtype": None for phase in ("rollout", *ENGINE_PHASES) if phase not in phases}
+    precision = replace(precision, **others)
     errors = precision_device_errors(precision, "transformer_engine", bf16=True, on_gpu=on_gpu, capability=capability)
     if errors:
         raise RuntimeError("; ".join(errors))

@@ -138,6 +138,12 @@ class WeightGroup:
             work: dist.Work = self._group.allreduce([tensor], options)
         self.wait(work)
 
+    def meet(self) -> None:
+        """Until all are here; of a group of n in log2(n) rounds, where a sum takes 2n."""
+        with self._telling():
+            work: dist.Work = self._group.barrier(dist.BarrierOptions())
+        self.wait(work)
+
     def taken(self) -> None:
         """See Carrier; what a broadcast brings is each member's own anyway."""
 
@@ -204,7 +210,7 @@ class HandleGroup:
     def _meet(self) -> None:
         """What each has begun on its device is done, and all are here."""
         settle()
-        self._all.add_up(torch.zeros(1, dtype=torch.int64))
+        self._all.meet()
 
 
 def _gloo(store: dist.Store, place: Place, timeout: timedelta) -> Any:

@@ -1,5 +1,6 @@
 """What a run decides where its configuration leaves it open."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from megarlhf.cli import rewards, run_ppo
 from megarlhf.cli.prompt_data import load_data
+from megarlhf.cli.run import resumed_step
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict, parse
 from megarlhf.formats import run_checkpoints
@@ -93,6 +95,26 @@ def test_a_run_starts_again_from_its_last_checkpoint_as_often_as_it_may(
     said = capsys.readouterr().err
     assert said.count("starting again") == len(expected) - 1
     assert most == 0 or f"rank 2 died\nstarting again after step 4; max_restarts leaves {most - 2} more" in said
+
+
+def test_a_checkpoint_that_names_code_is_refused(tmp_path: Path) -> None:
+    """Before a rank has Megatron-Core read it, which unpickles whatever is there."""
+
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "touched",)
+
+    partial = run_checkpoints.begin(tmp_path / "checkpoints", 3)
+    (partial / "actor").mkdir()
+    (partial / "actor" / ".metadata").write_bytes(pickle.dumps(Attack()))
+    run_checkpoints.commit(tmp_path / "checkpoints", 3, {"step": 3, "identity": {"seed": 1}}, keep=5)
+    words = ["--pretrain", "m", "--prompt_data", "p", "--save", "s", "--load", str(tmp_path)]
+    config, _ = parse(PPOConfig, words, "ppo")
+    with pytest.raises(ValueError, match=r"iter_0000003/actor/.metadata cannot be read: it names pathlib"):
+        resumed_step(config.logging, {"seed": 1})
+    assert not (tmp_path / "touched").exists()
+    (tmp_path / "checkpoints" / "iter_0000003" / "actor" / ".metadata").unlink()
+    assert resumed_step(config.logging, {"seed": 1}) == 3
 
 
 def test_too_few_nodes_for_another_attempt(tmp_path: Path) -> None:

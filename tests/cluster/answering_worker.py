@@ -21,7 +21,9 @@ class AnsweringWorker:
         self._blocks: list[str] = []
         self._version = -1
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        while self._fault.with_suffix(".late").exists():
+            time.sleep(0.05)
 
     def connect_weights(self, blocks: list[str]) -> None:
         self._blocks = blocks

@@ -71,10 +71,12 @@ def test_a_plan_gets_the_nodes_it_was_made_for_and_others_for_lost_ones(monkeypa
         monkeypatch.setattr(ray, "nodes", lambda found=found: found)
         chosen = ray_processes._nodes(plan)
         assert [chosen[number]["NodeManagerAddress"] for number in (0, 1)] == expected
-    monkeypatch.setattr(ray, "nodes", lambda: [first])
-    said = r"10.0.0.4 is lost, .* node 1 of the plan, .* no other with 2 GPU\(s\) or more: it has 1 node\(s\) .*0.3: 4"
-    with pytest.raises(NodeLostError, match=said):
-        ray_processes._nodes(plan)
+    cases = ([first], "10.0.0.4 is lost, which is node 1", "0.3: 4"), ([second], "10.0.0.3 is .*node 0", "0.4: 2")
+    for found, lost, left in cases:
+        monkeypatch.setattr(ray, "nodes", lambda found=found: found)
+        said = rf"{lost} of the plan, .* no other with 2 GPU\(s\) or more: it has 1 node\(s\) .*{left}"
+        with pytest.raises(NodeLostError, match=said):
+            ray_processes._nodes(plan)
 
 
 def test_a_worker_that_sees_other_devices_stops(monkeypatch: pytest.MonkeyPatch) -> None:

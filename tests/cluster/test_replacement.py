@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megarlhf.cluster import replacement
 from megarlhf.cluster.group import WorkerFailedError
 from megarlhf.cluster.processes import Processes
 from megarlhf.cluster.replacement import EngineReplacement
@@ -22,8 +23,8 @@ def rollout_of(processes: Processes, directory: Path, *, most: int, limit: float
     sync.push(4)
     sync.push(5)
     engines.timeout_seconds = limit
-    replacement = EngineReplacement(engines, sync.restore, most=most, start_timeout_seconds=60.0)
-    return RolloutGroup(engines, n_samples_per_prompt=2, at_once=2, replace=replacement)
+    replace = EngineReplacement(engines, sync.restore, most=most, start_timeout_seconds=60.0)
+    return RolloutGroup(engines, n_samples_per_prompt=2, at_once=2, replace=replace)
 
 
 PROMPTS = [Prompt(index=n, text="p", token_ids=np.arange(n + 1, dtype=np.int32), label=None) for n in range(5)]
@@ -68,3 +69,16 @@ def test_no_engine_is_started_on_a_node_that_has_gone(
     monkeypatch.setattr(processes, "start", lambda *_: pytest.fail("started"))
     with pytest.raises(WorkerFailedError, match="rollout rank 0 died during generate"):
         rollout.generate(PROMPTS, step=1)
+
+
+def test_a_node_that_is_known_to_have_gone_while_an_engine_starts_there(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout, answers = rollout_of(processes, tmp_path, most=2), iter([False, False])
+    monkeypatch.setattr(replacement, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "has_lost", lambda node: next(answers, True))
+    (tmp_path / "rollout-1.fault").write_text("die")
+    (tmp_path / "rollout-1.late").touch()
+    with pytest.raises(WorkerFailedError, match="rollout rank 1 died during generate"):
+        rollout.generate(PROMPTS, step=1)
+    assert next(answers, "asked") == "asked"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.check_precision import precision_device_errors, precision_errors
+from megarlhf.config.check_precision import check_node, precision_device_errors, precision_errors
 from megarlhf.config.command_line import parse
 from megarlhf.config.precision import PrecisionArguments, RLPrecisionArguments, precision_lines
 
@@ -97,6 +97,26 @@ def test_gpus_without_fp8(precision: PrecisionArguments, changes: dict[str, Any]
     (error,) = on_gpu(precision, **changes)
     assert words in error
     assert on_gpu(precision, **changes | {"on_gpu": False}) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"rollout_dtype": "fp8"}, {("rollout",)}),
+        ({"train_dtype": "fp8"}, {("train", "log_prob")}),
+        ({"log_prob_dtype": "fp8", "rollout_dtype": "fp8"}, {("rollout",), ("train", "log_prob")}),
+    ],
+)
+def test_nodes_without_fp8_have_the_other_phases(options: dict[str, Any], refused: set[tuple[str, ...]]) -> None:
+    """As a reward model, which computes none of them."""
+    precision = RLPrecisionArguments(**options)
+    for phases in (("rollout",), ("train", "log_prob"), ()):
+        check_node(precision, phases, on_gpu=True, capability=(9, 0))
+        if phases in refused:
+            with pytest.raises(RuntimeError, match="fp8 on GPUs of compute capability 8.0"):
+                check_node(precision, phases, on_gpu=True, capability=(8, 0))
+        else:
+            check_node(precision, phases, on_gpu=True, capability=(8, 0))
 
 
 def test_gpus_with_fp8() -> None:
