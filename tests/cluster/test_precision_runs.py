@@ -9,6 +9,7 @@ import pytest
 
 from tests.cluster.runs import SMALL, metrics, run, write_inputs
 
+LEARNING_STEPS = 20
 FP8: dict[str, str | None] = {
     **{"--rollout_dtype": "fp8", "--log_prob_dtype": "fp8", "--train_dtype": "fp8"},
     **{"--fp8-recipe": "delayed", "--fp8-amax-history-len": "4", "--fp8-amax-compute-algo": "max"},
@@ -17,6 +18,26 @@ FP8: dict[str, str | None] = {
     **{"--logprob_diff_budget": "1e-3", "--logprob_kl_budget": "1"},
     **{"--lr_decay_style": "constant", "--advantage_estimator": "rloo", "--save-interval": "1"},
 }
+
+
+@pytest.mark.slow
+def test_a_policy_in_fp8_learns_as_one_in_fp32(assets: Path, tmp_path: Path) -> None:
+    flags: dict[str, str | None] = SMALL | write_inputs(tmp_path) | {"--pretrain": str(assets / "model")}
+    flags |= {"--rollout_batch_size": "32", "--n_samples_per_prompt": "4", "--global-batch-size": "64"}
+    flags |= {"--micro-batch-size": "64", "--actor_learning_rate": "1e-3", "--advantage_estimator": "rloo"}
+    flags |= {"--train-iters": str(LEARNING_STEPS)}
+    fp8: dict[str, str | None] = {"--rollout_dtype": "fp8", "--log_prob_dtype": "fp8", "--train_dtype": "fp8"}
+    learned = {}
+    for name, more in (("fp32", {}), ("fp8", fp8)):
+        run("train_ppo", flags | more | {"--save": str(tmp_path / name)})
+        rewards = [row["reward/mean"] for row in metrics(tmp_path / name).values() if "reward/mean" in row]
+        assert len(rewards) == LEARNING_STEPS
+        learned[name] = sum(rewards[-4:]) / 4
+        assert rewards[0] < 0.2 and learned[name] > 0.35, (name, rewards)
+    assert learned["fp8"] == pytest.approx(learned["fp32"], abs=0.05)
+    last = metrics(tmp_path / "fp8")[LEARNING_STEPS]
+    assert last["precision/train/fp8"] == last["precision/log_prob/fp8"] == 1
+    assert last["rollout/logprob_diff_mean"] > 1e-3, "the engine rounds"
 
 
 @pytest.mark.slow
