@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.runs import SMALL, metrics, run, write_inputs
 
-LEARNING_STEPS = 20
+LEARNING_STEPS = 12
 FP8: dict[str, str | None] = {
     **{"--rollout_dtype": "fp8", "--log_prob_dtype": "fp8", "--train_dtype": "fp8"},
     **{"--fp8-recipe": "delayed", "--fp8-amax-history-len": "4", "--fp8-amax-compute-algo": "max"},
