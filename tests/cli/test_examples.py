@@ -22,6 +22,7 @@ from megarlhf.config.roles import megatron_roles
 from megarlhf.engine.indexed_data import CorpusWriter
 from megarlhf.formats.huggingface import read_config
 from megarlhf.planner.placement import Machine, plan_placement
+from megarlhf.planner.transport import Way, plan_transport
 from tests.cli.conftest import CODE_LLAMA_34B, LLAMA_2_7B, LLAMA_3_8B, LLAMA_3_70B, QWEN3_30B_A3B, large_model
 from tests.tiny_models import make_reward_model
 
@@ -89,20 +90,22 @@ GPU_LAUNCHERS = {  # script -> the model, bytes of a GPU in GiB, rows of data
 }
 
 
-RL_LAUNCHERS = {  # script -> the model, GPUs of a node and their GiB, nodes and GiB of their hosts
-    "ppo_llama3_8b_h100.sh": (LLAMA_3_8B, 8, 79, 1, 1000),
-    "ppo_llama_34b_h100.sh": (CODE_LLAMA_34B, 8, 79, 4, 1500),
-    "ppo_llama3_70b_h100.sh": (LLAMA_3_70B, 8, 79, 8, 1000),
-    "grpo_qwen3_30b_a3b_h100.sh": (QWEN3_30B_A3B, 8, 79, 2, 1500),
-    "ppo_llama3_70b_a100.sh": (LLAMA_3_70B, 8, 79, 2, 1900),
-    "ppo_llama2_7b_24gb.sh": (LLAMA_2_7B, 4, 22, 1, 360),
+# script -> the model, GPUs of a node and their GiB, nodes and GiB of their hosts, how weights reach the engines: those
+# have the actor's GPUs everywhere, and read its ranks' buckets there
+RL_LAUNCHERS: dict[str, tuple[dict[str, Any], int, int, int, int, Way]] = {
+    "ppo_llama3_8b_h100.sh": (LLAMA_3_8B, 8, 79, 1, 1000, "ipc"),  # 8 engines of 1
+    "ppo_llama_34b_h100.sh": (CODE_LLAMA_34B, 8, 79, 4, 1500, "ipc"),  # 16 engines of 2
+    "ppo_llama3_70b_h100.sh": (LLAMA_3_70B, 8, 79, 8, 1000, "ipc"),  # 8 engines of 8
+    "grpo_qwen3_30b_a3b_h100.sh": (QWEN3_30B_A3B, 8, 79, 2, 1500, "ipc"),  # 8 engines of 2
+    "ppo_llama3_70b_a100.sh": (LLAMA_3_70B, 8, 79, 2, 1900, "ipc"),  # 2 engines of 8
+    "ppo_llama2_7b_24gb.sh": (LLAMA_2_7B, 4, 22, 1, 360, "ipc"),  # 2 engines of 2
 }
 
 
 @pytest.mark.parametrize("script", RL_LAUNCHERS)
 def test_launchers_of_rl_fit_their_nodes(script: str, tmp_path: Path) -> None:
-    """In this process, from a config.json alone: checks, placement and bytes, with what a shell makes of the flags."""
-    content, gpus, gib, nodes, host_gib = RL_LAUNCHERS[script]
+    """In this process, from a config.json alone, with what a shell makes of the flags: placement, transport, bytes."""
+    content, gpus, gib, nodes, host_gib, way = RL_LAUNCHERS[script]
     model = tmp_path / "a model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": False}))
@@ -120,6 +123,8 @@ def test_launchers_of_rl_fit_their_nodes(script: str, tmp_path: Path) -> None:
     plan = plan_placement(config, Machine.alike(kind="gpu", nodes=nodes, gpus_per_node=gpus, cores_per_node=96))
     assert {worker.node for worker in plan.of("rollout")} == {worker.node for worker in plan.of("actor")}
     assert plan.notes == (), "all GPUs are in use"
+    transport = plan_transport(config, plan)
+    assert (transport.name, transport.one_host) == (way, nodes == 1)
     models = [read_config(model)] * len(megatron_roles(config))
     memory = plan_memory(config, models)
     assert memory.misfits == [], memory.text()
