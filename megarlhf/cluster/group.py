@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
+from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes, ValueLostError
 from megarlhf.cluster.rank_seconds import PHASES, RankSeconds
 from megarlhf.cluster.workers import WorkerSpec
 from megarlhf.config.roles import RoleSpec
@@ -142,6 +142,8 @@ class WorkerGroup:
             if isinstance(cause, NonFiniteError | SaveFailedError):
                 raise type(cause)(f"{self.role.name}: {cause}") from error
             raise self._failure(f"rank {rank} failed in {what}: {type(cause).__name__}: {cause}", rank) from error
+        except ValueLostError as error:
+            raise WorkerFailedError(f"{self.role.name} rank {rank} failed in {what}: {error}", trains=False) from error
         except ProcessError as error:
             raise self._failure(f"rank {rank}: {what}: {error}", rank) from error
 

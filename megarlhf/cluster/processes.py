@@ -12,6 +12,10 @@ class ProcessDiedError(ProcessError):
     """The process has ended."""
 
 
+class ValueLostError(ProcessError):
+    """The call asked for values that are lost with the process that stored them; its own process is well."""
+
+
 class CallFailedError(ProcessError):
     """The call raised."""
 
@@ -24,7 +28,7 @@ class Store(Protocol):
     """Values in memory that all processes of a host read: arrays are not copied, and may not be written to.
 
     A reference goes to another process inside of arguments, results or stored values. A value is there for as long as
-    somebody has a reference to it, or an array of it.
+    somebody has a reference to it, or an array of it; in Ray's store also no longer than the process that stored it.
     """
 
     def put(self, values: Sequence[Any]) -> list[Any]:

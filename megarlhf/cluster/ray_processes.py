@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megarlhf.cluster.node_files import NodeLogs, Places, nodes_without_run_directory
 from megarlhf.cluster.nodes import devices_of, machine_of, usable_nodes
-from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
+from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes, ValueLostError
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.planner.placement import PlacementPlan, object_store_bytes
 from megarlhf.trainers.roles import NodeLostError, RoleFailedError
@@ -124,6 +124,8 @@ class RayProcesses:
         except ray.exceptions.RayActorError as error:
             raise ProcessDiedError(str(error)) from None
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ray.exceptions.ObjectLostError):
+                raise ValueLostError("values are lost with the process that stored them") from error
             raise CallFailedError(error.cause if isinstance(error.cause, Exception) else error) from error
         except ray.exceptions.RayError as error:
             raise ProcessError(str(error)) from error

@@ -108,8 +108,9 @@ class RolloutGroup:
 
     Args:
         at_once: samples that an engine works on at once; smaller pieces would leave it idle.
-        replace: puts another engine in the place of one that is lost, which then is asked again: the same seeds give
-            the same samples. None: the loss of an engine is raised.
+        replace: puts another engine in the place of one that is lost. What that one had been asked for is asked again,
+            its earlier pieces too, as their tokens may have gone with it: the same seeds give the same samples. None:
+            the loss of an engine is raised.
     """
 
     def __init__(
@@ -181,30 +182,29 @@ class RolloutGroup:
     def _answers(self, asked: Sequence[tuple[Any, ...]], *, timed: bool) -> list[Any]:
         """What engines generate for each piece: one that is done, or has taken the place of another, is asked next."""
         answers, left = list[Any]([None] * len(asked)), deque(range(len(asked)))
+        free, by = deque(range(len(self.workers.handles))), dict[int, int]()  # engines; who answered a piece
         waiting: dict[Any, tuple[int, int, float]] = {}  # engine, piece and time by call
-
-        def ask(engine: int, piece: int) -> None:
-            call = self.workers.submit_to(engine, "generate", *asked[piece])
-            waiting[call] = engine, piece, time.monotonic()
-
-        for engine in range(min(len(self.workers.handles), len(asked))):
-            ask(engine, left.popleft())
-        while waiting:
+        while left or waiting:
+            while left and free:
+                engine, piece = free.popleft(), left.popleft()
+                call = self.workers.submit_to(engine, "generate", *asked[piece])
+                waiting[call] = engine, piece, time.monotonic()
             call = self.workers.first_of({call: since for call, (*_, since) in waiting.items()})
             engine, piece, since = waiting.pop(call)
+            free.append(engine)
             try:
                 (answers[piece],) = self.workers.wait_for([call], "generate", ranks=[engine], since=since)
             except WorkerFailedError as error:
                 if self._replace is None:
                     raise
                 self._replace(engine, error)
-                ask(engine, piece)
+                left = deque(sorted([*left, piece, *(other for other, who in by.items() if who == engine)]))
+                by = {other: who for other, who in by.items() if who != engine}
                 continue
+            by[piece] = engine
             if timed:
                 tokens = sum(int(group.lengths.sum()) for group, _ in answers[piece])
                 self.workers.seconds.note("rollout", engine, time.monotonic() - since, tokens=tokens)
-            if left:
-                ask(engine, left.popleft())
         return answers
 
 

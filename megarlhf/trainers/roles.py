@@ -61,7 +61,7 @@ class RoleFailedError(RuntimeError):
     """A role's process died, raised, or did not answer in time.
 
     Attributes:
-        trains: whether the role holds weights that are trained; they are lost.
+        trains: whether weights that are trained are lost with it.
     """
 
     def __init__(self, message: str, *, trains: bool) -> None:

@@ -14,11 +14,14 @@ from megarlhf.data.types import GeneratedGroup
 
 
 class AnsweringWorker:
-    """Dies, raises or hangs in `generate` where a file beside its log says so; the file is gone then."""
+    """Does in each `generate` what the next word of a file beside its log says, and answers where there is none.
+
+    "hold": answer when the file is gone. The others: "answer", "die", "raise", "hang".
+    """
 
     def __init__(self, spec: SimpleNamespace, store: Store) -> None:
         self._fault = Path(spec.log_file).with_suffix(".fault")
-        self._blocks: list[str] = []
+        self._store, self._blocks = store, list[str]()
         self._version = -1
 
     def start(self) -> None:
@@ -36,14 +39,7 @@ class AnsweringWorker:
     def generate(
         self, prompts: Sequence[Any], places: Sequence[int], n_samples: int, step: int, temperature: float | None
     ) -> list[tuple[GeneratedGroup, str]]:
-        if self._fault.exists():
-            fault = self._fault.read_text()
-            self._fault.unlink()
-            if fault == "hang":
-                time.sleep(600)
-            if fault == "raise":
-                raise ValueError("no such prompt")
-            os._exit(3)
+        self._meet_fault()
         return [
             (
                 GeneratedGroup(
@@ -58,6 +54,43 @@ class AnsweringWorker:
             )
             for prompt, place in zip(prompts, places, strict=True)
         ]
+
+    def _meet_fault(self) -> None:
+        word, *others = self._fault.read_text().split() if self._fault.exists() else ["answer"]
+        while word == "hold" and self._fault.exists():
+            time.sleep(0.01)
+        self._fault.unlink(missing_ok=True)
+        if others:
+            self._fault.write_text(" ".join(others))
+        if word == "hang":
+            time.sleep(600)
+        if word == "raise":
+            raise ValueError("no such prompt")
+        if word == "die":
+            os._exit(3)
+
+
+class StoringWorker(AnsweringWorker):
+    """Its tokens lie in the store: (place, process) as an array. Each answer is a line of a file beside its log."""
+
+    def generate(
+        self, prompts: Sequence[Any], places: Sequence[int], n_samples: int, step: int, temperature: float | None
+    ) -> list[tuple[GeneratedGroup, Any]]:
+        answers = super().generate(prompts, places, n_samples, step, temperature)
+        with self._fault.with_suffix(".answers").open("a") as file:
+            print(os.getpid(), *places, file=file)
+        stored = self._store.put([np.array([place, os.getpid()]) for place in places])
+        return [(group, tokens) for (group, _), tokens in zip(answers, stored, strict=True)]
+
+
+class ReadingWorker:
+    """Reads what others have stored."""
+
+    def __init__(self, spec: SimpleNamespace, store: Store) -> None:
+        self._store = store
+
+    def begin(self, references: list[Any]) -> list[list[int]]:
+        return [value.tolist() for value in self._store.get(references)]
 
 
 class ActorWorker:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megarlhf.cluster import group as group_module
-from megarlhf.cluster.group import WorkerFailedError, WorkerGroup
-from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError
+from megarlhf.cluster.group import WorkerFailedError, WorkerGroup, wait_for_each
+from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, ValueLostError
 from megarlhf.config.roles import ROLES
 from megarlhf.engine.objective import NonFiniteError
 from megarlhf.formats.run_checkpoints import SaveFailedError
@@ -158,6 +158,22 @@ def test_other_errors_name_the_rank(fake: FakeProcesses, tmp_path: Path) -> None
     refs = [fake.ref(0, NEVER, "x"), fake.ref(1, 1.0, ProcessError("object lost"))]
     with pytest.raises(WorkerFailedError, match="actor rank 1: save: object lost"):
         make_group(fake, tmp_path, ranks=2).wait_for(refs, "save")
+
+
+def test_a_rank_whose_values_are_lost_holds_its_weights(fake: FakeProcesses, tmp_path: Path) -> None:
+    group, missing = make_group(fake, tmp_path), ValueLostError("values are lost")
+    refs = [fake.ref(0, 3.0, "done"), fake.ref(1, 1.0, missing), fake.ref(2, 2.0, missing)]
+    for wait in (
+        lambda: group.wait_for(refs, "begin"),
+        lambda: wait_for_each([(group, "begin", dict(enumerate(refs)))], noticing=KeyError),
+    ):
+        with pytest.raises(WorkerFailedError, match="^actor rank 1 failed in begin: values are lost$") as error:
+            wait()
+        assert not error.value.trains
+    fake.ref(0, 3.0, died())
+    with pytest.raises(WorkerFailedError, match="actor rank 0 died during begin") as error:
+        group.wait_for(refs, "begin")
+    assert error.value.trains
 
 
 def test_a_call_goes_to_every_rank_and_stores_what_is_large_once(fake: FakeProcesses, tmp_path: Path) -> None:

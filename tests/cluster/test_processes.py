@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -22,25 +21,16 @@ from megarlhf.cluster.local_processes import LocalProcesses, local_processes
 from megarlhf.cluster.local_store import LocalStore
 from megarlhf.cluster.processes import CallFailedError, ProcessDiedError, ProcessError, Processes
 from megarlhf.cluster.reward import RewardGroup
-from megarlhf.config.arguments import PPOConfig
-from megarlhf.config.command_line import from_dict
 from megarlhf.config.roles import ROLES
 from megarlhf.data.planning import PackingOptions
-from megarlhf.planner.placement import Machine, plan_placement
 from tests.cluster.asked_worker import AskedWorker, num_memories
+from tests.cluster.child_groups import Spec, processes_of
 from tests.cluster.plain_workers import make_rollout
 
 
 @pytest.fixture(scope="module", params=["children", pytest.param("ray", marks=pytest.mark.slow)])
 def processes(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    if request.param == "children":
-        with local_processes() as found:
-            yield found
-        return
-    from megarlhf.cluster.ray_processes import ray_processes
-
-    config = from_dict(PPOConfig, {"pretrain": "m", "prompt_data": "d", "save": "s", "actor_num_gpus_per_node": 8})
-    with ray_processes(config, plan_placement(config, Machine.alike("cpu", 1, 0, 8))) as found:
+    with processes_of(request.param) as found:
         yield found
 
 
@@ -49,15 +39,6 @@ def children() -> Iterator[LocalProcesses]:
     with local_processes() as found:
         assert isinstance(found, LocalProcesses)
         yield found
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What of a WorkerSpec is read to start a process."""
-
-    name: str
-    log_file: str
-    node: int = 0
 
 
 def spec_of(rank: int, log_file: str = "none") -> Any:
