@@ -21,6 +21,7 @@ from megarlhf.formats.huggingface import HFConfig
 from megarlhf.models.names import padded_vocab_size
 from megarlhf.models.registry import find_architecture
 from megarlhf.models.sizes import engine_sizes, kv_numbers_per_token, layer_widths, stage_sizes
+from megarlhf.parallel.bucket_stream import NUM_IN_FLIGHT
 from megarlhf.parallel.device import device_memory_bytes, host_memory_bytes
 from megarlhf.planner.memory import RankBytes, Work, rank_bytes
 from megarlhf.planner.memory_table import (
@@ -35,6 +36,7 @@ from megarlhf.planner.memory_table import (
     misfits,
 )
 from megarlhf.planner.placement import Machine, asked_nodes, plan_placement
+from megarlhf.planner.transport import ways_between
 
 Config = PPOConfig | SupervisedConfig
 _WITHOUT_TRAINING = (
@@ -97,6 +99,7 @@ def plan_memory(
         of_megatron = [role for role in roles if role.runs == "megatron"]
         engine = _engine(config, models[0], memory) if len(of_megatron) < len(roles) else None
         slots = _slots(config, of_megatron, models[len(models) - len(of_megatron) :], engine)
+        slots = _with_buckets(config, models[0], slots, gpu=gpu)
     tables = device_tables(slots, colocated=colocated, gpu=gpu, resident=resident)
     if only is not None:
         tables = [replace(table, phases=_without_training(table.phases)) for table in tables]
@@ -149,6 +152,29 @@ def _slots(
             slots.setdefault((worker.node, taken[there]), {})[name] = by_role[name][worker.rank]
             taken[there] += 1
     return slots
+
+
+def _with_buckets(
+    config: PPOConfig, hf: HFConfig, slots: dict[Place, dict[str, RoleBytes]], *, gpu: bool
+) -> dict[Place, dict[str, RoleBytes]]:
+    """The same with the buckets in which weights travel, for full ones on every rank of the actor.
+
+    Engines that read them on the actor's devices have none of their own, and where they read the host's shared memory
+    there are none.
+    """
+    senders, receivers = ({place for place, held in slots.items() if role in held} for role in ("actor", "rollout"))
+    if not (senders and receivers):
+        return slots
+    way: str | None = config.cluster.weight_transport
+    if way == "auto":
+        way = next(iter(ways_between(senders, receivers, on_gpu=gpu)), None)
+    holders = {"ipc": ["actor"], "broadcast": ["actor", "rollout"]}.get(way or "", [])
+    whole = engine_sizes(find_architecture(hf), hf, tensor=1)[0] * (2 if config.model.bf16 else 4)
+    taken = NUM_IN_FLIGHT * min(config.cluster.update_weight_buffer_mib * 2**20, whole)
+    return {
+        place: held | {role: replace(held[role], weight_buckets=taken) for role in holders if role in held}
+        for place, held in slots.items()
+    }
 
 
 def _training_ranks(

@@ -62,6 +62,7 @@ class RankBytes:
     gathered: int = 0  # optimizer state on the device while it is collected for a checkpoint
     host_optimizer: int = 0  # what is stepped on the host, there
     host_gathered: int = 0  # on the host while a checkpoint is written
+    weight_buckets: int = 0  # of weights that are sent or gathered in a sync
 
 
 def buffer_numbers(parameters: Sequence[int], *, replicas: int, distributed_optimizer: bool) -> int:

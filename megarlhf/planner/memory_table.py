@@ -11,8 +11,8 @@ PROCESS_BYTES = GIB  # of a process on a GPU, asleep too: CUDA's context and ker
 FRAGMENTATION = 0.05  # of what training allocates (published peaks are 3 to 8% above the sum of their tensors)
 _ORDER = (
     *("parameters", "gradients", "optimizer", "reference", "teacher", "teacher output", "activations", "logits"),
-    *("weights", "kv cache", "sync bucket", "fragmentation", "processes", "gathered"),
-    *("asleep", "stepped here", "checkpoint"),
+    *("weights", "kv cache", "sync bucket", "weight buckets", "fragmentation", "processes"),
+    *("gathered", "asleep", "stepped here", "checkpoint"),
 )
 
 
@@ -24,6 +24,7 @@ class EngineBytes:
     kv_cache: int  # on a GPU with what its passes need besides: all of its share of the memory but the weights
     one_sequence: int  # what the KV cache of the longest sequence takes
     bucket: int  # weights on their way in a sync: the largest module, which vLLM's reload has on the device twice
+    weight_buckets: int = 0  # of weights that are received
 
 
 RoleBytes = RankBytes | EngineBytes
@@ -179,8 +180,9 @@ def _phases(held: Mapping[str, RoleBytes], *, colocated: bool, gpu: bool, reside
         for role in training:
             name = "update" if len(training) == 1 else f"update {role}"
             columns[name] = _awake(held, "train", colocated=colocated) | _passes(held, role, update=True)
-    if len(models) < len(held):
-        columns["sync"] = _awake(held, "sync", colocated=colocated)
+    buckets = {(role, "weight buckets"): taken.weight_buckets for role, taken in held.items() if taken.weight_buckets}
+    if buckets or len(models) < len(held):
+        columns["sync"] = _awake(held, "sync", colocated=colocated) | buckets
         columns["sync"] |= {(r, "sync bucket"): e.bucket for r, e in held.items() if isinstance(e, EngineBytes)}
     columns["save"] = _awake(held, "checkpoint", colocated=colocated)
     gathered = {role: taken.gathered for role in training if isinstance(taken := held[role], RankBytes)}

@@ -59,6 +59,40 @@ def test_a_teacher_takes_memory_beside_its_student(llama_3_8b: Path, tmp_path: P
     assert once.phases["update"] == own
 
 
+MIB = 2**20
+GPUS, ON_CPU = ("--gpu_memory_gib", "79"), ()
+BOTH = ("actor", "rollout")
+
+
+@pytest.mark.parametrize(
+    ("options", "holders", "taken"),
+    [
+        (GPUS, ("actor",), 2 * 512 * MIB),  # engines read them there
+        ((*GPUS, "--update_weight_buffer_mib", "96"), ("actor",), 2 * 96 * MIB),
+        # One holds all weights: 8,030,261,248 in bfloat16.
+        ((*GPUS, "--update_weight_buffer_mib", "20000"), ("actor",), 2 * 2 * 8_030_261_248),
+        ((*GPUS, "--no_colocate_all_models"), BOTH, 2 * 512 * MIB),  # sent
+        ((*GPUS, "--vllm_tensor_parallel_size", "2"), (), 0),  # 8 of the engines' 16 GPUs have no rank: shared memory
+        ((*GPUS, "--no_colocate_all_models", "--weight_transport", "shared_memory"), (), 0),
+        (ON_CPU, (), 0),  # shared memory
+        ((*ON_CPU, "--weight_transport", "broadcast"), BOTH, 2 * 512 * MIB),
+    ],
+)
+def test_a_sync_takes_the_buckets_of_its_transport(
+    flags: list[str], llama_3_8b: Path, options: tuple[str, ...], holders: tuple[str, ...], taken: int
+) -> None:
+    config, _ = parse(PPOConfig, [*flags, *options], "ppo")
+    tables = plan_memory(config, [read_config(llama_3_8b)] * 2).tables
+    held: dict[str, int] = {}
+    for table in tables:
+        for phase, column in table.phases.items():
+            found = {role: size for (role, part), size in column.items() if part == "weight buckets"}
+            expected = {role: taken for role in holders if role in table.roles} if phase == "sync" else {}
+            assert found == expected, (table.devices, phase)
+            held |= found
+    assert held == dict.fromkeys(holders, taken)
+
+
 def refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The line of the error; notes may come before it, and the table comes after."""
     assert train_ppo.main(flags) == 2

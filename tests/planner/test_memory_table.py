@@ -57,6 +57,22 @@ def test_roles_with_devices_of_their_own_never_sleep() -> None:
     assert rollout == {"rollout": 8 * GIB, "sync": 15 * GIB, "save": 8 * GIB}
 
 
+def test_buckets_of_weights_are_there_in_a_sync() -> None:
+    """Two GiB of them: of the rank alone where the engine reads them there, of either where they are sent."""
+    actor, engine = replace(ACTOR, weight_buckets=2 * GIB), replace(ENGINE, weight_buckets=2 * GIB)
+
+    def syncs(slots: dict[tuple[int, int], dict[str, RoleBytes]], *, colocated: bool) -> list[int | None]:
+        return [phases.get("sync") for phases in totals(slots, colocated=colocated)]
+
+    shared: dict[str, RoleBytes] = {"actor": actor, "rollout": ENGINE}
+    assert syncs({(0, 0): shared, (0, 1): {"actor": actor}}, colocated=True) == [(1 + 3 + 7 + 2) * GIB, (1 + 2) * GIB]
+    sent: dict[tuple[int, int], dict[str, RoleBytes]] = {(0, 0): {"actor": actor}, (0, 1): {"rollout": engine}}
+    sent |= {(0, 2): {"critic": CRITIC}}
+    assert syncs(sent, colocated=False) == [(1 + 4 + 2) * GIB, (3 + 5 + 7 + 2) * GIB, None]
+    (table,) = device_tables({(0, 0): shared}, colocated=True, gpu=False)
+    assert "actor    weight buckets        -           -       -   2.00     -" in table.text(None).splitlines()
+
+
 def test_the_fullest_device_is_shown_and_processes_are_counted_on_gpus() -> None:
     slots: dict[tuple[int, int], dict[str, RoleBytes]] = {
         (0, 0): {"critic": CRITIC},
