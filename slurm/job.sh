@@ -136,7 +136,7 @@ end_steps() {
 finish() {
     local status=$1 starts=${SLURM_RESTART_COUNT:-0}
     end_steps
-    if [ "$status" -eq 124 ]; then
+    if [ -n "$usr1_at" ] && [ "$status" -eq 124 ]; then
         say "SAVE_SECONDS=$SAVE_SECONDS are over: the last checkpoint counts"
     elif [ -z "$usr1_at" ] || { [ "$status" -ne 0 ] && [ ! -f "$SAVE/checkpoints/latest_checkpointed_iteration.txt" ]; }; then
         say "the run's status is $status"

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megarlhf.parallel.device import DeviceKind
 from megarlhf.planner.placement import Machine, Node
 
 
@@ -20,10 +21,14 @@ def joined_machine(address: str) -> Machine:
         ray.shutdown()
 
 
-def usable_nodes(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def usable_nodes(
+    found: Sequence[Mapping[str, Any]], *, kind: DeviceKind | None = None
+) -> list[Mapping[str, Any]]:
     """Of Ray's nodes those that a plan counts on, always in the same order: most GPUs, then cores, then by address.
 
-    Where one has GPUs, those without do not count, and those that Ray has no cores of never do.
+    Args:
+        kind: what they are to have; None: where one has GPUs, those without do not count. Those that Ray has no cores
+            of never do.
     """
     alive = [node for node in found if node["Alive"]]
     by_gpus = [node for node in alive if node["Resources"].get("GPU", 0) >= 1]
@@ -33,7 +38,7 @@ def usable_nodes(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         gpus, cores = (node["Resources"].get(name, 0) for name in ("GPU", "CPU"))
         return -gpus, -cores, ip_address(node["NodeManagerAddress"]).packed, node["NodeID"]
 
-    return sorted(by_gpus or by_cores, key=order)
+    return sorted(by_cores if kind == "cpu" else by_gpus if kind == "gpu" else by_gpus or by_cores, key=order)
 
 
 def machine_of(usable: Sequence[Mapping[str, Any]]) -> Machine:

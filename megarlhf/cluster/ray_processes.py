@@ -166,7 +166,7 @@ def _nodes(plan: PlacementPlan) -> Nodes:
     Raises:
         NodeLostError: there is none.
     """
-    found, chosen = usable_nodes(ray.nodes()), dict[int, Mapping[str, Any]]()
+    found, chosen = usable_nodes(ray.nodes(), kind=plan.device_kind), dict[int, Mapping[str, Any]]()
     left, numbers = list(found), sorted({worker.node for worker in plan.workers})
     there = {node["NodeManagerAddress"] for node in found}
     for node in sorted(numbers, key=lambda number: plan.addresses[number] not in there):  # then those that are lost
@@ -176,7 +176,7 @@ def _nodes(plan: PlacementPlan) -> Nodes:
             needed = f"with {gpus} GPU(s) or more" if gpus else "to take its place"
             raise NodeLostError(
                 f"node {plan.addresses[node]} is lost, which is node {node} of the plan, and Ray has no other "
-                f"{needed}: it has {machine_of(found)}"
+                f"{needed}: it has {machine_of(found) if found else 'none'}"
             )
         same = [other for other in fitting if other["NodeManagerAddress"] == plan.addresses[node]]
         chosen[node] = (same or fitting)[0]
@@ -191,7 +191,7 @@ def _reserve(plan: PlacementPlan, timeout_seconds: float) -> tuple[Nodes, Any]:
 
     Raises:
         RuntimeError: Ray does not give it in time.
-        NodeLostError: see _nodes.
+        NodeLostError: see _nodes; or the node in the place of a lost one has no room.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -207,10 +207,12 @@ def _reserve(plan: PlacementPlan, timeout_seconds: float) -> tuple[Nodes, Any]:
             if ray.wait(ready, timeout=_POLL_SECONDS)[0]:
                 return nodes, group
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"Ray did not find room for {bundles} within start_timeout_seconds={timeout_seconds:g}: the "
-                    f"cluster has {ray.available_resources()} left of {ray.cluster_resources()}; start more nodes, or "
-                    "ask for fewer ranks"
+                planned = [(plan.addresses[node], found["NodeManagerAddress"]) for node, found in nodes.items()]
+                lost = [f"node {address} is lost, and " for address, other in planned if address not in ("", other)]
+                raise (NodeLostError if lost else RuntimeError)(
+                    f"{''.join(lost)}Ray did not find room for {bundles} within start_timeout_seconds="
+                    f"{timeout_seconds:g}: the cluster has {ray.available_resources()} left of "
+                    f"{ray.cluster_resources()}; start more nodes, or ask for fewer ranks"
                 )
         remove_placement_group(group)
 

@@ -4,6 +4,7 @@ A checkpoint can be loaded under another tensor, pipeline or data-parallel layou
 the business of formats/run_checkpoints.
 """
 
+import io
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
 
 from megarlhf.engine.engine import MegatronEngine
 from megarlhf.engine.optimizer import single_optimizers
@@ -27,6 +31,22 @@ from megarlhf.parallel.megatron_versions import written_by_rank_0
 assert hasattr(filesystem_async, "_results_queue")
 filesystem_async._results_queue = queue.Queue()
 
+
+def _load_bytes(planner: MCoreLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+    """What is no tensor, with weights_only; PyTorch's own planner would run whatever the pickle names."""
+    name = read_item.dest_index.fqn
+    with torch.serialization.safe_globals([io.BytesIO]):
+        loaded = torch.load(value, weights_only=True)
+    if planner.flatten_state_dict:
+        set_element(planner.original_state_dict, planner.mappings[name], loaded)
+    else:
+        planner.state_dict[name] = loaded
+
+
+assert hasattr(MCoreLoadPlanner, "load_bytes")
+MCoreLoadPlanner.load_bytes = _load_bytes
+
+_UNREADABLE = (dist_checkpointing.core.CheckpointingException, CheckpointException, KeyError, FileNotFoundError)
 _ADAPTERS = "adapters"  # with LoRA, in the place of the model: what is trained alone
 _HAS_MOMENTS = "optimizer_has_state"
 _PRECISION = "precision"  # scales and fallbacks of FP8
@@ -150,7 +170,7 @@ def load_weights(engine: MegatronEngine, directory: Path) -> None:
     """
     try:
         state = dist_checkpointing.load(_weights(engine), str(directory))
-    except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
     _fill(engine, state)
 
@@ -190,7 +210,7 @@ def load_engine(engine: MegatronEngine, directory: Path, *, with_optimizer: bool
         saved = dist_checkpointing.load_common_state_dict(str(directory))
         with_optimizer = with_optimizer and engine.optimizer is not None and saved[_HAS_MOMENTS]
         state = dist_checkpointing.load(_state(engine, loading=True, with_optimizer=with_optimizer), str(directory))
-    except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"load={directory}; it does not hold this model: {error}") from error
     _fill(engine, state)
     engine.precision.load_state(saved.get(_PRECISION))

@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megarlhf.formats.shared_memory import bytes_of
 
 METADATA = ".metadata"
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies.torch"
+_MEGATRON = [(_STRATEGIES, "MCoreMetadata"), (_STRATEGIES, "MCoreSavePlan")]  # Megatron-Core's additions
 Place = tuple[str, int, int]  # file, first byte, number of bytes
 
 
@@ -28,8 +30,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Reads the classes that a checkpoint's metadata is made of, and runs nothing else that a pickle may name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("megatron.core.dist_checkpointing"):
-            return type(name, (), {})  # Megatron-Core's additions, of which nothing is read
+        if (module, name) in _MEGATRON:
+            return type(name, (), {})  # of which nothing is read
         if module.startswith("torch.distributed.checkpoint.") and "." not in name:
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__ == module:

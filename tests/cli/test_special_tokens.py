@@ -10,6 +10,7 @@ from megarlhf.cli.prompt_data import resolve_special_tokens
 from megarlhf.cluster.workers import RolloutWorker
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict
+from megarlhf.config.roles import ROLES
 from megarlhf.rollout import engine
 
 
@@ -43,6 +44,8 @@ def test_the_engine_is_told(
     given: dict[str, Any] = {}
     monkeypatch.setattr(engine, "RolloutEngine", lambda model, **options: given.update(options))
     worker = RolloutWorker.__new__(RolloutWorker)  # without taking over this process's output
-    worker.spec = SimpleNamespace(config=config_of(assets, setting), threads=1, device_kind="cpu", devices=(0,))  # type: ignore[assignment]
+    worker.spec = SimpleNamespace(  # type: ignore[assignment]
+        config=config_of(assets, setting), role=ROLES["rollout"], threads=1, device_kind="cpu", devices=(0,)
+    )
     worker.start()
     assert given["skip_special_tokens"] is expected

@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,12 +72,46 @@ def test_a_plan_gets_the_nodes_it_was_made_for_and_others_for_lost_ones(monkeypa
         monkeypatch.setattr(ray, "nodes", lambda found=found: found)
         chosen = ray_processes._nodes(plan)
         assert [chosen[number]["NodeManagerAddress"] for number in (0, 1)] == expected
-    cases = ([first], "10.0.0.4 is lost, which is node 1", "0.3: 4"), ([second], "10.0.0.3 is .*node 0", "0.4: 2")
+    cases = [([first], "10.0.0.4 is lost, which is node 1", "it has 1 node\\(s\\) .*0.3: 4")]
+    cases += [([second], "10.0.0.3 is .*node 0", "it has 1 node\\(s\\) .*0.4: 2")]
+    cases += [([], "node 10.0.0.3 .*node 0", "it has none$")]
     for found, lost, left in cases:
         monkeypatch.setattr(ray, "nodes", lambda found=found: found)
-        said = rf"{lost} of the plan, .* no other with 2 GPU\(s\) or more: it has 1 node\(s\) .*{left}"
+        said = rf"{lost} of the plan, .* no other with 2 GPU\(s\) or more: {left}"
         with pytest.raises(NodeLostError, match=said):
             ray_processes._nodes(plan)
+
+
+@pytest.mark.parametrize(
+    ("present", "kind", "said"),
+    [
+        ((3, 4), RuntimeError, "^Ray did not find room for .* within start_timeout_seconds=0.1: "),
+        ((3, 5), NodeLostError, "^node 10.0.0.4 is lost, and Ray did not find room for "),
+    ],
+)
+def test_nodes_without_room(
+    monkeypatch: pytest.MonkeyPatch, present: tuple[int, ...], kind: type[Exception], said: str
+) -> None:
+    """The one that is to stand for a lost one too."""
+    plan = plan_placement(
+        replace(CONFIG, cluster=replace(CONFIG.cluster, actor_num_nodes=2)),
+        machine_of([node(3, cpus=8, gpus=4), node(4, cpus=8, gpus=2)]),
+    )
+    monkeypatch.setattr(ray, "nodes", lambda: [node(number, cpus=8, gpus=4) for number in present])
+    monkeypatch.setattr(ray_processes, "placement_group", lambda *_, **options: SimpleNamespace(ready=lambda: "call"))
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: ([], calls))
+    for name in ("available_resources", "cluster_resources"):
+        monkeypatch.setattr(ray, name, dict)
+    with pytest.raises(RuntimeError, match=said) as error:
+        ray_processes._reserve(plan, 0.1)
+    assert type(error.value) is kind
+
+
+def test_a_plan_of_cores_keeps_its_nodes_where_one_with_gpus_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [node(3, cpus=8), node(4, cpus=8)]
+    plan = plan_placement(replace(CONFIG, cluster=replace(CONFIG.cluster, actor_num_nodes=2)), machine_of(nodes))
+    monkeypatch.setattr(ray, "nodes", lambda: [node(9, cpus=64, gpus=8), *nodes])
+    assert [found["NodeManagerAddress"] for found in ray_processes._nodes(plan).values()] == ["10.0.0.3", "10.0.0.4"]
 
 
 def test_a_worker_that_sees_other_devices_stops(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ finish "$2"
     [
         ("", 0, True, True, 0, 0, "the run's status is 0"),
         ("", 3, True, True, 0, 3, "the run's status is 3"),
+        ("", 124, True, True, 0, 124, "the run's status is 124"),
         ("9", 0, True, True, 0, -signal.SIGKILL, "requeued, 1 more times possible"),
         ("9", 124, True, True, 1, -signal.SIGKILL, "SAVE_SECONDS=7 are over"),
         ("9", 5, True, True, 0, -signal.SIGKILL, "has failed after USR1, with status 5: the last checkpoint counts"),
