@@ -105,7 +105,8 @@ class Cluster:
             until(lambda node=node: self.processes(node) == [], 10, f"an empty {node}: {self.processes(node)}")
             assert self.on(node, "ls", "/dev/shm") == ""
             own = {path.split("/")[2] for path in self._shared if path.startswith("/tmp/")}
-            assert set(self.on(node, "ls", "/tmp").split()) - own == set(), "pipes of jobs, TMPDIR"
+            left = set(self.on(node, "ls", "/tmp").split()) - own
+            assert left == set(), f"on {node}, in /tmp: {self.on(node, 'find', *(f'/tmp/{name}' for name in left))}"
 
     def stop(self) -> None:
         """End the nodes; with the first process of each all others end, and its network and mounts go."""

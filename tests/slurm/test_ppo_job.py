@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = "tests/slurm/sort.sh"
 STEPS = 6
 SETTINGS = {"RAY_OBJECT_STORE_BYTES": "200000000", "RAY_NUM_CPUS": "2", "OMP_NUM_THREADS": "1"}
-SLOW = {"GRACE_SECONDS": "8", "SAVE_SECONDS": "200"}  # whatever else the machine does
+SLOW = {"GRACE_SECONDS": "20", "SAVE_SECONDS": "200"}  # whatever else the machine does
 
 
 def weights(save: Path) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 from tests.slurm.cluster import ADDRESSES, NODES, Cluster, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
-SETTINGS = {"RAY_OBJECT_STORE_BYTES": "100000000", "GRACE_SECONDS": "8", "RAY_NUM_CPUS": "2"}
+SETTINGS = {"RAY_OBJECT_STORE_BYTES": "100000000", "GRACE_SECONDS": "20", "RAY_NUM_CPUS": "2"}
 
 
 def submit(cluster: Cluster, save: Path, options: tuple[str, ...] = ("-N2",), **settings: str) -> str:

@@ -26,7 +26,7 @@ def settings(cluster: Cluster, assets: Path) -> dict[str, str]:
     rows = [{"prompt": f"sort {i} 1=", "chosen": f"1{i}", "rejected": f"{i}1"} for i in range(2, 10)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     places = {"MODEL": str(assets / "model"), "DATASET": str(data), "OMP_NUM_THREADS": "1"}
-    return places | {"TP_SIZE": "1", "GPUS_PER_NODE": "2", "GRACE_SECONDS": "8", "SAVE_SECONDS": "200"}
+    return places | {"TP_SIZE": "1", "GPUS_PER_NODE": "2", "GRACE_SECONDS": "20", "SAVE_SECONDS": "200"}
 
 
 @pytest.fixture(scope="module")
