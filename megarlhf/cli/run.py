@@ -234,19 +234,30 @@ def resumed_step(logging: LoggingArguments, identity: dict[str, Any]) -> int | N
     """Step of the checkpoint that --load names; None for a fresh run, 0 where --load_checkpoint may start again.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it is of another model, lacks bytes, or its metadata names code,
-            which Megatron-Core would run.
+        ValueError: there is no complete checkpoint, or it is of another model.
     """
     if logging.load is None:
         return 0 if logging.load_checkpoint else None
-    from megarlhf.formats.torch_dist import METADATA, TorchDistReader  # PyTorch, for those who continue
-
     step, directory, state = run_checkpoints.latest(Path(logging.load) / "checkpoints")
-    for metadata in sorted(directory.glob(f"*/{METADATA}")):
-        TorchDistReader(metadata.parent, f"load={logging.load}")
     saved = state.get("identity", {})
     run_checkpoints.check_identity(saved, identity, directory, with_optimizer=not logging.no_load_optim)
     return step
+
+
+def check_loaded_files(logging: LoggingArguments) -> None:
+    """Of the checkpoint that --load names, before ranks read it.
+
+    Raises:
+        ValueError: there is no complete one, or it lacks bytes, or its metadata names code, which Megatron-Core would
+            run.
+    """
+    if logging.load is None:
+        return
+    from megarlhf.formats.torch_dist import METADATA, TorchDistReader  # PyTorch, for those who continue
+
+    _, directory, _ = run_checkpoints.latest(Path(logging.load) / "checkpoints")
+    for metadata in sorted(directory.glob(f"*/{METADATA}")):
+        TorchDistReader(metadata.parent, f"load={logging.load}")
 
 
 def check_best_metric(logging: LoggingArguments, reported: Sequence[str]) -> None:

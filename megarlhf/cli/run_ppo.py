@@ -19,6 +19,7 @@ from megarlhf.cli.run import (
     Opened,
     StopSignal,
     check_best_metric,
+    check_loaded_files,
     check_weights,
     data_identity,
     kernel_lines,
@@ -176,6 +177,7 @@ def load_inputs(
             lambda: _check_models(config, transformer_impl, transport, dry_run=dry_run),
             reward.check,
             lambda: check_best_metric(config.logging, names),
+            lambda: check_loaded_files(config.logging),
         ]
     )
     identity |= {"data": data_identity(len(prompts.prompts), prompts.fingerprint)}
@@ -213,9 +215,8 @@ def with_restarts(
         try:
             return attempt(config, continued)
         except NodeLostError as error:
-            if config.logging.load is not None:
-                place = f"load={config.logging.load}, whose last checkpoint is of step {continued}"
-                error.add_note(f"continue with {place}")
+            if (load := config.logging.load) is not None:
+                error.add_note(f"continue with load={load}, whose last checkpoint is of step {continued}")
             raise
         except RoleFailedError as error:
             if should_stop() or not left:

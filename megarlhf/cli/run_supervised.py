@@ -21,6 +21,7 @@ from megarlhf.cli.run import (
     Opened,
     StopSignal,
     check_best_metric,
+    check_loaded_files,
     check_weights,
     data_identity,
     kernel_lines,
@@ -107,9 +108,10 @@ def _load_inputs(config: SupervisedConfig, *, dry_run: bool = False) -> tuple[li
     loaders: list[Callable[[], Any]] = [*data_loaders(config)]
 
     reported = [key for key in METRICS if key.startswith(f"{config.program}/eval_")]
-    continued, _, (models, memory), data, *evaluation = all_or_errors(
+    continued, _, _, (models, memory), data, *evaluation = all_or_errors(
         [
             partial(resumed_step, config.logging, identity),
+            partial(check_loaded_files, config.logging),
             partial(check_best_metric, config.logging, reported),
             partial(check_models, config, impl),
             *loaders,
