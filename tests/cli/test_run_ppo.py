@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 
 from megarlhf.cli import rewards, run_ppo
+from megarlhf.cli.main import main
 from megarlhf.cli.prompt_data import load_data
-from megarlhf.cli.run import check_loaded_files
 from megarlhf.config.arguments import PPOConfig
 from megarlhf.config.command_line import from_dict, parse
 from megarlhf.formats import run_checkpoints
 from megarlhf.trainers.best import Best
 from megarlhf.trainers.roles import NodeLostError, RoleFailedError
+from tests.cluster.runs import write_inputs
+from tests.tiny_models import make_model
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,10 @@ def test_a_run_starts_again_from_its_last_checkpoint_as_often_as_it_may(
     assert most == 0 or f"rank 2 died\nstarting again after step 4; max_restarts leaves {most - 2} more" in said
 
 
-def test_a_checkpoint_that_names_code_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["ppo", "sft"])
+def test_a_checkpoint_that_names_code_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], program: str
+) -> None:
     """Before a rank has Megatron-Core read it, which unpickles whatever is there."""
 
     class Attack:
@@ -106,15 +111,16 @@ def test_a_checkpoint_that_names_code_is_refused(tmp_path: Path) -> None:
 
     partial = run_checkpoints.begin(tmp_path / "checkpoints", 3)
     (partial / "actor").mkdir()
-    (partial / "actor" / ".metadata").write_bytes(pickle.dumps(Attack()))
+    metadata = partial / "actor" / ".metadata"
+    metadata.write_bytes(pickle.dumps(Attack()))
     run_checkpoints.commit(tmp_path / "checkpoints", 3, {"step": 3, "identity": {"seed": 1}}, keep=5)
-    words = ["--pretrain", "m", "--prompt_data", "p", "--save", "s", "--load", str(tmp_path)]
-    config, _ = parse(PPOConfig, words, "ppo")
-    with pytest.raises(ValueError, match=r"iter_0000003/actor/.metadata cannot be read: it names pathlib"):
-        check_loaded_files(config.logging)
+    files = write_inputs(tmp_path / "inputs")
+    ppo = [*(word for pair in files.items() for word in pair), "--prompt_max_len", "16", "--generate_max_len", "8"]
+    data = ppo if program == "ppo" else ["--dataset", files["--eval_data"], "--output_key", "label", "--max_len", "32"]
+    model = ["--pretrain", str(make_model(tmp_path / "model")), "--save", str(tmp_path / "run")]
+    assert main([program, *model, *data, "--load", str(tmp_path), "--dry-run"]) == 2
+    assert "iter_0000003/actor/.metadata cannot be read: it names pathlib" in capsys.readouterr().err
     assert not (tmp_path / "touched").exists()
-    (tmp_path / "checkpoints" / "iter_0000003" / "actor" / ".metadata").unlink()
-    check_loaded_files(config.logging)
 
 
 def test_too_few_nodes_for_another_attempt(tmp_path: Path) -> None:

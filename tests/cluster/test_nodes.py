@@ -66,6 +66,7 @@ def test_a_plan_gets_the_nodes_it_was_made_for_and_others_for_lost_ones(monkeypa
     plan = plan_placement(replace(CONFIG, cluster=replace(CONFIG.cluster, actor_num_nodes=2)), machine)
     for found, expected in (
         ([spare, second, first], ["10.0.0.3", "10.0.0.4"]),
+        ([node(9, cpus=8, gpus=8), first, second], ["10.0.0.3", "10.0.0.4"]),  # a larger one has joined
         ([spare, first], ["10.0.0.3", "10.0.0.5"]),
         ([spare, second], ["10.0.0.5", "10.0.0.4"]),
     ):
